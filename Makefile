@@ -1,0 +1,39 @@
+# make run    install, then run the bundled example through FastKV and through a full cache
+# make test   install with the test extra, then run the tests
+# make lint   ruff (lint and format) and mypy
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+EXAMPLE := examples/archive
+PACKAGE := -m fastkv -m fastkv.cli -m fastkv.__main__ -m fastkv.errors -p fastkv.cache -p fastkv.engine -p fastkv.models
+
+.PHONY: run test lint clean
+
+run: $(VENV)/run.stamp
+	@echo "== FastKV, 10 % of the KV cache kept" >&2
+	$(BIN)/fastkv-run --model $(EXAMPLE)/model --prompt $(EXAMPLE)/prompt.txt
+	@echo "== full cache" >&2
+	$(BIN)/fastkv-run --model $(EXAMPLE)/model --prompt $(EXAMPLE)/prompt.txt --policy full
+
+test: $(VENV)/test.stamp
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/test.stamp
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	@# mypy finds the package through a link named fastkv to this folder
+	@mkdir -p .checked && ln -sfn .. .checked/fastkv
+	MYPYPATH=.checked $(BIN)/mypy $(PACKAGE)
+
+$(VENV)/run.stamp: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e .
+	@touch $@
+
+$(VENV)/test.stamp: $(VENV)/run.stamp
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[test]"
+	@touch $@
+
+clean:
+	rm -rf $(VENV) .checked .pytest_cache .ruff_cache .mypy_cache *.egg-info

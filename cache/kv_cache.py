@@ -1,0 +1,108 @@
+"""The KV cache of one request: every layer's slots, preallocated for the kept entries and the tokens to come.
+
+A slot is a place in a buffer; a position is a token's place in the text. Keys are stored rotated by their position,
+so the order of the slots means nothing.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastkv.errors import FastKVError
+
+BLOCK = 32  # capacities are rounded up to a multiple of this many slots
+
+
+class KVCache:
+    """Keys and values of L layers, `k[l]` and `v[l]`: [B, Hkv, C_l, D] with C_l slots, zeros where unused.
+
+    Filled by `load` (once a layer, at the prefill), then by `append` (each layer) and `advance` (once) a decode step.
+    `kept[l]` is the number of entries that layer l loaded and `appended` the steps since: the live length on the host.
+    `lengths` int64 [L] and `next_position` int64 [B] say the same on the device.
+    """
+
+    def __init__(
+        self,
+        kept: list[int],
+        max_tokens: int,
+        *,
+        batch: int,
+        n_kv_heads: int,
+        head_dim: int,
+        position: int,
+        position_limit: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        self.kept = kept
+        self.appended = 0
+        self.max_tokens = max_tokens
+        self.prompt_tokens = position
+        self.position_limit = position_limit  # positions from here on are beyond what the model can tell apart
+        shapes = [(batch, n_kv_heads, _round_up(entries + max_tokens), head_dim) for entries in kept]
+        # Zeros, not empty: attention may multiply an unused slot by a weight of zero, and NaN would survive that.
+        self.k = [torch.zeros(shape, dtype=dtype, device=device) for shape in shapes]
+        self.v = [torch.zeros(shape, dtype=dtype, device=device) for shape in shapes]
+        self.lengths = torch.zeros(len(kept), dtype=torch.int64, device=device)
+        self.next_position = torch.full((batch,), position, dtype=torch.int64, device=device)
+
+    @property
+    def batch(self) -> int:
+        return self.next_position.shape[0]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes allocated for keys and values."""
+        return sum(buffer.nbytes for buffer in [*self.k, *self.v])
+
+    @staticmethod
+    def size_of(kept: list[int], max_tokens: int, n_kv_heads: int, head_dim: int) -> int:
+        """Values that a cache for one prompt holds room for, K and V over all layers."""
+        return sum(2 * n_kv_heads * _round_up(entries + max_tokens) * head_dim for entries in kept)
+
+    def length(self, layer: int) -> int:
+        """Entries that `layer` holds for each KV head."""
+        return self.kept[layer] + self.appended
+
+    def load(self, layer: int, k: Tensor, v: Tensor, entries: Tensor | None) -> None:
+        """Store what the prefill keeps of k and v [B, Hkv, T, D]: the `entries` int64 [B, Hkv, n], or all (None)."""
+        count = self.kept[layer]
+        if entries is None:
+            self.k[layer][:, :, :count] = k
+            self.v[layer][:, :, :count] = v
+        else:
+            index = entries.unsqueeze(-1).expand(-1, -1, -1, k.shape[-1])
+            self.k[layer][:, :, :count] = k.gather(2, index)
+            self.v[layer][:, :, :count] = v.gather(2, index)
+        self.lengths[layer] = count
+
+    def check_room(self) -> None:
+        """Raise FastKVError unless one more token fits into the buffers and into the model's context."""
+        if self.appended >= self.max_tokens:
+            raise FastKVError(
+                f"the cache is full: it has room for max_tokens={self.max_tokens} tokens behind the prompt"
+            )
+        if self.prompt_tokens + self.appended >= self.position_limit:
+            raise FastKVError(f"the text has reached the limit of {self.position_limit} tokens")
+
+    def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Write one token's k and v [B, Hkv, 1, D] into the next slot of `layer`.
+
+        Returns views on all of the layer's live entries, the new one included: [B, Hkv, n, D] each.
+        """
+        slot = self.lengths[layer : layer + 1]
+        self.k[layer].index_copy_(2, slot, k)
+        self.v[layer].index_copy_(2, slot, v)
+        live = self.length(layer) + 1
+        return self.k[layer][:, :, :live], self.v[layer][:, :, :live]
+
+    def advance(self) -> None:
+        """End a decode step: every layer has appended its token."""
+        self.appended += 1
+        self.lengths += 1
+        self.next_position += 1
+
+
+def _round_up(slots: int) -> int:
+    return -(-slots // BLOCK) * BLOCK

@@ -1,0 +1,15 @@
+"""The full cache: every layer sees and keeps every token. The baseline of every comparison."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from fastkv.cache.policy import Policy
+
+
+@dataclass(frozen=True)
+class FullKV(Policy):
+    """Keeps everything."""
+
+    name: ClassVar[str] = "full"

@@ -1,0 +1,38 @@
+"""Window scores: how much the last queries of a prompt attend to each token before them (METHOD: SnapKV, FastKV)."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+POOLINGS = ("max", "avg")
+
+
+def window_scores(q: Tensor, k: Tensor, window: int, kernel: int, pooling: str) -> Tensor:
+    """Scores of the tokens in front of the window, for each KV head (arXiv 2404.14469, 2502.01068).
+
+    q: [B, Hq, T, D] and k: [B, Hkv, T, D], rotated; T > window. The last `window` queries attend causally to all T
+    keys; their attention is summed over the queries, pooled along the tokens with an odd `kernel` (stride 1, same
+    length; "avg" counts the zeros of the padding), and summed over the query heads of each KV head.
+    Returns float32 [B, Hkv, T - window].
+    """
+    attention = _window_attention(q[:, :, -window:], k)  # [B, Hkv, G, W, T]
+    votes = attention.sum(dim=-2)[..., :-window]  # [B, Hkv, G, T - W]
+    return _pool(votes, kernel, pooling).sum(dim=2)
+
+
+def _window_attention(q: Tensor, k: Tensor) -> Tensor:
+    """Causal attention of the last W queries, q [B, Hq, W, D], over k [B, Hkv, T, D]: float32 [B, Hkv, G, W, T]."""
+    window, head_dim = q.shape[-2:]
+    grouped = q.unflatten(1, (k.shape[1], -1)).float()  # [B, Hkv, G, W, D]
+    logits = grouped @ k.float().transpose(-1, -2).unsqueeze(2) / head_dim**0.5
+    ahead = torch.ones(window, window, dtype=torch.bool, device=q.device).triu(1)  # only the window can look ahead
+    logits[..., -window:].masked_fill_(ahead, float("-inf"))
+    return logits.softmax(dim=-1)
+
+
+def _pool(votes: Tensor, kernel: int, pooling: str) -> Tensor:
+    """Pool [B, Hkv, G, n] along the tokens, length unchanged."""
+    pool = F.max_pool1d if pooling == "max" else F.avg_pool1d
+    return pool(votes.flatten(0, -2), kernel, stride=1, padding=kernel // 2).view_as(votes)

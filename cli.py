@@ -1,0 +1,279 @@
+"""fastkv-run: a model and a prompt file in, the continuation out.
+
+Generated text, and nothing else, goes to stdout; figures and complaints go to stderr. Heavy imports wait until the
+arguments and the prompt are known to be good.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from fastkv import __version__
+from fastkv.errors import FastKVError, check_integer
+
+if TYPE_CHECKING:
+    from fastkv.cache.policy import Policy
+    from fastkv.engine.generation import Generation
+    from fastkv.engine.llm import LLM
+    from fastkv.engine.output import Metrics, Output
+
+DONE, USER_ERROR, INTERRUPTED = 0, 2, 130
+
+# Settings of policies: each is a field of the policies that know it.
+_POLICY_FLAGS: dict[str, tuple[type, str]] = {
+    "tsp_layer": (int, "layer behind whose attention tokens are dropped (default: half way up)"),
+    "tsp_rate": (float, "share of the prompt that goes on behind it (default 0.2; 1 turns TSP off)"),
+    "kv_retention": (float, "share of the prompt whose KV each layer keeps (default 0.1; 1 keeps all)"),
+    "tsp_len": (int, "tokens that go on, in place of --tsp-rate"),
+    "kv_len": (int, "entries that each layer keeps, in place of --kv-retention"),
+    "window": (int, "last tokens, always kept, whose queries score the others (default 8)"),
+    "kernel": (int, "width of the pooling of scores, odd (default 7)"),
+    "pooling": (str, "max or avg (default max)"),
+    "min_tokens": (int, "the rates never keep fewer tokens than this (default 128)"),
+}
+_SAMPLING_FLAGS: dict[str, tuple[type, str]] = {
+    "max_tokens": (int, "tokens to generate at most (default 256, or what the context leaves)"),
+    "temperature": (float, "0 is greedy (default)"),
+    "top_k": (int, "sample from the K most probable tokens (default 0: all)"),
+    "top_p": (float, "sample from the fewest tokens that together reach P (default 1: all)"),
+    "min_p": (float, "drop tokens below P times the most probable one (default 0: none)"),
+    "repetition_penalty": (float, "above 1, tokens seen before are less likely (default 1)"),
+    "seed": (int, "the same seed gives the same text"),
+}
+
+
+class _Parser(argparse.ArgumentParser):
+    """Complains in one line, without the usage text."""
+
+    def error(self, message: str) -> NoReturn:
+        _complain(message)
+        sys.exit(USER_ERROR)
+
+
+def _flag(setting: str) -> str:
+    return "--" + setting.replace("_", "-")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Every flag of the command. Unset settings are None, so that the library's own defaults hold."""
+    parser = _Parser(
+        prog="fastkv-run",
+        description="Continue a long prompt with a Llama-family model, through FastKV (arXiv 2502.01068).",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--model", required=True, metavar="PATH_OR_ID", help="model folder, or hub id like org/name")
+    parser.add_argument("--prompt", required=True, metavar="FILE", help="UTF-8 text file; - reads standard input")
+    parser.add_argument("--policy", default="fastkv", metavar="NAME", help="fastkv (default) or full")
+    policy = parser.add_argument_group("settings of policy fastkv")
+    for name, (kind, text) in _POLICY_FLAGS.items():
+        policy.add_argument(_flag(name), type=kind, help=text)
+    sampling = parser.add_argument_group("generation")
+    for name, (kind, text) in _SAMPLING_FLAGS.items():
+        sampling.add_argument(_flag(name), type=kind, help=text)
+    sampling.add_argument("--stop", action="append", default=[], metavar="STR", help="end before this (repeatable)")
+    sampling.add_argument("--ignore-eos", action="store_true", help="go on behind an end-of-text token")
+    sampling.add_argument("--chat", action="store_true", help="wrap the prompt in the model's chat template")
+    sampling.add_argument("--system", metavar="TEXT", help="system message for --chat")
+    machine = parser.add_argument_group("machine and output")
+    machine.add_argument("--device", default="auto", help="auto (default), cpu, cuda or cuda:N")
+    machine.add_argument("--dtype", default="auto", help="auto (default), float32, bfloat16 or float16")
+    machine.add_argument("--threads", type=int, help="CPU threads (default: torch's choice)")
+    machine.add_argument("--revision", help="revision of a hub id")
+    machine.add_argument("--json", action="store_true", help="print one JSON object in place of the text")
+    machine.add_argument("--quiet", action="store_true", help="print no figures")
+    machine.add_argument("--version", action="version", version=f"fastkv-run {__version__}")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command; returns its exit status: 0 done, 2 a user's mistake, 130 interrupted."""
+    try:
+        return _run(build_parser().parse_args(argv))
+    except FastKVError as error:
+        _complain(str(error), error.setting)
+        return USER_ERROR
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except BrokenPipeError:
+        # The reader has gone: nothing is left to say, nor anyone to say it to at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return DONE
+
+
+def _run(args: argparse.Namespace) -> int:
+    if args.system is not None and not args.chat:
+        raise FastKVError("--system is for --chat: add --chat, or leave it out")
+    if args.threads is not None:
+        check_integer("threads", args.threads, 1)
+    text = read_prompt(args.prompt)
+
+    import torch
+
+    from fastkv.engine.llm import LLM
+    from fastkv.engine.sampler import SamplingParams
+
+    params = SamplingParams(stop=args.stop, ignore_eos=args.ignore_eos, **_given(args, _SAMPLING_FLAGS))
+    policy = build_policy(args.policy, _given(args, _POLICY_FLAGS))
+    if args.threads is not None:
+        torch.set_num_threads(args.threads)
+    llm = LLM(args.model, policy=policy, dtype=args.dtype, device=args.device, revision=args.revision)
+    stream = llm.stream(_chat_ids(llm, text, args.system) if args.chat else text, params)
+    status = _print_json(llm, stream) if args.json else _print_text(stream)
+    if not args.quiet:
+        _print_figures(llm, stream.output().metrics)
+    return status
+
+
+def read_prompt(name: str) -> str:
+    """The text of a prompt file ("-": standard input), verbatim but for a byte-order mark and one last newline.
+
+    Raises FastKVError for a file that is missing, empty, binary or not UTF-8.
+    """
+    source = "standard input" if name == "-" else name
+    try:
+        data = sys.stdin.buffer.read() if name == "-" else Path(name).read_bytes()
+    except OSError as error:
+        raise FastKVError(f"--prompt {source}: cannot be read ({error.strerror})") from None
+    if data.startswith((b"\xff\xfe", b"\xfe\xff")):
+        raise FastKVError(f"--prompt {source}: is UTF-16; save it as UTF-8")
+    if b"\0" in data:
+        raise FastKVError(f"--prompt {source}: is a binary file; give a text file in UTF-8")
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise FastKVError(f"--prompt {source}: is not UTF-8 (byte {error.start}); save it as UTF-8") from None
+    text = text.removesuffix("\r\n") if text.endswith("\r\n") else text.removesuffix("\n")
+    if not text:
+        raise FastKVError(f"--prompt {source}: is empty")
+    return text
+
+
+def build_policy(name: str, settings: dict[str, Any]) -> Policy:
+    """The policy of that name with these settings; FastKVError for an unknown name or a setting it does not have."""
+    from fastkv.cache.policies import POLICIES
+
+    if name not in POLICIES:
+        raise FastKVError(f"policy must be one of {', '.join(POLICIES)}, not {name!r}", setting="policy")
+    policy = POLICIES[name]
+    known = {field.name for field in dataclasses.fields(policy)}  # type: ignore[arg-type]
+    for setting in settings:
+        if setting not in known:
+            raise FastKVError(f"{_flag(setting)} is no setting of --policy {name}; leave one of them out")
+    return policy(**settings)
+
+
+def _given(args: argparse.Namespace, flags: dict[str, tuple[type, str]]) -> dict[str, Any]:
+    return {name: getattr(args, name) for name in flags if getattr(args, name) is not None}
+
+
+def _chat_ids(llm: LLM, text: str, system: str | None) -> list[int]:
+    if llm.tokenizer is None:
+        raise FastKVError("--chat: the model folder has no tokenizer (tokenizer.json or tokenizer.model)")
+    messages = [] if system is None else [{"role": "system", "content": system}]
+    return llm.tokenizer.encode_chat([*messages, {"role": "user", "content": text}])
+
+
+def _print_text(stream: Generation) -> int:
+    """Write the text as it is made. Ctrl-C keeps what is there."""
+    status = DONE
+    ended = "\n"
+    _write_utf8()
+    try:
+        for piece in stream:
+            if piece.text:
+                sys.stdout.write(piece.text)
+                sys.stdout.flush()
+                ended = piece.text
+    except KeyboardInterrupt:
+        status = INTERRUPTED
+    if sys.stdout.isatty() and not ended.endswith("\n"):
+        print(file=sys.stderr)  # the figures begin on a line of their own, and stdout stays the text alone
+    return status
+
+
+def _print_json(llm: LLM, stream: Generation) -> int:
+    status = DONE
+    _write_utf8()
+    try:
+        for _ in stream:
+            pass
+    except KeyboardInterrupt:
+        status = INTERRUPTED
+    print(json.dumps(_as_json(llm, stream.output()), ensure_ascii=False), flush=True)
+    return status
+
+
+def _as_json(llm: LLM, output: Output) -> dict[str, Any]:
+    settings = dataclasses.asdict(llm.policy)  # type: ignore[call-overload]
+    return {
+        "text": output.text,
+        "token_ids": output.token_ids,
+        "finish_reason": output.finish_reason,
+        "policy": {"name": llm.policy.name, **settings},
+        "metrics": dataclasses.asdict(output.metrics),
+    }
+
+
+def _print_figures(llm: LLM, metrics: Metrics) -> None:
+    for label, value in figures(llm, metrics):
+        print(f"{label:<12} {value}", file=sys.stderr)
+
+
+def figures(llm: LLM, metrics: Metrics) -> list[tuple[str, str]]:
+    """The summary of a request, as (label, text) rows."""
+    speed = metrics.decode_tokens_per_s
+    rows = [
+        ("policy", llm.policy.name),
+        ("prompt", f"{metrics.prompt_tokens:,} tokens"),
+        ("first token", f"{metrics.ttft_s:.3f} s"),
+        ("decode", f"{metrics.new_tokens} tokens" + ("" if speed is None else f", {speed:,.1f} tokens/s")),
+        (
+            "KV kept",
+            f"{metrics.kv_entries:,} of {metrics.kv_full_entries:,} entries"
+            f" ({_percent(metrics.kv_entries, metrics.kv_full_entries)}); allocated, with room for the answer,"
+            f" {_mebibytes(metrics.kv_bytes)} of {_mebibytes(metrics.kv_full_bytes)}",
+        ),
+    ]
+    for stage in llm.policy.stages(llm.config.n_layers, metrics.prompt_tokens):
+        if stage.keep is not None:
+            share = _percent(stage.keep, metrics.prompt_tokens)
+            rows.append(("TSP", f"{stage.keep:,} tokens ({share}) go on behind layer {stage.layers[-1]}"))
+    if metrics.peak_bytes is not None:
+        rows.append(("peak memory", f"{_mebibytes(metrics.peak_bytes)} ({_peak_of(llm)})"))
+    return rows
+
+
+def _peak_of(llm: LLM) -> str:
+    return "allocated on the GPU" if llm.device.type == "cuda" else "the whole process"
+
+
+def _percent(part: int, whole: int) -> str:
+    return f"{100 * part / whole:.1f} %"
+
+
+def _mebibytes(size: int) -> str:
+    return f"{size / 2**20:,.1f} MiB"
+
+
+def _complain(message: str, setting: str | None = None) -> None:
+    """One line on stderr, naming the flag of the setting at fault."""
+    flags = {*_POLICY_FLAGS, *_SAMPLING_FLAGS, "stop", "policy", "device", "dtype", "threads", "revision"}
+    prefix = f"{_flag(setting)}: " if setting in flags and setting is not None else ""
+    print(f"fastkv-run: error: {prefix}{' '.join(message.split())}", file=sys.stderr)
+
+
+def _write_utf8() -> None:
+    """Text is UTF-8 wherever it goes, whatever the locale says; and newlines stay as the model wrote them."""
+    reconfigure = getattr(sys.stdout, "reconfigure", None)
+    if reconfigure is not None:
+        reconfigure(encoding="utf-8", errors="replace", newline="\n")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

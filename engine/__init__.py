@@ -1,0 +1,1 @@
+"""The engine: the prefill's layer loop, decoding, sampling, and the LLM that ties them together."""

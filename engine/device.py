@@ -1,0 +1,42 @@
+"""Where a model runs and in which dtype: what "auto" means, and what is refused."""
+
+from __future__ import annotations
+
+import torch
+
+from fastkv.errors import FastKVError, check_choice
+from fastkv.models.config import DTYPES
+
+
+def resolve_device(device: str | torch.device) -> torch.device:
+    """ "auto" (a GPU if there is one) | "cpu" | "cuda" | "cuda:N". FastKVError for any other, or one not there."""
+    if device == "auto":
+        return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+    kind, _, index = str(device).partition(":")
+    if kind not in ("cpu", "cuda") or (index and (kind == "cpu" or not index.isdecimal())):
+        raise FastKVError(f"device must be auto, cpu, cuda or cuda:N, not {str(device)!r}", setting="device")
+    if kind == "cpu":
+        return torch.device("cpu")
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if int(index or 0) >= count:
+        raise FastKVError(
+            f"device {str(device)!r} is not there: torch sees {count} CUDA devices; use cpu or auto", setting="device"
+        )
+    return torch.device("cuda", int(index or 0))
+
+
+def resolve_dtype(dtype: str, stored: str, device: torch.device) -> torch.dtype:
+    """ "auto" is the checkpoint's own dtype, but float32 on a CPU that has no instructions for it."""
+    check_choice("dtype", dtype, ("auto", *DTYPES))
+    if dtype == "auto":
+        dtype = "float32" if device.type == "cpu" and not _cpu_computes(stored) else stored
+    return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[dtype]
+
+
+def _cpu_computes(dtype: str) -> bool:
+    """Whether this CPU multiplies in `dtype` without converting each value to float32 first."""
+    if dtype == "float32":
+        return True
+    probe = {"bfloat16": "_is_avx512_bf16_supported", "float16": "_is_amx_fp16_supported"}[dtype]
+    supported = getattr(torch.cpu, probe, None)  # absent in older or other builds of torch
+    return supported is not None and bool(supported())

@@ -1,0 +1,128 @@
+"""One request as an iterator: prefill, then a token at a time until something stops it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+from fastkv.cache.kv_cache import KVCache
+from fastkv.cache.policy import Policy, plan_layers
+from fastkv.engine.decode import decode_step
+from fastkv.engine.memory import explain_out_of_memory, peak_bytes, start_peak
+from fastkv.engine.output import Metrics, Output, Piece
+from fastkv.engine.prefill import prefill
+from fastkv.engine.sampler import Sampler, SamplingParams
+from fastkv.engine.stopping import StopStrings
+from fastkv.models.detokenizer import Detokenizer
+from fastkv.models.llama import Llama
+from fastkv.models.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class Request:
+    """A checked request: the prompt fits the model, `max_tokens` fits behind it, `eos_ids` is empty if ignored."""
+
+    prompt: list[int]
+    params: SamplingParams
+    policy: Policy
+    max_tokens: int
+    position_limit: int
+    eos_ids: frozenset[int]
+
+
+class Generation(Iterator[Piece]):
+    """Runs a request as it is iterated. `output()` tells what came of it, at the end or wherever it was left."""
+
+    def __init__(
+        self, model: Llama, tokenizer: Tokenizer | None, request: Request, called_at: float | None = None
+    ) -> None:
+        # time.perf_counter() when the user asked, if that was before now
+        self._called_at = time.perf_counter() if called_at is None else called_at
+        self._model = model
+        self._request = request
+        self._detokenizer = Detokenizer(tokenizer.decode if tokenizer else lambda ids: "", request.prompt)
+        self._stops = StopStrings(request.params.stop)
+        self._plans = plan_layers(request.policy, model.config.n_layers, len(request.prompt))
+        self._cache: KVCache | None = None
+        self._token_ids: list[int] = []
+        self._text: list[str] = []
+        self._times: list[float] = []
+        self._finish_reason = "interrupted"
+        self._peak: int | None = None
+        self._pieces = self._run()
+
+    def __next__(self) -> Piece:
+        return next(self._pieces)
+
+    def _run(self) -> Iterator[Piece]:
+        with explain_out_of_memory():
+            yield from self._generate()
+
+    def _generate(self) -> Iterator[Piece]:
+        request = self._request
+        start_peak(self._model.device)
+        prompt = torch.tensor([request.prompt], device=self._model.device)
+        sampler = Sampler(request.params, prompt, self._model.config.vocab_size)
+        result = prefill(self._model, prompt, request.policy, request.max_tokens, request.position_limit)
+        self._cache = result.cache
+        logits = result.logits
+        del result
+        for _ in range(request.max_tokens):
+            token = sampler(logits)
+            piece, finished = self._take(int(token))
+            if finished:
+                self._peak = peak_bytes(self._model.device)
+            yield piece
+            if finished:
+                return
+            logits = decode_step(self._model, self._cache, token)
+
+    def _take(self, token_id: int) -> tuple[Piece, bool]:
+        """Book a new token; the piece to emit, and whether it is the last one."""
+        self._times.append(time.perf_counter())
+        self._token_ids.append(token_id)
+        text = "" if token_id in self._request.eos_ids else self._detokenizer.push(token_id)
+        text, stopped = self._stops.push(text)
+        if stopped or token_id in self._request.eos_ids:
+            self._finish_reason = "stop"
+        elif len(self._token_ids) == self._request.max_tokens:
+            self._finish_reason = "length"
+        finished = self._finish_reason != "interrupted"
+        if finished and not stopped:
+            text += self._end_of_text()
+        self._text.append(text)
+        return Piece(text, token_id), finished
+
+    def _end_of_text(self) -> str:
+        """What was held back; it may still turn out to complete a stop string."""
+        text, stopped = self._stops.push(self._detokenizer.flush())
+        if stopped:
+            self._finish_reason = "stop"
+            return text
+        return text + self._stops.flush()
+
+    def output(self) -> Output:
+        """Text, tokens and figures so far."""
+        return Output("".join(self._text), list(self._token_ids), self._finish_reason, self._metrics())
+
+    def _metrics(self) -> Metrics:
+        request, config, times = self._request, self._model.config, self._times
+        n_prompt, n_new = len(request.prompt), len(self._token_ids)
+        kept = [plan.kept for plan in self._plans]
+        full = KVCache.size_of([n_prompt] * config.n_layers, request.max_tokens, config.n_kv_heads, config.head_dim)
+        return Metrics(
+            prompt_tokens=n_prompt,
+            new_tokens=n_new,
+            ttft_s=times[0] - self._called_at if times else 0.0,
+            decode_tokens_per_s=(n_new - 1) / (times[-1] - times[0]) if n_new > 1 else None,
+            kv_tokens=round(sum(kept) / len(kept)),
+            kv_entries=sum(kept) * config.n_kv_heads,
+            kv_full_entries=n_prompt * len(kept) * config.n_kv_heads,
+            kv_bytes=self._cache.nbytes if self._cache else 0,
+            kv_full_bytes=full * self._model.dtype.itemsize,
+            tsp_tokens=self._plans[-1].seen,
+            peak_bytes=self._peak,
+        )

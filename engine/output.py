@@ -1,0 +1,52 @@
+"""What a request gives back: pieces while it runs, an Output at its end, and its figures."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One generated token and the text that it completes ("" while a character or a stop string may be under way)."""
+
+    text: str
+    token_id: int
+
+
+@dataclass(frozen=True)
+class Metrics:
+    """The figures of one request. Times in seconds, sizes in bytes; an entry is one token's K and V in one KV head.
+
+    ttft_s: from the call to the first token. decode_tokens_per_s: (new_tokens - 1) / the time after the first token,
+    None for a single token. kv_tokens: prompt tokens that a layer keeps (the mean over layers, rounded).
+    kv_entries and kv_full_entries: prompt entries kept, and what a full cache keeps. kv_bytes: allocated for K and V,
+    room for max_tokens included; kv_full_bytes: what a full cache would allocate. tsp_tokens: prompt tokens that reach
+    the last layer. peak_bytes: on a GPU the most memory allocated during the request, on a CPU the most resident
+    memory of the process so far; None where the system does not say.
+    """
+
+    prompt_tokens: int
+    new_tokens: int
+    ttft_s: float
+    decode_tokens_per_s: float | None
+    kv_tokens: int
+    kv_entries: int
+    kv_full_entries: int
+    kv_bytes: int
+    kv_full_bytes: int
+    tsp_tokens: int
+    peak_bytes: int | None
+
+
+@dataclass(frozen=True)
+class Output:
+    """A finished request.
+
+    text has neither the EOS nor the stop string that ended it; token_ids has every token generated.
+    finish_reason: "stop" (EOS or stop string) or "length"; "interrupted" for a stream that was left before its end.
+    """
+
+    text: str
+    token_ids: list[int]
+    finish_reason: str
+    metrics: Metrics

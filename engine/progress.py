@@ -1,0 +1,41 @@
+"""One line on a terminal that says how far a long load has come."""
+
+from __future__ import annotations
+
+import time
+from types import TracebackType
+from typing import TextIO
+
+_PATIENCE = 1.0  # seconds before a line appears: a short load shows none
+_INTERVAL = 0.1  # seconds between two updates
+
+
+class LoadingLine:
+    """A context manager; `show(done, total)` in bytes. Silent unless `stream` is a terminal."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+        self._live = stream.isatty()
+        self._started = time.monotonic()
+        self._next = self._started + _PATIENCE
+        self._shown = False
+
+    def show(self, done: int, total: int) -> None:
+        now = time.monotonic()
+        if not self._live or now < self._next:
+            return
+        left = (now - self._started) * (total - done) / max(done, 1)
+        self._stream.write(f"\rloading {done / 2**30:.1f} of {total / 2**30:.1f} GiB, {left:.0f} s left \x1b[K")
+        self._stream.flush()
+        self._next = now + _INTERVAL
+        self._shown = True
+
+    def __enter__(self) -> LoadingLine:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._shown:
+            self._stream.write("\r\x1b[K")
+            self._stream.flush()

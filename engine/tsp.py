@@ -1,0 +1,35 @@
+"""The tokens on their way through the layers: ids, hidden states and positions are gathered together or not at all."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class TokenState:
+    """T tokens of B prompts: ids int64 [B, T], hidden [B, T, E], positions int64 [B, T] (original, ascending)."""
+
+    ids: Tensor
+    hidden: Tensor
+    positions: Tensor
+
+    @classmethod
+    def start(cls, ids: Tensor, hidden: Tensor) -> TokenState:
+        """All N tokens of the prompts, at positions 0 … N - 1."""
+        return cls(ids, hidden, torch.arange(ids.shape[1], device=ids.device).expand_as(ids))
+
+    def with_hidden(self, hidden: Tensor) -> TokenState:
+        """The same tokens behind one more step of the network."""
+        return TokenState(self.ids, hidden, self.positions)
+
+    def take(self, keep: Tensor) -> TokenState:
+        """Token-Selective Propagation (arXiv 2502.01068): only the tokens at `keep`, int64 [B, n], go on."""
+        rows = keep.unsqueeze(-1).expand(-1, -1, self.hidden.shape[-1])
+        return TokenState(self.ids.gather(1, keep), self.hidden.gather(1, rows), self.positions.gather(1, keep))
+
+    def take_last(self) -> TokenState:
+        """Only the last token goes on: behind the last layer's attention, nothing else is read."""
+        return TokenState(self.ids[:, -1:], self.hidden[:, -1:], self.positions[:, -1:])

@@ -1,0 +1,42 @@
+"""The one exception that a user's mistake raises, and the checks that raise it for settings."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+
+class FastKVError(ValueError):
+    """A mistake of the user's. Its message is the one line that the command prints.
+
+    `setting` names the library setting at fault (`"kv_retention"`), where there is one, so that the command can
+    name its flag (`--kv-retention`).
+    """
+
+    def __init__(self, message: str, *, setting: str | None = None) -> None:
+        super().__init__(message)
+        self.setting = setting
+
+
+def check_integer(name: str, value: Any, low: int) -> None:
+    """Raise FastKVError unless `value` is an int (a bool is not one) of at least `low`."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < low:
+        raise FastKVError(f"{name} must be a whole number of at least {low}, not {value!r}", setting=name)
+
+
+def check_number(name: str, value: Any, low: float, high: float, *, above: bool = False) -> None:
+    """Raise FastKVError unless `value` is a finite number in [low, high], or in (low, high] where `above`."""
+    number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    if number and value <= high and (value > low if above else value >= low):
+        return
+    lower = f"above {low:g}" if above else f"at least {low:g}"
+    upper = "" if math.isinf(high) else f" and at most {high:g}"
+    raise FastKVError(f"{name} must be {lower}{upper}, not {value!r}", setting=name)
+
+
+def check_choice(name: str, value: Any, choices: Iterable[str]) -> None:
+    """Raise FastKVError unless `value` is one of the names in `choices`."""
+    known = list(choices)
+    if value not in known:
+        raise FastKVError(f"{name} must be one of {', '.join(known)}, not {value!r}", setting=name)

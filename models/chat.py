@@ -1,0 +1,82 @@
+"""A model's chat template, rendered in Jinja's sandbox: it comes with the model folder and is not trusted."""
+
+from __future__ import annotations
+
+import json
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from fastkv.errors import FastKVError
+from fastkv.models.fields import Fields
+
+
+class ChatTemplate:
+    """Turns messages into the text that a model was trained to continue."""
+
+    def __init__(self, source: str, path: Path) -> None:
+        import jinja2
+        from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+        self.path = path
+        environment = ImmutableSandboxedEnvironment(
+            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+        )
+        environment.filters["tojson"] = _to_json
+        environment.globals["raise_exception"] = _refuse
+        environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
+        self._failures = (jinja2.TemplateError, TypeError, ValueError, ArithmeticError, LookupError, AttributeError)
+        try:
+            self._template = environment.from_string(source)
+        except jinja2.TemplateError as error:
+            raise FastKVError(f"{path}: the chat template is broken ({error})") from None
+
+    @classmethod
+    def from_pretrained(cls, folder: Path, fields: Fields) -> ChatTemplate | None:
+        """`chat_template.jinja` if it is there, else `chat_template` of tokenizer_config.json, else None."""
+        file = folder / "chat_template.jinja"
+        if file.is_file():
+            try:
+                return cls(file.read_text(encoding="utf-8"), file)
+            except (OSError, UnicodeDecodeError) as error:
+                raise FastKVError(f"{file}: cannot be read ({error})") from None
+        stated = fields.get("chat_template", None)
+        if isinstance(stated, list):
+            stated = _default_template(fields, stated)
+        if stated is None:
+            return None
+        if not isinstance(stated, str):
+            raise fields.complain("chat_template", "a string, or a list of named templates")
+        return cls(stated, Path(fields.source))
+
+    def render(self, messages: list[dict[str, str]], bos_token: str, eos_token: str) -> str:
+        """The conversation as text, ending where the model's answer begins; FastKVError if the template refuses."""
+        try:
+            return self._template.render(
+                messages=messages,
+                bos_token=bos_token,
+                eos_token=eos_token,
+                add_generation_prompt=True,
+                tools=None,
+                documents=None,
+            )
+        except self._failures as error:
+            raise FastKVError(f"{self.path}: the chat template cannot render these messages ({error})") from None
+
+
+def _default_template(fields: Fields, named: list[Any]) -> str | None:
+    for entry in named:
+        if isinstance(entry, dict) and entry.get("name") == "default":
+            return entry.get("template")
+    raise fields.complain("chat_template", "a list with a template named 'default'")
+
+
+def _to_json(value: Any, **options: Any) -> str:
+    # Jinja's own filter escapes for HTML, which a prompt is not.
+    return json.dumps(value, ensure_ascii=False, **options)
+
+
+def _refuse(message: str) -> None:
+    import jinja2
+
+    raise jinja2.TemplateError(message)

@@ -1,0 +1,46 @@
+"""Streaming text: token ids in, one at a time; text out, never half a character, with its spaces right."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+_CONTEXT = 6  # prompt tokens that are decoded along, so that a leading space survives
+_BROKEN = "\ufffd"  # how a tokenizer shows bytes that are not (yet) a character
+
+
+class Detokenizer:
+    """Decodes a growing list of ids so that the pieces add up to the text that follows the prompt.
+
+    Each step decodes a short window twice, without and with what is new, and emits the difference: a token's text can
+    depend on its neighbour (sentencepiece drops the space of the first token) but not on tokens further away.
+    """
+
+    def __init__(self, decode: Callable[[list[int]], str], prompt: Sequence[int] = ()) -> None:
+        self._decode = decode
+        self._ids = list(prompt[-_CONTEXT:])
+        self._emitted = len(self._ids)  # ids before this one are out already ...
+        # ... but for the tokens of a character that the prompt leaves unfinished: it is emitted whole when it is whole.
+        while self._emitted and self._decode(self._ids[: self._emitted]).endswith(_BROKEN):
+            self._emitted -= 1
+        if not self._emitted:
+            self._ids = []
+        self._start = 0  # the window that is decoded anew begins here
+
+    def push(self, token_id: int) -> str:
+        """The text that this token completes; "" while a character is unfinished."""
+        self._ids.append(token_id)
+        text = self._pending()
+        if not text or text.endswith(_BROKEN):
+            return ""
+        self._start, self._emitted = self._emitted, len(self._ids)
+        return text
+
+    def flush(self) -> str:
+        """What is left at the end, without the unfinished character that it may end with."""
+        text = self._pending().rstrip(_BROKEN)
+        self._start = self._emitted = len(self._ids)
+        return text
+
+    def _pending(self) -> str:
+        before = self._decode(self._ids[self._start : self._emitted])
+        return self._decode(self._ids[self._start :])[len(before) :]

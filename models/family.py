@@ -1,0 +1,51 @@
+"""What a model family may change about the Llama architecture. One small file per family fills this in."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from fastkv.models.fields import Fields
+
+
+@dataclass(frozen=True)
+class Family:
+    """A family of checkpoints that differ from Llama only in their configuration.
+
+    `architectures` are the names that config.json may give; `differences` maps the file's fields to the keyword
+    arguments of ModelConfig in which this family departs from a plain Llama. `n_kv_heads`, `head_dim` and
+    `context_length` are what the family's published configuration class assumes where the file is silent
+    (None: as many KV heads as heads; hidden_size // heads).
+    """
+
+    model_type: str
+    architectures: tuple[str, ...]
+    differences: Callable[[Fields], dict[str, Any]]
+    n_kv_heads: int | None = None
+    head_dim: int | None = None
+    context_length: int | None = None
+
+
+def layer_windows(fields: Fields, window: int | None, first: int = 0) -> tuple[int | None, ...]:
+    """Sliding window of each layer, in tokens (None: attends to everything).
+
+    An explicit `layer_types` list decides; without one, layers from `first` on are windowed.
+    """
+    n_layers = fields.integer("num_hidden_layers")
+    kinds = fields.get("layer_types", None)
+    if kinds is None:
+        return tuple(window if layer >= first else None for layer in range(n_layers))
+    if not isinstance(kinds, list) or len(kinds) != n_layers:
+        raise fields.complain("layer_types", f"a list of {n_layers} names")
+    for kind in kinds:
+        if kind not in ("full_attention", "sliding_attention"):
+            raise fields.complain("layer_types", "a list of full_attention or sliding_attention")
+    return tuple(window if kind == "sliding_attention" else None for kind in kinds)
+
+
+def optional_windows(fields: Fields) -> tuple[int | None, ...]:
+    """Sliding windows of the Qwen families: off unless `use_sliding_window`, and then from `max_window_layers` on."""
+    if not fields.flag("use_sliding_window", False):
+        return (None,) * fields.integer("num_hidden_layers")
+    return layer_windows(fields, fields.integer("sliding_window", 4096), fields.integer("max_window_layers", 28, low=0))

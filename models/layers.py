@@ -1,0 +1,120 @@
+"""The parts that every layer shares: RMS norm, gated MLP, rotary embedding with its scalings."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastkv.models.rope_config import RopeConfig
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm over the last dimension (arXiv 1910.07467)."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+
+
+class MLP(nn.Module):
+    """Gated MLP (SwiGLU, arXiv 2002.05202). Gate and up are one matrix: rows [gate; up]."""
+
+    def __init__(self, hidden_size: int, intermediate_size: int, bias: bool) -> None:
+        super().__init__()
+        self.gate_up_proj = nn.Linear(hidden_size, 2 * intermediate_size, bias=bias)
+        self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = self.gate_up_proj(x).chunk(2, dim=-1)  # [B, T, I] each
+        return self.down_proj(F.silu(gate) * up)
+
+
+@dataclass(frozen=True)
+class Rope:
+    """Cosines and sines for a set of positions, broadcast over heads: each [B, 1, T, D // 2]."""
+
+    cos: Tensor
+    sin: Tensor
+
+    def rotate(self, x: Tensor) -> Tensor:
+        """Turn x [B, H, T, D]: value i is paired with value i + D/2."""
+        low, high = x.chunk(2, dim=-1)
+        return torch.cat((low * self.cos - high * self.sin, high * self.cos + low * self.sin), dim=-1)
+
+
+class RotaryEmbedding(nn.Module):
+    """Positions -> Rope (arXiv 2104.09864). Angles are computed in float32 whatever the model's dtype."""
+
+    inv_freq: Tensor
+
+    def __init__(self, config: RopeConfig, head_dim: int) -> None:
+        super().__init__()
+        # On the CPU by name: the model around it may be built on the meta device.
+        self.register_buffer("inv_freq", inverse_frequencies(config, head_dim).cpu(), persistent=False)
+        self.scale = attention_factor(config)
+
+    def forward(self, positions: Tensor, dtype: torch.dtype) -> Rope:
+        """positions: int64 [B, T], the tokens' original positions."""
+        angles = positions[:, None, :, None].float() * self.inv_freq  # [B, 1, T, D // 2]
+        return Rope((angles.cos() * self.scale).to(dtype), (angles.sin() * self.scale).to(dtype))
+
+
+def inverse_frequencies(config: RopeConfig, head_dim: int) -> Tensor:
+    """Radians per position of each pair: float32 [head_dim // 2], stretched as `config.scaling` says."""
+    exponents = torch.arange(0, head_dim, 2, dtype=torch.float32, device="cpu") / head_dim
+    inv_freq = 1.0 / config.theta**exponents
+    if config.scaling == "linear":
+        return inv_freq / config.factor
+    if config.scaling == "llama3":
+        return _llama3_frequencies(config, inv_freq)
+    if config.scaling == "yarn":
+        return _yarn_frequencies(config, inv_freq, head_dim)
+    return inv_freq
+
+
+def attention_factor(config: RopeConfig) -> float:
+    """What cosines and sines are multiplied by: 1 but for yarn (arXiv 2309.00071, §3.4)."""
+    if config.scaling != "yarn":
+        return 1.0
+    if config.attention_factor is not None:
+        return config.attention_factor
+
+    def temperature(weight: float) -> float:
+        return 0.1 * weight * math.log(config.factor) + 1.0 if config.factor > 1 else 1.0
+
+    if config.mscale is not None and config.mscale_all_dim is not None:
+        return temperature(config.mscale) / temperature(config.mscale_all_dim)
+    return temperature(1.0)
+
+
+def _llama3_frequencies(config: RopeConfig, inv_freq: Tensor) -> Tensor:
+    """Llama 3.1: slow pairs are divided by `factor`, fast ones kept, and those between are blended."""
+    turns = config.original_context * inv_freq / (2 * math.pi)  # full turns over the original length
+    share = (turns - config.low_freq_factor) / (config.high_freq_factor - config.low_freq_factor)
+    kept = share.clamp(0, 1)
+    return (1 - kept) * inv_freq / config.factor + kept * inv_freq
+
+
+def _yarn_frequencies(config: RopeConfig, inv_freq: Tensor, head_dim: int) -> Tensor:
+    """Yarn's "NTK by parts": a linear ramp over the pairs, from kept (fast) to divided by `factor` (slow)."""
+
+    def pair_turning(turns: float) -> float:
+        # The (fractional) pair that makes so many turns over the original length.
+        wavelength = config.original_context / (turns * 2 * math.pi)
+        return head_dim * math.log(wavelength) / (2 * math.log(config.theta))
+
+    low, high = pair_turning(config.beta_fast), pair_turning(config.beta_slow)
+    if config.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, head_dim - 1)
+    ramp = (torch.arange(head_dim // 2, dtype=torch.float32, device="cpu") - low) / max(high - low, 0.001)
+    slow = ramp.clamp(0, 1)
+    return slow * inv_freq / config.factor + (1 - slow) * inv_freq

@@ -1,0 +1,106 @@
+"""The Llama network: embed, rope, layers, head. No loop over a request, no cache, no policy.
+
+Attention and MLP of a block are apart, and attention itself is handed in, so that the engine can stand between them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from fastkv.models.config import ModelConfig
+from fastkv.models.layers import MLP, RMSNorm, Rope, RotaryEmbedding
+
+# (q [B, Hq, T, D], k [B, Hkv, T, D], v [B, Hkv, T, D]), q and k rotated -> [B, Hq, T, D]
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+class Attention(nn.Module):
+    """Grouped-query attention without the attention: projections, head norms and rotation.
+
+    q, k and v are one matrix: rows [q; k; v].
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.head_dim = config.head_dim
+        self.heads = (config.n_heads, config.n_kv_heads, config.n_kv_heads)
+        self.qkv_proj = nn.Linear(config.hidden_size, sum(self.heads) * self.head_dim, bias=config.qkv_bias)
+        self.o_proj = nn.Linear(config.n_heads * self.head_dim, config.hidden_size, bias=config.o_bias)
+        if config.qk_norm:
+            self.q_norm: nn.Module = RMSNorm(self.head_dim, config.rms_norm_eps)
+            self.k_norm: nn.Module = RMSNorm(self.head_dim, config.rms_norm_eps)
+        else:
+            self.q_norm = self.k_norm = nn.Identity()
+
+    def forward(self, hidden: Tensor, rope: Rope, attend: Attend) -> Tensor:
+        heads = self.qkv_proj(hidden).unflatten(-1, (-1, self.head_dim))  # [B, T, Hq + 2 Hkv, D]
+        q, k, v = heads.transpose(1, 2).split(self.heads, dim=1)  # [B, H, T, D] each
+        attended = attend(rope.rotate(self.q_norm(q)), rope.rotate(self.k_norm(k)), v)
+        return self.o_proj(attended.transpose(1, 2).flatten(2))
+
+
+class Block(nn.Module):
+    """One decoder layer. `attention` and `mlp` each add their residual; call one after the other."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = Attention(config)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.feed_forward = MLP(config.hidden_size, config.intermediate_size, config.mlp_bias)
+
+    def attention(self, hidden: Tensor, rope: Rope, attend: Attend) -> Tensor:
+        """hidden [B, T, E] -> [B, T, E]; `attend` sees this layer's rotated q and k, and v."""
+        return hidden + self.self_attn(self.input_layernorm(hidden), rope, attend)
+
+    def mlp(self, hidden: Tensor) -> Tensor:
+        """hidden [B, T, E] -> [B, T, E]."""
+        return hidden + self.feed_forward(self.post_attention_layernorm(hidden))
+
+
+class Llama(nn.Module):
+    """Embedding, blocks and head of any supported family."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Block(config) for _ in range(config.n_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.rotary = RotaryEmbedding(config.rope, config.head_dim)
+        self.tie()
+
+    def tie(self) -> None:
+        """Let the head be the embedding, where the checkpoint says so."""
+        if self.config.tie_word_embeddings:
+            self.lm_head.weight = self.embed_tokens.weight
+
+    @property
+    def blocks(self) -> Sequence[Block]:
+        """The layers, first to last, as what they are (ModuleList forgets the type)."""
+        return cast("Sequence[Block]", self.layers)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.embed_tokens.weight.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.embed_tokens.weight.device
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """ids int64 [B, T] -> hidden [B, T, E]."""
+        return self.embed_tokens(ids)
+
+    def rope(self, positions: Tensor) -> Rope:
+        """positions int64 [B, T], the original ones -> the rotation of those positions."""
+        return self.rotary(positions, self.dtype)
+
+    def head(self, hidden: Tensor) -> Tensor:
+        """hidden [B, E] -> logits float32 [B, V]."""
+        return self.lm_head(self.norm(hidden)).float()

@@ -1,0 +1,141 @@
+"""safetensors -> model: built on the meta device, checked against the file headers, then filled one tensor at a time.
+
+A parameter that stands alone in the checkpoint is the memory-mapped file itself where the dtype allows; the fused ones
+(q, k, v; gate, up) are allocated and filled piece by piece. The model is never in memory twice.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from fastkv.errors import FastKVError
+from fastkv.models.checkpoint import Checkpoint
+from fastkv.models.config import ModelConfig
+from fastkv.models.llama import Llama
+
+# Checkpoints may carry these beyond what the model needs: a table that is computed, and a head that is the embedding.
+_ROTARY_TABLE = re.compile(r"rotary_emb\.inv_freq$")
+_HEAD = "lm_head.weight"
+
+Progress = Callable[[int, int], None]  # (bytes done, bytes in all)
+
+
+@dataclass(frozen=True)
+class Source:
+    """One checkpoint tensor and the shape it must have."""
+
+    name: str
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Target:
+    """One parameter of the model, and the checkpoint tensors that it consists of, stacked by rows."""
+
+    name: str
+    sources: tuple[Source, ...]
+
+
+def meta_model(config: ModelConfig) -> Llama:
+    """The network without memory behind its parameters."""
+    with torch.device("meta"):
+        return Llama(config)
+
+
+def model_bytes(config: ModelConfig, dtype: torch.dtype) -> int:
+    """Bytes that the parameters take in `dtype`."""
+    return sum(parameter.numel() for parameter in meta_model(config).parameters()) * dtype.itemsize
+
+
+def targets(model: Llama) -> list[Target]:
+    """Every parameter with its checkpoint tensors, in the order of the layers. A tied head has none of its own."""
+    return [Target(name, _sources(model.config, name, parameter)) for name, parameter in model.named_parameters()]
+
+
+def load_weights(
+    config: ModelConfig, folder: Path, dtype: torch.dtype, device: torch.device, progress: Progress | None = None
+) -> Llama:
+    """A model filled from the safetensors files of `folder`, in `dtype` on `device`, without gradients.
+
+    Raises FastKVError for missing, unexpected, misshapen or quantised tensors, and for broken files.
+    """
+    model = meta_model(config)
+    plan = targets(model)
+    with Checkpoint.open(folder) as checkpoint:
+        _check(checkpoint, plan, config)
+        total = sum(parameter.numel() for parameter in model.parameters())
+        done = 0
+        for target in plan:
+            value = _read(checkpoint, target, dtype, device)
+            _assign(model, target.name, value)
+            done += value.numel()
+            if progress is not None:
+                progress(done * dtype.itemsize, total * dtype.itemsize)
+    model.tie()
+    model.rotary.to(device)
+    return model.eval()
+
+
+def checkpoint_tensors(model: Llama) -> dict[str, Tensor]:
+    """The parameters under their checkpoint names, fused ones taken apart: what a safetensors file should hold."""
+    parameters = dict(model.named_parameters())
+    tensors: dict[str, Tensor] = {}
+    for target in targets(model):
+        pieces = parameters[target.name].detach().split([source.shape[0] for source in target.sources])
+        tensors.update({source.name: piece for source, piece in zip(target.sources, pieces, strict=True)})
+    return tensors
+
+
+def _sources(config: ModelConfig, name: str, parameter: Tensor) -> tuple[Source, ...]:
+    rest = tuple(parameter.shape[1:])
+    prefix = "" if name.startswith("lm_head.") else "model."
+    stored = prefix + name.replace(".feed_forward.", ".mlp.")
+    if ".qkv_proj." in name:
+        rows = [heads * config.head_dim for heads in (config.n_heads, config.n_kv_heads, config.n_kv_heads)]
+        pieces = ["q_proj", "k_proj", "v_proj"]
+        return tuple(Source(stored.replace("qkv_proj", p), (n, *rest)) for p, n in zip(pieces, rows, strict=True))
+    if ".gate_up_proj." in name:
+        pieces = ["gate_proj", "up_proj"]
+        return tuple(Source(stored.replace("gate_up_proj", p), (config.intermediate_size, *rest)) for p in pieces)
+    return (Source(stored, tuple(parameter.shape)),)
+
+
+def _check(checkpoint: Checkpoint, plan: list[Target], config: ModelConfig) -> None:
+    wanted = {source.name: source.shape for target in plan for source in target.sources}
+    stored = set(checkpoint.names)
+    if missing := [name for name in wanted if name not in stored]:
+        raise FastKVError(f"{checkpoint.path}: missing {_some(missing)}; is the download complete?")
+    allowed = {_HEAD} if config.tie_word_embeddings else set()
+    extra = [n for n in sorted(stored) if n not in wanted and n not in allowed and not _ROTARY_TABLE.search(n)]
+    if extra:
+        raise FastKVError(
+            f"{checkpoint.path}: unexpected {_some(extra)}; the weights do not belong to this config.json"
+        )
+    for name, shape in wanted.items():
+        checkpoint.check(name, shape)
+
+
+def _some(names: list[str]) -> str:
+    more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+    return f"tensor {names[0]}{more}"
+
+
+def _read(checkpoint: Checkpoint, target: Target, dtype: torch.dtype, device: torch.device) -> Tensor:
+    if len(target.sources) == 1:
+        return checkpoint.read(target.sources[0].name).to(device=device, dtype=dtype)
+    rows = [source.shape[0] for source in target.sources]
+    fused = torch.empty(sum(rows), *target.sources[0].shape[1:], dtype=dtype, device=device)
+    for source, piece in zip(target.sources, fused.split(rows), strict=True):
+        piece.copy_(checkpoint.read(source.name))
+    return fused
+
+
+def _assign(model: nn.Module, name: str, value: Tensor) -> None:
+    owner, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(owner), leaf, nn.Parameter(value, requires_grad=False))
