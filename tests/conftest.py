@@ -1,0 +1,41 @@
+"""Models that tests run on. Those that the repository does not hold are looked for beside it, and skipped if absent."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from places import OUTSIDE_MODELS, ROOT
+
+from fastkv import LLM
+
+
+@pytest.fixture(scope="session")
+def tiny_folder() -> Path:
+    """Random weights, 6 layers, 4 query / 2 KV heads, llama3 rotary scaling, no tokenizer."""
+    return ROOT / "tests" / "data" / "tiny-gqa"
+
+
+@pytest.fixture(scope="session")
+def archive_folder() -> Path:
+    """The bundled example's model, with a tokenizer.json."""
+    return ROOT / "examples" / "archive" / "model"
+
+
+@pytest.fixture(scope="session")
+def stories_folder() -> Path:
+    """A real small model with a tokenizer.model; not part of the repository."""
+    folder = OUTSIDE_MODELS / "stories260K"
+    if not folder.is_dir():
+        pytest.skip(f"{folder} is not there (FASTKV_TEST_MODELS names the folder that holds it)")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_llm(tiny_folder: Path) -> LLM:
+    return LLM(tiny_folder, dtype="float32", device="cpu")
+
+
+@pytest.fixture(scope="session")
+def archive_llm(archive_folder: Path) -> LLM:
+    return LLM(archive_folder, dtype="float32", device="cpu")

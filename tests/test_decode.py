@@ -1,0 +1,82 @@
+"""Decoding: against a recomputation from scratch, and against plain attention over the kept entries."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from fastkv import LLM, FastKV, FastKVError, FullKV
+from fastkv.engine.attention import decode_attention
+
+POLICY = FastKV(tsp_layer=2, tsp_rate=0.3, kv_retention=0.1, min_tokens=8)
+PROMPT = torch.randint(3, 256, (1, 200), generator=torch.Generator().manual_seed(1))
+
+
+def test_full_cache_decoding_is_a_longer_prefill(tiny_llm: LLM) -> None:
+    pre = tiny_llm.prefill(PROMPT, FullKV())
+    text = PROMPT[0].tolist()
+    for token in (17, 4, 250, 99):
+        logits = tiny_llm.decode(pre.cache, torch.tensor([token]))
+        text.append(token)
+        torch.testing.assert_close(logits, tiny_llm.prefill(text, FullKV()).logits, atol=1e-4, rtol=1e-4)
+
+
+@torch.inference_mode()
+def test_decoding_attends_to_the_kept_entries_at_the_true_position(tiny_llm: LLM) -> None:
+    """The slow twin keeps K/V as growing lists and rotates by the position N, N + 1, … of the text."""
+    model = tiny_llm._model
+    pre = tiny_llm.prefill(PROMPT, POLICY)
+    entries = [(pre.cache.k[i][:, :, :20].clone(), pre.cache.v[i][:, :, :20].clone()) for i in range(6)]
+    for step, token in enumerate((17, 4, 250, 99)):
+        hidden = model.embed(torch.tensor([[token]]))
+        rope = model.rope(torch.tensor([[200 + step]]))
+        for layer, block in enumerate(model.blocks):
+
+            def attend(q: Tensor, k: Tensor, v: Tensor, layer: int = layer) -> Tensor:
+                keys, values = (torch.cat(pair, 2) for pair in zip(entries[layer], (k, v), strict=True))
+                entries[layer] = (keys, values)
+                weights = q @ keys.repeat_interleave(2, 1).transpose(2, 3) / q.shape[-1] ** 0.5
+                return weights.softmax(-1) @ values.repeat_interleave(2, 1)
+
+            hidden = block.mlp(block.attention(hidden, rope, attend))
+        expected = model.head(hidden[:, -1])
+        torch.testing.assert_close(tiny_llm.decode(pre.cache, torch.tensor([token])), expected, atol=1e-4, rtol=1e-4)
+
+
+def test_a_batch_decodes_as_each_prompt_alone(tiny_llm: LLM) -> None:
+    ids = torch.randint(3, 256, (3, 150), generator=torch.Generator().manual_seed(2))
+    tokens = torch.tensor([[5, 6, 7], [8, 9, 10]])
+    together = tiny_llm.prefill(ids, POLICY)
+    steps = [tiny_llm.decode(together.cache, step) for step in tokens]
+    for row in range(3):
+        alone = tiny_llm.prefill(ids[row : row + 1], POLICY)
+        for step, logits in zip(tokens, steps, strict=True):
+            torch.testing.assert_close(logits[row], tiny_llm.decode(alone.cache, step[row : row + 1])[0])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_decode_attention_is_grouped_attention(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, heads, n, 16, dtype=dtype) for heads, n in ((6, 1), (2, 50), (2, 50)))
+    slow = torch.nn.functional.scaled_dot_product_attention(
+        q.float(), k.float().repeat_interleave(3, 1), v.float().repeat_interleave(3, 1)
+    )
+    tolerance = 1e-5 if dtype == torch.float32 else 2e-2
+    torch.testing.assert_close(decode_attention(q, k, v).float(), slow, atol=tolerance, rtol=tolerance)
+
+
+def test_the_context_is_the_limit(tiny_llm: LLM) -> None:
+    limit = tiny_llm.config.context_length
+    pre = tiny_llm.prefill([7] * (limit - 1), FastKV(), max_tokens=5)
+    tiny_llm.decode(pre.cache, torch.tensor([3]))
+    with pytest.raises(FastKVError, match=str(limit)):
+        tiny_llm.decode(pre.cache, torch.tensor([3]))
+
+
+@pytest.mark.parametrize("tokens", [[1, 2], [], [[1]], [256], [-1]])
+def test_wrong_tokens_are_refused(tiny_llm: LLM, tokens: list[int]) -> None:
+    pre = tiny_llm.prefill([5, 6, 7])
+    with pytest.raises(FastKVError):
+        tiny_llm.decode(pre.cache, torch.tensor(tokens, dtype=torch.int64))
+    assert pre.cache.appended == 0

@@ -1,0 +1,187 @@
+"""The prefill loop against a slow twin that computes everything for every token and gathers as late as it can."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastkv import LLM, FastKV, FullKV
+from fastkv.cache.policy import Observation
+from fastkv.cache.scores import window_scores
+
+
+def prompt(n_tokens: int, seed: int = 0, batch: int = 1) -> Tensor:
+    return torch.randint(3, 256, (batch, n_tokens), generator=torch.Generator().manual_seed(seed))
+
+
+@dataclass
+class Twin:
+    logits: Tensor
+    kept: list[Tensor]  # per layer [Hkv, n] positions
+    k: list[Tensor]  # per layer [Hkv, n, D]
+    v: list[Tensor]
+
+
+def slow_prefill(llm: LLM, ids: Tensor, policy: FastKV) -> Twin:
+    """One prompt [1, N]: K/V repeated to the query heads, an explicit mask, the MLP before the gather, no cache."""
+    model, config = llm._model, llm.config
+    n_tokens = ids.shape[1]
+    twin = Twin(torch.empty(0), [], [], [])
+    positions = torch.arange(n_tokens)
+    hidden = model.embed(ids)
+    for layer, block in enumerate(model.blocks):
+        seen: list[Tensor] = []
+
+        def attend(q: Tensor, k: Tensor, v: Tensor, seen: list[Tensor] = seen) -> Tensor:
+            seen[:] = [q, k, v]
+            group = q.shape[1] // k.shape[1]
+            logits = q @ k.repeat_interleave(group, 1).transpose(2, 3) / q.shape[-1] ** 0.5
+            logits = logits.masked_fill(torch.ones(logits.shape[-2:]).triu(1).bool(), float("-inf"))
+            return logits.softmax(-1) @ v.repeat_interleave(group, 1)
+
+        hidden = block.mlp(block.attention(hidden, model.rope(positions[None]), attend))
+        q, k, v = seen
+        budget = min(policy.budget(layer, config.n_layers, n_tokens), len(positions))
+        indices = torch.arange(len(positions)).expand(config.n_kv_heads, -1)
+        scores = torch.empty(0)
+        if len(positions) > policy.window:
+            scores = window_scores(q, k, policy.window, policy.kernel, policy.pooling)
+        if budget < len(positions):
+            best = scores[0].topk(budget - policy.window).indices.sort().values
+            indices = torch.cat((best, indices[:, -policy.window :]), 1)
+        twin.kept.append(positions[indices])
+        rows = indices[..., None].expand(-1, -1, config.head_dim)
+        twin.k.append(k[0].gather(1, rows))
+        twin.v.append(v[0].gather(1, rows))
+        keep = policy.stages(config.n_layers, n_tokens)[0].keep
+        if layer == policy.tsp_layer_of(config.n_layers) and keep is not None:
+            best = scores[0].sum(0).topk(keep - policy.window).indices.sort().values
+            chosen = torch.cat((best, torch.arange(len(positions) - policy.window, len(positions))))
+            hidden, positions = hidden[:, chosen], positions[chosen]
+    twin.logits = model.head(hidden[:, -1])
+    return twin
+
+
+CASES: list[dict[str, Any]] = [
+    {"min_tokens": 8},
+    {"tsp_layer": 0, "tsp_rate": 0.5, "kv_retention": 0.05, "min_tokens": 8},
+    {"tsp_layer": 4, "tsp_rate": 0.3, "kv_retention": 0.9, "min_tokens": 8, "pooling": "avg"},
+    {"tsp_len": 40, "kv_len": 100, "window": 16, "kernel": 3},
+    {"tsp_rate": 1.0, "min_tokens": 8},
+    {"kv_retention": 1.0, "min_tokens": 8},
+    {"tsp_layer": 5, "min_tokens": 8},
+]
+
+
+@pytest.mark.parametrize("settings", CASES, ids=str)
+@torch.inference_mode()
+def test_prefill_equals_its_slow_twin(tiny_llm: LLM, settings: dict[str, Any]) -> None:
+    ids = prompt(211)
+    policy = FastKV(**settings)
+    fast, slow = tiny_llm.prefill(ids, policy), slow_prefill(tiny_llm, ids, policy)
+    torch.testing.assert_close(fast.logits, slow.logits, atol=1e-4, rtol=1e-4)
+    for layer in range(tiny_llm.config.n_layers):
+        assert torch.equal(fast.kept[layer][0], slow.kept[layer])
+        live = fast.cache.length(layer)
+        torch.testing.assert_close(fast.cache.k[layer][0, :, :live], slow.k[layer], atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(fast.cache.v[layer][0, :, :live], slow.v[layer], atol=1e-4, rtol=1e-4)
+
+
+def test_full_logits_of_a_long_prompt_are_plain_causal_attention(tiny_llm: LLM) -> None:
+    ids = prompt(97)
+    with torch.inference_mode():
+        slow = slow_prefill(tiny_llm, ids, FastKV(tsp_rate=1.0, kv_retention=1.0))
+    torch.testing.assert_close(tiny_llm.prefill(ids, FullKV()).logits, slow.logits, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("policy", [FastKV(tsp_rate=1.0, kv_retention=1.0), FastKV(tsp_len=999, kv_len=999), FastKV()])
+def test_a_budget_of_the_whole_prompt_is_the_full_cache(tiny_llm: LLM, policy: FastKV) -> None:
+    ids = prompt(120)  # below the floor of the last policy
+    full, same = tiny_llm.prefill(ids, FullKV()), tiny_llm.prefill(ids, policy)
+    assert torch.equal(full.logits, same.logits)
+    assert all(torch.equal(a, b) for a, b in zip(full.cache.k, same.cache.k, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(full.kept, same.kept, strict=True))
+
+
+def test_what_each_layer_saw_and_kept(tiny_llm: LLM) -> None:
+    pre = tiny_llm.prefill(prompt(300, batch=2), FastKV(tsp_layer=2, tsp_rate=0.3, kv_retention=0.1, min_tokens=8))
+    assert [tuple(tokens.shape) for tokens in pre.tokens] == [(2, 300)] * 3 + [(2, 90)] * 3
+    assert [tuple(kept.shape) for kept in pre.kept] == [(2, 2, 30)] * 6
+    assert pre.logits.shape == (2, 256)
+    assert pre.logits.dtype == torch.float32
+    for tokens, kept in zip(pre.tokens, pre.kept, strict=True):
+        assert tokens.dtype == kept.dtype == torch.int64
+        assert (tokens.diff(dim=-1) > 0).all()
+        assert (kept.diff(dim=-1) > 0).all()
+        assert (kept[..., -8:] == torch.arange(292, 300)).all()
+        for row in range(2):
+            assert set(kept[row].flatten().tolist()) <= set(tokens[row].tolist())
+
+
+def test_the_two_decisions_are_independent(tiny_llm: LLM) -> None:
+    """Changing the KV budget moves no token of TSP; changing TSP moves no entry of the layers up to it."""
+    ids = prompt(300)
+    base = tiny_llm.prefill(ids, FastKV(tsp_layer=2, tsp_rate=0.3, kv_retention=0.1, min_tokens=8))
+    more_kv = tiny_llm.prefill(ids, FastKV(tsp_layer=2, tsp_rate=0.3, kv_retention=0.8, min_tokens=8))
+    more_tsp = tiny_llm.prefill(ids, FastKV(tsp_layer=2, tsp_rate=0.6, kv_retention=0.1, min_tokens=8))
+    assert all(torch.equal(a, b) for a, b in zip(base.tokens, more_kv.tokens, strict=True))
+    assert torch.equal(base.logits, more_kv.logits)  # the prefill itself never reads the compressed cache
+    assert all(torch.equal(a, b) for a, b in zip(base.kept[:3], more_tsp.kept[:3], strict=True))
+    assert not torch.equal(base.logits, more_tsp.logits)
+
+
+def test_a_batch_is_each_prompt_alone(tiny_llm: LLM) -> None:
+    policy = FastKV(tsp_layer=2, tsp_rate=0.3, kv_retention=0.1, min_tokens=8)
+    both = prompt(200, batch=2)
+    together = tiny_llm.prefill(both, policy)
+    for row in range(2):
+        alone = tiny_llm.prefill(both[row].tolist(), policy)
+        torch.testing.assert_close(together.logits[row], alone.logits[0], atol=1e-5, rtol=1e-5)
+        for a, b in zip(together.kept, alone.kept, strict=True):
+            assert torch.equal(a[row], b[0])
+
+
+def test_only_one_layers_full_kv_is_alive_at_a_time(tiny_llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A reference to an earlier layer's K/V (in the loop, the state or a list) would hold layers x prompt of memory."""
+    alive: list[weakref.ref[Tensor]] = []
+    counts: list[int] = []
+    score = FastKV.score
+
+    def watch(self: FastKV, observed: Observation) -> Tensor:
+        gc.collect()
+        counts.append(sum(ref() is not None for ref in alive))
+        alive.append(weakref.ref(observed.k))
+        return score(self, observed)
+
+    monkeypatch.setattr(FastKV, "score", watch)
+    tiny_llm.prefill(prompt(200), FastKV(min_tokens=8))
+    assert counts == [0] * 6
+
+
+@pytest.mark.parametrize("n_tokens", [1, 2, 7, 8, 9, 17])
+def test_short_prompts(tiny_llm: LLM, n_tokens: int) -> None:
+    """Around and below the window of 8 there is little or nothing to score."""
+    pre = tiny_llm.prefill(prompt(n_tokens), FastKV(tsp_len=8, kv_len=8))
+    assert [kept.shape[-1] for kept in pre.kept] == [min(8, n_tokens)] * 6
+    assert pre.tokens[-1].shape[-1] == min(8, n_tokens)
+    assert pre.logits.isfinite().all()
+
+
+def test_attention_matches_itself_in_blocks() -> None:
+    """The sliding-window attention works in blocks of queries; the twin is one explicit mask."""
+    from fastkv.engine.attention import causal_attention
+
+    torch.manual_seed(0)
+    q, k, v = torch.randn(1, 4, 1100, 8), torch.randn(1, 2, 1100, 8), torch.randn(1, 2, 1100, 8)
+    place = torch.arange(1100)
+    for window in (1, 5, 511, 512, 513, 1099):
+        mask = (place <= place[:, None]) & (place > place[:, None] - window)
+        slow = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
+        torch.testing.assert_close(causal_attention(q, k, v, window), slow, atol=1e-5, rtol=1e-5)
