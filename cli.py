@@ -210,12 +210,13 @@ def _print_json(llm: LLM, stream: Generation) -> int:
 
 
 def _as_json(llm: LLM, output: Output) -> dict[str, Any]:
-    settings = dataclasses.asdict(llm.policy)  # type: ignore[call-overload]
     return {
         "text": output.text,
         "token_ids": output.token_ids,
         "finish_reason": output.finish_reason,
-        "policy": {"name": llm.policy.name, **settings},
+        "policy": {"name": llm.policy.name, **llm.policy.settings(llm.config.n_layers)},
+        "device": str(llm.device),
+        "dtype": _dtype_of(llm),
         "metrics": dataclasses.asdict(output.metrics),
     }
 
@@ -229,7 +230,7 @@ def figures(llm: LLM, metrics: Metrics) -> list[tuple[str, str]]:
     """The summary of a request, as (label, text) rows."""
     speed = metrics.decode_tokens_per_s
     rows = [
-        ("policy", llm.policy.name),
+        ("policy", f"{llm.policy.name}, on {llm.device} in {_dtype_of(llm)}"),
         ("prompt", f"{metrics.prompt_tokens:,} tokens"),
         ("first token", f"{metrics.ttft_s:.3f} s"),
         ("decode", f"{metrics.new_tokens} tokens" + ("" if speed is None else f", {speed:,.1f} tokens/s")),
@@ -247,6 +248,10 @@ def figures(llm: LLM, metrics: Metrics) -> list[tuple[str, str]]:
     if metrics.peak_bytes is not None:
         rows.append(("peak memory", f"{_mebibytes(metrics.peak_bytes)} ({_peak_of(llm)})"))
     return rows
+
+
+def _dtype_of(llm: LLM) -> str:
+    return str(llm.dtype).removeprefix("torch.")
 
 
 def _peak_of(llm: LLM) -> str:

@@ -7,7 +7,7 @@ compute), `budget` the cache (decode memory). Both count from the original promp
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -41,6 +41,10 @@ class Policy:
 
     def validate(self, n_layers: int) -> None:
         """Raise FastKVError if a setting does not fit a model of `n_layers`."""
+
+    def settings(self, n_layers: int) -> dict[str, Any]:
+        """The settings by name, with defaults that depend on the model worked out."""
+        return {}
 
     def stages(self, n_layers: int, n_tokens: int) -> list[Stage]:
         """Context reduction: the slabs, in order, that together are all layers."""

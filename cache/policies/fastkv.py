@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import ClassVar
+from dataclasses import asdict, dataclass
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -70,6 +70,9 @@ class FastKV(Policy):
                 f"tsp_layer must be below the model's number of layers ({n_layers}), not {self.tsp_layer}",
                 setting="tsp_layer",
             )
+
+    def settings(self, n_layers: int) -> dict[str, Any]:
+        return asdict(self) | {"tsp_layer": self.tsp_layer_of(n_layers)}
 
     def tsp_layer_of(self, n_layers: int) -> int:
         """The TSP layer in a model of `n_layers`, the default worked out."""

@@ -1,0 +1,234 @@
+"""The library: generate, stream, several models and policies side by side, and what it refuses."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import fastkv
+from fastkv import LLM, FastKV, FastKVError, FullKV, Output, Piece, SamplingParams
+
+STORY = "Once upon a time"
+# The beginning of what the model's author shows for it; greedy decoding writes it word for word.
+PUBLISHED = (
+    ", there was a little girl named Lily. She loved to play outside in the park. One day, she saw a big, red ball. "
+    "She wanted to play with it, but it was too high."
+)
+LONG = [3 + i * 7 % 250 for i in range(600)]
+
+
+@pytest.fixture(scope="module")
+def stories(stories_folder: Path) -> LLM:
+    return LLM(stories_folder, device="cpu")
+
+
+def test_greedy_text_is_the_published_one(stories: LLM) -> None:
+    assert stories.generate(STORY).text.startswith(PUBLISHED)
+
+
+def test_output(stories: LLM) -> None:
+    out = stories.generate(STORY, SamplingParams(max_tokens=5))
+    assert isinstance(out, Output)
+    assert out.finish_reason == "length"
+    assert len(out.token_ids) == out.metrics.new_tokens == 5
+    assert out.metrics.prompt_tokens == 5  # BOS and four pieces
+    assert out.metrics.ttft_s > 0
+    assert out.metrics.decode_tokens_per_s is not None
+    assert stories.generate(STORY, SamplingParams(max_tokens=1)).metrics.decode_tokens_per_s is None
+
+
+def test_stream_adds_up_to_generate(stories: LLM) -> None:
+    stream = stories.stream(STORY, SamplingParams(max_tokens=30))
+    pieces = list(stream)
+    out = stories.generate(STORY, SamplingParams(max_tokens=30))
+    assert all(isinstance(piece, Piece) for piece in pieces)
+    assert "".join(piece.text for piece in pieces) == out.text == stream.output().text
+    assert [piece.token_id for piece in pieces] == out.token_ids
+
+
+def test_a_stream_left_early_tells_what_came_so_far(stories: LLM) -> None:
+    stream = stories.stream(STORY)
+    first = [next(stream), next(stream)]
+    out = stream.output()
+    assert out.text == "".join(piece.text for piece in first)
+    assert out.finish_reason == "interrupted"
+
+
+def test_a_list_is_each_prompt_alone(stories: LLM) -> None:
+    params = SamplingParams(max_tokens=8, temperature=0.8, seed=4)
+    prompts = [STORY, "The dog", "Tom and Sue"]
+    together = stories.generate(prompts, params)
+    assert [out.text for out in together] == [stories.generate(one, params).text for one in prompts]
+    assert len({out.text for out in together}) == 3
+
+
+def test_a_list_of_token_ids_is_one_prompt_and_a_list_of_lists_several(tiny_llm: LLM) -> None:
+    params = SamplingParams(max_tokens=3)
+    one = tiny_llm.generate([5, 6, 7], params)
+    several = tiny_llm.generate([[5, 6, 7], [8, 9]], params)
+    assert isinstance(one, Output)
+    assert several[0].token_ids == one.token_ids
+    assert several[1].metrics.prompt_tokens == 2
+
+
+def test_the_prompts_of_a_list_are_timed_one_by_one(tiny_llm: LLM) -> None:
+    """The last prompt's time to first token must not hold its waiting for the others."""
+    started = time.perf_counter()
+    outs = tiny_llm.generate([LONG] * 6, SamplingParams(max_tokens=2))
+    assert sum(out.metrics.ttft_s for out in outs) <= time.perf_counter() - started
+
+
+def test_token_ids_get_no_bos(stories: LLM) -> None:
+    ids = stories.tokenizer.encode(STORY) if stories.tokenizer else []
+    params = SamplingParams(max_tokens=8)
+    assert ids[0] == 1
+    assert stories.generate(ids, params).token_ids == stories.generate(STORY, params).token_ids
+    assert stories.generate(ids[1:], params).metrics.prompt_tokens == 4
+
+
+def test_same_seed_same_text(stories: LLM) -> None:
+    def text(seed: int) -> str:
+        return stories.generate(STORY, SamplingParams(max_tokens=20, temperature=1.0, seed=seed)).text
+
+    assert text(1) == text(1)
+    assert text(1) != text(2)
+
+
+def test_eos_stays_in_the_ids_and_out_of_the_text(archive_llm: LLM, archive_folder: Path) -> None:
+    prompt = (archive_folder.parent / "prompt.txt").read_text().rstrip("\n")
+    out = archive_llm.generate(prompt)
+    assert out.finish_reason == "stop"
+    assert out.token_ids[-1] == 1
+    assert "end_of_text" not in out.text
+    longer = archive_llm.generate(prompt, SamplingParams(ignore_eos=True, max_tokens=12))
+    assert longer.finish_reason == "length"
+    assert len(longer.token_ids) == 12
+    assert longer.text.startswith(out.text)
+    assert "end_of_text" not in longer.text
+
+
+def test_a_model_without_tokenizer_takes_ids_only(tiny_llm: LLM) -> None:
+    assert tiny_llm.tokenizer is None
+    out = tiny_llm.generate([5, 6, 7], SamplingParams(max_tokens=4))
+    assert out.text == ""
+    assert len(out.token_ids) == 4
+    with pytest.raises(FastKVError, match=r"tokenizer\.json"):
+        tiny_llm.generate("text")
+
+
+def test_policies_and_models_live_side_by_side(tiny_folder: Path, archive_folder: Path) -> None:
+    """Interleaved streams of two models and three policies give what each gives alone: nothing is shared."""
+    tiny = LLM(tiny_folder, policy=FullKV(), dtype="float32", device="cpu")
+    archive = LLM(archive_folder, policy=FastKV(kv_retention=0.3), dtype="float32", device="cpu")
+    params = SamplingParams(max_tokens=6, ignore_eos=True)
+    runs: list[tuple[LLM, Any]] = [(tiny, None), (archive, None), (tiny, FastKV(min_tokens=8)), (archive, FullKV())]
+    alone = [llm.generate(LONG, params, policy).token_ids for llm, policy in runs]
+    streams = [llm.stream(LONG, params, policy) for llm, policy in runs]
+    together = [[piece.token_id for piece in row] for row in zip(*zip(*streams, strict=True), strict=True)]
+    assert together == alone
+    assert tiny.policy == FullKV()
+    assert alone[0] != alone[2] or alone[1] != alone[3]
+
+
+def test_the_policy_of_a_call_wins_for_that_call_alone(tiny_llm: LLM) -> None:
+    params = SamplingParams(max_tokens=2)
+    assert tiny_llm.generate(LONG, params, FullKV()).metrics.kv_tokens == 600
+    assert tiny_llm.generate(LONG, params).metrics.kv_tokens == 128
+    assert tiny_llm.policy == FastKV()
+
+
+def test_default_max_tokens_is_what_the_context_leaves(tiny_llm: LLM) -> None:
+    limit = tiny_llm.config.context_length
+    assert tiny_llm.generate([7] * (limit - 3), SamplingParams(ignore_eos=True)).metrics.new_tokens == 3
+    with pytest.raises(FastKVError, match="max_tokens must be at most 3"):
+        tiny_llm.generate([7] * (limit - 3), SamplingParams(max_tokens=4))
+
+
+@pytest.mark.parametrize(
+    ("prompt", "message"),
+    [
+        ([], "empty"),
+        ("", "tokenizer"),
+        ([1, 256], "256"),
+        ([-1], "-1"),
+        ([1.5], "token ids"),
+        ([True], "token ids"),
+        ({"a": 1}, "token ids"),
+        (None, "token ids"),
+        (7, "token ids"),
+        ([[5], "text"], "tokenizer"),
+        ([[5], []], "empty"),
+        ([5] * 8193, "8193 tokens"),
+        ([5] * 8192, "fills"),
+        (torch.zeros(2, 3, dtype=torch.int64), "several"),
+    ],
+    ids=lambda value: str(value)[:20],
+)
+def test_bad_prompts_are_refused(tiny_llm: LLM, prompt: Any, message: str) -> None:
+    with pytest.raises(FastKVError, match=message) as caught:
+        tiny_llm.generate(prompt)
+    assert "\n" not in str(caught.value)
+
+
+def test_mistakes_are_raised_by_stream_itself(tiny_llm: LLM) -> None:
+    with pytest.raises(FastKVError):
+        tiny_llm.stream([])
+
+
+@pytest.mark.parametrize("wrong", ["fastkv", FastKV, 3])
+def test_a_policy_must_be_one(tiny_llm: LLM, wrong: Any) -> None:
+    with pytest.raises(FastKVError, match="policy must be"):
+        tiny_llm.generate([5], policy=wrong)
+
+
+def test_params_must_be_sampling_params(tiny_llm: LLM) -> None:
+    with pytest.raises(FastKVError, match="SamplingParams"):
+        tiny_llm.generate([5], {"temperature": 1})  # type: ignore[call-overload]
+
+
+def test_a_tsp_layer_outside_the_model_is_refused_before_loading(tiny_folder: Path) -> None:
+    with pytest.raises(FastKVError, match="tsp_layer"):
+        LLM(tiny_folder, policy=FastKV(tsp_layer=6))
+
+
+def test_out_of_memory_is_a_users_mistake(tiny_llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fastkv.engine.memory.available_bytes", lambda device: 100_000)
+    with pytest.raises(FastKVError, match="the KV cache needs"):
+        tiny_llm.generate(LONG)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_every_dtype_generates(tiny_folder: Path, dtype: str) -> None:
+    llm = LLM(tiny_folder, dtype=dtype, device="cpu")
+    assert llm.dtype == getattr(torch, dtype)
+    pre = llm.prefill(LONG, FastKV(min_tokens=8))
+    reference = LLM(tiny_folder, dtype="float32", device="cpu").prefill(LONG, FastKV(min_tokens=8))
+    assert pre.cache.k[0].dtype == llm.dtype
+    assert pre.logits.dtype == torch.float32
+    assert torch.nn.functional.cosine_similarity(pre.logits, reference.logits).item() > 0.99
+
+
+def test_auto_dtype_is_the_checkpoints_or_float32(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fastkv.engine.device._cpu_computes", lambda dtype: True)
+    assert LLM(tiny_folder, device="cpu").dtype == torch.bfloat16
+    monkeypatch.setattr("fastkv.engine.device._cpu_computes", lambda dtype: False)
+    assert LLM(tiny_folder, device="cpu").dtype == torch.float32
+
+
+@pytest.mark.parametrize("device", ["gpu", "cpu:1", "cuda:x", "mps", ""])
+def test_unknown_devices_are_refused(tiny_folder: Path, device: str) -> None:
+    with pytest.raises(FastKVError, match="device must be"):
+        LLM(tiny_folder, device=device)
+
+
+def test_public_names() -> None:
+    for name in fastkv.__all__:
+        assert getattr(fastkv, name) is not None
+        assert name in dir(fastkv)
+    assert issubclass(FastKVError, ValueError)
+    with pytest.raises(AttributeError):
+        _ = fastkv.nothing  # type: ignore[attr-defined]
