@@ -1,0 +1,89 @@
+"""Archive texts of a wanted length: records shuffled among fillers, one of them put at a wanted depth.
+
+Knows the tokenizer only as a function from text to token ids. The sentences themselves are archive_text.py's.
+"""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from archive_text import Key, filler, record, records
+
+Encode = Callable[[str], list[int]]  # no BOS added
+
+MIN_RECORDS, MAX_RECORDS = 3, 48
+MIN_SHARE, MAX_SHARE = 0.1, 0.6  # of a text's tokens that are records
+
+
+@dataclass(frozen=True)
+class Archive:
+    """A text: its sentences in order, and the codes that its records give."""
+
+    sentences: list[str]
+    codes: dict[Key, str]
+
+    @property
+    def text(self) -> str:
+        return " ".join(self.sentences)
+
+    @property
+    def askable(self) -> list[Key]:
+        """The keys whose code no other record has: the only ones whose answer shows which record was read."""
+        uses = Counter(self.codes.values())
+        return [key for key, code in self.codes.items() if uses[code] == 1]
+
+
+def compose(rng: random.Random, encode: Encode, tokens: int, n_records: int | None = None) -> Archive:
+    """A shuffled text of at most `tokens` tokens, and less than one sentence short of that.
+
+    `n_records` None draws it: records take 10 to 60 % of the text, 3 to 48 of them. Raises ValueError where the
+    records alone do not fit.
+    """
+    codes = records(rng, draw_record_count(rng, encode, tokens) if n_records is None else n_records)
+    sentences = [record(key, code) for key, code in codes.items()]
+    left = tokens - sum(size(encode, sentence) for sentence in sentences)
+    if left < 0:
+        raise ValueError(f"{len(codes)} records take {tokens - left} tokens, and the text may have only {tokens}")
+    while left > 0:
+        sentence = filler(rng)
+        left -= size(encode, sentence)
+        if left >= 0:
+            sentences.append(sentence)
+    rng.shuffle(sentences)
+    return Archive(sentences, codes)
+
+
+def draw_record_count(rng: random.Random, encode: Encode, tokens: int) -> int:
+    """How many records a text of `tokens` tokens gets."""
+    count = round(rng.uniform(MIN_SHARE, MAX_SHARE) * tokens / size(encode, record(("calm", "owl"), "0123")))
+    return min(max(count, MIN_RECORDS), MAX_RECORDS)
+
+
+def place(archive: Archive, key: Key, encode: Encode, depth: float) -> Archive:
+    """The same sentences with the record of `key` moved: a share `depth` of the other tokens comes before it."""
+    moved = record(key, archive.codes[key])
+    others = [sentence for sentence in archive.sentences if sentence != moved]
+    sizes = [size(encode, sentence) for sentence in others]
+    before = [sum(sizes[:index]) for index in range(len(others) + 1)]
+    index = min(range(len(before)), key=lambda i: abs(before[i] - depth * before[-1]))
+    return Archive([*others[:index], moved, *others[index:]], archive.codes)
+
+
+def size(encode: Encode, sentence: str) -> int:
+    """Tokens that a sentence takes inside a text, where a space goes before it."""
+    return len(encode(" " + sentence))
+
+
+def load_encode(path: Path) -> Encode:
+    """The tokenizer of a `tokenizer.json`. Raises ValueError where it cannot be read."""
+    from tokenizers import Tokenizer
+
+    try:
+        tokenizer = Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises bare Exceptions
+        raise ValueError(f"{path}: not a tokenizer that can be read ({error})") from None
+    return lambda text: tokenizer.encode(text, add_special_tokens=False).ids
