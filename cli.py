@@ -47,12 +47,14 @@ _SAMPLING_FLAGS: dict[str, tuple[type, str]] = {
     "seed": (int, "the same seed gives the same text"),
 }
 
+_OTHER_SETTINGS = ("prompt", "stop", "policy", "device", "dtype", "threads", "revision")
+
 
 class _Parser(argparse.ArgumentParser):
     """Complains in one line, without the usage text."""
 
     def error(self, message: str) -> NoReturn:
-        _complain(message)
+        _complain(str(FastKVError(message)))  # one line, whatever the arguments hold
         sys.exit(USER_ERROR)
 
 
@@ -110,7 +112,9 @@ def _run(args: argparse.Namespace) -> int:
     if args.system is not None and not args.chat:
         raise FastKVError("--system is for --chat: add --chat, or leave it out")
     if args.threads is not None:
-        check_integer("threads", args.threads, 1)
+        check_integer("threads", args.threads, 1, 4096)
+    if _is_broken(args.system or ""):
+        raise FastKVError("--system: is not UTF-8")
     text = read_prompt(args.prompt)
 
     import torch
@@ -136,6 +140,8 @@ def read_prompt(name: str) -> str:
     Raises FastKVError for a file that is missing, empty, binary or not UTF-8.
     """
     source = "standard input" if name == "-" else name
+    if name == "-" and sys.stdin is None:
+        raise FastKVError(f"--prompt {source}: is closed")
     try:
         data = sys.stdin.buffer.read() if name == "-" else Path(name).read_bytes()
     except OSError as error:
@@ -152,6 +158,11 @@ def read_prompt(name: str) -> str:
     if not text:
         raise FastKVError(f"--prompt {source}: is empty")
     return text
+
+
+def _is_broken(text: str) -> bool:
+    """Whether an argument held bytes that are no UTF-8: Python hands them on as lone surrogates."""
+    return any("\ud800" <= character <= "\udfff" for character in text)
 
 
 def build_policy(name: str, settings: dict[str, Any]) -> Policy:
@@ -173,10 +184,8 @@ def _given(args: argparse.Namespace, flags: dict[str, tuple[type, str]]) -> dict
 
 
 def _chat_ids(llm: LLM, text: str, system: str | None) -> list[int]:
-    if llm.tokenizer is None:
-        raise FastKVError("--chat: the model folder has no tokenizer (tokenizer.json or tokenizer.model)")
     messages = [] if system is None else [{"role": "system", "content": system}]
-    return llm.tokenizer.encode_chat([*messages, {"role": "user", "content": text}])
+    return llm.chat([*messages, {"role": "user", "content": text}])
 
 
 def _print_text(stream: Generation) -> int:
@@ -193,7 +202,7 @@ def _print_text(stream: Generation) -> int:
     except KeyboardInterrupt:
         status = INTERRUPTED
     if sys.stdout.isatty() and not ended.endswith("\n"):
-        print(file=sys.stderr)  # the figures begin on a line of their own, and stdout stays the text alone
+        _say("")  # the figures begin on a line of their own, and stdout stays the text alone
     return status
 
 
@@ -223,7 +232,7 @@ def _as_json(llm: LLM, output: Output) -> dict[str, Any]:
 
 def _print_figures(llm: LLM, metrics: Metrics) -> None:
     for label, value in figures(llm, metrics):
-        print(f"{label:<12} {value}", file=sys.stderr)
+        _say(f"{label:<12} {value}")
 
 
 def figures(llm: LLM, metrics: Metrics) -> list[tuple[str, str]]:
@@ -268,9 +277,14 @@ def _mebibytes(size: int) -> str:
 
 def _complain(message: str, setting: str | None = None) -> None:
     """One line on stderr, naming the flag of the setting at fault."""
-    flags = {*_POLICY_FLAGS, *_SAMPLING_FLAGS, "stop", "policy", "device", "dtype", "threads", "revision"}
+    flags = {*_POLICY_FLAGS, *_SAMPLING_FLAGS, *_OTHER_SETTINGS}
     prefix = f"{_flag(setting)}: " if setting in flags and setting is not None else ""
-    print(f"fastkv-run: error: {prefix}{' '.join(message.split())}", file=sys.stderr)
+    _say(f"fastkv-run: error: {prefix}{message}")
+
+
+def _say(line: str) -> None:
+    if sys.stderr is not None:  # closed: print would turn to stdout
+        print(line, file=sys.stderr)
 
 
 def _write_utf8() -> None:

@@ -15,19 +15,23 @@ class FastKVError(ValueError):
     """
 
     def __init__(self, message: str, *, setting: str | None = None) -> None:
-        super().__init__(message)
+        # Names from a model's files may hold anything: the message stays one line, and harmless on a terminal.
+        super().__init__("".join(character if character.isprintable() else " " for character in message))
         self.setting = setting
 
 
-def check_integer(name: str, value: Any, low: int) -> None:
-    """Raise FastKVError unless `value` is an int (a bool is not one) of at least `low`."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < low:
-        raise FastKVError(f"{name} must be a whole number of at least {low}, not {value!r}", setting=name)
+def check_integer(name: str, value: Any, low: int, high: int | None = None) -> None:
+    """Raise FastKVError unless `value` is an int (a bool is not one) of at least `low` and at most `high`."""
+    whole = isinstance(value, int) and not isinstance(value, bool)
+    if whole and value >= low and (high is None or value <= high):
+        return
+    upper = "" if high is None else f" and at most {high}"
+    raise FastKVError(f"{name} must be a whole number of at least {low}{upper}, not {value!r}", setting=name)
 
 
 def check_number(name: str, value: Any, low: float, high: float, *, above: bool = False) -> None:
     """Raise FastKVError unless `value` is a finite number in [low, high], or in (low, high] where `above`."""
-    number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    number = isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < math.inf
     if number and value <= high and (value > low if above else value >= low):
         return
     lower = f"above {low:g}" if above else f"at least {low:g}"

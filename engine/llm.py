@@ -56,7 +56,7 @@ class LLM:
         revision: str | None = None,
     ) -> None:
         target = resolve_device(device)
-        folder = model_folder(model, revision)
+        folder = self._folder = model_folder(model, revision)
         self.config = ModelConfig.from_pretrained(folder)
         self.policy = self._checked_policy(FastKV() if policy is None else policy)
         torch_dtype = resolve_dtype(dtype, self.config.dtype or stored_dtype(folder), target)
@@ -127,6 +127,14 @@ class LLM:
         with explain_out_of_memory():
             return prefill(self._model, ids, policy, max_tokens, limit)
 
+    def chat(self, messages: list[dict[str, str]]) -> list[int]:
+        """Token ids of a conversation, ready for the model's answer, by the model's own chat template.
+
+        messages: dicts with `role` and `content`. Raises FastKVError where the model has no tokenizer or no template.
+        """
+        tokenizer = self._required_tokenizer()
+        return self._checked_encoding(tokenizer.encode_chat(messages))
+
     def decode(self, cache: KVCache, token_ids: Tensor) -> Tensor:
         """One step: token_ids int64 [B] -> logits float32 [B, V] of the token after them; appends to `cache`.
 
@@ -161,13 +169,26 @@ class LLM:
             if ids.shape[0] != 1:
                 raise FastKVError("generate and stream take a list of prompts, not a tensor of several; prefill does")
             return ids[0].tolist()
-        if self.tokenizer is None:
-            raise FastKVError(
-                "the model folder has no tokenizer (tokenizer.json or tokenizer.model): give token ids, not text"
-            )
+        tokenizer = self._required_tokenizer()
         if not prompt:
-            raise FastKVError("the prompt is empty")
-        return self._id_tensor(self.tokenizer.encode(prompt))[0].tolist()
+            raise FastKVError("the prompt is empty", setting="prompt")
+        return self._checked_encoding(tokenizer.encode(prompt))
+
+    def _required_tokenizer(self) -> Tokenizer:
+        if self.tokenizer is None:
+            raise FastKVError(f"{self._folder}: no tokenizer.json and no tokenizer.model, so text cannot be read")
+        return self.tokenizer
+
+    def _checked_encoding(self, ids: list[int]) -> list[int]:
+        """What the tokenizer made of a text: not empty, and known to the model."""
+        if not ids:
+            raise FastKVError("the prompt is empty", setting="prompt")
+        if max(ids) >= self.config.vocab_size:
+            raise FastKVError(
+                f"{self._folder}: the tokenizer gives token id {max(ids)}, but the model's vocabulary has "
+                f"{self.config.vocab_size}; the two do not belong together"
+            )
+        return ids
 
     def _id_tensor(self, token_ids: list[int] | Tensor) -> Tensor:
         """list[int] or an integer tensor [B, N] -> int64 [B, N] on the device, every id inside the vocabulary."""
@@ -195,7 +216,8 @@ class LLM:
         if n_tokens > limit:
             raise FastKVError(
                 f"the prompt has {n_tokens} tokens, but the model's context (max_position_embeddings) is {limit}; "
-                "shorten the prompt"
+                "shorten it",
+                setting="prompt",
             )
         window = self.config.sliding_window
         if window is None or not drops_tokens(plan_layers(policy, self.config.n_layers, n_tokens)):
@@ -203,7 +225,8 @@ class LLM:
         if n_tokens > window:
             raise FastKVError(
                 f"the prompt has {n_tokens} tokens, more than the model's sliding_window of {window}, "
-                f"where policy {policy.name} cannot drop tokens; use policy full, or shorten the prompt"
+                f"where policy {policy.name} cannot drop tokens; use policy full, or shorten it",
+                setting="prompt",
             )
         return min(limit, window)
 
@@ -211,7 +234,10 @@ class LLM:
         room = limit - n_tokens
         what = "context" if limit == self.config.context_length else "sliding_window"
         if room < 1:
-            raise FastKVError(f"the prompt has {n_tokens} tokens and fills the model's {what} of {limit}; shorten it")
+            raise FastKVError(
+                f"the prompt has {n_tokens} tokens and fills the model's {what} of {limit}; shorten it",
+                setting="prompt",
+            )
         if params.max_tokens is None:
             return min(DEFAULT_MAX_TOKENS, room)
         if params.max_tokens > room:

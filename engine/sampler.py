@@ -46,8 +46,7 @@ class SamplingParams:
         check_number("min_p", self.min_p, 0, 1)
         check_number("repetition_penalty", self.repetition_penalty, 0, math.inf, above=True)
         if self.seed is not None:
-            check_integer("seed", self.seed, 0)
-            check_number("seed", self.seed, 0, MAX_SEED)
+            check_integer("seed", self.seed, 0, MAX_SEED)
         stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
         if not all(isinstance(text, str) and text for text in stop):
             raise FastKVError("stop must be strings that are not empty", setting="stop")
@@ -78,7 +77,7 @@ class Sampler:
         params = self.params
         if self._seen is not None:
             logits = penalise_repetition(logits, self._seen, params.repetition_penalty)
-        tokens = logits.argmax(dim=-1) if params.temperature == 0 else self._draw(logits / params.temperature)
+        tokens = logits.argmax(dim=-1) if params.temperature == 0 else self._draw(warm(logits, params.temperature))
         if self._seen is not None:
             self._seen.scatter_(1, tokens.unsqueeze(1), True)
         return tokens
@@ -92,6 +91,11 @@ class Sampler:
         if params.min_p > 0:
             logits = keep_min_p(logits, params.min_p)
         return draw(logits, self._generator)
+
+
+def warm(logits: Tensor, temperature: float) -> Tensor:
+    """Divide by the temperature; finite for the best token even next to zero, where it is all but greedy."""
+    return (logits - logits.amax(dim=-1, keepdim=True)) / max(temperature, 1e-30)
 
 
 def penalise_repetition(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:

@@ -15,10 +15,11 @@ class StopStrings:
     def push(self, text: str) -> tuple[str, bool]:
         """(what can be emitted now, whether a stop string is complete; nothing may be pushed after that)."""
         text = self._held + text
-        found = [place for place in map(text.find, self._stops) if place >= 0]
+        found = [(text.find(stop) + len(stop), text.find(stop)) for stop in self._stops if stop in text]
         if found:
+            # The first to be complete ends the text, as it would have if each character had come alone.
             self._held = ""
-            return text[: min(found)], True
+            return text[: min(found)[1]], True
         keep = len(text) - self._open_end(text)
         self._held = text[keep:]
         return text[:keep], False

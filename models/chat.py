@@ -15,20 +15,18 @@ class ChatTemplate:
     """Turns messages into the text that a model was trained to continue."""
 
     def __init__(self, source: str, path: Path) -> None:
-        import jinja2
         from jinja2.sandbox import ImmutableSandboxedEnvironment
 
         self.path = path
         environment = ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", _generation_tag()]
         )
         environment.filters["tojson"] = _to_json
         environment.globals["raise_exception"] = _refuse
         environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
-        self._failures = (jinja2.TemplateError, TypeError, ValueError, ArithmeticError, LookupError, AttributeError)
         try:
             self._template = environment.from_string(source)
-        except jinja2.TemplateError as error:
+        except Exception as error:  # a template is somebody's program: its compilation can fail in any way
             raise FastKVError(f"{path}: the chat template is broken ({error})") from None
 
     @classmethod
@@ -60,7 +58,7 @@ class ChatTemplate:
                 tools=None,
                 documents=None,
             )
-        except self._failures as error:
+        except Exception as error:  # and so can its run
             raise FastKVError(f"{self.path}: the chat template cannot render these messages ({error})") from None
 
 
@@ -73,7 +71,24 @@ def _default_template(fields: Fields, named: list[Any]) -> str | None:
 
 def _to_json(value: Any, **options: Any) -> str:
     # Jinja's own filter escapes for HTML, which a prompt is not.
-    return json.dumps(value, ensure_ascii=False, **options)
+    return json.dumps(value, **{"ensure_ascii": False, **options})
+
+
+def _generation_tag() -> type[Any]:
+    """`{% generation %} … {% endgeneration %}` marks the model's own words for training; here it is its content."""
+    from jinja2 import nodes
+    from jinja2.ext import Extension
+    from jinja2.parser import Parser
+
+    class GenerationTag(Extension):
+        tags = {"generation"}  # noqa: RUF012 (as jinja2 declares it)
+
+        def parse(self, parser: Parser) -> nodes.Node:
+            line = next(parser.stream).lineno
+            body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+            return nodes.Scope(body).set_lineno(line)
+
+    return GenerationTag
 
 
 def _refuse(message: str) -> None:

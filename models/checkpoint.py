@@ -124,7 +124,7 @@ def _shards(index: Path) -> dict[str, str]:
     if weight_map is None or not weight_map.values:
         raise FastKVError(f"{index}: the key 'weight_map' is missing or empty")
     for shard in weight_map.values.values():
-        plain = isinstance(shard, str) and shard == Path(shard).name and "\\" not in shard
+        plain = isinstance(shard, str) and shard == Path(shard).name and "\\" not in shard and shard.isprintable()
         if not plain or not shard.endswith(".safetensors"):
             raise FastKVError(f"{index}: shard {shard!r} is not a .safetensors file of the model's own folder")
     return weight_map.values

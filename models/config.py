@@ -14,7 +14,7 @@ from fastkv.models.rope_config import RopeConfig, read_rope
 
 DTYPES = ("float32", "bfloat16", "float16")
 
-LLAMA = Family("llama", ("LlamaForCausalLM",), lambda fields: {}, context_length=2048)
+LLAMA = Family({"llama": "LlamaForCausalLM"}, lambda fields: {}, context_length=2048)
 FAMILIES = (LLAMA, mistral.FAMILY, qwen2.FAMILY, qwen3.FAMILY)
 
 
@@ -90,9 +90,9 @@ class ModelConfig:
             "intermediate_size": fields.integer("intermediate_size"),
             "n_layers": fields.integer("num_hidden_layers"),
             "n_heads": n_heads,
-            "n_kv_heads": fields.integer("num_key_value_heads", family.n_kv_heads or n_heads),
+            "n_kv_heads": fields.integer("num_key_value_heads", _default_kv_heads(fields, family, n_heads)),
             "head_dim": fields.integer("head_dim", family.head_dim or max(1, hidden_size // n_heads)),
-            "context_length": _context_length(context, rope),
+            "context_length": _context_length(fields, context, rope),
             "rms_norm_eps": fields.number("rms_norm_eps", 1e-6),
             "rope": rope,
             "tie_word_embeddings": fields.flag("tie_word_embeddings", False),
@@ -113,12 +113,10 @@ def _find_family(fields: Fields) -> tuple[Family, str]:
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise fields.complain("architectures", "a list of names")
     for family in FAMILIES:
-        for name in names:
-            if name in family.architectures:
+        for model_type, name in family.architectures.items():
+            if name in names or (not names and fields.get("model_type", None) == model_type):
                 return family, name
-        if not names and fields.get("model_type", None) == family.model_type:
-            return family, family.architectures[0]
-    supported = ", ".join(name for family in FAMILIES for name in family.architectures)
+    supported = ", ".join(name for family in FAMILIES for name in family.architectures.values())
     stated = ", ".join(names) or fields.get("model_type", "none stated")
     raise FastKVError(f"{fields.source}: architecture {stated} is not supported; supported are {supported}")
 
@@ -134,11 +132,19 @@ def _reject_unsupported(fields: Fields) -> None:
         raise FastKVError(f"{fields.source}: hidden_act {activation!r} is not supported (only silu)")
 
 
-def _context_length(stated: int, rope: RopeConfig) -> int:
+def _default_kv_heads(fields: Fields, family: Family, n_heads: int) -> int:
+    """Where the number is not given: an explicit null means one for each query head, in every family."""
+    return n_heads if "num_key_value_heads" in fields.values else family.n_kv_heads or n_heads
+
+
+def _context_length(fields: Fields, stated: int, rope: RopeConfig) -> int:
     """Yarn checkpoints often state the length before stretching; the longer of the two readings holds."""
     if rope.scaling != "yarn":
         return stated
-    return max(stated, int(rope.factor * rope.original_context))
+    stretched = rope.factor * rope.original_context
+    if stretched > 2**31:
+        raise FastKVError(f"{fields.source}: rope_scaling: factor {rope.factor:g} gives a context beyond reason")
+    return max(stated, int(stretched))
 
 
 def _dtype(fields: Fields) -> str | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 _CONTEXT = 6  # prompt tokens that are decoded along, so that a leading space survives
+_MOST_CONTEXT = 384
 _BROKEN = "\ufffd"  # how a tokenizer shows bytes that are not (yet) a character
 
 
@@ -17,13 +18,7 @@ class Detokenizer:
 
     def __init__(self, decode: Callable[[list[int]], str], prompt: Sequence[int] = ()) -> None:
         self._decode = decode
-        self._ids = list(prompt[-_CONTEXT:])
-        self._emitted = len(self._ids)  # ids before this one are out already ...
-        # ... but for the tokens of a character that the prompt leaves unfinished: it is emitted whole when it is whole.
-        while self._emitted and self._decode(self._ids[: self._emitted]).endswith(_BROKEN):
-            self._emitted -= 1
-        if not self._emitted:
-            self._ids = []
+        self._ids, self._emitted = self._context(prompt)  # ids before `_emitted` are out already
         self._start = 0  # the window that is decoded anew begins here
 
     def push(self, token_id: int) -> str:
@@ -40,6 +35,23 @@ class Detokenizer:
         text = self._pending().rstrip(_BROKEN)
         self._start = self._emitted = len(self._ids)
         return text
+
+    def _context(self, prompt: Sequence[int]) -> tuple[list[int], int]:
+        """The prompt's last ids, and how many of them are whole: a character that it leaves unfinished is emitted.
+
+        More are taken until they begin between two characters: cut inside one, a run of bytes is broken altogether.
+        """
+        count = _CONTEXT
+        while True:
+            ids = list(prompt[-count:])
+            whole = len(ids)
+            while whole and self._decode(ids[:whole]).endswith(_BROKEN):
+                whole -= 1
+            if len(ids) == len(prompt) or (self._decode(ids[:whole]) and not self._decode(ids).startswith(_BROKEN)):
+                return ids, whole
+            if count >= _MOST_CONTEXT:
+                return [], 0
+            count *= 2
 
     def _pending(self) -> str:
         before = self._decode(self._ids[self._start : self._emitted])

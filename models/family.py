@@ -13,14 +13,13 @@ from fastkv.models.fields import Fields
 class Family:
     """A family of checkpoints that differ from Llama only in their configuration.
 
-    `architectures` are the names that config.json may give; `differences` maps the file's fields to the keyword
-    arguments of ModelConfig in which this family departs from a plain Llama. `n_kv_heads`, `head_dim` and
-    `context_length` are what the family's published configuration class assumes where the file is silent
+    `architectures`: `model_type` -> the name under `architectures` in config.json. `differences` maps the file's
+    fields to the keyword arguments of ModelConfig in which this family departs from a plain Llama. `n_kv_heads`,
+    `head_dim` and `context_length` are what the family's published configuration class assumes where the file is silent
     (None: as many KV heads as heads; hidden_size // heads).
     """
 
-    model_type: str
-    architectures: tuple[str, ...]
+    architectures: dict[str, str]
     differences: Callable[[Fields], dict[str, Any]]
     n_kv_heads: int | None = None
     head_dim: int | None = None
@@ -44,8 +43,14 @@ def layer_windows(fields: Fields, window: int | None, first: int = 0) -> tuple[i
     return tuple(window if kind == "sliding_attention" else None for kind in kinds)
 
 
+def stated_window(fields: Fields) -> int | None:
+    """`sliding_window`: null is none at all, and a missing key is the 4096 that the published classes assume."""
+    if "sliding_window" in fields.values and "sliding_window" not in fields:
+        return None
+    return fields.integer("sliding_window", 4096)
+
+
 def optional_windows(fields: Fields) -> tuple[int | None, ...]:
     """Sliding windows of the Qwen families: off unless `use_sliding_window`, and then from `max_window_layers` on."""
-    if not fields.flag("use_sliding_window", False):
-        return (None,) * fields.integer("num_hidden_layers")
-    return layer_windows(fields, fields.integer("sliding_window", 4096), fields.integer("max_window_layers", 28, low=0))
+    window = stated_window(fields) if fields.flag("use_sliding_window", False) else None
+    return layer_windows(fields, window, fields.integer("max_window_layers", 28, low=0))

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-import math
+import sys
 from pathlib import Path
 from typing import Any
 
 from fastkv.errors import FastKVError
 
 _REQUIRED = object()
+_MOST = 2**31 - 1  # no size or length of a model comes near
 
 
 class Fields:
@@ -57,13 +58,14 @@ class Fields:
 
     def integer(self, key: str, default: Any = _REQUIRED, low: int = 1) -> int:
         value = self.get(key, default)
-        if isinstance(value, bool) or not isinstance(value, int) or value < low:
-            raise self.complain(key, f"a whole number of at least {low}")
+        if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= _MOST:
+            raise self.complain(key, f"a whole number of at least {low} and at most {_MOST}")
         return value
 
     def number(self, key: str, default: Any = _REQUIRED) -> float:
         value = self.get(key, default)
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) or value <= 0:
+        number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if not number or not 0 < value <= sys.float_info.max:
             raise self.complain(key, "a number above 0")
         return float(value)
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-import re
+import logging
+import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from fastkv.errors import FastKVError
@@ -21,7 +24,6 @@ NEEDED = (
     "added_tokens.json",
     "chat_template.jinja",
 )
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 
 def model_folder(model: str | Path, revision: str | None = None) -> Path:
@@ -29,23 +31,34 @@ def model_folder(model: str | Path, revision: str | None = None) -> Path:
 
     Raises FastKVError if there is no such folder, no such model, or no way to reach the hub.
     """
-    folder = Path(model).expanduser()
-    if folder.is_dir():
+    name = os.path.expanduser(model)
+    folder = Path(name)
+    if name and os.path.isdir(name):
         if revision is not None:
-            raise FastKVError(f"revision {revision!r} is for hub ids, but {folder} is a folder", setting="revision")
+            raise FastKVError(f"revision {revision!r} is for hub ids, but {model} is a folder", setting="revision")
         return folder
-    if folder.exists():
-        raise FastKVError(f"{folder}: is a file; --model takes the folder that holds config.json")
-    if isinstance(model, Path) or not _HUB_ID.fullmatch(model):
-        raise FastKVError(f"{folder}: no such folder; --model takes a folder or a hub id like org/name")
+    if os.path.lexists(name):
+        raise FastKVError(f"{model}: is a file or a broken link; --model takes the folder that holds config.json")
+    if isinstance(model, Path) or not _is_hub_id(model):
+        raise FastKVError(f"{model}: no such folder; --model takes a folder or a hub id like org/name")
     return _download(model, revision)
+
+
+def _is_hub_id(name: str) -> bool:
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return name.count("/") == 1
 
 
 def _download(model: str, revision: str | None) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
         GatedRepoError,
-        HfHubHTTPError,
         LocalEntryNotFoundError,
         OfflineModeIsEnabled,
         RepositoryNotFoundError,
@@ -56,7 +69,8 @@ def _download(model: str, revision: str | None) -> Path:
     if not sys.stderr.isatty():
         disable_progress_bars()
     try:
-        return Path(snapshot_download(model, revision=revision, allow_patterns=list(NEEDED)))
+        with _quiet_hub():
+            return Path(snapshot_download(model, revision=revision, allow_patterns=list(NEEDED)))
     except GatedRepoError:
         raise FastKVError(f"{model}: access is restricted; accept its licence on the hub and set HF_TOKEN") from None
     except RevisionNotFoundError:
@@ -68,6 +82,18 @@ def _download(model: str, revision: str | None) -> Path:
             f"{model}: no such folder here, not in the hub's cache, and the hub cannot be reached (offline?); "
             "give a local folder, or go online once"
         ) from None
-    except (HfHubHTTPError, OSError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise FastKVError(f"{model}: cannot be downloaded ({reason})") from None
+    except Exception as error:  # whatever can happen on the way: the hub, the network, the disk
+        reason = next(iter(str(error).splitlines()), "") or type(error).__name__
+        raise FastKVError(f"{model}: cannot be downloaded ({reason}); try again, or give a local folder") from None
+
+
+@contextmanager
+def _quiet_hub() -> Iterator[None]:
+    """Keep the hub library's remarks out of the command's output: what fails is said in one line of our own."""
+    logger = logging.getLogger("huggingface_hub")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)

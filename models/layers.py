@@ -97,7 +97,8 @@ def attention_factor(config: RopeConfig) -> float:
 
 def _llama3_frequencies(config: RopeConfig, inv_freq: Tensor) -> Tensor:
     """Llama 3.1: slow pairs are divided by `factor`, fast ones kept, and those between are blended."""
-    turns = config.original_context * inv_freq / (2 * math.pi)  # full turns over the original length
+    # In this order of operations: at position 131 071 another rounding of a frequency can be seen in the angle.
+    turns = config.original_context / (2 * math.pi / inv_freq)  # full turns over the original length
     share = (turns - config.low_freq_factor) / (config.high_freq_factor - config.low_freq_factor)
     kept = share.clamp(0, 1)
     return (1 - kept) * inv_freq / config.factor + kept * inv_freq

@@ -12,4 +12,4 @@ def _differences(fields: Fields) -> dict[str, Any]:
     return {"qkv_bias": True, "o_bias": False, "mlp_bias": False, "sliding_windows": optional_windows(fields)}
 
 
-FAMILY = Family("qwen2", ("Qwen2ForCausalLM",), _differences, n_kv_heads=32, context_length=32_768)
+FAMILY = Family({"qwen2": "Qwen2ForCausalLM"}, _differences, n_kv_heads=32, context_length=32_768)

@@ -12,4 +12,4 @@ def _differences(fields: Fields) -> dict[str, Any]:
     return {"qk_norm": True, "mlp_bias": False, "sliding_windows": optional_windows(fields)}
 
 
-FAMILY = Family("qwen3", ("Qwen3ForCausalLM",), _differences, n_kv_heads=32, head_dim=128, context_length=32_768)
+FAMILY = Family({"qwen3": "Qwen3ForCausalLM"}, _differences, n_kv_heads=32, head_dim=128, context_length=32_768)

@@ -34,7 +34,7 @@ class RopeConfig:
 
 def read_rope(fields: Fields, context_length: int) -> RopeConfig:
     """The rotary settings of a config.json; FastKVError for a scaling that no supported family ships."""
-    section = fields.section("rope_parameters") or fields.section("rope_scaling") or Fields({}, fields.source)
+    section = _section(fields)
     if any(isinstance(value, dict) for value in section.values.values()):
         raise FastKVError(f"{section.source}: a rotary embedding per layer type is not supported")
     _reject_unsupported(fields)
@@ -57,6 +57,15 @@ def read_rope(fields: Fields, context_length: int) -> RopeConfig:
     return _read_yarn(section, theta, original, context_length)
 
 
+def _section(fields: Fields) -> Fields:
+    """Where a file has both spellings, the old `rope_scaling` holds, as in the published code."""
+    for key in ("rope_scaling", "rope_parameters"):
+        section = fields.section(key)
+        if section is not None and section.values:
+            return section
+    return Fields({}, fields.source)
+
+
 def _reject_unsupported(fields: Fields) -> None:
     if fields.number("partial_rotary_factor", 1.0) != 1.0:
         raise FastKVError(f"{fields.source}: partial_rotary_factor is not supported (only full rotation)")
@@ -70,6 +79,9 @@ def _read_llama3(section: Fields, theta: float, original: int) -> RopeConfig:
 
 
 def _read_yarn(section: Fields, theta: float, original: int, context_length: int) -> RopeConfig:
+    if theta <= 1:
+        raise FastKVError(f"{section.source}: rope_theta must be above 1 with yarn, not {theta}")
+
     def optional(key: str) -> float | None:
         # A zero here means "not set" in published checkpoints.
         return section.number(key) if section.get(key, 0) != 0 else None

@@ -5,6 +5,7 @@ Knows the BOS and EOS rules that a model folder states. Knows nothing of streami
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -16,6 +17,8 @@ from fastkv.models.fields import Fields
 
 class Vocabulary(Protocol):
     """What the two libraries have in common. Special tokens in a text are recognised, none are added."""
+
+    path: Path
 
     def encode(self, text: str) -> list[int]: ...
 
@@ -54,11 +57,12 @@ class Tokenizer:
         `tokenizer.json` wins over `tokenizer.model`; a broken one raises FastKVError and is never passed over.
         """
         fields = Fields.read_optional(folder / "tokenizer_config.json")
-        if (folder / "tokenizer.json").is_file():
+        # lexists: a folder or a link that leads nowhere is broken too, and no reason to take the other file
+        if os.path.lexists(folder / "tokenizer.json"):
             from fastkv.models.tokenizer_json import JsonVocabulary
 
             vocabulary: Vocabulary = JsonVocabulary(folder / "tokenizer.json")
-        elif (folder / "tokenizer.model").is_file():
+        elif os.path.lexists(folder / "tokenizer.model"):
             from fastkv.models.tokenizer_sentencepiece import SentencePieceVocabulary
 
             vocabulary = SentencePieceVocabulary(folder / "tokenizer.model", fields)
@@ -68,7 +72,7 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a prompt, with BOS and EOS where the model's files ask for them."""
-        return [*self._prefix, *self._vocabulary.encode(text), *self._suffix]
+        return [*self._prefix, *self._encode(text), *self._suffix]
 
     def decode(self, ids: list[int]) -> str:
         """The text of `ids`; special tokens and unknown ids give nothing."""
@@ -84,7 +88,15 @@ class Tokenizer:
             folder = Path(self._fields.source).parent
             raise FastKVError(f"--chat: {folder} has no chat template (chat_template.jinja); leave --chat out")
         text = self._chat.render(messages, bos_token=self._text("bos_token"), eos_token=self._text("eos_token"))
-        return self._vocabulary.encode(text)
+        if not text:
+            raise FastKVError(f"{self._chat.path}: the chat template writes nothing for these messages")
+        return self._encode(text)
+
+    def _encode(self, text: str) -> list[int]:
+        try:
+            return self._vocabulary.encode(text)
+        except Exception as error:  # each library has its own, and the tokenizers library bare ones
+            raise FastKVError(f"{self._vocabulary.path}: cannot encode this text ({error})") from None
 
     def _text(self, key: str) -> str:
         token = _content(self._fields, key)

@@ -11,6 +11,7 @@ class JsonVocabulary:
     """A Vocabulary (tokenizer.py) read from tokenizer.json."""
 
     def __init__(self, path: Path) -> None:
+        self.path = path
         from tokenizers import Tokenizer
 
         try:
@@ -20,12 +21,13 @@ class JsonVocabulary:
         # Limits stored in the file are for training batches; a prompt is never cut.
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
+        self._limit = 1 + max(self._tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
 
     def encode(self, text: str) -> list[int]:
         return self._tokenizer.encode(text, add_special_tokens=False).ids
 
     def decode(self, ids: list[int]) -> str:
-        known = [i for i in ids if self._tokenizer.id_to_token(i) is not None]
+        known = [i for i in ids if 0 <= i < self._limit and self._tokenizer.id_to_token(i) is not None]
         return self._tokenizer.decode(known, skip_special_tokens=True)
 
     def id_of(self, token: str) -> int | None:

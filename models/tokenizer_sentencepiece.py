@@ -9,6 +9,8 @@ from pathlib import Path
 from fastkv.errors import FastKVError
 from fastkv.models.fields import Fields
 
+_GUARD = "<unk>"  # spelled out by sentencepiece, in pieces that hardly any text joins
+
 
 class SentencePieceVocabulary:
     """A Vocabulary (tokenizer.py) read from tokenizer.model.
@@ -18,6 +20,7 @@ class SentencePieceVocabulary:
     """
 
     def __init__(self, path: Path, fields: Fields) -> None:
+        self.path = path
         import sentencepiece
 
         try:
@@ -33,6 +36,7 @@ class SentencePieceVocabulary:
         self._hidden = hidden | {self._pieces.unk_id()} | {i for i, special in self._added.values() if special}
         self._cut = re.compile("|".join(map(re.escape, sorted(self._special, key=len, reverse=True))) or r"(?!)")
         self._legacy = fields.flag("legacy", True)
+        self._guard = self._pieces.encode(_GUARD)
 
     def encode(self, text: str) -> list[int]:
         ids: list[int] = []
@@ -46,17 +50,21 @@ class SentencePieceVocabulary:
     def _encode_plain(self, text: str, first: bool) -> list[int]:
         if not text or first or self._legacy:
             return self._pieces.encode(text) if text else []
-        # Behind a character that is its own token, the text keeps its spaces as they are; the character goes again.
-        guarded = self._pieces.encode("\n" + text)
-        return guarded[len(self._pieces.encode("\n")) :]
+        # Behind some other text it keeps its spaces as they are; the other text goes again.
+        return self._pieces.encode(_GUARD + text)[len(self._guard) :]
 
     def decode(self, ids: list[int]) -> str:
         known = [i for i in ids if i not in self._hidden and (0 <= i < self._size or i in self._text_of)]
-        parts = []
+        parts: list[str] = []
         for added, group in groupby(known, key=self._text_of.__contains__):
             run = list(group)
-            parts.append("".join(map(self._text_of.__getitem__, run)) if added else self._pieces.decode(run))
+            parts.append("".join(map(self._text_of.__getitem__, run)) if added else self._decode(run, not parts))
         return "".join(parts)
+
+    def _decode(self, run: list[int], first: bool) -> str:
+        if first or self._legacy:
+            return self._pieces.decode(run)
+        return self._pieces.decode(self._guard + run)[len(self._pieces.decode(self._guard)) :]
 
     def id_of(self, token: str) -> int | None:
         if token in self._special:

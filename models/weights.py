@@ -7,6 +7,7 @@ A parameter that stands alone in the checkpoint is the memory-mapped file itself
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,7 +51,10 @@ def meta_model(config: ModelConfig) -> Llama:
 
 def model_bytes(config: ModelConfig, dtype: torch.dtype) -> int:
     """Bytes that the parameters take in `dtype`."""
-    return sum(parameter.numel() for parameter in meta_model(config).parameters()) * dtype.itemsize
+    try:
+        return sum(parameter.numel() for parameter in meta_model(config).parameters()) * dtype.itemsize
+    except RuntimeError:  # a matrix of more values than torch can count
+        return sys.maxsize
 
 
 def targets(model: Llama) -> list[Target]:

@@ -53,7 +53,9 @@ def test_top_k(k: int, keep: list[int]) -> None:
     assert_close(shares(LOGITS, temperature=1.0, top_k=k), renormalised(keep))
 
 
-@pytest.mark.parametrize(("p", "keep"), [(0.01, [0]), (0.39, [0]), (0.5, [0, 1]), (0.8, [0, 1, 2]), (0.97, [0, 1, 2, 3, 4])])
+@pytest.mark.parametrize(
+    ("p", "keep"), [(0.01, [0]), (0.39, [0]), (0.5, [0, 1]), (0.8, [0, 1, 2]), (0.97, [0, 1, 2, 3, 4])]
+)
 def test_top_p_keeps_the_fewest_that_reach_p(p: float, keep: list[int]) -> None:
     assert_close(shares(LOGITS, temperature=1.0, top_p=p), renormalised(keep))
 

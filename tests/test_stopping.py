@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import functools
 import json
-import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
+from places import OUTSIDE_MODELS
+
 from fastkv.engine.llm import LLM
 from fastkv.engine.output import Output
 from fastkv.engine.sampler import SamplingParams
 from fastkv.engine.stopping import StopStrings
 from fastkv.errors import FastKVError
 
-ROOT = Path(__file__).resolve().parent.parent
-STORIES = ROOT / os.environ.get("FASTKV_TEST_MODELS", "../shared/models") / "stories260K"
+STORIES = OUTSIDE_MODELS / "stories260K"
 needs_stories = pytest.mark.skipif(not STORIES.is_dir(), reason="the stories260K model is not here")
 
 BEGINNING = "Once upon a time"
@@ -24,6 +25,15 @@ STORY = (
     ", there was a little girl named Lily. She loved to play outside in the park. One day, she saw a big, red ball."
     " She wanted to play with it, but it was too high."
 )
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """The models are tiny: a second thread only waits, on a busy machine for very long."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def every_cut(text: str) -> Iterator[list[str]]:
@@ -193,8 +203,11 @@ def test_a_stop_in_the_prompt_does_not_count() -> None:
 @needs_stories
 def test_a_stop_at_the_very_last_token_is_a_stop() -> None:
     free = generate(max_tokens=12)
-    output = generate(free.text[-2:], max_tokens=12)
-    assert output.text == free.text[:-2]
+    stop = free.text[-8:]
+    assert free.text.index(stop) == len(free.text) - 8
+    output = generate(stop, max_tokens=12)
+    assert output.text == free.text[:-8]
+    assert len(output.token_ids) == 12
     assert output.finish_reason == "stop"
 
 

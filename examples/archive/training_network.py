@@ -12,23 +12,22 @@ from training_data import ANSWER_TOKENS, ANSWER_WEIGHT, Batch
 from fastkv.models.llama import Attend, Llama
 
 NEAR = 7  # tokens that layer 0 always sees, the query's own included
-EMBEDDING_STD = 0.02
 UNHIDDEN_SHARE = 0.25  # of the examples
 MAX_HIDDEN = 0.97
 
 
 def initialise(model: Llama, seed: int) -> None:
-    """Fill every weight from `seed`: normal, with what keeps activations at their size, and norms with ones.
+    """Fill every weight from `seed`: norms with 1, matrices with normal numbers of deviation 1 / √columns.
 
-    Matrices that write into the residual stream start smaller. The usual 0.02 for all is too little for a network this
-    narrow: attention then starts out flat, and retrieval takes many times as long to appear.
+    Those that write into the residual stream start smaller. The usual 0.02 for all is too little for a network this
+    narrow: measured at three layers and 64 tokens, 5 % of the codes at most were right in 700 steps, against a third.
     """
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():
         if parameter.dim() == 1:
             nn.init.ones_(parameter)
             continue
-        std = EMBEDDING_STD if name.startswith("embed_tokens") else parameter.shape[1] ** -0.5
+        std = parameter.shape[1] ** -0.5
         if name.endswith(("o_proj.weight", "down_proj.weight")):
             std /= (2 * model.config.n_layers) ** 0.5
         nn.init.normal_(parameter, std=std, generator=generator)

@@ -1,0 +1,382 @@
+"""Models by hub id, from a small hub of our own: only the needed files come, once, and every failure is one line."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import socket
+import struct
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+import pytest
+from places import ROOT
+
+TINY = ROOT / "tests" / "data" / "tiny-gqa"
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+BRANCH = "89abcdef0123456789abcdef0123456789abcdef"  # of revision "other"
+
+NEEDED = {
+    "config.json": (TINY / "config.json").read_bytes(),
+    "generation_config.json": b'{"eos_token_id": [2, 3]}',
+    "model.safetensors": (TINY / "model.safetensors").read_bytes(),
+    "tokenizer_config.json": b'{"add_bos_token": false}',
+    "chat_template.jinja": b"{{ messages[0].content }}",
+    "added_tokens.json": b'{"<pad>": 256}',
+}
+NOT_NEEDED = {
+    name: f"{name}, never asked for".encode()
+    for name in (
+        ".gitattributes",
+        "README.md",
+        "pytorch_model.bin",
+        "pytorch_model.bin.index.json",
+        "consolidated.safetensors",
+        "consolidated.00.pth",
+        "original/model.safetensors",
+        "original/tokenizer.model",
+        "onnx/model.onnx",
+        "onnx/config.json",
+        "modeling_tiny.py",
+        "tf_model.h5",
+        "flax_model.msgpack",
+        "tiny.Q4_0.gguf",
+        "adapter_model.safetensors",
+        "training_args.bin",
+        "vocab.json",
+        "merges.txt",
+    )
+}
+SHARDED = {
+    "config.json": NEEDED["config.json"],
+    "model.safetensors.index.json": b"an index",
+    "model-00001-of-00002.safetensors": b"one half",
+    "model-00002-of-00002.safetensors": b"the other half",
+    "tokenizer.json": b"a tokenizer",
+    "tokenizer.model": b"its pieces",
+}
+
+
+class Hub:
+    """What the handler below serves, and what it was asked for."""
+
+    endpoint: str
+
+    def __init__(self) -> None:
+        self.repositories: dict[str, dict[str, bytes]] = {
+            "org/tiny": {**NEEDED, **NOT_NEEDED},
+            "org/sharded": {**SHARDED, **NOT_NEEDED},
+        }
+        self.requests: list[tuple[str, str]] = []  # method, path
+        self.advice: str | None = None  # sent along with every answer
+        self.broken = False  # every answer is 500
+        self.cut = False  # connections close in the middle of a large file
+
+    @property
+    def fetched(self) -> list[str]:
+        """The files that were fetched, in alphabetical order."""
+        paths = [path for method, path in self.requests if method == "GET" and "/resolve/" in path]
+        return sorted(path.split("/", 5)[5] for path in paths)
+
+
+class Handler(BaseHTTPRequestHandler):
+    """The few requests of the hub's interface that a download makes."""
+
+    protocol_version = "HTTP/1.1"
+    hub: Hub
+
+    def do_HEAD(self) -> None:
+        self.do_GET()
+
+    def do_GET(self) -> None:
+        path = unquote(urlsplit(self.path).path)
+        self.hub.requests.append((self.command, path))
+        if self.hub.broken:
+            return self.answer(500, b"out of order")
+        if path.startswith("/api/models/"):
+            return self.about(path.removeprefix("/api/models/").split("/"))
+        organisation, name, resolve, revision, *rest = [*path.lstrip("/").split("/"), "", "", ""][:8]
+        files = self.hub.repositories.get(f"{organisation}/{name}", {})
+        content = files.get("/".join(rest).rstrip("/"))
+        if resolve != "resolve" or content is None:
+            return self.answer(404, b"", {"X-Error-Code": "EntryNotFound"})
+        headers = {"ETag": f'"{hashlib.sha256(content).hexdigest()}"', "X-Repo-Commit": revision}
+        return self.answer(200, content, headers)
+
+    def about(self, parts: list[str]) -> None:
+        """/api/models/ORG/NAME[/revision/REV | /tree/REV]"""
+        repository = "/".join(parts[:2])
+        if repository == "org/gated":
+            return self.answer(403, b"", {"X-Error-Code": "GatedRepo", "X-Error-Message": "Access is restricted"})
+        files = self.hub.repositories.get(repository)
+        if files is None:
+            unknown = {"X-Error-Code": "RepoNotFound", "X-Error-Message": "Invalid username or password."}
+            return self.answer(401, b"", unknown)
+        commits = {"main": COMMIT, "other": BRANCH, COMMIT: COMMIT, BRANCH: BRANCH}
+        commit = commits.get(parts[3] if len(parts) > 3 else "main")
+        if commit is None:
+            return self.answer(404, b"", {"X-Error-Code": "RevisionNotFound"})
+        if parts[2:3] == ["tree"]:
+            tree = [{"type": "file", "path": name, "size": len(data), "oid": "0" * 40} for name, data in files.items()]
+            return self.answer(200, json.dumps(tree).encode())
+        siblings = [{"rfilename": name} for name in files]
+        return self.answer(200, json.dumps({"id": repository, "sha": commit, "siblings": siblings}).encode())
+
+    def answer(self, status: int, body: bytes, headers: dict[str, str] | None = None) -> None:
+        self.send_response(status)
+        for name, value in {"Content-Length": str(len(body)), **(headers or {})}.items():
+            self.send_header(name, value)
+        if self.hub.advice:
+            self.send_header("X-HF-Warning", self.hub.advice)
+        self.end_headers()
+        if self.command == "HEAD":
+            return
+        if self.hub.cut and len(body) > 100_000:
+            self.wfile.write(body[: len(body) // 2])
+            self.close_connection = True
+            return
+        self.wfile.write(body)
+
+    def log_message(self, format: str, *args: object) -> None:
+        """Nothing on stderr."""
+
+
+@pytest.fixture
+def hub() -> Iterator[Hub]:
+    state = Hub()
+    server = ThreadingHTTPServer(("127.0.0.1", 0), type("HandlerOfThisHub", (Handler,), {"hub": state}))
+    state.endpoint = f"http://127.0.0.1:{server.server_address[1]}"
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
+    thread.start()
+    yield state
+    server.shutdown()
+    server.server_close()
+    thread.join()
+
+
+# The part of the command that looks for the model, with the command's own words; it does without torch, and is quick.
+FIND = """
+import sys
+from fastkv.cli import _complain
+from fastkv.errors import FastKVError
+from fastkv.models.hub import model_folder
+try:
+    print(model_folder(*sys.argv[1:]))
+except FastKVError as error:
+    _complain(str(error), error.setting)
+    sys.exit(2)
+"""
+
+
+@pytest.fixture
+def start(hub: Hub, tmp_path: Path) -> Callable[..., subprocess.Popen[str]]:
+    """start(*python_arguments, **variables): Python in a process of its own, that knows our hub and an empty cache."""
+
+    def call(*argv: str, stderr: int = subprocess.PIPE, **variables: str) -> subprocess.Popen[str]:
+        kept = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING"))}
+        ours = {"HF_ENDPOINT": hub.endpoint, "HF_HOME": str(tmp_path / "home"), "OMP_NUM_THREADS": "1"}
+        plain = {"HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "NO_PROXY": "127.0.0.1"}
+        environment = {**kept, **ours, **plain, **variables}
+        return subprocess.Popen(
+            [sys.executable, *argv], env=environment, text=True, stdout=subprocess.PIPE, stderr=stderr
+        )
+
+    return call
+
+
+Start = Callable[..., "subprocess.Popen[str]"]
+
+
+@pytest.fixture
+def find(start: Start) -> Callable[..., Path]:
+    """find(model, revision, **variables): the folder of a model, which must be found."""
+
+    def call(*argv: str, **variables: str) -> Path:
+        process = start("-c", FIND, *argv, **variables)
+        out, err = process.communicate(timeout=60)
+        assert process.returncode == 0, err
+        assert err == ""  # no progress bar where there is no terminal
+        return Path(out.removesuffix("\n"))
+
+    return call
+
+
+@pytest.fixture
+def complaint(start: Start) -> Callable[..., str]:
+    """complaint(model, revision, **variables): what is said of a model that is not found."""
+
+    def call(*argv: str, **variables: str) -> str:
+        process = start("-c", FIND, *argv, **variables)
+        out, err = process.communicate(timeout=60)
+        check(process.returncode, out, err)
+        return err
+
+    return call
+
+
+def check(status: int, out: str, err: str) -> None:
+    assert status == 2, err[-1000:]
+    assert out == ""
+    assert err.startswith("fastkv-run: error: ")
+    assert len(err.splitlines()) == 1, err[-1000:]
+
+
+Find = Callable[..., Path]
+Complaint = Callable[..., str]
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_model_is_downloaded_and_runs(start: Start) -> None:
+    """All the way: the library downloads by id, loads, and generates what it does from the folder."""
+    code = """
+import sys
+from fastkv import LLM, SamplingParams
+params = SamplingParams(max_tokens=8, ignore_eos=True)
+here, there = (LLM(name, device="cpu") for name in sys.argv[1:])
+assert here.generate([5, 6, 7], params).token_ids == there.generate([5, 6, 7], params).token_ids
+assert there.config.eos_token_ids == (2, 3)
+"""
+    process = start("-c", code, str(TINY), "org/tiny")
+    assert process.communicate(timeout=60) == ("", "")
+    assert process.returncode == 0
+
+
+@pytest.mark.parametrize(("model", "needed"), [("org/tiny", NEEDED), ("org/sharded", SHARDED)])
+def test_only_the_needed_files_come(hub: Hub, find: Find, model: str, needed: dict[str, bytes]) -> None:
+    """No pickles, no code, no second copy of the weights: not fetched, not even asked about."""
+    assert contents(find(model)) == needed
+    assert hub.fetched == sorted(needed)
+    asked = {path.rpartition("/resolve/")[2].partition("/")[2] for _, path in hub.requests if "/resolve/" in path}
+    assert asked == set(needed)
+
+
+def test_a_model_is_fetched_once(hub: Hub, find: Find) -> None:
+    first = find("org/tiny")
+    hub.requests.clear()
+    assert find("org/tiny") == first
+    assert hub.fetched == []
+
+
+def test_offline_takes_what_is_there(hub: Hub, find: Find, complaint: Complaint) -> None:
+    """HF_HUB_OFFLINE: no request at all, for a model that was downloaded and for one that was not."""
+    assert "offline" in complaint("org/tiny", HF_HUB_OFFLINE="1")
+    assert hub.requests == []
+    folder = find("org/tiny")
+    hub.requests.clear()
+    assert find("org/tiny", HF_HUB_OFFLINE="1") == folder
+    assert contents(folder) == NEEDED
+    assert hub.requests == []
+
+
+def test_a_hub_out_of_order_is_no_trouble_for_a_model_that_is_there(hub: Hub, find: Find) -> None:
+    folder = find("org/tiny")
+    hub.broken = True
+    assert find("org/tiny") == folder
+
+
+@pytest.mark.parametrize("revision", ["other", BRANCH])
+def test_a_revision(hub: Hub, find: Find, revision: str) -> None:
+    assert find("org/tiny", revision).name == BRANCH
+    assert hub.fetched == sorted(NEEDED)
+
+
+def test_an_unknown_revision(complaint: Complaint) -> None:
+    said = complaint("org/tiny", "no-such-branch")
+    assert "--revision" in said
+    assert "no-such-branch" in said
+    assert "org/tiny" in said
+
+
+def test_an_unknown_model(complaint: Complaint) -> None:
+    said = complaint("org/unknown")
+    assert "org/unknown" in said
+    assert "no such" in said
+
+
+def test_a_gated_model(complaint: Complaint) -> None:
+    """What to do is said: accept the licence, give a token."""
+    said = complaint("org/gated")
+    assert "org/gated" in said
+    assert "HF_TOKEN" in said
+
+
+def test_a_hub_out_of_order(hub: Hub, complaint: Complaint) -> None:
+    hub.broken = True
+    assert "org/tiny" in complaint("org/tiny")
+
+
+@pytest.mark.parametrize("endpoint", ["http://127.0.0.1:{port}", "http://no-such-host.invalid", "no address at all"])
+def test_a_hub_that_cannot_be_reached(complaint: Complaint, endpoint: str) -> None:
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))  # bound, but nobody listens
+        said = complaint("org/tiny", HF_ENDPOINT=endpoint.format(port=closed.getsockname()[1]))
+    assert "org/tiny" in said
+
+
+def test_a_download_that_breaks_off(hub: Hub, find: Find, complaint: Complaint) -> None:
+    """After some tries it is given up, in one line; what came is no model, and the next attempt completes it."""
+    hub.cut = True
+    assert "org/tiny" in complaint("org/tiny")
+    hub.cut = False
+    complaint("org/tiny", HF_HUB_OFFLINE="1")
+    assert contents(find("org/tiny")) == NEEDED
+
+
+def test_what_the_hub_has_to_say_is_not_the_commands_output(hub: Hub, find: Find, complaint: Complaint) -> None:
+    """The hub asks everyone without a token to get one, and its library prints that; one line is one line."""
+    hub.advice = "unauthenticated; You are sending unauthenticated requests to the hub."
+    complaint("org/unknown")
+    find("org/tiny")
+
+
+@pytest.mark.parametrize("variable", ["HF_HOME", "HF_HUB_CACHE"])
+def test_a_cache_that_cannot_be_written(complaint: Complaint, tmp_path: Path, variable: str) -> None:
+    (tmp_path / "file").write_text("no folder")
+    assert "org/tiny" in complaint("org/tiny", **{variable: str(tmp_path / "file")})
+
+
+def test_a_folder_of_that_name_wins(hub: Hub, find: Find, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "org" / "tiny").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    assert find("org/tiny") == Path("org/tiny")
+    assert hub.requests == []
+
+
+def test_a_terminal_shows_progress(start: Start) -> None:
+    pty, fcntl, termios = (pytest.importorskip(name) for name in ("pty", "fcntl", "termios"))
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("4H", 24, 80, 0, 0))
+    process = start("-c", FIND, "org/tiny", stderr=theirs)
+    os.close(theirs)
+    shown = b""
+    while True:
+        try:
+            some = os.read(ours, 1 << 16)
+        except OSError:  # Linux says so when the other side is closed
+            break
+        if not some:
+            break
+        shown += some
+    os.close(ours)
+    assert process.wait(60) == 0
+    assert b"%" in shown
+    assert b"\r" in shown
+
+
+def test_the_command_with_a_hub_id(start: Start, tmp_path: Path) -> None:
+    """The whole command: a wrong revision is a mistake like any other."""
+    (tmp_path / "prompt.txt").write_text("hello")
+    argv = ["-m", "fastkv", "--model", "org/tiny", "--prompt", str(tmp_path / "prompt.txt"), "--revision", "none"]
+    process = start(*argv)
+    out, err = process.communicate(timeout=60)
+    check(process.returncode, out, err)
+    assert "--revision: org/tiny" in err
