@@ -1,0 +1,530 @@
+"""The command when all is well: text on stdout, figures on stderr, and the ways in which it can be stopped."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import select
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from tokenizers import Tokenizer, decoders, models
+
+import fastkv
+from fastkv import LLM, FastKV
+from fastkv.cli import build_parser, main, read_prompt
+from fastkv.engine import generation
+from fastkv.engine.output import Metrics
+
+# A model that recites: behind each character comes the next one of this list, behind the last the end of the text.
+ALPHABET = "abcdefghijklmnopqrstuvwxyz é日本\U0001f600\n.ABCDEFGHIJKLMNOPQRSTUVWXYZ!"
+BOS, EOS, FIRST = 0, 1, 2  # ids; the characters come behind
+N_LAYERS, N_KV_HEADS, HEAD_DIM = 4, 2, 4
+CONTEXT = 100_000
+HIDDEN = FIRST + len(ALPHABET)
+
+Run = Callable[..., "Result"]
+
+
+class Result(NamedTuple):
+    status: int
+    out: str
+    err: str
+
+
+def after(character: str) -> str:
+    """What the model recites behind a prompt that ends with `character`."""
+    return ALPHABET[ALPHABET.index(character) + 1 :]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """The model is tiny: a second thread only waits, on a busy machine for very long."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def reciter(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of the reciting model: layers that add nothing, and a head that knows each character's successor."""
+    folder = tmp_path_factory.mktemp("reciter")
+    generator = torch.Generator().manual_seed(0)
+    tensors = {"model.embed_tokens.weight": torch.eye(HIDDEN), "model.norm.weight": torch.ones(HIDDEN)}
+    heads = {"q_proj": 2 * N_KV_HEADS, "k_proj": N_KV_HEADS, "v_proj": N_KV_HEADS}
+    for layer in range(N_LAYERS):
+        block = f"model.layers.{layer}."
+        for name, count in heads.items():
+            weight = torch.randn(count * HEAD_DIM, HIDDEN, generator=generator)
+            tensors[f"{block}self_attn.{name}.weight"] = weight
+        tensors[f"{block}self_attn.o_proj.weight"] = torch.zeros(HIDDEN, 2 * N_KV_HEADS * HEAD_DIM)
+        tensors[f"{block}mlp.gate_proj.weight"] = torch.zeros(8, HIDDEN)
+        tensors[f"{block}mlp.up_proj.weight"] = torch.zeros(8, HIDDEN)
+        tensors[f"{block}mlp.down_proj.weight"] = torch.zeros(HIDDEN, 8)
+        tensors[f"{block}input_layernorm.weight"] = torch.ones(HIDDEN)
+        tensors[f"{block}post_attention_layernorm.weight"] = torch.ones(HIDDEN)
+    head = torch.zeros(HIDDEN, HIDDEN)
+    head[FIRST, BOS] = head[FIRST, EOS] = head[EOS, HIDDEN - 1] = 1.0
+    for token_id in range(FIRST, HIDDEN - 1):
+        head[token_id + 1, token_id] = 1.0
+    save_file({**tensors, "lm_head.weight": head}, folder / "model.safetensors")
+    config = {
+        "architectures": ["LlamaForCausalLM"],
+        "vocab_size": HIDDEN,
+        "hidden_size": HIDDEN,
+        "intermediate_size": 8,
+        "num_hidden_layers": N_LAYERS,
+        "num_attention_heads": 2 * N_KV_HEADS,
+        "num_key_value_heads": N_KV_HEADS,
+        "head_dim": HEAD_DIM,
+        "max_position_embeddings": CONTEXT,
+        "torch_dtype": "float32",
+        "bos_token_id": BOS,
+        "eos_token_id": EOS,
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+    vocabulary = {"<s>": BOS, "</s>": EOS} | {character: FIRST + i for i, character in enumerate(ALPHABET)}
+    tokenizer = Tokenizer(models.BPE(vocabulary, []))
+    tokenizer.decoder = decoders.Fuse()
+    tokenizer.add_special_tokens(["<s>", "</s>"])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    stated = {"bos_token": "<s>", "eos_token": "</s>", "add_bos_token": True}
+    template = "{{ bos_token }}{% for m in messages %}{{ m.content }}{% endfor %}"
+    (folder / "tokenizer_config.json").write_text(json.dumps({**stated, "chat_template": template}))
+    return folder
+
+
+@pytest.fixture
+def run(reciter: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> Run:
+    """run(prompt, *argv, status=0): the command in this process, on the reciting model."""
+
+    def call(prompt: str | bytes, *argv: str, status: int = 0) -> Result:
+        path = tmp_path / "prompt.txt"
+        path.write_bytes(prompt.encode() if isinstance(prompt, str) else prompt)
+        given = main(["--model", str(reciter), "--prompt", str(path), *argv])
+        result = Result(given, *capfd.readouterr())
+        assert result.status == status, result.err
+        return result
+
+    return call
+
+
+# --- what goes where --------------------------------------------------------------------------------------------------
+
+
+def test_stdout_is_the_text_and_nothing_else(run: Run) -> None:
+    result = run("xyz")
+    assert result.out == after("z")
+    assert result.err
+
+
+def test_no_newline_is_added_to_the_text(run: Run) -> None:
+    assert run("x", "--max-tokens", "2", "--quiet") == (0, "yz", "")
+
+
+def test_quiet_says_nothing_on_stderr(run: Run) -> None:
+    assert run("xyz", "--quiet").err == ""
+
+
+def test_no_terminal_no_progress(run: Run) -> None:
+    """Not a carriage return, not an escape sequence, where stderr is a file."""
+    assert all(line.isprintable() for line in run("xyz").err.splitlines())
+
+
+def test_figures(run: Run) -> None:
+    """Each one that the issue of the command names, against what the method says of 1 000 tokens."""
+    prompt = "abcdefghij" * 99 + "abcdefghi"  # and a BOS: 1 000 tokens
+    argv = ["--tsp-rate", "0.5", "--kv-retention", "0.25", "--min-tokens", "8", "--max-tokens", "10"]
+    err = run(prompt, *argv).err
+    figures = {line[:13].strip(): line[13:] for line in err.splitlines()}
+    assert figures["policy"].startswith("fastkv")
+    assert "cpu" in figures["policy"]
+    assert "float32" in figures["policy"]
+    assert figures["prompt"] == "1,000 tokens"
+    assert float(figures["first token"].removesuffix(" s")) > 0
+    decoded, speed = figures["decode"].split(", ", 1)
+    assert decoded == "10 tokens"
+    assert float(speed.removesuffix(" tokens/s").replace(",", "")) > 0
+    entries = N_LAYERS * N_KV_HEADS * 1000
+    assert f"{entries // 4:,} of {entries:,} entries (25.0 %)" in figures["KV kept"]
+    slot = N_LAYERS * N_KV_HEADS * HEAD_DIM * 2 * 4  # bytes of K and V that a token takes, in float32
+    kept, full = (-(-(entries + 10) // 32) * 32 * slot / 2**20 for entries in (250, 1000))
+    assert f"{kept:.1f} MiB of {full:.1f} MiB" in figures["KV kept"]
+    assert figures["TSP"] == "500 tokens (50.0 %) go on behind layer 1"
+    assert "MiB" in figures["peak memory"]
+    assert len(figures) == 7
+
+
+def test_figures_of_a_single_token_have_no_speed(run: Run) -> None:
+    line = next(line for line in run("x", "--max-tokens", "1").err.splitlines() if line.startswith("decode"))
+    assert line.split() == ["decode", "1", "tokens"]
+
+
+def test_figures_say_where_nothing_is_dropped(run: Run) -> None:
+    """A prompt below min_tokens is kept whole: 100 %, and no line on TSP."""
+    err = run("xyz").err
+    assert "(100.0 %)" in err
+    assert "TSP" not in err
+
+
+def test_policy_full(run: Run) -> None:
+    prompt = "abcdefghij" * 50
+    full = run(prompt, "--policy", "full", "--max-tokens", "20")
+    assert "full" in full.err.splitlines()[0]
+    assert "(100.0 %)" in full.err
+    assert "TSP" not in full.err
+    assert full.out == run(prompt, "--max-tokens", "20").out == after("j")[:20]
+
+
+@pytest.mark.parametrize("quiet", [[], ["--quiet"]])
+def test_json_is_one_object(run: Run, reciter: Path, quiet: list[str]) -> None:
+    """The same keys as in the library, whatever the prompt; figures go on to stderr."""
+    result = run("xyz", "--json", *quiet)
+    assert len(result.out.splitlines()) == 1
+    assert result.out.endswith("\n")
+    said = json.loads(result.out)
+    assert said["text"] == after("z")
+    assert said["token_ids"] == [*range(FIRST + ALPHABET.index("z") + 1, HIDDEN), EOS]
+    assert said["finish_reason"] == "stop"
+    assert said["policy"]["name"] == "fastkv"
+    assert set(said["policy"]) == {"name", *(field.name for field in dataclasses.fields(FastKV))}
+    assert list(said["metrics"]) == [field.name for field in dataclasses.fields(Metrics)]
+    assert said["metrics"]["prompt_tokens"] == 4
+    assert said["metrics"]["new_tokens"] == len(said["token_ids"])
+    expected = LLM(reciter, device="cpu").generate("xyz").metrics
+    for name in ("kv_tokens", "kv_entries", "kv_full_entries", "kv_bytes", "kv_full_bytes", "tsp_tokens"):
+        assert said["metrics"][name] == getattr(expected, name)
+    assert bool(result.err) == (not quiet)
+
+
+def test_json_holds_text_as_it_is(run: Run) -> None:
+    """Not escaped: a person may read it too."""
+    assert "é日本\U0001f600\\n." in run("x", "--json").out
+
+
+def test_json_of_another_policy(run: Run) -> None:
+    said = json.loads(run("x", "--json", "--policy", "full").out)
+    assert said["policy"] == {"name": "full"}
+    assert said["metrics"]["kv_entries"] == said["metrics"]["kv_full_entries"]
+
+
+# --- what the flags do ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("argv", "text"),
+    [
+        (["--max-tokens", "3"], "bcd"),
+        (["--stop", "efg"], "bcd"),
+        (["--stop", "no such", "--stop", "hi", "--stop", "fg"], "bcde"),
+        (["--stop", "日"], ALPHABET[1:28]),
+        (["--stop", "-", "--max-tokens", "2"], "bc"),
+        (["--stop", "b"], ""),
+        ([], ALPHABET[1:]),
+        (["--ignore-eos", "--max-tokens", str(HIDDEN)], ALPHABET[1:] + ALPHABET[:2]),
+        (["--temperature", "0.001", "--seed", "3", "--max-tokens", "5"], "bcdef"),
+        (["--temperature", "9", "--top-k", "1", "--max-tokens", "5"], "bcdef"),
+        (["--temperature", "1", "--min-p", "1", "--max-tokens", "5"], "bcdef"),
+        (["--temperature", "1", "--top-p", "1e-9", "--max-tokens", "5"], "bcdef"),
+    ],
+)
+def test_what_ends_the_text(run: Run, argv: list[str], text: str) -> None:
+    assert run("a", "--quiet", *argv).out == text
+
+
+def test_seed_and_temperature(run: Run) -> None:
+    argv = ["--quiet", "--temperature", "50", "--max-tokens", "30", "--ignore-eos", "--seed"]
+    assert run("a", *argv, "1").out == run("a", *argv, "1").out
+    assert run("a", *argv, "1").out != run("a", *argv, "2").out
+
+
+def test_repetition_penalty(run: Run) -> None:
+    """The prompt has the letter that would come next; a penalty makes it no better than the rest."""
+    assert run("cba", "--quiet", "--max-tokens", "1").out == "b"
+    argv = ["--quiet", "--max-tokens", "50", "--temperature", "0.05", "--seed", "1", "--ignore-eos"]
+    plain, penalised = run("cba", *argv).out, run("cba", *argv, "--repetition-penalty", "1e6").out
+    assert plain.startswith("bcdefg")
+    assert not penalised.startswith("bcdefg")
+
+
+def test_settings_of_the_policy_arrive(run: Run) -> None:
+    """Each flag reaches the setting of its name: the JSON tells the settings that were used."""
+    given = {
+        "tsp_layer": 2,
+        "tsp_rate": 0.5,
+        "kv_retention": 0.25,
+        "tsp_len": 300,
+        "kv_len": 200,
+        "window": 4,
+        "kernel": 5,
+        "pooling": "avg",
+        "min_tokens": 16,
+    }
+    argv = [text for name, value in given.items() for text in (f"--{name.replace('_', '-')}", str(value))]
+    said = json.loads(run("abcdefghij" * 50, "--json", "--max-tokens", "1", *argv).out)
+    assert said["policy"] == {"name": "fastkv", **given}
+    assert said["metrics"]["tsp_tokens"] == 300
+    assert said["metrics"]["kv_tokens"] == 200
+
+
+def test_the_default_tsp_layer_is_told(run: Run) -> None:
+    assert json.loads(run("x", "--json", "--max-tokens", "1").out)["policy"]["tsp_layer"] == 1
+
+
+@pytest.mark.parametrize(("dtype", "said"), [("auto", "float32"), ("bfloat16", "bfloat16"), ("float16", "float16")])
+def test_dtype_and_device(run: Run, dtype: str, said: str) -> None:
+    result = run("x", "--dtype", dtype, "--device", "cpu", "--max-tokens", "4")
+    assert result.out == "yz é"
+    assert f"on cpu in {said}" in result.err
+
+
+def test_threads(run: Run) -> None:
+    try:
+        assert run("x", "--threads", "2", "--max-tokens", "1", "--quiet").out == "y"
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(1)
+
+
+def test_chat_and_system(run: Run) -> None:
+    """The template of this model writes a BOS and the messages; the BOS is there once."""
+    said = json.loads(run("xyz", "--chat", "--system", "abc", "--json").out)
+    assert said["text"] == after("z")
+    assert said["metrics"]["prompt_tokens"] == 1 + 3 + 3
+    assert json.loads(run("xyz", "--chat", "--json").out)["metrics"]["prompt_tokens"] == 1 + 3
+
+
+def test_help_names_every_flag(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as left:
+        main(["--help"])
+    assert left.value.code == 0
+    printed = capsys.readouterr()
+    assert printed.err == ""
+    for action in build_parser()._actions:
+        assert action.option_strings[-1] in printed.out
+        assert action.help
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as left:
+        main(["--version"])
+    assert left.value.code == 0
+    assert capsys.readouterr() == (f"fastkv-run {fastkv.__version__}\n", "")
+
+
+# --- the prompt -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("content", "text"),
+    [
+        (b"one", "one"),
+        (b"one\n", "one"),
+        (b"one\r\n", "one"),
+        (b"one\n\n", "one\n"),
+        (b"one\r\n\r\n", "one\r\n"),
+        (b"one\n\r\n", "one\n"),
+        (b"one\r\n\n", "one\r\n"),
+        (b"one\r", "one\r"),
+        (b"one \n", "one "),
+        (b"\none\n", "\none"),
+        (b"  one\ttwo  ", "  one\ttwo  "),
+        (b"one\r\ntwo\rthree\nfour", "one\r\ntwo\rthree\nfour"),
+        (b"\xef\xbb\xbfone", "one"),
+        (b"\xef\xbb\xbf\xef\xbb\xbfone", "\ufeffone"),
+        (b"one\xef\xbb\xbf", "one\ufeff"),
+        (b"\n\n", "\n"),
+        (b" ", " "),
+        ("é日本\U0001f600\u2028".encode(), "é日本\U0001f600\u2028"),
+        (b"\x1b[0m\x0c\x7f", "\x1b[0m\x0c\x7f"),
+    ],
+)
+def test_a_prompt_file_is_taken_verbatim(tmp_path: Path, content: bytes, text: str) -> None:
+    """But for a byte-order mark, and one newline at its end, which editors put there."""
+    path = tmp_path / "prompt.txt"
+    path.write_bytes(content)
+    assert read_prompt(str(path)) == text
+
+
+def test_the_prompt_reaches_the_model(run: Run) -> None:
+    assert run("\ufeffab é\n", "--max-tokens", "2", "--quiet").out == "日本"
+
+
+# --- in a process of its own ------------------------------------------------------------------------------------------
+
+
+def start(folder: Path, *argv: str, **options: Any) -> subprocess.Popen[bytes]:
+    """The command in a process of its own: its stdout and stderr are pipes unless `options` say otherwise."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", **options.pop("env", {})}
+    settings = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **options}
+    command = [sys.executable, "-m", "fastkv", "--model", str(folder), *argv]
+    return subprocess.Popen(command, env=environment, **settings)
+
+
+def read_some(process: subprocess.Popen[bytes]) -> bytes:
+    """What stdout holds as soon as it holds something."""
+    assert process.stdout is not None
+    ready, _, _ = select.select([process.stdout], [], [], 60)
+    assert ready, "nothing came"
+    return os.read(process.stdout.fileno(), 1 << 16)
+
+
+FOREVER = ["--max-tokens", "90000", "--ignore-eos"]
+
+
+def test_standard_input_and_broken_locale(reciter: Path) -> None:
+    """Text in and out is UTF-8, whatever the environment says; the figures that it cannot spell do no harm."""
+    environment = {"LC_ALL": "C", "PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    process = start(reciter, "--prompt", "-", env=environment)
+    out, err = process.communicate("\ufeffxyz é\n".encode())
+    assert process.returncode == 0, err
+    assert out.decode() == after("é")
+    assert b"prompt       6 tokens" in err  # a BOS and five characters
+
+
+def test_text_comes_as_it_is_made_and_ctrl_c_keeps_it(reciter: Path) -> None:
+    """Pieces arrive long before the end. Ctrl-C: the text so far stays, the figures follow, and no traceback."""
+    process = start(reciter, "--prompt", "-", *FOREVER)
+    assert process.stdin is not None
+    process.stdin.write(b"a")
+    process.stdin.close()
+    first = b""
+    while len(first) < 20:
+        first += read_some(process)
+    assert process.poll() is None
+    assert len(first) < 1000
+    process.send_signal(signal.SIGINT)
+    assert process.stdout is not None
+    assert process.stderr is not None
+    out, err = first + process.stdout.read(), process.stderr.read().decode()
+    assert process.wait(60) == 130
+    expected = (ALPHABET * 2000).encode()[1 : len(out) + 1]
+    assert out == expected
+    assert "Traceback" not in err
+    assert "KeyboardInterrupt" not in err
+    assert err.startswith("policy ")
+    assert " tokens/s" in err
+
+
+def test_a_closed_pipe_ends_quietly(reciter: Path) -> None:
+    """`fastkv-run ... | head`: the reader has what it wanted, and nothing went wrong."""
+    process = start(reciter, "--prompt", "-", *FOREVER)
+    assert process.stdin is not None
+    assert process.stdout is not None
+    assert process.stderr is not None
+    process.stdin.write(b"a")
+    process.stdin.close()
+    assert read_some(process)
+    process.stdout.close()
+    assert process.stderr.read() == b""
+    assert process.wait(60) == 0
+
+
+def test_a_pipe_that_nobody_reads(reciter: Path, tmp_path: Path) -> None:
+    """The same for output that comes at once, at the very end."""
+    (tmp_path / "prompt.txt").write_text("a")
+    reader, writer = os.pipe()
+    os.close(reader)
+    process = start(reciter, "--prompt", str(tmp_path / "prompt.txt"), "--json", stdout=writer)
+    os.close(writer)
+    _, err = process.communicate(timeout=60)
+    assert (process.returncode, err) == (0, b"")
+
+
+@pytest.mark.parametrize("argv", [[], ["--json"]])
+def test_ctrl_c_while_generating(run: Run, monkeypatch: pytest.MonkeyPatch, argv: list[str]) -> None:
+    """Exactly ten tokens are there when the signal comes; the JSON tells them as an interrupted request."""
+    steps = 0
+    step = generation.decode_step
+
+    def interrupted(*args: Any) -> torch.Tensor:
+        nonlocal steps
+        steps += 1
+        if steps == 10:
+            signal.raise_signal(signal.SIGINT)
+        return step(*args)
+
+    monkeypatch.setattr(generation, "decode_step", interrupted)
+    result = run("a", *argv, "--max-tokens", "50", status=130)
+    assert "decode       10 tokens" in result.err
+    if not argv:
+        assert result.out == "bcdefghijk"
+    else:
+        said = json.loads(result.out)
+        assert said["text"] == "bcdefghijk"
+        assert len(said["token_ids"]) == said["metrics"]["new_tokens"] == 10
+        assert said["finish_reason"] == "interrupted"
+
+
+def test_ctrl_c_before_the_first_token(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*args: Any) -> None:
+        signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr("fastkv.engine.llm.load_weights", interrupted)
+    assert run("a", status=130) == (130, "", "")
+
+
+def test_a_terminal_gets_its_figures_on_a_line_of_their_own(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a newline in stdout, which stays the text alone."""
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    result = run("a", "--max-tokens", "2")
+    assert result.out == "bc"
+    assert result.err.startswith("\npolicy")
+    ended = run("\U0001f600", "--max-tokens", "1")
+    assert ended.out == "\n"
+    assert ended.err.startswith("policy")
+
+
+def python(*argv: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, *argv], capture_output=True, text=True, check=False)
+
+
+def test_python_m_fastkv_is_the_command() -> None:
+    done = python("-m", "fastkv", "--version")
+    assert (done.returncode, done.stdout, done.stderr) == (0, f"fastkv-run {fastkv.__version__}\n", "")
+
+
+HEAVY = ("torch", "numpy", "safetensors", "tokenizers", "sentencepiece", "huggingface_hub", "jinja2", "transformers")
+
+
+@pytest.mark.parametrize(
+    ("argv", "status"),
+    [
+        (["--help"], 0),
+        (["--version"], 0),
+        (["--no-such-flag"], 2),
+        (["--model", "x", "--prompt", "/no/such/file"], 2),
+        (["--model", "x", "--prompt", "/no/such/file", "--threads", "0"], 2),
+    ],
+)
+def test_answers_that_need_no_model_come_at_once(argv: list[str], status: int) -> None:
+    """Nothing heavy is imported for help, the version, or a complaint about the command line or the prompt."""
+    code = f"""
+import atexit, sys
+atexit.register(lambda: print("heavy:", [name for name in {HEAVY} if name in sys.modules]))
+from fastkv.cli import main
+sys.exit(main())
+"""
+    done = python("-c", code, *argv)
+    assert done.returncode == status, done.stderr
+    assert done.stdout.endswith("heavy: []\n")
+
+
+def test_importing_the_package_imports_nothing_heavy() -> None:
+    code = f"import sys, fastkv; dir(fastkv); print([name for name in {HEAVY} if name in sys.modules])"
+    assert python("-c", code).stdout == "[]\n"
+
+
+def test_loading_a_model_loads_no_compiler(reciter: Path) -> None:
+    """Initialising weights on the meta device, which is for nothing, made torch import its compiler: a second or two."""
+    code = "import sys; from fastkv import LLM; LLM(sys.argv[1]).generate('a'); print('torch._dynamo' in sys.modules)"
+    assert python("-c", code, str(reciter)).stdout == "False\n"
