@@ -525,6 +525,6 @@ def test_importing_the_package_imports_nothing_heavy() -> None:
 
 
 def test_loading_a_model_loads_no_compiler(reciter: Path) -> None:
-    """Initialising weights on the meta device, which is for nothing, made torch import its compiler: a second or two."""
+    """Initialising weights on the meta device, which is for nothing, made torch import its compiler: seconds."""
     code = "import sys; from fastkv import LLM; LLM(sys.argv[1]).generate('a'); print('torch._dynamo' in sys.modules)"
     assert python("-c", code, str(reciter)).stdout == "False\n"
