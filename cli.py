@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from fastkv.engine.llm import LLM
     from fastkv.engine.output import Metrics, Output
 
-DONE, USER_ERROR, INTERRUPTED = 0, 2, 130
+DONE, FAULT, USER_ERROR, INTERRUPTED = 0, 1, 2, 130
 
 # Settings of policies: each is a field of the policies that know it.
 _POLICY_FLAGS: dict[str, tuple[type, str]] = {
@@ -94,7 +94,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command; returns its exit status: 0 done, 2 a user's mistake, 130 interrupted."""
+    """Run the command; returns its exit status: 0 done, 1 a fault, 2 a user's mistake, 130 interrupted."""
     try:
         return _run(build_parser().parse_args(argv))
     except FastKVError as error:
@@ -103,9 +103,18 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         return INTERRUPTED
     except BrokenPipeError:
-        # The reader has gone: nothing is left to say, nor anyone to say it to at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _drop_stdout()  # the reader has gone: nothing is left to say
         return DONE
+    except OSError as error:
+        if sys.stdout is not None:
+            _drop_stdout()
+        _say(f"fastkv-run: error: {error}")
+        return FAULT
+
+
+def _drop_stdout() -> None:
+    """Let what is still buffered go nowhere, so that Python does not fail on it at exit."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _run(args: argparse.Namespace) -> int:
@@ -115,6 +124,8 @@ def _run(args: argparse.Namespace) -> int:
         check_integer("threads", args.threads, 1, 4096)
     if _is_broken(args.system or ""):
         raise FastKVError("--system: is not UTF-8")
+    if sys.stdout is None:
+        raise OSError("standard output is closed")
     text = read_prompt(args.prompt)
 
     import torch
@@ -240,9 +251,9 @@ def figures(llm: LLM, metrics: Metrics) -> list[tuple[str, str]]:
     speed = metrics.decode_tokens_per_s
     rows = [
         ("policy", f"{llm.policy.name}, on {llm.device} in {_dtype_of(llm)}"),
-        ("prompt", f"{metrics.prompt_tokens:,} tokens"),
+        ("prompt", _tokens(metrics.prompt_tokens)),
         ("first token", f"{metrics.ttft_s:.3f} s"),
-        ("decode", f"{metrics.new_tokens} tokens" + ("" if speed is None else f", {speed:,.1f} tokens/s")),
+        ("decode", _tokens(metrics.new_tokens) + ("" if speed is None else f", {speed:,.1f} tokens/s")),
         (
             "KV kept",
             f"{metrics.kv_entries:,} of {metrics.kv_full_entries:,} entries"
@@ -253,7 +264,7 @@ def figures(llm: LLM, metrics: Metrics) -> list[tuple[str, str]]:
     for stage in llm.policy.stages(llm.config.n_layers, metrics.prompt_tokens):
         if stage.keep is not None:
             share = _percent(stage.keep, metrics.prompt_tokens)
-            rows.append(("TSP", f"{stage.keep:,} tokens ({share}) go on behind layer {stage.layers[-1]}"))
+            rows.append(("TSP", f"{_tokens(stage.keep)} ({share}) go on behind layer {stage.layers[-1]}"))
     if metrics.peak_bytes is not None:
         rows.append(("peak memory", f"{_mebibytes(metrics.peak_bytes)} ({_peak_of(llm)})"))
     return rows
@@ -265,6 +276,10 @@ def _dtype_of(llm: LLM) -> str:
 
 def _peak_of(llm: LLM) -> str:
     return "allocated on the GPU" if llm.device.type == "cuda" else "the whole process"
+
+
+def _tokens(count: int) -> str:
+    return f"{count:,} token{'s' if count != 1 else ''}"
 
 
 def _percent(part: int, whole: int) -> str:

@@ -13,16 +13,16 @@ _INTERVAL = 0.1  # seconds between two updates
 class LoadingLine:
     """A context manager; `show(done, total)` in bytes. Silent unless `stream` is a terminal."""
 
-    def __init__(self, stream: TextIO) -> None:
+    def __init__(self, stream: TextIO | None) -> None:
         self._stream = stream
-        self._live = stream.isatty()
+        self._live = stream is not None and stream.isatty()
         self._started = time.monotonic()
         self._next = self._started + _PATIENCE
         self._shown = False
 
     def show(self, done: int, total: int) -> None:
         now = time.monotonic()
-        if not self._live or now < self._next:
+        if self._stream is None or not self._live or now < self._next:
             return
         left = (now - self._started) * (total - done) / max(done, 1)
         self._stream.write(f"\rloading {done / 2**30:.1f} of {total / 2**30:.1f} GiB, {left:.0f} s left \x1b[K")
@@ -36,6 +36,6 @@ class LoadingLine:
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._shown:
+        if self._stream is not None and self._shown:
             self._stream.write("\r\x1b[K")
             self._stream.flush()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,7 @@ class ChatTemplate:
     def from_pretrained(cls, folder: Path, fields: Fields) -> ChatTemplate | None:
         """`chat_template.jinja` if it is there, else `chat_template` of tokenizer_config.json, else None."""
         file = folder / "chat_template.jinja"
-        if file.is_file():
+        if os.path.lexists(file):
             try:
                 return cls(file.read_text(encoding="utf-8"), file)
             except (OSError, UnicodeDecodeError) as error:

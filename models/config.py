@@ -13,6 +13,7 @@ from fastkv.models.fields import Fields
 from fastkv.models.rope_config import RopeConfig, read_rope
 
 DTYPES = ("float32", "bfloat16", "float16")
+MAX_LAYERS = 10_000  # each is built before the sizes are known; the deepest published models have some hundred
 
 LLAMA = Family({"llama": "LlamaForCausalLM"}, lambda fields: {}, context_length=2048)
 FAMILIES = (LLAMA, mistral.FAMILY, qwen2.FAMILY, qwen3.FAMILY)
@@ -72,6 +73,8 @@ class ModelConfig:
         if not folder.is_dir():
             raise FastKVError(f"{folder}: no such folder; --model takes a folder or a hub id like org/name")
         fields = Fields.read(folder / "config.json")
+        if fields.integer("num_hidden_layers") > MAX_LAYERS:
+            raise fields.complain("num_hidden_layers", f"at most {MAX_LAYERS}")
         return cls._from_fields(fields, Fields.read_optional(folder / "generation_config.json"))
 
     @classmethod

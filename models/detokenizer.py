@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 _CONTEXT = 6  # prompt tokens that are decoded along, so that a leading space survives
-_MOST_CONTEXT = 384
+_BYTES = 4  # of the longest character in UTF-8
 _BROKEN = "\ufffd"  # how a tokenizer shows bytes that are not (yet) a character
 
 
@@ -39,19 +39,16 @@ class Detokenizer:
     def _context(self, prompt: Sequence[int]) -> tuple[list[int], int]:
         """The prompt's last ids, and how many of them are whole: a character that it leaves unfinished is emitted.
 
-        More are taken until they begin between two characters: cut inside one, a run of bytes is broken altogether.
+        The whole ones must end between two characters. Where they begin matters only to tokenizers that show a run of
+        bytes as broken altogether when it is cut: then they begin a byte earlier, up to three times.
         """
-        count = _CONTEXT
-        while True:
-            ids = list(prompt[-count:])
-            whole = len(ids)
-            while whole and self._decode(ids[:whole]).endswith(_BROKEN):
-                whole -= 1
-            if len(ids) == len(prompt) or (self._decode(ids[:whole]) and not self._decode(ids).startswith(_BROKEN)):
-                return ids, whole
-            if count >= _MOST_CONTEXT:
-                return [], 0
-            count *= 2
+        for unfinished in range(min(_BYTES, len(prompt) + 1)):
+            end = len(prompt) - unfinished
+            for earlier in range(_BYTES):
+                start = max(0, end - _CONTEXT - earlier)
+                if not self._decode(list(prompt[start:end])).endswith(_BROKEN):
+                    return list(prompt[start:]), end - start
+        return [], 0
 
     def _pending(self) -> str:
         before = self._decode(self._ids[self._start : self._emitted])

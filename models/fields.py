@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -40,7 +41,8 @@ class Fields:
     @classmethod
     def read_optional(cls, path: Path) -> Fields:
         """Like `read`, but a file that is not there gives no keys at all."""
-        return cls.read(path) if path.exists() else cls({}, str(path))
+        # lexists: a link that leads nowhere is a file that got lost
+        return cls.read(path) if os.path.lexists(path) else cls({}, str(path))
 
     def __contains__(self, key: str) -> bool:
         return self.values.get(key) is not None

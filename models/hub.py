@@ -66,7 +66,7 @@ def _download(model: str, revision: str | None) -> Path:
     )
     from huggingface_hub.utils import disable_progress_bars
 
-    if not sys.stderr.isatty():
+    if sys.stderr is None or not sys.stderr.isatty():
         disable_progress_bars()
     try:
         with _quiet_hub():

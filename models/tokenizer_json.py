@@ -16,7 +16,9 @@ class JsonVocabulary:
 
         try:
             self._tokenizer = Tokenizer.from_file(str(path))
-        except Exception as error:  # the library raises bare Exceptions
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:  # the library raises bare Exceptions, and panics that are not even these
             raise FastKVError(f"{path}: not a tokenizer that can be read ({error}); download it again") from None
         # Limits stored in the file are for training batches; a prompt is never cut.
         self._tokenizer.no_truncation()

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
+import torch
 from places import OUTSIDE_MODELS, ROOT
 
 from fastkv import LLM
+
+# Small models are fastest on one thread, and two threads on a busy machine can be many times slower.
+torch.set_num_threads(1)
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # for the commands that tests start
 
 
 @pytest.fixture(scope="session")

@@ -175,6 +175,16 @@ def test_pieces_add_up_behind_any_prompt(vocabulary: Vocabulary) -> None:
             assert not any(BROKEN in piece for piece in pieces), (ids, place)
 
 
+@pytest.mark.parametrize("end", ["", ".", "!.", " a", "\U0001f600", "é", "\n"])
+def test_a_long_prompt_in_a_script_without_tokens(vocabulary: Vocabulary, end: str) -> None:
+    """Where each character is three bytes, and each byte a token, a window of any fixed sizes may begin inside one."""
+    ids = vocabulary.encode("ሰላም" * 200 + end + " hello hello")
+    behind = vocabulary.encode("ሰላም" * 200 + end)
+    assert ids[: len(behind)] == behind
+    pieces, _ = stream(vocabulary, behind, ids[len(behind) :])
+    assert "".join(pieces) == " hello hello"
+
+
 def test_a_character_that_the_prompt_begins_is_emitted_whole(vocabulary: Vocabulary) -> None:
     """A prompt of token ids may end inside a character: its text is the whole characters, and the rest is ours.
 

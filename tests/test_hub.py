@@ -314,7 +314,7 @@ def test_a_hub_out_of_order(hub: Hub, complaint: Complaint) -> None:
     assert "org/tiny" in complaint("org/tiny")
 
 
-@pytest.mark.parametrize("endpoint", ["http://127.0.0.1:{port}", "http://no-such-host.invalid", "no address at all"])
+@pytest.mark.parametrize("endpoint", ["http://127.0.0.1:{port}", "no address at all"])
 def test_a_hub_that_cannot_be_reached(complaint: Complaint, endpoint: str) -> None:
     with socket.socket() as closed:
         closed.bind(("127.0.0.1", 0))  # bound, but nobody listens

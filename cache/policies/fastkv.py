@@ -11,6 +11,8 @@ from fastkv.cache.policy import Observation, Policy, Stage
 from fastkv.cache.scores import POOLINGS, window_scores
 from fastkv.errors import FastKVError, check_choice, check_integer, check_number
 
+MAX_KERNEL = 4095
+
 
 @dataclass(frozen=True)
 class FastKV(Policy):
@@ -47,7 +49,7 @@ class FastKV(Policy):
         check_number("tsp_rate", self.tsp_rate, 0, 1, above=True)
         check_number("kv_retention", self.kv_retention, 0, 1, above=True)
         check_integer("window", self.window, 1)
-        check_integer("kernel", self.kernel, 1)
+        check_integer("kernel", self.kernel, 1, MAX_KERNEL)
         if self.kernel % 2 == 0:
             raise FastKVError(f"kernel must be odd, not {self.kernel}", setting="kernel")
         check_choice("pooling", self.pooling, POOLINGS)
