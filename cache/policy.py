@@ -24,7 +24,8 @@ class Stage:
 class Observation:
     """What a policy sees of a layer's prefill.
 
-    q: [B, Hq, T, D], k and v: [B, Hkv, T, D], q and k rotated, over the T tokens that the layer saw, in their order.
+    k and v: [B, Hkv, T, D] over the T tokens that the layer saw, in their order; q: [B, Hq, n, D] of the last n of
+    them, at least the policy's window. q and k are rotated.
     """
 
     layer: int

@@ -12,9 +12,10 @@ POOLINGS = ("max", "avg")
 def window_scores(q: Tensor, k: Tensor, window: int, kernel: int, pooling: str) -> Tensor:
     """Scores of the tokens in front of the window, for each KV head (arXiv 2404.14469, 2502.01068).
 
-    q: [B, Hq, T, D] and k: [B, Hkv, T, D], rotated; T > window. The last `window` queries attend causally to all T
-    keys; their attention is summed over the queries, pooled along the tokens with an odd `kernel` (stride 1, same
-    length; "avg" counts the zeros of the padding), and summed over the query heads of each KV head.
+    q: [B, Hq, n, D] of the last n >= window tokens and k: [B, Hkv, T, D] of all, rotated; T > window. The last
+    `window` queries attend causally to all T keys; their attention is summed over the queries, pooled along the tokens
+    with an odd `kernel` (stride 1, same length; "avg" counts the zeros of the padding), and summed over the query
+    heads of each KV head.
     Returns float32 [B, Hkv, T - window].
     """
     attention = _window_attention(q[:, :, -window:], k)  # [B, Hkv, G, W, T]

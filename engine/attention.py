@@ -34,6 +34,38 @@ def _sliding_block(q: Tensor, k: Tensor, v: Tensor, start: int, end: int, window
     )
 
 
+def attend_from(rows: Tensor, q: Tensor, k: Tensor, v: Tensor, window: int | None = None) -> Tensor:
+    """Causal attention of some tokens over the keys of all: what `causal_attention` gives at these rows.
+
+    rows: int64 [B, n], ascending, the places of the queries q [B, Hq, n, D] among the T tokens of k and v. A block of
+    queries attends to the keys up to its last row, so that about half of the products are never computed.
+    """
+    if rows.shape[1] == 1:  # the last token, which sees everything (within the window)
+        keys = slice(None) if window is None else slice(-window, None)
+        return decode_attention(q, k[:, :, keys], v[:, :, keys])
+    places = torch.arange(k.shape[2], device=k.device)
+    blocks = []
+    for start in range(0, rows.shape[1], _QUERY_BLOCK):
+        queries = rows[:, start : start + _QUERY_BLOCK]
+        seen = int(queries[:, -1].max()) + 1
+        visible = places[:seen] <= queries.unsqueeze(-1)  # [B, n, seen]
+        if window is not None:
+            visible &= places[:seen] > queries.unsqueeze(-1) - window
+        part = q[:, :, start : start + _QUERY_BLOCK]
+        blocks.append(
+            F.scaled_dot_product_attention(
+                part, k[:, :, :seen], v[:, :, :seen], attn_mask=visible.unsqueeze(1), enable_gqa=True
+            )
+        )
+    return torch.cat(blocks, dim=2)
+
+
+def take_rows(attended: Tensor, rows: Tensor) -> Tensor:
+    """The rows int64 [B, n] of attended [B, Hq, T, D]: [B, Hq, n, D]."""
+    index = rows[:, None, :, None].expand(-1, attended.shape[1], -1, attended.shape[-1])
+    return attended.gather(2, index)
+
+
 def decode_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """One query for each head, q [B, Hq, 1, D], over all n entries k, v [B, Hkv, n, D]. -> [B, Hq, 1, D].
 

@@ -1,4 +1,10 @@
-"""Prefill: THE layer loop. Stages of layers, each layer's KV selection, and the TSP transition between stages."""
+"""Prefill: THE layer loop. Stages of layers, each layer's KV selection, and the TSP transition between stages.
+
+A layer first computes K and V of all its tokens, from them its votes, and from these what stays in the cache and which
+tokens go on. Only for the latter does it then compute queries, attention and MLP: a token whose state nobody will read
+costs no more than its key and value. That holds for the TSP layer and for the last one, which only the last token
+leaves.
+"""
 
 from __future__ import annotations
 
@@ -10,10 +16,13 @@ from torch import Tensor
 from fastkv.cache.kv_cache import KVCache
 from fastkv.cache.policy import LayerPlan, Observation, Policy, plan_layers
 from fastkv.cache.selection import select_entries, select_tokens
-from fastkv.engine.attention import causal_attention
+from fastkv.engine.attention import attend_from, causal_attention, take_rows
 from fastkv.engine.tsp import TokenState
 from fastkv.models.layers import Rope
-from fastkv.models.llama import Llama
+from fastkv.models.llama import Block, Llama
+
+# Tokens that projections and MLP work on at a time: the widest activation is a chunk's, not the prompt's.
+CHUNK = 4096
 
 
 @dataclass(frozen=True)
@@ -57,47 +66,118 @@ def prefill(model: Llama, ids: Tensor, policy: Policy, max_tokens: int, position
     kept: list[Tensor] = []
     for layer, plan in enumerate(plans):
         tokens.append(state.positions)
-        state, positions = _run_layer(model, layer, plan, state, rope, policy, cache)
+        state, rope, positions = _run_layer(model, layer, plan, state, rope, policy, cache)
         kept.append(positions)
-        if plan.propagated is not None:
-            rope = model.rope(state.positions)
     return Prefill(model.head(state.hidden[:, -1]), tokens, kept, cache)
 
 
 def _run_layer(
     model: Llama, layer: int, plan: LayerPlan, state: TokenState, rope: Rope, policy: Policy, cache: KVCache
-) -> tuple[TokenState, Tensor]:
-    """Attention, selection, MLP. Returns the tokens that go on and the positions that the cache keeps."""
+) -> tuple[TokenState, Rope, Tensor]:
+    """Keys, selection, then attention and MLP of the tokens that go on.
+
+    Returns those tokens, their rotation, and the positions that the cache keeps.
+    """
     block = model.blocks[layer]
-    hidden, observed = _attention(model, layer, state.hidden, rope)
-    state = state.with_hidden(hidden)
+    last = layer == model.config.n_layers - 1
+    if last or (plan.propagated is not None and _narrow_pays(model.device)):
+        return _run_narrow(model, layer, plan, state, rope, policy, cache)
+    observed = _project(block, layer, state.hidden, rope)
+    positions, rows = _select(plan, state, observed, policy, cache)
+    attended = causal_attention(observed.q, observed.k, observed.v, model.config.window_of(layer))
+    del observed  # this layer's full K/V goes before its MLP needs the memory
+    if rows is not None:
+        state, attended = state.take(rows), take_rows(attended, rows)
+        rope = model.rope(state.positions)
+    return state.with_hidden(_finish(block, state.hidden, attended)), rope, positions
+
+
+def _narrow_pays(device: torch.device) -> bool:
+    """Whether attention of the survivors alone, which needs a mask, is faster than that of all tokens, which does not.
+
+    Measured on CPUs. On a GPU not measured: masked attention over grouped heads may leave the fast kernels there.
+    """
+    return device.type == "cpu"
+
+
+def _run_narrow(
+    model: Llama, layer: int, plan: LayerPlan, state: TokenState, rope: Rope, policy: Policy, cache: KVCache
+) -> tuple[TokenState, Rope, Tensor]:
+    """The same for a layer that fewer tokens leave than enter: no queries, attention and MLP of the others."""
+    block = model.blocks[layer]
+    observed = _project_keys(block, layer, state.hidden, rope, policy.window)
+    positions, rows = _select(plan, state, observed, policy, cache)
+    if rows is None or layer == model.config.n_layers - 1:
+        rows = state.last_row()
+    state = state.take(rows)
+    rope = model.rope(state.positions)
+    q = block.self_attn.project_q(block.input_layernorm(state.hidden), rope)
+    attended = attend_from(rows, q, observed.k, observed.v, model.config.window_of(layer))
+    del observed
+    return state.with_hidden(_finish(block, state.hidden, attended)), rope, positions
+
+
+def _select(
+    plan: LayerPlan, state: TokenState, observed: Observation, policy: Policy, cache: KVCache
+) -> tuple[Tensor, Tensor | None]:
+    """Let the policy vote, and fill the layer's cache.
+
+    Returns the positions kept, int64 [B, Hkv, n], and the rows of the tokens that go on, int64 [B, n] (None: all).
+    """
     drops = plan.kept < plan.seen
     scores = policy.score(observed) if drops or plan.propagated is not None else None
     entries = select_entries(scores, plan.kept, policy.window) if scores is not None and drops else None
-    cache.load(layer, observed.k, observed.v, entries)
-    del observed  # this layer's full K/V goes before its MLP needs the memory
-    positions = _kept_positions(state.positions, entries, cache.k[layer].shape[1])
-    # Tokens are dropped before the MLP: it works on each token alone, so what it would do for the dropped is lost.
-    if scores is not None and plan.propagated is not None:
-        state = state.take(select_tokens(scores, plan.propagated, policy.window))
-    if layer == model.config.n_layers - 1:
-        state = state.take_last()
-    return state.with_hidden(block.mlp(state.hidden)), positions
+    cache.load(observed.layer, observed.k, observed.v, entries)
+    every_head = state.positions.unsqueeze(1).expand(-1, observed.k.shape[1], -1)
+    positions = every_head if entries is None else every_head.gather(2, entries)
+    if scores is None or plan.propagated is None:
+        return positions, None
+    return positions, select_tokens(scores, plan.propagated, policy.window)
 
 
-def _attention(model: Llama, layer: int, hidden: Tensor, rope: Rope) -> tuple[Tensor, Observation]:
-    """One layer's causal attention, and what a policy may see of it."""
-    seen: list[Observation] = []
+def _project(block: Block, layer: int, hidden: Tensor, rope: Rope) -> Observation:
+    """q, k and v of all tokens, in chunks."""
+    if hidden.shape[1] <= CHUNK:
+        return Observation(layer, *block.self_attn.project(block.input_layernorm(hidden), rope))
+    q, k, v = _empty_heads(block, hidden, hidden.shape[1])
+    for start in range(0, hidden.shape[1], CHUNK):
+        end = min(start + CHUNK, hidden.shape[1])
+        normed = block.input_layernorm(hidden[:, start:end])
+        q[:, :, start:end], k[:, :, start:end], v[:, :, start:end] = block.self_attn.project(
+            normed, rope.at(start, end)
+        )
+    return Observation(layer, q, k, v)
 
-    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        seen.append(Observation(layer, q, k, v))
-        return causal_attention(q, k, v, model.config.window_of(layer))
 
-    hidden = model.blocks[layer].attention(hidden, rope, attend)
-    return hidden, seen.pop()
+def _project_keys(block: Block, layer: int, hidden: Tensor, rope: Rope, window: int) -> Observation:
+    """k and v of all tokens, in chunks, and q of the last `window` alone."""
+    n_tokens = hidden.shape[1]
+    _, k, v = _empty_heads(block, hidden, 0)
+    for start in range(0, n_tokens, CHUNK):
+        end = min(start + CHUNK, n_tokens)
+        normed = block.input_layernorm(hidden[:, start:end])
+        k[:, :, start:end], v[:, :, start:end] = block.self_attn.project_kv(normed, rope.at(start, end))
+    first = max(0, n_tokens - window)
+    q = block.self_attn.project_q(block.input_layernorm(hidden[:, first:]), rope.at(first, n_tokens))
+    return Observation(layer, q, k, v)
 
 
-def _kept_positions(positions: Tensor, entries: Tensor | None, n_kv_heads: int) -> Tensor:
-    """positions [B, T] of what the layer saw -> [B, Hkv, n] of what it keeps."""
-    every_head = positions.unsqueeze(1).expand(-1, n_kv_heads, -1)
-    return every_head if entries is None else every_head.gather(2, entries)
+def _empty_heads(block: Block, hidden: Tensor, queries: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Room for q [B, Hq, queries, D], k and v [B, Hkv, T, D]."""
+    batch, n_tokens = hidden.shape[:2]
+    heads, kv_heads, _ = block.self_attn.heads
+    head_dim = block.self_attn.head_dim
+    return (
+        hidden.new_empty(batch, heads, queries, head_dim),
+        hidden.new_empty(batch, kv_heads, n_tokens, head_dim),
+        hidden.new_empty(batch, kv_heads, n_tokens, head_dim),
+    )
+
+
+def _finish(block: Block, hidden: Tensor, attended: Tensor) -> Tensor:
+    """Output projection and MLP with their residuals, chunk by chunk and in place: hidden [B, T, E] is ours."""
+    for start in range(0, hidden.shape[1], CHUNK):
+        chunk = hidden[:, start : start + CHUNK]
+        chunk += block.self_attn.output(attended[:, :, start : start + CHUNK])
+        chunk += block.feed_forward(block.post_attention_layernorm(chunk))
+    return hidden

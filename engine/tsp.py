@@ -30,6 +30,6 @@ class TokenState:
         rows = keep.unsqueeze(-1).expand(-1, -1, self.hidden.shape[-1])
         return TokenState(self.ids.gather(1, keep), self.hidden.gather(1, rows), self.positions.gather(1, keep))
 
-    def take_last(self) -> TokenState:
-        """Only the last token goes on: behind the last layer's attention, nothing else is read."""
-        return TokenState(self.ids[:, -1:], self.hidden[:, -1:], self.positions[:, -1:])
+    def last_row(self) -> Tensor:
+        """Where the last token stands, for `take`: int64 [B, 1]."""
+        return torch.full_like(self.ids[:, :1], self.ids.shape[1] - 1)

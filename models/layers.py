@@ -44,6 +44,10 @@ class Rope:
     cos: Tensor
     sin: Tensor
 
+    def at(self, start: int, end: int) -> Rope:
+        """The rotation of the tokens start … end - 1 alone."""
+        return Rope(self.cos[:, :, start:end], self.sin[:, :, start:end])
+
     def rotate(self, x: Tensor) -> Tensor:
         """Turn x [B, H, T, D]: value i is paired with value i + D/2."""
         low, high = x.chunk(2, dim=-1)

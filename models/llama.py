@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastkv.models.config import ModelConfig
@@ -37,10 +38,38 @@ class Attention(nn.Module):
             self.q_norm = self.k_norm = nn.Identity()
 
     def forward(self, hidden: Tensor, rope: Rope, attend: Attend) -> Tensor:
-        heads = self.qkv_proj(hidden).unflatten(-1, (-1, self.head_dim))  # [B, T, Hq + 2 Hkv, D]
-        q, k, v = heads.transpose(1, 2).split(self.heads, dim=1)  # [B, H, T, D] each
-        attended = attend(rope.rotate(self.q_norm(q)), rope.rotate(self.k_norm(k)), v)
+        q, k, v = self.project(hidden, rope)
+        return self.output(attend(q, k, v))
+
+    def project(self, hidden: Tensor, rope: Rope) -> tuple[Tensor, Tensor, Tensor]:
+        """hidden [B, T, E], normed -> q [B, Hq, T, D], k and v [B, Hkv, T, D], q and k rotated."""
+        heads = self._split(self.qkv_proj(hidden))
+        q, k, v = heads.split(self.heads, dim=1)
+        return rope.rotate(self.q_norm(q)), rope.rotate(self.k_norm(k)), v
+
+    def project_q(self, hidden: Tensor, rope: Rope) -> Tensor:
+        """hidden [B, T, E], normed -> q [B, Hq, T, D] alone, rotated."""
+        q = self._split(self._rows(hidden, 0, self.heads[0]))
+        return rope.rotate(self.q_norm(q))
+
+    def project_kv(self, hidden: Tensor, rope: Rope) -> tuple[Tensor, Tensor]:
+        """hidden [B, T, E], normed -> k and v [B, Hkv, T, D] alone, k rotated."""
+        k, v = self._split(self._rows(hidden, self.heads[0], sum(self.heads))).chunk(2, dim=1)
+        return rope.rotate(self.k_norm(k)), v
+
+    def output(self, attended: Tensor) -> Tensor:
+        """attended [B, Hq, T, D] -> [B, T, E]."""
         return self.o_proj(attended.transpose(1, 2).flatten(2))
+
+    def _rows(self, hidden: Tensor, first: int, end: int) -> Tensor:
+        """The product with the heads first … end - 1 of the one matrix."""
+        part = slice(first * self.head_dim, end * self.head_dim)
+        bias = None if self.qkv_proj.bias is None else self.qkv_proj.bias[part]
+        return F.linear(hidden, self.qkv_proj.weight[part], bias)
+
+    def _split(self, heads: Tensor) -> Tensor:
+        """[B, T, H * D] -> [B, H, T, D]."""
+        return heads.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
 
 
 class Block(nn.Module):
