@@ -92,7 +92,7 @@ def checkpoint_tensors(model: Llama) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
     for target in targets(model):
         pieces = parameters[target.name].detach().split([source.shape[0] for source in target.sources])
-        tensors.update({source.name: piece for source, piece in zip(target.sources, pieces, strict=True)})
+        tensors.update({source.name: piece.contiguous() for source, piece in zip(target.sources, pieces, strict=True)})
     return tensors
 
 
@@ -131,13 +131,27 @@ def _some(names: list[str]) -> str:
 
 
 def _read(checkpoint: Checkpoint, target: Target, dtype: torch.dtype, device: torch.device) -> Tensor:
-    if len(target.sources) == 1:
-        return checkpoint.read(target.sources[0].name).to(device=device, dtype=dtype)
     rows = [source.shape[0] for source in target.sources]
-    fused = torch.empty(sum(rows), *target.sources[0].shape[1:], dtype=dtype, device=device)
+    shape = (sum(rows), *target.sources[0].shape[1:])
+    transposed = _reads_faster_transposed(target.name, shape, dtype, device)
+    if len(rows) == 1 and not transposed:
+        return checkpoint.read(target.sources[0].name).to(device=device, dtype=dtype)
+    fused = torch.empty(shape[::-1] if transposed else shape, dtype=dtype, device=device)
+    fused = fused.t() if transposed else fused
     for source, piece in zip(target.sources, fused.split(rows), strict=True):
         piece.copy_(checkpoint.read(source.name))
     return fused
+
+
+def _reads_faster_transposed(name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether a matrix is stored column by column in memory; its shape, and what it computes, stay the same.
+
+    A decode step on a CPU reads each matrix once for a single row of input, as fast as memory gives it. For float32
+    matrices with more rows than columns, MKL does that at 23-25 GB/s so, and at 14 row by row (2 cores, AMD EPYC; in
+    bfloat16, and for the others, rows are faster). The embedding is looked up by rows.
+    """
+    wide = len(shape) == 2 and shape[0] > shape[1]
+    return wide and dtype == torch.float32 and device.type == "cpu" and not name.startswith("embed_tokens")
 
 
 def _assign(model: nn.Module, name: str, value: Tensor) -> None:

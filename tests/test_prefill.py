@@ -15,6 +15,8 @@ from torch import Tensor
 from fastkv import LLM, FastKV, FullKV
 from fastkv.cache.policy import Observation
 from fastkv.cache.scores import window_scores
+from fastkv.engine.attention import attend_from, causal_attention
+from fastkv.models.layers import MLP
 
 
 def prompt(n_tokens: int, seed: int = 0, batch: int = 1) -> Tensor:
@@ -92,6 +94,51 @@ def test_prefill_equals_its_slow_twin(tiny_llm: LLM, settings: dict[str, Any]) -
         live = fast.cache.length(layer)
         torch.testing.assert_close(fast.cache.k[layer][0, :, :live], slow.k[layer], atol=1e-4, rtol=1e-4)
         torch.testing.assert_close(fast.cache.v[layer][0, :, :live], slow.v[layer], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("policy", [FullKV(), FastKV(min_tokens=8), FastKV(tsp_layer=0, min_tokens=8, kv_len=300)])
+def test_every_way_through_a_layer_gives_the_same(
+    tiny_llm: LLM, monkeypatch: pytest.MonkeyPatch, policy: FullKV | FastKV
+) -> None:
+    """Chunks or not, and survivors alone or all tokens at the TSP layer: which one runs is a question of speed."""
+    ids = prompt(310, batch=2)
+    expected = tiny_llm.prefill(ids, policy)
+    for chunk, narrow in ((64, True), (64, False), (4096, False)):
+        monkeypatch.setattr("fastkv.engine.prefill.CHUNK", chunk)
+        monkeypatch.setattr("fastkv.engine.prefill._narrow_pays", lambda device, narrow=narrow: narrow)
+        other = tiny_llm.prefill(ids, policy)
+        torch.testing.assert_close(other.logits, expected.logits, atol=1e-4, rtol=1e-4)
+        for layer in range(tiny_llm.config.n_layers):
+            assert torch.equal(other.kept[layer], expected.kept[layer])
+            torch.testing.assert_close(other.cache.k[layer], expected.cache.k[layer], atol=1e-4, rtol=1e-4)
+            torch.testing.assert_close(other.cache.v[layer], expected.cache.v[layer], atol=1e-4, rtol=1e-4)
+
+
+def test_attention_of_some_rows_is_that_of_all_at_these_rows() -> None:
+    torch.manual_seed(0)
+    q, k, v = torch.randn(2, 4, 1300, 8), torch.randn(2, 2, 1300, 8), torch.randn(2, 2, 1300, 8)
+    rows = torch.stack([torch.randperm(1300)[:700].sort().values for _ in range(2)])
+    index = rows[:, None, :, None].expand(-1, 4, -1, 8)
+    for window in (None, 100):
+        everything = causal_attention(q, k, v, window)
+        some = attend_from(rows, q.gather(2, index), k, v, window)
+        torch.testing.assert_close(some, everything.gather(2, index), atol=1e-5, rtol=1e-5)
+        last = attend_from(torch.full((2, 1), 1299), q[:, :, -1:], k, v, window)
+        torch.testing.assert_close(last, everything[:, :, -1:], atol=1e-5, rtol=1e-5)
+
+
+def test_what_nobody_reads_is_not_computed(tiny_llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tokens that enter each MLP: all up to the TSP layer, which only survivors leave, and one behind the last."""
+    rows: list[int] = []
+    forward = MLP.forward
+
+    def count(self: MLP, x: Tensor) -> Tensor:
+        rows.append(x.shape[1])
+        return forward(self, x)
+
+    monkeypatch.setattr(MLP, "forward", count)
+    tiny_llm.prefill(prompt(300), FastKV(tsp_layer=2, tsp_rate=0.3, min_tokens=8))
+    assert rows == [300, 300, 90, 90, 90, 1]
 
 
 def test_full_logits_of_a_long_prompt_are_plain_causal_attention(tiny_llm: LLM) -> None:
@@ -176,8 +223,6 @@ def test_short_prompts(tiny_llm: LLM, n_tokens: int) -> None:
 
 def test_attention_matches_itself_in_blocks() -> None:
     """The sliding-window attention works in blocks of queries; the twin is one explicit mask."""
-    from fastkv.engine.attention import causal_attention
-
     torch.manual_seed(0)
     q, k, v = torch.randn(1, 4, 1100, 8), torch.randn(1, 2, 1100, 8), torch.randn(1, 2, 1100, 8)
     place = torch.arange(1100)
