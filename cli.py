@@ -39,7 +39,7 @@ _POLICY_FLAGS: dict[str, tuple[type, str]] = {
 }
 _SAMPLING_FLAGS: dict[str, tuple[type, str]] = {
     "max_tokens": (int, "tokens to generate at most (default 256, or what the context leaves)"),
-    "temperature": (float, "0 is greedy (default)"),
+    "temperature": (float, "0 is greedy (default), and then the next three and --seed decide nothing"),
     "top_k": (int, "sample from the K most probable tokens (default 0: all)"),
     "top_p": (float, "sample from the fewest tokens that together reach P (default 1: all)"),
     "min_p": (float, "drop tokens below P times the most probable one (default 0: none)"),
@@ -47,7 +47,25 @@ _SAMPLING_FLAGS: dict[str, tuple[type, str]] = {
     "seed": (int, "the same seed gives the same text"),
 }
 
-_OTHER_SETTINGS = ("prompt", "stop", "policy", "device", "dtype", "threads", "revision")
+_METAVARS = {
+    "tsp_layer": "I",
+    "tsp_rate": "R",
+    "kv_retention": "R",
+    "tsp_len": "N",
+    "kv_len": "N",
+    "window": "W",
+    "kernel": "K",
+    "pooling": "max|avg",
+    "min_tokens": "N",
+    "max_tokens": "N",
+    "temperature": "T",
+    "top_k": "K",
+    "top_p": "P",
+    "min_p": "P",
+    "repetition_penalty": "X",
+    "seed": "S",
+}
+_OTHER_SETTINGS = ("prompt", "chat", "stop", "policy", "device", "dtype", "threads", "revision")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -74,19 +92,19 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--policy", default="fastkv", metavar="NAME", help="fastkv (default) or full")
     policy = parser.add_argument_group("settings of policy fastkv")
     for name, (kind, text) in _POLICY_FLAGS.items():
-        policy.add_argument(_flag(name), type=kind, help=text)
+        policy.add_argument(_flag(name), type=kind, help=text, metavar=_METAVARS[name])
     sampling = parser.add_argument_group("generation")
     for name, (kind, text) in _SAMPLING_FLAGS.items():
-        sampling.add_argument(_flag(name), type=kind, help=text)
+        sampling.add_argument(_flag(name), type=kind, help=text, metavar=_METAVARS[name])
     sampling.add_argument("--stop", action="append", default=[], metavar="STR", help="end before this (repeatable)")
     sampling.add_argument("--ignore-eos", action="store_true", help="go on behind an end-of-text token")
     sampling.add_argument("--chat", action="store_true", help="wrap the prompt in the model's chat template")
     sampling.add_argument("--system", metavar="TEXT", help="system message for --chat")
     machine = parser.add_argument_group("machine and output")
-    machine.add_argument("--device", default="auto", help="auto (default), cpu, cuda or cuda:N")
-    machine.add_argument("--dtype", default="auto", help="auto (default), float32, bfloat16 or float16")
-    machine.add_argument("--threads", type=int, help="CPU threads (default: torch's choice)")
-    machine.add_argument("--revision", help="revision of a hub id")
+    machine.add_argument("--device", default="auto", metavar="D", help="auto (default), cpu, cuda or cuda:N")
+    machine.add_argument("--dtype", default="auto", metavar="T", help="auto (default), float32, bfloat16 or float16")
+    machine.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: torch's choice)")
+    machine.add_argument("--revision", metavar="R", help="revision of a hub id")
     machine.add_argument("--json", action="store_true", help="print one JSON object in place of the text")
     machine.add_argument("--quiet", action="store_true", help="print no figures")
     machine.add_argument("--version", action="version", version=f"fastkv-run {__version__}")
@@ -122,8 +140,9 @@ def _run(args: argparse.Namespace) -> int:
         raise FastKVError("--system is for --chat: add --chat, or leave it out")
     if args.threads is not None:
         check_integer("threads", args.threads, 1, 4096)
-    if _is_broken(args.system or ""):
-        raise FastKVError("--system: is not UTF-8")
+    for flag, texts in (("--system", [args.system or ""]), ("--stop", args.stop)):
+        if any(map(_is_broken, texts)):
+            raise FastKVError(f"{flag}: is not UTF-8")
     if sys.stdout is None:
         raise OSError("standard output is closed")
     text = read_prompt(args.prompt)

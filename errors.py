@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from numbers import Integral, Real
 from typing import Any
 
 
@@ -22,7 +23,7 @@ class FastKVError(ValueError):
 
 def check_integer(name: str, value: Any, low: int, high: int | None = None) -> None:
     """Raise FastKVError unless `value` is an int (a bool is not one) of at least `low` and at most `high`."""
-    whole = isinstance(value, int) and not isinstance(value, bool)
+    whole = isinstance(value, Integral) and not isinstance(value, bool)
     if whole and value >= low and (high is None or value <= high):
         return
     upper = "" if high is None else f" and at most {high}"
@@ -31,12 +32,12 @@ def check_integer(name: str, value: Any, low: int, high: int | None = None) -> N
 
 def check_number(name: str, value: Any, low: float, high: float, *, above: bool = False) -> None:
     """Raise FastKVError unless `value` is a finite number in [low, high], or in (low, high] where `above`."""
-    number = isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < math.inf
-    if number and value <= high and (value > low if above else value >= low):
+    number = _as_float(value)
+    if abs(number) < math.inf and number <= high and (number > low if above else number >= low):
         return
     lower = f"above {low:g}" if above else f"at least {low:g}"
     upper = "" if math.isinf(high) else f" and at most {high:g}"
-    raise FastKVError(f"{name} must be {lower}{upper}, not {value!r}", setting=name)
+    raise FastKVError(f"{name} must be a number {lower}{upper}, not {value!r}", setting=name)
 
 
 def check_choice(name: str, value: Any, choices: Iterable[str]) -> None:
@@ -44,3 +45,13 @@ def check_choice(name: str, value: Any, choices: Iterable[str]) -> None:
     known = list(choices)
     if value not in known:
         raise FastKVError(f"{name} must be one of {', '.join(known)}, not {value!r}", setting=name)
+
+
+def _as_float(value: Any) -> float:
+    """NaN for what is no number."""
+    if not isinstance(value, Real) or isinstance(value, bool):
+        return math.nan
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf

@@ -4,37 +4,29 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from fastkv.cache.kv_cache import KVCache
-from fastkv.cache.policy import Policy, plan_layers
+from fastkv.cache.policy import plan_layers
 from fastkv.engine.decode import decode_step
 from fastkv.engine.memory import explain_out_of_memory, peak_bytes, start_peak
 from fastkv.engine.output import Metrics, Output, Piece
 from fastkv.engine.prefill import prefill
-from fastkv.engine.sampler import Sampler, SamplingParams
+from fastkv.engine.request import Request
+from fastkv.engine.sampler import Sampler
 from fastkv.engine.stopping import StopStrings
 from fastkv.models.detokenizer import Detokenizer
 from fastkv.models.llama import Llama
 from fastkv.models.tokenizer import Tokenizer
 
 
-@dataclass(frozen=True)
-class Request:
-    """A checked request: the prompt fits the model, `max_tokens` fits behind it, `eos_ids` is empty if ignored."""
-
-    prompt: list[int]
-    params: SamplingParams
-    policy: Policy
-    max_tokens: int
-    position_limit: int
-    eos_ids: frozenset[int]
-
-
 class Generation(Iterator[Piece]):
-    """Runs a request as it is iterated. `output()` tells what came of it, at the end or wherever it was left."""
+    """Runs a request as it is iterated. `output()` tells what came of it, at the end or wherever it was left.
+
+    `close()` ends it early and lets its memory go; so does its last token, or forgetting it.
+    """
 
     def __init__(
         self, model: Llama, tokenizer: Tokenizer | None, request: Request, called_at: float | None = None
@@ -46,39 +38,32 @@ class Generation(Iterator[Piece]):
         self._detokenizer = Detokenizer(tokenizer.decode if tokenizer else lambda ids: "", request.prompt)
         self._stops = StopStrings(request.params.stop)
         self._plans = plan_layers(request.policy, model.config.n_layers, len(request.prompt))
-        self._cache: KVCache | None = None
+        self._run: _Run | None = None
+        self._ended = False
         self._token_ids: list[int] = []
         self._text: list[str] = []
         self._times: list[float] = []
         self._finish_reason = "interrupted"
+        self._kv_bytes = 0
         self._peak: int | None = None
-        self._pieces = self._run()
 
     def __next__(self) -> Piece:
-        return next(self._pieces)
-
-    def _run(self) -> Iterator[Piece]:
+        if self._ended:
+            raise StopIteration
         with explain_out_of_memory():
-            yield from self._generate()
+            if self._run is None:
+                self._run = _Run(self._model, self._request)
+                self._kv_bytes = self._run.cache.nbytes
+            piece, finished = self._take(self._run.next_token())
+        if finished:
+            self._peak = peak_bytes(self._model.device)
+            self.close()
+        return piece
 
-    def _generate(self) -> Iterator[Piece]:
-        request = self._request
-        start_peak(self._model.device)
-        prompt = torch.tensor([request.prompt], device=self._model.device)
-        sampler = Sampler(request.params, prompt, self._model.config.vocab_size)
-        result = prefill(self._model, prompt, request.policy, request.max_tokens, request.position_limit)
-        self._cache = result.cache
-        logits = result.logits
-        del result
-        for _ in range(request.max_tokens):
-            token = sampler(logits)
-            piece, finished = self._take(int(token))
-            if finished:
-                self._peak = peak_bytes(self._model.device)
-            yield piece
-            if finished:
-                return
-            logits = decode_step(self._model, self._cache, token)
+    def close(self) -> None:
+        """Generate no more, and let the cache go. `output()` stays."""
+        self._ended = True
+        self._run = None
 
     def _take(self, token_id: int) -> tuple[Piece, bool]:
         """Book a new token; the piece to emit, and whether it is the last one."""
@@ -121,8 +106,29 @@ class Generation(Iterator[Piece]):
             kv_tokens=round(sum(kept) / len(kept)),
             kv_entries=sum(kept) * config.n_kv_heads,
             kv_full_entries=n_prompt * len(kept) * config.n_kv_heads,
-            kv_bytes=self._cache.nbytes if self._cache else 0,
+            kv_bytes=self._kv_bytes,
             kv_full_bytes=full * self._model.dtype.itemsize,
             tsp_tokens=self._plans[-1].seen,
             peak_bytes=self._peak,
         )
+
+
+class _Run:
+    """The tensors of a running request."""
+
+    def __init__(self, model: Llama, request: Request) -> None:
+        start_peak(model.device)
+        self._model = model
+        prompt = torch.tensor([request.prompt], device=model.device)
+        self._sampler = Sampler(request.params, prompt, model.config.vocab_size)
+        result = prefill(model, prompt, request.policy, request.max_tokens, request.position_limit)
+        self.cache = result.cache
+        self._logits: Tensor | None = result.logits  # of the next token, where they are known already
+        self._token: Tensor = prompt[:, -1]
+
+    def next_token(self) -> int:
+        """One decode step, but for the first token, which the prefill has given."""
+        logits = decode_step(self._model, self.cache, self._token) if self._logits is None else self._logits
+        self._logits = None
+        self._token = self._sampler(logits)
+        return int(self._token)

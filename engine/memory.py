@@ -11,11 +11,15 @@ import torch
 
 from fastkv.errors import FastKVError
 
+CONTAINER = Path("/sys/fs/cgroup")
+
 
 def available_bytes(device: torch.device) -> int | None:
     """Memory that can still be taken on `device`, or None where the system does not say."""
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
+        # What torch holds without using it is not free to others, but it is to us.
+        held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + held
     limits = [limit for limit in (_host_available(), _container_available()) if limit is not None]
     return min(limits) if limits else None
 
@@ -38,6 +42,10 @@ def peak_bytes(device: torch.device) -> int | None:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
+def _size(count: int) -> str:
+    return f"{count / 2**30:,.1f} GiB" if count >= 2**30 else f"{count / 2**20:,.1f} MiB"
+
+
 def _host_available() -> int | None:
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
@@ -48,12 +56,14 @@ def _host_available() -> int | None:
 
 
 def _container_available() -> int | None:
-    """What a container's limit (cgroup v2) leaves."""
-    group = Path("/sys/fs/cgroup")
+    """What a container's limit (cgroup v2) leaves, counting what the system can take back from file caches."""
     try:
-        limit = (group / "memory.max").read_text().strip()
-        return None if limit == "max" else int(limit) - int((group / "memory.current").read_text())
-    except (OSError, ValueError):
+        limit = (CONTAINER / "memory.max").read_text().strip()
+        used = int((CONTAINER / "memory.current").read_text())
+        figures = dict(line.split() for line in (CONTAINER / "memory.stat").read_text().splitlines())
+        cached = int(figures["active_file"]) + int(figures["inactive_file"])
+        return None if limit == "max" else int(limit) - used + cached
+    except (OSError, ValueError, KeyError):
         return None
 
 
@@ -75,6 +85,4 @@ def check_fits(what: str, needed: int, device: torch.device, advice: str) -> Non
     """Raise FastKVError if `needed` bytes are more than `device` has left: said before anything is allocated."""
     available = available_bytes(device)
     if available is not None and needed > available:
-        raise FastKVError(
-            f"{what} needs {needed / 2**30:.1f} GiB, but {device} has {available / 2**30:.1f} GiB left; {advice}"
-        )
+        raise FastKVError(f"{what} needs {_size(needed)} of memory, but {device} has {_size(available)} left; {advice}")

@@ -19,9 +19,12 @@ class SamplingParams:
     """How tokens are chosen and when to stop.
 
     max_tokens: tokens to generate at most; None means min(256, room left in the context).
-    temperature: 0 is greedy. top_k: 0 is off. top_p: in (0, 1] (arXiv 1904.09751). min_p: in [0, 1], relative to the
-    most probable token (arXiv 2407.01082). repetition_penalty: above 0, 1 is off; applies to every token of the prompt
-    and of the text so far (arXiv 1909.05858). seed: the same seed gives the same text; None draws a new one.
+    temperature: 0 is greedy, and then top_k, top_p, min_p and seed have nothing to decide.
+    top_k: 0 is off. top_p: in (0, 1] (arXiv 1904.09751). min_p: in [0, 1], relative to the most probable token
+    (arXiv 2407.01082).
+    repetition_penalty: 1e-6 to 1e6, 1 is off; applies to every token of the prompt and of the text so far
+    (arXiv 1909.05858).
+    seed: the same seed gives the same text; None draws a new one.
     stop: strings that end the text and are not part of it. ignore_eos: go on behind an EOS token.
 
     Raises FastKVError for a value out of range.
@@ -44,13 +47,13 @@ class SamplingParams:
         check_integer("top_k", self.top_k, 0)
         check_number("top_p", self.top_p, 0, 1, above=True)
         check_number("min_p", self.min_p, 0, 1)
-        check_number("repetition_penalty", self.repetition_penalty, 0, math.inf, above=True)
+        check_number("repetition_penalty", self.repetition_penalty, 1e-6, 1e6)
         if self.seed is not None:
             check_integer("seed", self.seed, 0, MAX_SEED)
-        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
-        if not all(isinstance(text, str) and text for text in stop):
-            raise FastKVError("stop must be strings that are not empty", setting="stop")
-        object.__setattr__(self, "stop", stop)
+        stop = (self.stop,) if isinstance(self.stop, str) else self.stop
+        if not isinstance(stop, Sequence) or not all(isinstance(text, str) and text for text in stop):
+            raise FastKVError(f"stop must be strings that are not empty, not {self.stop!r}", setting="stop")
+        object.__setattr__(self, "stop", tuple(stop))
 
 
 class Sampler:
@@ -115,7 +118,9 @@ def keep_top_p(logits: Tensor, p: float) -> Tensor:
     ordered, order = logits.sort(dim=-1, descending=True)
     probabilities = ordered.softmax(dim=-1)
     before = probabilities.cumsum(dim=-1) - probabilities  # of the tokens ahead of each
-    dropped = torch.zeros_like(before, dtype=torch.bool).scatter(-1, order, before >= p)
+    beyond = before >= p
+    beyond[..., 0] = False  # the best stays, even where p is next to nothing
+    dropped = torch.zeros_like(beyond).scatter(-1, order, beyond)
     return logits.masked_fill(dropped, -math.inf)
 
 

@@ -10,7 +10,10 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class TokenState:
-    """T tokens of B prompts: ids int64 [B, T], hidden [B, T, E], positions int64 [B, T] (original, ascending)."""
+    """T tokens of B prompts: ids int64 [B, T], hidden [B, T, E], positions int64 [B, T] (original, ascending).
+
+    The network itself reads no ids; they ride along for whoever asks which tokens these are.
+    """
 
     ids: Tensor
     hidden: Tensor

@@ -59,10 +59,6 @@ class ModelConfig:
         """The sliding window of one layer, in tokens, or None."""
         return self.sliding_windows[layer] if self.sliding_windows else None
 
-    def kv_bytes_per_token(self, itemsize: int) -> int:
-        """Bytes of K and V that one token takes over all layers, at `itemsize` bytes a value."""
-        return 2 * self.n_layers * self.n_kv_heads * self.head_dim * itemsize
-
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> ModelConfig:
         """Read `config.json` (and the EOS ids of `generation_config.json`) of a local model folder.

@@ -86,7 +86,7 @@ class Tokenizer:
         """
         if self._chat is None:
             folder = Path(self._fields.source).parent
-            raise FastKVError(f"--chat: {folder} has no chat template (chat_template.jinja); leave --chat out")
+            raise FastKVError(f"{folder}: no chat template (chat_template.jinja), so no chat", setting="chat")
         text = self._chat.render(messages, bos_token=self._text("bos_token"), eos_token=self._text("eos_token"))
         if not text:
             raise FastKVError(f"{self._chat.path}: the chat template writes nothing for these messages")

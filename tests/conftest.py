@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,8 @@ from places import OUTSIDE_MODELS, ROOT
 
 from fastkv import LLM
 
+# A shell that starts `make test &` lets Ctrl-C be ignored, and what we start would inherit that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 # Small models are fastest on one thread, and two threads on a busy machine can be many times slower.
 torch.set_num_threads(1)
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # for the commands that tests start

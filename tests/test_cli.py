@@ -9,7 +9,7 @@ import select
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -44,15 +44,6 @@ class Result(NamedTuple):
 def after(character: str) -> str:
     """What the model recites behind a prompt that ends with `character`."""
     return ALPHABET[ALPHABET.index(character) + 1 :]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """The model is tiny: a second thread only waits, on a busy machine for very long."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

@@ -773,9 +773,3 @@ def test_published_configuration(tmp_path: Path, name: str) -> None:
     assert config.n_kv_heads == values["num_key_value_heads"]
     assert config.rms_norm_eps == values["rms_norm_eps"]
     assert model_bytes(config, torch.bfloat16) == 2 * parameters
-
-
-def test_kv_bytes_of_llama_31(tmp_path: Path) -> None:
-    """128 KiB a token in bfloat16: 2 (K and V) x 32 layers x 8 heads x 128 values x 2 bytes."""
-    (tmp_path / "config.json").write_text(json.dumps(PUBLISHED["Llama-3.1-8B"][0]))
-    assert ModelConfig.from_pretrained(tmp_path).kv_bytes_per_token(2) == 128 * 1024

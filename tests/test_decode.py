@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -74,9 +76,17 @@ def test_the_context_is_the_limit(tiny_llm: LLM) -> None:
         tiny_llm.decode(pre.cache, torch.tensor([3]))
 
 
-@pytest.mark.parametrize("tokens", [[1, 2], [], [[1]], [256], [-1]])
-def test_wrong_tokens_are_refused(tiny_llm: LLM, tokens: list[int]) -> None:
+@pytest.mark.parametrize("tokens", [[1, 2], [], [[1]], [256], [-1], [1.0], [True], "a", None, [[1], [2, 3]], 7])
+def test_wrong_tokens_are_refused(tiny_llm: LLM, tokens: Any) -> None:
     pre = tiny_llm.prefill([5, 6, 7])
     with pytest.raises(FastKVError):
-        tiny_llm.decode(pre.cache, torch.tensor(tokens, dtype=torch.int64))
+        tiny_llm.decode(pre.cache, tokens)
     assert pre.cache.appended == 0
+
+
+def test_a_cache_must_be_one_of_this_model(tiny_llm: LLM, archive_llm: LLM) -> None:
+    pre = archive_llm.prefill([5, 6, 7])
+    with pytest.raises(FastKVError, match="another model"):
+        tiny_llm.decode(pre.cache, torch.tensor([5]))
+    with pytest.raises(FastKVError, match=r"pre\.cache"):
+        archive_llm.decode(pre, torch.tensor([5]))  # type: ignore[arg-type]

@@ -29,6 +29,11 @@ def test_capacity_is_rounded_up_to_a_block() -> None:
     assert cache.nbytes == 2 * 4 * BLOCK * 2 * 4 * 3 == 4 * KVCache.size_of([28, 29, 1], 4, 2, 3)
 
 
+def test_bytes_of_llama_31() -> None:
+    """128 KiB a token in bfloat16: 2 (K and V) x 32 layers x 8 heads x 128 values x 2 bytes."""
+    assert 2 * KVCache.size_of([131_072] * 32, 0, 8, 128) == 131_072 * 128 * 1024
+
+
 def test_unused_slots_are_zero() -> None:
     """NaN in a masked slot would survive a weight of zero."""
     assert all((buffer == 0).all() for buffer in [*make([5]).k, *make([5]).v])

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import gc
 import time
+import weakref
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 import fastkv
 from fastkv import LLM, FastKV, FastKVError, FullKV, Output, Piece, SamplingParams
+from fastkv.engine.memory import available_bytes
 
 STORY = "Once upon a time"
 # The beginning of what the model's author shows for it; greedy decoding writes it word for word.
@@ -152,7 +156,7 @@ def test_default_max_tokens_is_what_the_context_leaves(tiny_llm: LLM) -> None:
     ("prompt", "message"),
     [
         ([], "empty"),
-        ("", "tokenizer"),
+        ("", "empty"),
         ([1, 256], "256"),
         ([-1], "-1"),
         ([1.5], "token ids"),
@@ -193,6 +197,78 @@ def test_params_must_be_sampling_params(tiny_llm: LLM) -> None:
 def test_a_tsp_layer_outside_the_model_is_refused_before_loading(tiny_folder: Path) -> None:
     with pytest.raises(FastKVError, match="tsp_layer"):
         LLM(tiny_folder, policy=FastKV(tsp_layer=6))
+
+
+def test_a_stream_left_early_lets_its_cache_go(tiny_llm: LLM) -> None:
+    """A stream that referred to itself kept gigabytes until Python happened to look for cycles."""
+    gc.disable()
+    try:
+        caches = []
+        for _ in range(3):
+            stream = tiny_llm.stream(LONG)
+            next(stream)
+            assert stream._run is not None
+            caches.append(weakref.ref(stream._run.cache))
+        del stream
+        assert [cache() for cache in caches] == [None] * 3
+    finally:
+        gc.enable()
+
+
+def test_a_finished_or_closed_stream_holds_no_cache(tiny_llm: LLM) -> None:
+    finished = tiny_llm.stream(LONG, SamplingParams(max_tokens=2))
+    list(finished)
+    closed = tiny_llm.stream(LONG)
+    next(closed)
+    closed.close()
+    for stream in (finished, closed):
+        assert stream._run is None
+        assert list(stream) == []
+        assert stream.output().metrics.kv_bytes > 0
+    assert closed.output().finish_reason == "interrupted"
+
+
+def test_the_policy_of_a_model_can_be_set_and_is_checked(tiny_folder: Path) -> None:
+    """Unchecked, a TSP layer outside the model silently turned TSP off."""
+    llm = LLM(tiny_folder, device="cpu")
+    llm.policy = FullKV()
+    assert llm.generate(LONG, SamplingParams(max_tokens=1)).metrics.kv_tokens == 600
+    for wrong in (FastKV(tsp_layer=99), "full"):
+        with pytest.raises(FastKVError):
+            llm.policy = wrong  # type: ignore[assignment]
+    assert llm.policy == FullKV()
+
+
+def test_logits_can_be_written_to(tiny_llm: LLM) -> None:
+    """Banning a token between two steps is what step-by-step decoding is for."""
+    pre = tiny_llm.prefill([5, 6, 7])
+    pre.logits[:, 3] = -torch.inf
+    tiny_llm.decode(pre.cache, pre.logits.argmax(-1)).add_(1)
+
+
+@pytest.mark.parametrize("wrong", [None, 123, b"folder"])
+def test_a_model_must_be_named(wrong: Any) -> None:
+    with pytest.raises(FastKVError, match="model must be"):
+        LLM(wrong)
+
+
+def test_numpy_numbers_and_arrays(tiny_llm: LLM) -> None:
+    params = SamplingParams(max_tokens=np.int64(3), temperature=np.float32(0.0))
+    policy = FastKV(window=np.int64(8), kv_retention=np.float32(0.5))
+    expected = tiny_llm.generate([5, 6, 7], params).token_ids
+    for dtype in (np.int64, np.uint16, np.uint64):
+        assert tiny_llm.generate(np.array([5, 6, 7], dtype), params, policy).token_ids == expected  # type: ignore
+    both = tiny_llm.generate([np.array([5, 6, 7]), np.array([8, 9])], params)  # type: ignore
+    assert both[0].token_ids == expected
+    assert len(both) == 2
+
+
+def test_a_full_container_can_take_back_its_file_caches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model that was just downloaded fills the container with cached files; there is room all the same."""
+    for name, text in (("max", "1000000"), ("current", "999000"), ("stat", "active_file 300000\ninactive_file 400000")):
+        (tmp_path / f"memory.{name}").write_text(text)
+    monkeypatch.setattr("fastkv.engine.memory.CONTAINER", tmp_path)
+    assert available_bytes(torch.device("cpu")) == 701_000
 
 
 def test_out_of_memory_is_a_users_mistake(tiny_llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
 from places import OUTSIDE_MODELS
 
 from fastkv.engine.llm import LLM
@@ -25,15 +24,6 @@ STORY = (
     ", there was a little girl named Lily. She loved to play outside in the park. One day, she saw a big, red ball."
     " She wanted to play with it, but it was too high."
 )
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """The models are tiny: a second thread only waits, on a busy machine for very long."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def every_cut(text: str) -> Iterator[list[str]]:
