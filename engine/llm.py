@@ -32,12 +32,15 @@ from fastkv.engine.request import (
     step_tensor,
 )
 from fastkv.engine.sampler import SamplingParams
-from fastkv.errors import FastKVError, check_integer
+from fastkv.errors import FastKVError, check_choice, check_integer
 from fastkv.models.checkpoint import stored_dtype
 from fastkv.models.config import ModelConfig
 from fastkv.models.hub import model_folder
+from fastkv.models.presets import PRESETS
 from fastkv.models.tokenizer import Tokenizer
-from fastkv.models.weights import load_weights, model_bytes
+from fastkv.models.weights import load_weights, model_bytes, random_weights
+
+LOAD_FORMATS = ("auto", "dummy")
 
 
 class LLM:
@@ -45,7 +48,9 @@ class LLM:
 
     model: a local folder, or a hub id that is downloaded. policy: None means FastKV() for this model. dtype: "auto"
     (the checkpoint's; float32 on a CPU that cannot compute in it) | "float32" | "bfloat16" | "float16". device: "auto"
-    (a GPU if there is one) | "cpu" | "cuda" | "cuda:N". revision: of a hub id.
+    (a GPU if there is one) | "cpu" | "cuda" | "cuda:N". revision: of a hub id. load_format: "auto", or "dummy" for
+    random weights, to measure speed: then `model` may also be the name of a preset ("llama-3.1-8b", "llama-3.2-1b",
+    "llama-100m"), and a folder needs no more than its config.json.
 
     Raises FastKVError for a folder that cannot be loaded and for settings that do not fit; nothing is loaded then.
     """
@@ -61,18 +66,24 @@ class LLM:
         dtype: str = "auto",
         device: str | torch.device = "auto",
         revision: str | None = None,
+        load_format: str = "auto",
     ) -> None:
         if not isinstance(model, (str, PathLike)):
             raise FastKVError(f"model must be a folder or a hub id like org/name, not {model!r}")
         target = resolve_device(device)
-        folder = self._folder = model_folder(model, revision)
-        self.config = ModelConfig.from_pretrained(folder)
+        check_choice("load_format", load_format, LOAD_FORMATS)
+        dummy = load_format == "dummy"
+        folder = self._folder = Path(model) if dummy and model in PRESETS else model_folder(model, revision)
+        self.config = PRESETS[str(model)] if dummy and model in PRESETS else ModelConfig.from_pretrained(folder)
         self.policy = FastKV() if policy is None else policy
-        torch_dtype = resolve_dtype(dtype, self.config.dtype or stored_dtype(folder), target)
+        torch_dtype = resolve_dtype(dtype, self.config.dtype or ("float32" if dummy else stored_dtype(folder)), target)
         self.tokenizer = Tokenizer.from_pretrained(folder, self.config)
         advice = "take a smaller model, a device with more memory, or --dtype bfloat16"
         check_fits(f"the model {folder.name}", model_bytes(self.config, torch_dtype), target, advice)
         with LoadingLine(sys.stderr) as line, explain_out_of_memory():
+            if dummy:
+                self._model = random_weights(self.config, torch_dtype, target)
+                return
             self._model = load_weights(self.config, folder, torch_dtype, target, line.show)
 
     @property
