@@ -53,7 +53,7 @@ def test_bytes_of_a_decode_step_of_llama_31(benchmarks: Any) -> None:
 
 
 def test_operations_of_a_prefill_are_those_that_torch_counts(benchmarks: Any, dummy: LLM) -> None:
-    """All but those of attention, which torch does not count on a CPU: half of the square a layer, a row in the last."""
+    """All but those of attention, which torch does not count on a CPU: half a square a layer, one row in the last."""
     ids = list(range(3, 503))
     with FlopCounterMode(display=False) as counter:
         dummy.prefill(ids, FullKV())
