@@ -1,4 +1,4 @@
-"""The three attentions of the engine: causal, causal within a sliding window, and one new query over the cache.
+"""The attentions of the engine: causal (within a sliding window or not), of some rows only, and of one new query.
 
 All are grouped-query: q [B, Hq, T, D], k and v [B, Hkv, T, D], and K/V are never repeated to the query heads.
 """
@@ -9,29 +9,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-_QUERY_BLOCK = 512  # queries of a sliding-window prefill whose mask is held at a time
+_QUERY_BLOCK = 512  # queries whose mask is held at a time, where attention needs one
 
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor, window: int | None = None) -> Tensor:
     """Each query attends to the keys up to its own, of which `window` (None: all) are the nearest. -> [B, Hq, T, D]."""
-    if window is None or window >= q.shape[2]:
+    n_tokens = q.shape[2]
+    if window is None or window >= n_tokens:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-    blocks = [
-        _sliding_block(q, k, v, start, min(start + _QUERY_BLOCK, q.shape[2]), window)
-        for start in range(0, q.shape[2], _QUERY_BLOCK)
-    ]
+    blocks = []
+    for start in range(0, n_tokens, _QUERY_BLOCK):
+        end = min(start + _QUERY_BLOCK, n_tokens)
+        rows = torch.arange(start, end, device=q.device).unsqueeze(0)
+        blocks.append(_masked(rows, q[:, :, start:end], k, v, max(0, start - window + 1), end, window))
     return torch.cat(blocks, dim=2)
-
-
-def _sliding_block(q: Tensor, k: Tensor, v: Tensor, start: int, end: int, window: int) -> Tensor:
-    """The queries start … end - 1, over the keys that any of them can see."""
-    first = max(0, start - window + 1)
-    queries = torch.arange(start, end, device=q.device).unsqueeze(1)
-    keys = torch.arange(first, end, device=q.device)
-    visible = (keys <= queries) & (keys > queries - window)
-    return F.scaled_dot_product_attention(
-        q[:, :, start:end], k[:, :, first:end], v[:, :, first:end], attn_mask=visible, enable_gqa=True
-    )
 
 
 def attend_from(rows: Tensor, q: Tensor, k: Tensor, v: Tensor, window: int | None = None) -> Tensor:
@@ -43,21 +34,24 @@ def attend_from(rows: Tensor, q: Tensor, k: Tensor, v: Tensor, window: int | Non
     if rows.shape[1] == 1:  # the last token, which sees everything (within the window)
         keys = slice(None) if window is None else slice(-window, None)
         return decode_attention(q, k[:, :, keys], v[:, :, keys])
-    places = torch.arange(k.shape[2], device=k.device)
     blocks = []
     for start in range(0, rows.shape[1], _QUERY_BLOCK):
-        queries = rows[:, start : start + _QUERY_BLOCK]
-        seen = int(queries[:, -1].max()) + 1
-        visible = places[:seen] <= queries.unsqueeze(-1)  # [B, n, seen]
-        if window is not None:
-            visible &= places[:seen] > queries.unsqueeze(-1) - window
-        part = q[:, :, start : start + _QUERY_BLOCK]
-        blocks.append(
-            F.scaled_dot_product_attention(
-                part, k[:, :, :seen], v[:, :, :seen], attn_mask=visible.unsqueeze(1), enable_gqa=True
-            )
-        )
+        part = rows[:, start : start + _QUERY_BLOCK]
+        end = int(part[:, -1].max()) + 1
+        blocks.append(_masked(part, q[:, :, start : start + _QUERY_BLOCK], k, v, 0, end, window))
     return torch.cat(blocks, dim=2)
+
+
+def _masked(rows: Tensor, q: Tensor, k: Tensor, v: Tensor, first: int, end: int, window: int | None) -> Tensor:
+    """The queries at `rows`, int64 [B or 1, n], over the keys first … end - 1: all that any of them can see."""
+    queries = rows.unsqueeze(-1)
+    keys = torch.arange(first, end, device=k.device)
+    visible = keys <= queries  # [B or 1, n, end - first]
+    if window is not None:
+        visible &= keys > queries - window
+    return F.scaled_dot_product_attention(
+        q, k[:, :, first:end], v[:, :, first:end], attn_mask=visible.unsqueeze(1), enable_gqa=True
+    )
 
 
 def take_rows(attended: Tensor, rows: Tensor) -> Tensor:

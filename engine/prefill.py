@@ -8,6 +8,7 @@ leaves.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -95,7 +96,8 @@ def _run_layer(
 def _narrow_pays(device: torch.device) -> bool:
     """Whether attention of the survivors alone, which needs a mask, is faster than that of all tokens, which does not.
 
-    Measured on CPUs. On a GPU not measured: masked attention over grouped heads may leave the fast kernels there.
+    Measured on a CPU (benchmarks/choices.py). On a GPU not measured: masked attention over grouped heads may leave the
+    fast kernels there.
     """
     return device.type == "cpu"
 
@@ -111,7 +113,7 @@ def _run_narrow(
         rows = state.last_row()
     state = state.take(rows)
     rope = model.rope(state.positions)
-    q = block.self_attn.project_q(block.input_layernorm(state.hidden), rope)
+    q = block.project_q(state.hidden, rope)
     attended = attend_from(rows, q, observed.k, observed.v, model.config.window_of(layer))
     del observed
     return state.with_hidden(_finish(block, state.hidden, attended)), rope, positions
@@ -138,46 +140,38 @@ def _select(
 def _project(block: Block, layer: int, hidden: Tensor, rope: Rope) -> Observation:
     """q, k and v of all tokens, in chunks."""
     if hidden.shape[1] <= CHUNK:
-        return Observation(layer, *block.self_attn.project(block.input_layernorm(hidden), rope))
-    q, k, v = _empty_heads(block, hidden, hidden.shape[1])
-    for start in range(0, hidden.shape[1], CHUNK):
-        end = min(start + CHUNK, hidden.shape[1])
-        normed = block.input_layernorm(hidden[:, start:end])
-        q[:, :, start:end], k[:, :, start:end], v[:, :, start:end] = block.self_attn.project(
-            normed, rope.at(start, end)
+        return Observation(layer, *block.project(hidden, rope))
+    q, k, v = (_empty_heads(block, hidden, heads) for heads in block.self_attn.heads)
+    for start, end in _chunks(hidden):
+        q[:, :, start:end], k[:, :, start:end], v[:, :, start:end] = block.project(
+            hidden[:, start:end], rope.at(start, end)
         )
     return Observation(layer, q, k, v)
 
 
 def _project_keys(block: Block, layer: int, hidden: Tensor, rope: Rope, window: int) -> Observation:
     """k and v of all tokens, in chunks, and q of the last `window` alone."""
+    k, v = (_empty_heads(block, hidden, heads) for heads in block.self_attn.heads[1:])
+    for start, end in _chunks(hidden):
+        k[:, :, start:end], v[:, :, start:end] = block.project_kv(hidden[:, start:end], rope.at(start, end))
     n_tokens = hidden.shape[1]
-    _, k, v = _empty_heads(block, hidden, 0)
-    for start in range(0, n_tokens, CHUNK):
-        end = min(start + CHUNK, n_tokens)
-        normed = block.input_layernorm(hidden[:, start:end])
-        k[:, :, start:end], v[:, :, start:end] = block.self_attn.project_kv(normed, rope.at(start, end))
     first = max(0, n_tokens - window)
-    q = block.self_attn.project_q(block.input_layernorm(hidden[:, first:]), rope.at(first, n_tokens))
-    return Observation(layer, q, k, v)
-
-
-def _empty_heads(block: Block, hidden: Tensor, queries: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Room for q [B, Hq, queries, D], k and v [B, Hkv, T, D]."""
-    batch, n_tokens = hidden.shape[:2]
-    heads, kv_heads, _ = block.self_attn.heads
-    head_dim = block.self_attn.head_dim
-    return (
-        hidden.new_empty(batch, heads, queries, head_dim),
-        hidden.new_empty(batch, kv_heads, n_tokens, head_dim),
-        hidden.new_empty(batch, kv_heads, n_tokens, head_dim),
-    )
+    return Observation(layer, block.project_q(hidden[:, first:], rope.at(first, n_tokens)), k, v)
 
 
 def _finish(block: Block, hidden: Tensor, attended: Tensor) -> Tensor:
-    """Output projection and MLP with their residuals, chunk by chunk and in place: hidden [B, T, E] is ours."""
-    for start in range(0, hidden.shape[1], CHUNK):
-        chunk = hidden[:, start : start + CHUNK]
-        chunk += block.self_attn.output(attended[:, :, start : start + CHUNK])
-        chunk += block.feed_forward(block.post_attention_layernorm(chunk))
+    """Output projection and MLP, chunk by chunk and in place: hidden [B, T, E] is ours."""
+    for start, end in _chunks(hidden):
+        block.finish_(hidden[:, start:end], attended[:, :, start:end])
     return hidden
+
+
+def _chunks(hidden: Tensor) -> Iterator[tuple[int, int]]:
+    """(start, end) of each chunk of the tokens."""
+    n_tokens = hidden.shape[1]
+    return ((start, min(start + CHUNK, n_tokens)) for start in range(0, n_tokens, CHUNK))
+
+
+def _empty_heads(block: Block, hidden: Tensor, heads: int) -> Tensor:
+    """Room for q, k or v of all tokens: [B, heads, T, D]."""
+    return hidden.new_empty(hidden.shape[0], heads, hidden.shape[1], block.self_attn.head_dim)

@@ -37,10 +37,6 @@ class Attention(nn.Module):
         else:
             self.q_norm = self.k_norm = nn.Identity()
 
-    def forward(self, hidden: Tensor, rope: Rope, attend: Attend) -> Tensor:
-        q, k, v = self.project(hidden, rope)
-        return self.output(attend(q, k, v))
-
     def project(self, hidden: Tensor, rope: Rope) -> tuple[Tensor, Tensor, Tensor]:
         """hidden [B, T, E], normed -> q [B, Hq, T, D], k and v [B, Hkv, T, D], q and k rotated."""
         heads = self._split(self.qkv_proj(hidden))
@@ -73,7 +69,10 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
-    """One decoder layer. `attention` and `mlp` each add their residual; call one after the other."""
+    """One decoder layer, whole (`attention`, then `mlp`) or in the steps that a prefill takes (`project…`, `finish_`).
+
+    Norms and residuals are added here, whichever way is taken.
+    """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -84,11 +83,28 @@ class Block(nn.Module):
 
     def attention(self, hidden: Tensor, rope: Rope, attend: Attend) -> Tensor:
         """hidden [B, T, E] -> [B, T, E]; `attend` sees this layer's rotated q and k, and v."""
-        return hidden + self.self_attn(self.input_layernorm(hidden), rope, attend)
+        return hidden + self.self_attn.output(attend(*self.project(hidden, rope)))
 
     def mlp(self, hidden: Tensor) -> Tensor:
         """hidden [B, T, E] -> [B, T, E]."""
         return hidden + self.feed_forward(self.post_attention_layernorm(hidden))
+
+    def project(self, hidden: Tensor, rope: Rope) -> tuple[Tensor, Tensor, Tensor]:
+        """hidden [B, T, E] -> q [B, Hq, T, D], k and v [B, Hkv, T, D], q and k rotated."""
+        return self.self_attn.project(self.input_layernorm(hidden), rope)
+
+    def project_q(self, hidden: Tensor, rope: Rope) -> Tensor:
+        """The q of `project` alone."""
+        return self.self_attn.project_q(self.input_layernorm(hidden), rope)
+
+    def project_kv(self, hidden: Tensor, rope: Rope) -> tuple[Tensor, Tensor]:
+        """The k and v of `project` alone."""
+        return self.self_attn.project_kv(self.input_layernorm(hidden), rope)
+
+    def finish_(self, hidden: Tensor, attended: Tensor) -> None:
+        """What follows attention, written into hidden [B, T, E]; attended: [B, Hq, T, D]."""
+        hidden += self.self_attn.output(attended)
+        hidden += self.feed_forward(self.post_attention_layernorm(hidden))
 
 
 class Llama(nn.Module):
