@@ -83,8 +83,8 @@ def test_filters_work_row_by_row() -> None:
 @pytest.mark.parametrize("settings", [{"top_p": 1e-46}, {"repetition_penalty": 1e6}, {"min_p": 1.0}, {"top_k": 1}])
 def test_extreme_settings_leave_the_best_token(settings: dict[str, float]) -> None:
     """A top_p that float32 rounds to zero dropped every token, and the draw from nothing gave token 0."""
-    sampler = Sampler(SamplingParams(temperature=1.0, seed=0, **settings), NO_PROMPT, 5)  # type: ignore[arg-type]
-    assert [int(sampler(LOGITS.flip(0)[None])) for _ in range(1)] == [4]
+    sampler = Sampler(SamplingParams(temperature=1.0, seed=0, **settings), torch.arange(5)[None], 5)  # type: ignore[arg-type]
+    assert [int(sampler(LOGITS.flip(0)[None])) for _ in range(200)] == [4] * 200
 
 
 def test_equal_logits_at_the_border_of_top_p() -> None:
