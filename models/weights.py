@@ -93,14 +93,12 @@ def random_weights(config: ModelConfig, dtype: torch.dtype, device: torch.device
     generator = torch.Generator(device).manual_seed(seed)
     model = meta_model(config)
     for name, parameter in list(model.named_parameters()):
-        shape = tuple(parameter.shape)
-        transposed = _reads_faster_transposed(name, shape, dtype, device)
-        value = torch.empty(shape[::-1] if transposed else shape, dtype=dtype, device=device)
-        if len(shape) == 2:
-            value.normal_(0, shape[1] ** -0.5, generator=generator)
+        value = _empty(name, tuple(parameter.shape), dtype, device)
+        if value.dim() == 2:
+            value.normal_(0, value.shape[1] ** -0.5, generator=generator)
         else:
             value.fill_(0 if name.endswith(".bias") else 1)
-        _assign(model, name, value.t() if transposed else value)
+        _assign(model, name, value)
     return _ready(model, device)
 
 
@@ -151,22 +149,27 @@ def _some(names: list[str]) -> str:
 def _read(checkpoint: Checkpoint, target: Target, dtype: torch.dtype, device: torch.device) -> Tensor:
     rows = [source.shape[0] for source in target.sources]
     shape = (sum(rows), *target.sources[0].shape[1:])
-    transposed = _reads_faster_transposed(target.name, shape, dtype, device)
-    if len(rows) == 1 and not transposed:
+    if len(rows) == 1 and not _reads_faster_by_columns(target.name, shape, dtype, device):
         return checkpoint.read(target.sources[0].name).to(device=device, dtype=dtype)
-    fused = torch.empty(shape[::-1] if transposed else shape, dtype=dtype, device=device)
-    fused = fused.t() if transposed else fused
+    fused = _empty(target.name, shape, dtype, device)
     for source, piece in zip(target.sources, fused.split(rows), strict=True):
         piece.copy_(checkpoint.read(source.name))
     return fused
 
 
-def _reads_faster_transposed(name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> bool:
+def _empty(name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Memory for the parameter `name`, in the layout that reads fastest."""
+    by_columns = _reads_faster_by_columns(name, shape, dtype, device)
+    value = torch.empty(shape[::-1] if by_columns else shape, dtype=dtype, device=device)
+    return value.t() if by_columns else value
+
+
+def _reads_faster_by_columns(name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> bool:
     """Whether a matrix is stored column by column in memory; its shape, and what it computes, stay the same.
 
-    A decode step on a CPU reads each matrix once for a single row of input, as fast as memory gives it. For float32
-    matrices with more rows than columns, MKL does that at 23-25 GB/s so, and at 14 row by row (2 cores, AMD EPYC; in
-    bfloat16, and for the others, rows are faster). The embedding is looked up by rows.
+    A decode step on a CPU reads each matrix once for a single row of input, as fast as memory gives it: float32
+    matrices with more rows than columns 1.3 to 1.9 times as fast by columns, all others about as fast or slower so
+    (benchmarks/choices.py, 2 cores). The embedding is looked up by rows.
     """
     wide = len(shape) == 2 and shape[0] > shape[1]
     return wide and dtype == torch.float32 and device.type == "cpu" and not name.startswith("embed_tokens")
