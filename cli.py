@@ -65,7 +65,7 @@ _METAVARS = {
     "repetition_penalty": "X",
     "seed": "S",
 }
-_OTHER_SETTINGS = ("prompt", "chat", "stop", "policy", "device", "dtype", "threads", "revision")
+_OTHER_SETTINGS = ("prompt", "chat", "stop", "policy", "device", "dtype", "threads", "revision", "compile", "attention")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -104,6 +104,11 @@ def build_parser() -> argparse.ArgumentParser:
     machine.add_argument("--device", default="auto", metavar="D", help="auto (default), cpu, cuda or cuda:N")
     machine.add_argument("--dtype", default="auto", metavar="T", help="auto (default), float32, bfloat16 or float16")
     machine.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: torch's choice)")
+    machine.add_argument("--no-cuda-graph", action="store_true", help="on a GPU, decode without captured graphs")
+    machine.add_argument("--compile", action="store_true", help="torch.compile: a slow start, then a little faster")
+    machine.add_argument(
+        "--attention", default="auto", metavar="B", help="auto (default), cudnn, flash, efficient, math"
+    )
     machine.add_argument("--revision", metavar="R", help="revision of a hub id")
     machine.add_argument("--json", action="store_true", help="print one JSON object in place of the text")
     machine.add_argument("--quiet", action="store_true", help="print no figures")
@@ -156,7 +161,16 @@ def _run(args: argparse.Namespace) -> int:
     policy = build_policy(args.policy, _given(args, _POLICY_FLAGS))
     if args.threads is not None:
         torch.set_num_threads(args.threads)
-    llm = LLM(args.model, policy=policy, dtype=args.dtype, device=args.device, revision=args.revision)
+    llm = LLM(
+        args.model,
+        policy=policy,
+        dtype=args.dtype,
+        device=args.device,
+        revision=args.revision,
+        cuda_graph=not args.no_cuda_graph,
+        compile=args.compile,
+        attention=args.attention,
+    )
     stream = llm.stream(_chat_ids(llm, text, args.system) if args.chat else text, params)
     status = _print_json(llm, stream) if args.json else _print_text(stream)
     if not args.quiet:

@@ -9,9 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fastkv.cache.storage import KVStorage, bucket, round_up
 from fastkv.errors import FastKVError
-
-BLOCK = 32  # capacities are rounded up to a multiple of this many slots
 
 
 class KVCache:
@@ -20,6 +19,8 @@ class KVCache:
     Filled by `load` (once a layer, at the prefill), then by `append` (each layer) and `advance` (once) a decode step.
     `kept[l]` is the number of entries that layer l loaded and `appended` the steps since: the live length on the host.
     `lengths` int64 [L] and `next_position` int64 [B] say the same on the device.
+
+    The slots are its own, or the first ones of a `storage` that holds at least `capacities(kept, max_tokens)`.
     """
 
     def __init__(
@@ -34,18 +35,28 @@ class KVCache:
         position_limit: int,
         dtype: torch.dtype,
         device: torch.device,
+        storage: KVStorage | None = None,
     ) -> None:
         self.kept = kept
         self.appended = 0
         self.max_tokens = max_tokens
         self.prompt_tokens = position
         self.position_limit = position_limit  # positions from here on are beyond what the model can tell apart
-        shapes = [(batch, n_kv_heads, _round_up(entries + max_tokens), head_dim) for entries in kept]
-        # Zeros, not empty: attention may multiply an unused slot by a weight of zero, and NaN would survive that.
-        self.k = [torch.zeros(shape, dtype=dtype, device=device) for shape in shapes]
-        self.v = [torch.zeros(shape, dtype=dtype, device=device) for shape in shapes]
-        self.lengths = torch.zeros(len(kept), dtype=torch.int64, device=device)
-        self.next_position = torch.full((batch,), position, dtype=torch.int64, device=device)
+        slots = self.capacities(kept, max_tokens)
+        if storage is None:
+            storage = KVStorage(slots, batch, n_kv_heads, head_dim, dtype=dtype, device=device)
+        self.storage = storage
+        storage.start(kept, [bucket(count) for count in slots], position)
+        self.k = [buffer[:, :, :count] for buffer, count in zip(storage.k, slots, strict=True)]
+        self.v = [buffer[:, :, :count] for buffer, count in zip(storage.v, slots, strict=True)]
+
+    @property
+    def lengths(self) -> Tensor:
+        return self.storage.lengths
+
+    @property
+    def next_position(self) -> Tensor:
+        return self.storage.next_position
 
     @property
     def batch(self) -> int:
@@ -53,13 +64,18 @@ class KVCache:
 
     @property
     def nbytes(self) -> int:
-        """Bytes allocated for keys and values."""
+        """Bytes of its slots for keys and values."""
         return sum(buffer.nbytes for buffer in [*self.k, *self.v])
+
+    @staticmethod
+    def capacities(kept: list[int], max_tokens: int) -> list[int]:
+        """Slots of each layer: for the entries kept and the tokens to come, rounded up."""
+        return [round_up(entries + max_tokens) for entries in kept]
 
     @staticmethod
     def size_of(kept: list[int], max_tokens: int, n_kv_heads: int, head_dim: int) -> int:
         """Values that a cache for one prompt holds room for, K and V over all layers."""
-        return sum(2 * n_kv_heads * _round_up(entries + max_tokens) * head_dim for entries in kept)
+        return sum(2 * n_kv_heads * slots * head_dim for slots in KVCache.capacities(kept, max_tokens))
 
     def length(self, layer: int) -> int:
         """Entries that `layer` holds for each KV head."""
@@ -91,18 +107,11 @@ class KVCache:
 
         Returns views on all of the layer's live entries, the new one included: [B, Hkv, n, D] each.
         """
-        slot = self.lengths[layer : layer + 1]
-        self.k[layer].index_copy_(2, slot, k)
-        self.v[layer].index_copy_(2, slot, v)
+        self.storage.write(layer, k, v)
         live = self.length(layer) + 1
         return self.k[layer][:, :, :live], self.v[layer][:, :, :live]
 
     def advance(self) -> None:
         """End a decode step: every layer has appended its token."""
         self.appended += 1
-        self.lengths += 1
-        self.next_position += 1
-
-
-def _round_up(slots: int) -> int:
-    return -(-slots // BLOCK) * BLOCK
+        self.storage.advance()

@@ -5,24 +5,67 @@ All are grouped-query: q [B, Hq, T, D], k and v [B, Hkv, T, D], and K/V are neve
 
 from __future__ import annotations
 
+import warnings
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from fastkv.errors import FastKVError, check_choice
+
+# The fastest on recent GPUs first: cuDNN, then flash (PyTorch's reports for Hopper, not measured here).
+BACKENDS = {
+    "cudnn": SDPBackend.CUDNN_ATTENTION,
+    "flash": SDPBackend.FLASH_ATTENTION,
+    "efficient": SDPBackend.EFFICIENT_ATTENTION,
+    "math": SDPBackend.MATH,
+}
+AUTO = "auto"
 
 _QUERY_BLOCK = 512  # queries whose mask is held at a time, where attention needs one
 
 
-def causal_attention(q: Tensor, k: Tensor, v: Tensor, window: int | None = None) -> Tensor:
-    """Each query attends to the keys up to its own, of which `window` (None: all) are the nearest. -> [B, Hq, T, D]."""
+def causal_attention(q: Tensor, k: Tensor, v: Tensor, window: int | None = None, backend: str = AUTO) -> Tensor:
+    """Each query attends to the keys up to its own, of which `window` (None: all) are the nearest. -> [B, Hq, T, D].
+
+    backend: the kernels for attention without a window, "auto" or a name in BACKENDS.
+    """
     n_tokens = q.shape[2]
     if window is None or window >= n_tokens:
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+        with _kernels(backend, q.device):
+            return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
     blocks = []
     for start in range(0, n_tokens, _QUERY_BLOCK):
         end = min(start + _QUERY_BLOCK, n_tokens)
         rows = torch.arange(start, end, device=q.device).unsqueeze(0)
         blocks.append(_masked(rows, q[:, :, start:end], k, v, max(0, start - window + 1), end, window))
     return torch.cat(blocks, dim=2)
+
+
+def check_backend(
+    backend: str, heads: tuple[int, int], head_dim: int, dtype: torch.dtype, device: torch.device
+) -> None:
+    """Try `backend` on a few tokens of (query heads, KV heads). Raises FastKVError if it cannot do that."""
+    check_choice("attention", backend, (AUTO, *BACKENDS))
+    q, k = (torch.zeros(1, count, 16, head_dim, dtype=dtype, device=device) for count in heads)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch explains every kernel that it cannot use
+            causal_attention(q, k, k, backend=backend)
+    except RuntimeError:
+        where = f"{str(dtype).removeprefix('torch.')} on {device.type}"
+        raise FastKVError(f"attention {backend} does not work here ({where}); use auto", setting="attention") from None
+
+
+def _kernels(backend: str, device: torch.device) -> AbstractContextManager[None]:
+    """Which of torch's kernels may run. "auto" on a GPU: the first that can, in the order of BACKENDS."""
+    if backend != AUTO:
+        return sdpa_kernel(BACKENDS[backend])
+    if device.type == "cuda":
+        return sdpa_kernel(list(BACKENDS.values()), set_priority=True)
+    return nullcontext()
 
 
 def attend_from(rows: Tensor, q: Tensor, k: Tensor, v: Tensor, window: int | None = None) -> Tensor:

@@ -5,20 +5,15 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 
-import torch
-from torch import Tensor
-
 from fastkv.cache.kv_cache import KVCache
 from fastkv.cache.policy import plan_layers
-from fastkv.engine.decode import decode_step
-from fastkv.engine.memory import explain_out_of_memory, peak_bytes, start_peak
+from fastkv.engine.memory import explain_out_of_memory, peak_bytes
 from fastkv.engine.output import Metrics, Output, Piece
-from fastkv.engine.prefill import prefill
 from fastkv.engine.request import Request
-from fastkv.engine.sampler import Sampler
+from fastkv.engine.runtime import Runtime
+from fastkv.engine.steps import Steps
 from fastkv.engine.stopping import StopStrings
 from fastkv.models.detokenizer import Detokenizer
-from fastkv.models.llama import Llama
 from fastkv.models.tokenizer import Tokenizer
 
 
@@ -29,16 +24,17 @@ class Generation(Iterator[Piece]):
     """
 
     def __init__(
-        self, model: Llama, tokenizer: Tokenizer | None, request: Request, called_at: float | None = None
+        self, runtime: Runtime, tokenizer: Tokenizer | None, request: Request, called_at: float | None = None
     ) -> None:
         # time.perf_counter() when the user asked, if that was before now
         self._called_at = time.perf_counter() if called_at is None else called_at
-        self._model = model
+        self._runtime = runtime
+        self._model = model = runtime.model
         self._request = request
         self._detokenizer = Detokenizer(tokenizer.decode if tokenizer else lambda ids: "", request.prompt)
         self._stops = StopStrings(request.params.stop)
         self._plans = plan_layers(request.policy, model.config.n_layers, len(request.prompt))
-        self._run: _Run | None = None
+        self._steps: Steps | None = None
         self._ended = False
         self._token_ids: list[int] = []
         self._text: list[str] = []
@@ -51,19 +47,21 @@ class Generation(Iterator[Piece]):
         if self._ended:
             raise StopIteration
         with explain_out_of_memory():
-            if self._run is None:
-                self._run = _Run(self._model, self._request)
-                self._kv_bytes = self._run.cache.nbytes
-            piece, finished = self._take(self._run.next_token())
+            if self._steps is None:
+                self._steps = Steps(self._runtime, self._request)
+                self._kv_bytes = self._steps.cache.nbytes
+            piece, finished = self._take(self._steps.next_token())
         if finished:
             self._peak = peak_bytes(self._model.device)
             self.close()
         return piece
 
     def close(self) -> None:
-        """Generate no more, and let the cache go. `output()` stays."""
+        """Generate no more, and let the next request have the memory. `output()` stays."""
         self._ended = True
-        self._run = None
+        if self._steps is not None:
+            self._steps.close()
+            self._steps = None
 
     def _take(self, token_id: int) -> tuple[Piece, bool]:
         """Book a new token; the piece to emit, and whether it is the last one."""
@@ -111,24 +109,3 @@ class Generation(Iterator[Piece]):
             tsp_tokens=self._plans[-1].seen,
             peak_bytes=self._peak,
         )
-
-
-class _Run:
-    """The tensors of a running request."""
-
-    def __init__(self, model: Llama, request: Request) -> None:
-        start_peak(model.device)
-        self._model = model
-        prompt = torch.tensor([request.prompt], device=model.device)
-        self._sampler = Sampler(request.params, prompt, model.config.vocab_size)
-        result = prefill(model, prompt, request.policy, request.max_tokens, request.position_limit)
-        self.cache = result.cache
-        self._logits: Tensor | None = result.logits  # of the next token, where they are known already
-        self._token: Tensor = prompt[:, -1]
-
-    def next_token(self) -> int:
-        """One decode step, but for the first token, which the prefill has given."""
-        logits = decode_step(self._model, self.cache, self._token) if self._logits is None else self._logits
-        self._logits = None
-        self._token = self._sampler(logits)
-        return int(self._token)

@@ -15,12 +15,14 @@ from torch import Tensor
 from fastkv.cache.kv_cache import KVCache
 from fastkv.cache.policies import FastKV
 from fastkv.cache.policy import Policy
+from fastkv.engine.attention import check_backend
+from fastkv.engine.compile import compile_layers
 from fastkv.engine.decode import decode_step
 from fastkv.engine.device import resolve_device, resolve_dtype
 from fastkv.engine.generation import Generation
 from fastkv.engine.memory import check_fits, explain_out_of_memory
 from fastkv.engine.output import Output
-from fastkv.engine.prefill import Prefill, prefill
+from fastkv.engine.prefill import Prefill, new_cache, prefill
 from fastkv.engine.progress import LoadingLine
 from fastkv.engine.request import (
     Request,
@@ -31,6 +33,7 @@ from fastkv.engine.request import (
     position_limit,
     step_tensor,
 )
+from fastkv.engine.runtime import Runtime
 from fastkv.engine.sampler import SamplingParams
 from fastkv.errors import FastKVError, check_choice, check_integer
 from fastkv.models.checkpoint import stored_dtype
@@ -48,9 +51,15 @@ class LLM:
 
     model: a local folder, or a hub id that is downloaded. policy: None means FastKV() for this model. dtype: "auto"
     (the checkpoint's; float32 on a CPU that cannot compute in it) | "float32" | "bfloat16" | "float16". device: "auto"
-    (a GPU if there is one) | "cpu" | "cuda" | "cuda:N". revision: of a hub id. load_format: "auto", or "dummy" for
-    random weights, to measure speed: then `model` may also be the name of a preset ("llama-3.1-8b", "llama-3.2-1b",
-    "llama-100m"), and a folder needs no more than its config.json.
+    (a GPU if there is one) | "cpu" | "cuda" | "cuda:N". revision: of a hub id.
+
+    load_format: "auto", or "dummy" for random weights, to measure speed: then `model` may also be the name of a preset
+    ("llama-3.1-8b", "llama-3.2-1b", "llama-100m"), and a folder needs no more than its config.json.
+
+    cuda_graph: on a GPU, decode by replaying captured graphs; a CPU has none. compile: run the layers through
+    torch.compile, which makes the first request up to a minute slower and the next ones a little faster. attention: the
+    kernels of causal attention, "auto" (on a GPU the first that works of these four) | "cudnn" | "flash" | "efficient"
+    | "math".
 
     Raises FastKVError for a folder that cannot be loaded and for settings that do not fit; nothing is loaded then.
     """
@@ -67,6 +76,9 @@ class LLM:
         device: str | torch.device = "auto",
         revision: str | None = None,
         load_format: str = "auto",
+        cuda_graph: bool = True,
+        compile: bool = False,
+        attention: str = "auto",
     ) -> None:
         if not isinstance(model, (str, PathLike)):
             raise FastKVError(f"model must be a folder or a hub id like org/name, not {model!r}")
@@ -77,14 +89,19 @@ class LLM:
         self.config = PRESETS[str(model)] if dummy and model in PRESETS else ModelConfig.from_pretrained(folder)
         self.policy = FastKV() if policy is None else policy
         torch_dtype = resolve_dtype(dtype, self.config.dtype or ("float32" if dummy else stored_dtype(folder)), target)
+        heads = (self.config.n_heads, self.config.n_kv_heads)
+        check_backend(attention, heads, self.config.head_dim, torch_dtype, target)
         self.tokenizer = Tokenizer.from_pretrained(folder, self.config)
         advice = "take a smaller model, a device with more memory, or --dtype bfloat16"
         check_fits(f"the model {folder.name}", model_bytes(self.config, torch_dtype), target, advice)
         with LoadingLine(sys.stderr) as line, explain_out_of_memory():
             if dummy:
                 self._model = random_weights(self.config, torch_dtype, target)
-                return
-            self._model = load_weights(self.config, folder, torch_dtype, target, line.show)
+            else:
+                self._model = load_weights(self.config, folder, torch_dtype, target, line.show)
+        if compile:
+            compile_layers(self._model)
+        self._runtime = Runtime(self._model, cuda_graph and target.type == "cuda", attention)
 
     @property
     def policy(self) -> Policy:
@@ -102,6 +119,10 @@ class LLM:
     @property
     def dtype(self) -> torch.dtype:
         return self._model.dtype
+
+    def free_buffers(self) -> None:
+        """Let go of the memory that requests hand to one another; the next request takes its own again."""
+        self._runtime.pool.clear()
 
     @overload
     def generate(
@@ -127,7 +148,7 @@ class LLM:
         """
         if is_batch(prompt):
             requests = [self._request(one, params, policy) for one in prompt]
-            return [_finish(Generation(self._model, self.tokenizer, request)) for request in requests]
+            return [_finish(Generation(self._runtime, self.tokenizer, request)) for request in requests]
         return _finish(self.stream(prompt, params, policy))
 
     def stream(
@@ -139,7 +160,7 @@ class LLM:
         stream that was left early it tells what came so far.
         """
         called_at = time.perf_counter()
-        return Generation(self._model, self.tokenizer, self._request(prompt, params, policy), called_at)
+        return Generation(self._runtime, self.tokenizer, self._request(prompt, params, policy), called_at)
 
     def chat(self, messages: list[dict[str, str]]) -> list[int]:
         """Token ids of a conversation, ready for the model's answer, by the model's own chat template.
@@ -161,7 +182,10 @@ class LLM:
         limit = position_limit(self.config, policy, ids.shape[1])
         check_cache_fits(self.config, policy, ids.shape[1], max_tokens, self.dtype, self.device, batch=ids.shape[0])
         with explain_out_of_memory():
-            result = prefill(self._model, ids, policy, max_tokens, limit)
+            cache = new_cache(self._model, policy, ids, max_tokens, limit)
+            buffers = self._runtime.pool.lease()
+            result = prefill(self._model, ids, policy, cache, buffers.workspace, self._runtime.attention)
+            self._runtime.pool.give_back(buffers)
         return dataclasses.replace(result, logits=result.logits.clone())  # a tensor like any other: writable
 
     def decode(self, cache: KVCache, token_ids: Tensor) -> Tensor:
@@ -182,7 +206,8 @@ class LLM:
         policy = self.policy if policy is None else self._checked_policy(policy)
         limit = position_limit(self.config, policy, len(ids))
         max_tokens = answer_length(self.config, params, len(ids), limit)
-        check_cache_fits(self.config, policy, len(ids), max_tokens, self.dtype, self.device)
+        reusable = self._runtime.pool.idle_bytes
+        check_cache_fits(self.config, policy, len(ids), max_tokens, self.dtype, self.device, reusable=reusable)
         return Request(ids, params, policy, max_tokens, limit, self._eos_ids(params))
 
     def _token_ids(self, prompt: str | list[int]) -> list[int]:

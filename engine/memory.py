@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -12,6 +12,8 @@ import torch
 from fastkv.errors import FastKVError
 
 CONTAINER = Path("/sys/fs/cgroup")
+STATUS = Path("/proc/self/status")
+CLEAR_REFS = Path("/proc/self/clear_refs")
 
 
 def available_bytes(device: torch.device) -> int | None:
@@ -25,15 +27,40 @@ def available_bytes(device: torch.device) -> int | None:
 
 
 def start_peak(device: torch.device) -> None:
-    """Begin a new measurement of peak_bytes, where the device allows it."""
+    """Begin a new measurement of peak_bytes, where the system allows it.
+
+    It counts for the whole process: on Linux the peak resident memory that the system reports of it begins anew too.
+    """
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
+        return
+    with suppress(OSError):
+        CLEAR_REFS.write_text("5")  # "5" resets VmHWM to what is resident now (man 5 proc)
 
 
 def peak_bytes(device: torch.device) -> int | None:
-    """GPU: most memory allocated since start_peak. CPU: most resident memory of this process so far. Or None."""
+    """Most memory in bytes since start_peak: on a GPU allocated; on a CPU resident, of the whole process.
+
+    Where the system cannot begin anew (not Linux, or /proc is closed) it is the process's peak so far; None where the
+    system does not say.
+    """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
+    peak = _peak_resident()
+    return _max_resident() if peak is None else peak
+
+
+def _peak_resident() -> int | None:
+    """VmHWM of Linux in bytes, which start_peak can reset."""
+    try:
+        lines = STATUS.read_text().splitlines()
+    except OSError:
+        return None
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:")), None)
+
+
+def _max_resident() -> int | None:
+    """The same since the process began, in bytes, on any Unix."""
     try:
         import resource
     except ImportError:  # Windows
@@ -81,8 +108,12 @@ def explain_out_of_memory() -> Iterator[None]:
         ) from None
 
 
-def check_fits(what: str, needed: int, device: torch.device, advice: str) -> None:
-    """Raise FastKVError if `needed` bytes are more than `device` has left: said before anything is allocated."""
+def check_fits(what: str, needed: int, device: torch.device, advice: str, reusable: int = 0) -> None:
+    """Raise FastKVError if `needed` bytes are more than `device` has left: said before anything is allocated.
+
+    reusable: bytes that are taken but will be used again for this.
+    """
     available = available_bytes(device)
-    if available is not None and needed > available:
-        raise FastKVError(f"{what} needs {_size(needed)} of memory, but {device} has {_size(available)} left; {advice}")
+    if available is not None and needed > available + reusable:
+        left = _size(available + reusable)
+        raise FastKVError(f"{what} needs {_size(needed)} of memory, but {device} has {left} left; {advice}")

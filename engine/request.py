@@ -123,12 +123,16 @@ def check_cache_fits(
     dtype: torch.dtype,
     device: torch.device,
     batch: int = 1,
+    reusable: int = 0,
 ) -> None:
-    """FastKVError if the KV cache of `batch` prompts is more than the device's memory has left."""
+    """FastKVError if the KV cache of `batch` prompts is more than the device's memory has left.
+
+    reusable: bytes that are taken, but by nobody who uses them.
+    """
     kept = [plan.kept for plan in plan_layers(policy, config.n_layers, n_tokens)]
     values = KVCache.size_of(kept, max_tokens, config.n_kv_heads, config.head_dim)
     advice = "lower kv_retention or max_tokens, or shorten the prompt"
-    check_fits("the KV cache", batch * values * dtype.itemsize, device, advice)
+    check_fits("the KV cache", batch * values * dtype.itemsize, device, advice, reusable)
 
 
 def is_batch(prompt: Any) -> bool:

@@ -57,24 +57,30 @@ class SamplingParams:
 
 
 class Sampler:
-    """Chooses one token a call, for prompts [B, N] that share their SamplingParams.
+    """Chooses one token a call, for B prompts that share their SamplingParams; `start` comes first.
 
-    Works on the logits' device without waiting for it. The filters run in the order repetition penalty, temperature,
-    top-k, top-p, min-p, each on what the one before left.
+    Works on the logits' device without waiting for it, in memory that stays where it is. The filters run in the order
+    repetition penalty, temperature, top-k, top-p, min-p, each on what the one before left.
     """
 
-    def __init__(self, params: SamplingParams, prompt: Tensor, vocab_size: int) -> None:
+    def __init__(self, params: SamplingParams, batch: int, vocab_size: int, device: torch.device) -> None:
         self.params = params
+        self.generator = torch.Generator(device)
         self._seen: Tensor | None = None
         if params.repetition_penalty != 1.0:
-            self._seen = torch.zeros(prompt.shape[0], vocab_size, dtype=torch.bool, device=prompt.device)
-            self._seen.scatter_(1, prompt, True)
-        self._generator = torch.Generator(prompt.device)
-        if params.seed is None:
-            self._generator.seed()
-        else:
-            self._generator.manual_seed(params.seed)
+            self._seen = torch.zeros(batch, vocab_size, dtype=torch.bool, device=device)
 
+    @torch.inference_mode()
+    def start(self, prompt: Tensor, seed: int | None) -> None:
+        """Begin a text behind `prompt`, int64 [B, N]: its tokens are seen, and chance begins at `seed` (None: any)."""
+        if self._seen is not None:
+            self._seen.zero_().scatter_(1, prompt, True)
+        if seed is None:
+            self.generator.seed()
+        else:
+            self.generator.manual_seed(seed)
+
+    @torch.inference_mode()
     def __call__(self, logits: Tensor) -> Tensor:
         """logits float32 [B, V] -> token ids int64 [B]."""
         params = self.params
@@ -93,7 +99,7 @@ class Sampler:
             logits = keep_top_p(logits, params.top_p)
         if params.min_p > 0:
             logits = keep_min_p(logits, params.min_p)
-        return draw(logits, self._generator)
+        return draw(logits, self.generator)
 
 
 def warm(logits: Tensor, temperature: float) -> Tensor:

@@ -28,10 +28,14 @@ class TokenState:
         """The same tokens behind one more step of the network."""
         return TokenState(self.ids, hidden, self.positions)
 
-    def take(self, keep: Tensor) -> TokenState:
-        """Token-Selective Propagation (arXiv 2502.01068): only the tokens at `keep`, int64 [B, n], go on."""
+    def take(self, keep: Tensor, out: Tensor | None = None) -> TokenState:
+        """Token-Selective Propagation (arXiv 2502.01068): only the tokens at `keep`, int64 [B, n], go on.
+
+        Their hidden states go into `out` [B, n, E], if there is one.
+        """
         rows = keep.unsqueeze(-1).expand(-1, -1, self.hidden.shape[-1])
-        return TokenState(self.ids.gather(1, keep), self.hidden.gather(1, rows), self.positions.gather(1, keep))
+        hidden = torch.gather(self.hidden, 1, rows, out=out)
+        return TokenState(self.ids.gather(1, keep), hidden, self.positions.gather(1, keep))
 
     def last_row(self) -> Tensor:
         """Where the last token stands, for `take`: int64 [B, 1]."""

@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 from fastkv.models.rope_config import RopeConfig
 
+_SMALLEST_TABLE = 4096  # positions
+
 
 class RMSNorm(nn.Module):
     """Root-mean-square norm over the last dimension (arXiv 1910.07467)."""
@@ -39,7 +41,10 @@ class MLP(nn.Module):
 
 @dataclass(frozen=True)
 class Rope:
-    """Cosines and sines for a set of positions, broadcast over heads: each [B, 1, T, D // 2]."""
+    """The rotation of a set of positions, broadcast over heads: cos and sin [B, 1, T, D].
+
+    Both halves of D turn by the same angles; the first half of `sin` carries the minus of the rotation.
+    """
 
     cos: Tensor
     sin: Tensor
@@ -48,14 +53,18 @@ class Rope:
         """The rotation of the tokens start … end - 1 alone."""
         return Rope(self.cos[:, :, start:end], self.sin[:, :, start:end])
 
-    def rotate(self, x: Tensor) -> Tensor:
-        """Turn x [B, H, T, D]: value i is paired with value i + D/2."""
+    def rotate(self, x: Tensor, out: Tensor | None = None) -> Tensor:
+        """Turn x [B, H, T, D], value i being paired with value i + D/2; the result goes into `out` if there is one."""
         low, high = x.chunk(2, dim=-1)
-        return torch.cat((low * self.cos - high * self.sin, high * self.cos + low * self.sin), dim=-1)
+        return torch.mul(x, self.cos, out=out).addcmul_(torch.cat((high, low), dim=-1), self.sin)
 
 
 class RotaryEmbedding(nn.Module):
-    """Positions -> Rope (arXiv 2104.09864). Angles are computed in float32 whatever the model's dtype."""
+    """Positions -> Rope (arXiv 2104.09864), looked up in a table that is computed once.
+
+    Angles are float32 whatever the model's dtype. The table grows when `reserve` asks for more positions; a lookup
+    never does, so that it needs no look at the positions themselves.
+    """
 
     inv_freq: Tensor
 
@@ -64,11 +73,36 @@ class RotaryEmbedding(nn.Module):
         # On the CPU by name: the model around it may be built on the meta device.
         self.register_buffer("inv_freq", inverse_frequencies(config, head_dim).cpu(), persistent=False)
         self.scale = attention_factor(config)
+        self._table: tuple[Tensor, Tensor] | None = None
 
-    def forward(self, positions: Tensor, dtype: torch.dtype) -> Rope:
-        """positions: int64 [B, T], the tokens' original positions."""
-        angles = positions[:, None, :, None].float() * self.inv_freq  # [B, 1, T, D // 2]
-        return Rope((angles.cos() * self.scale).to(dtype), (angles.sin() * self.scale).to(dtype))
+    @property
+    def reserved(self) -> int:
+        """Positions that the table covers: 0 … reserved - 1."""
+        return 0 if self._table is None else self._table[0].shape[0]
+
+    def reserve(self, n_positions: int, dtype: torch.dtype) -> None:
+        """Let the table cover the positions below `n_positions`, in `dtype`."""
+        known = self._table
+        if known is not None and known[0].shape[0] >= n_positions and known[0].dtype == dtype:
+            return
+        count = max(_SMALLEST_TABLE, 1 << (n_positions - 1).bit_length())  # doubling: few are made
+        with torch.inference_mode(False):  # a table made while generating can be trained with later
+            positions = torch.arange(count, device=self.inv_freq.device)
+            angles = positions[:, None].float() * self.inv_freq  # [P, D // 2]
+            cos, sin = ((values * self.scale).to(dtype) for values in (angles.cos(), angles.sin()))
+            self._table = torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
+
+    def forward(self, positions: Tensor) -> Rope:
+        """positions: int64 [B, T], the tokens' original positions, all of them reserved."""
+        assert self._table is not None, "reserve comes first"
+        cos, sin = self._table
+        return Rope(cos[positions].unsqueeze(1), sin[positions].unsqueeze(1))
+
+    def first(self, n_tokens: int) -> Rope:
+        """The rotation of the positions 0 … n_tokens - 1: a view of the table, [1, 1, T, D]."""
+        assert self._table is not None, "reserve comes first"
+        cos, sin = self._table
+        return Rope(cos[None, None, :n_tokens], sin[None, None, :n_tokens])
 
 
 def inverse_frequencies(config: RopeConfig, head_dim: int) -> Tensor:

@@ -37,21 +37,40 @@ class Attention(nn.Module):
         else:
             self.q_norm = self.k_norm = nn.Identity()
 
-    def project(self, hidden: Tensor, rope: Rope) -> tuple[Tensor, Tensor, Tensor]:
-        """hidden [B, T, E], normed -> q [B, Hq, T, D], k and v [B, Hkv, T, D], q and k rotated."""
+    def project(self, hidden: Tensor, rope: Rope, out: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """hidden [B, T, E], normed -> q [B, Hq, T, D], k and v [B, Hkv, T, D], q and k rotated.
+
+        They are views of `out`, [B, Hq + 2 Hkv, T, D], if there is one.
+        """
+        n_q, n_k, n_v = self.heads
         heads = self._split(self.qkv_proj(hidden))
-        q, k, v = heads.split(self.heads, dim=1)
-        return rope.rotate(self.q_norm(q)), rope.rotate(self.k_norm(k)), v
+        turning, v = heads.split((n_q + n_k, n_v), dim=1)
+        turning = self._normed(turning, n_q)
+        if out is None:
+            q, k = rope.rotate(turning).split((n_q, n_k), dim=1)
+            return q, k, v
+        rope.rotate(turning, out=out[:, : n_q + n_k])
+        out[:, n_q + n_k :] = v
+        q, k, v = out.split(self.heads, dim=1)
+        return q, k, v
 
     def project_q(self, hidden: Tensor, rope: Rope) -> Tensor:
         """hidden [B, T, E], normed -> q [B, Hq, T, D] alone, rotated."""
         q = self._split(self._rows(hidden, 0, self.heads[0]))
         return rope.rotate(self.q_norm(q))
 
-    def project_kv(self, hidden: Tensor, rope: Rope) -> tuple[Tensor, Tensor]:
-        """hidden [B, T, E], normed -> k and v [B, Hkv, T, D] alone, k rotated."""
-        k, v = self._split(self._rows(hidden, self.heads[0], sum(self.heads))).chunk(2, dim=1)
-        return rope.rotate(self.k_norm(k)), v
+    def project_kv(self, hidden: Tensor, rope: Rope, out: Tensor) -> None:
+        """hidden [B, T, E], normed -> k, rotated, and v into `out` [B, 2 Hkv, T, D]."""
+        n_k = self.heads[1]
+        heads = self._split(self._rows(hidden, self.heads[0], sum(self.heads)))
+        rope.rotate(self.k_norm(heads[:, :n_k]), out=out[:, :n_k])
+        out[:, n_k:] = heads[:, n_k:]
+
+    def _normed(self, heads: Tensor, n_q: int) -> Tensor:
+        """The head norms of a family that has them, over the n_q query heads and the key heads behind them."""
+        if isinstance(self.q_norm, nn.Identity):
+            return heads
+        return torch.cat((self.q_norm(heads[:, :n_q]), self.k_norm(heads[:, n_q:])), dim=1)
 
     def output(self, attended: Tensor) -> Tensor:
         """attended [B, Hq, T, D] -> [B, T, E]."""
@@ -89,17 +108,17 @@ class Block(nn.Module):
         """hidden [B, T, E] -> [B, T, E]."""
         return hidden + self.feed_forward(self.post_attention_layernorm(hidden))
 
-    def project(self, hidden: Tensor, rope: Rope) -> tuple[Tensor, Tensor, Tensor]:
-        """hidden [B, T, E] -> q [B, Hq, T, D], k and v [B, Hkv, T, D], q and k rotated."""
-        return self.self_attn.project(self.input_layernorm(hidden), rope)
+    def project(self, hidden: Tensor, rope: Rope, out: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """hidden [B, T, E] -> q [B, Hq, T, D], k and v [B, Hkv, T, D], q and k rotated; views of `out` if given."""
+        return self.self_attn.project(self.input_layernorm(hidden), rope, out)
 
     def project_q(self, hidden: Tensor, rope: Rope) -> Tensor:
         """The q of `project` alone."""
         return self.self_attn.project_q(self.input_layernorm(hidden), rope)
 
-    def project_kv(self, hidden: Tensor, rope: Rope) -> tuple[Tensor, Tensor]:
-        """The k and v of `project` alone."""
-        return self.self_attn.project_kv(self.input_layernorm(hidden), rope)
+    def project_kv(self, hidden: Tensor, rope: Rope, out: Tensor) -> None:
+        """The k and v of `project` alone, into `out` [B, 2 Hkv, T, D]."""
+        self.self_attn.project_kv(self.input_layernorm(hidden), rope, out)
 
     def finish_(self, hidden: Tensor, attended: Tensor) -> None:
         """What follows attention, written into hidden [B, T, E]; attended: [B, Hq, T, D]."""
@@ -140,13 +159,25 @@ class Llama(nn.Module):
     def device(self) -> torch.device:
         return self.embed_tokens.weight.device
 
-    def embed(self, ids: Tensor) -> Tensor:
-        """ids int64 [B, T] -> hidden [B, T, E]."""
-        return self.embed_tokens(ids)
+    def embed(self, ids: Tensor, out: Tensor | None = None) -> Tensor:
+        """ids int64 [B, T] -> hidden [B, T, E], in `out` if there is one."""
+        if out is None:
+            return self.embed_tokens(ids)
+        torch.index_select(self.embed_tokens.weight, 0, ids.flatten(), out=out.flatten(0, 1))
+        return out
+
+    def reserve(self, n_positions: int) -> None:
+        """Let `rope` know the positions below `n_positions`."""
+        self.rotary.reserve(n_positions, self.dtype)
 
     def rope(self, positions: Tensor) -> Rope:
-        """positions int64 [B, T], the original ones -> the rotation of those positions."""
-        return self.rotary(positions, self.dtype)
+        """positions int64 [B, T], the original ones, all reserved -> the rotation of those positions."""
+        return self.rotary(positions)
+
+    def rope_of_first(self, n_tokens: int) -> Rope:
+        """The rotation of the positions 0 … n_tokens - 1."""
+        self.reserve(n_tokens)
+        return self.rotary.first(n_tokens)
 
     def head(self, hidden: Tensor) -> Tensor:
         """hidden [B, E] -> logits float32 [B, V]."""

@@ -7,6 +7,8 @@ from dataclasses import replace
 from fastkv.models.config import ModelConfig
 from fastkv.models.rope_config import RopeConfig
 
+# Random weights were trained for no length: a million tokens can be measured with any of them.
+_CONTEXT = 2**20
 _LLAMA3_ROPE = RopeConfig(500_000.0, "llama3", 8.0, 8192, 1.0, 4.0)
 
 PRESETS: dict[str, ModelConfig] = {
@@ -19,7 +21,7 @@ PRESETS: dict[str, ModelConfig] = {
         n_heads=32,
         n_kv_heads=8,
         head_dim=128,
-        context_length=131_072,
+        context_length=_CONTEXT,
         rms_norm_eps=1e-5,
         rope=_LLAMA3_ROPE,
         dtype="bfloat16",
@@ -33,7 +35,7 @@ PRESETS: dict[str, ModelConfig] = {
         n_heads=32,
         n_kv_heads=8,
         head_dim=64,
-        context_length=131_072,
+        context_length=_CONTEXT,
         rms_norm_eps=1e-5,
         rope=replace(_LLAMA3_ROPE, factor=32.0),
         tie_word_embeddings=True,
@@ -48,7 +50,7 @@ PRESETS: dict[str, ModelConfig] = {
         n_heads=12,
         n_kv_heads=4,
         head_dim=64,
-        context_length=131_072,
+        context_length=_CONTEXT,
         rms_norm_eps=1e-5,
         rope=RopeConfig(500_000.0),
         dtype="bfloat16",

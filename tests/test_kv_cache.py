@@ -6,10 +6,11 @@ import pytest
 import torch
 
 from fastkv import LLM, FastKV, FastKVError, FullKV, SamplingParams
-from fastkv.cache.kv_cache import BLOCK, KVCache
+from fastkv.cache.kv_cache import KVCache
+from fastkv.cache.storage import BLOCK, KVStorage, bucket
 
 
-def make(kept: list[int], max_tokens: int = 4, batch: int = 1) -> KVCache:
+def make(kept: list[int], max_tokens: int = 4, batch: int = 1, storage: KVStorage | None = None) -> KVCache:
     return KVCache(
         kept,
         max_tokens,
@@ -20,6 +21,7 @@ def make(kept: list[int], max_tokens: int = 4, batch: int = 1) -> KVCache:
         position_limit=1000,
         dtype=torch.float32,
         device=torch.device("cpu"),
+        storage=storage,
     )
 
 
@@ -100,3 +102,30 @@ def test_kv_bytes_are_the_bytes_allocated(tiny_llm: LLM) -> None:
     assert fast.kv_bytes * 8 < full.kv_bytes
     assert tiny_llm.prefill(ids, FastKV(), max_tokens=12).cache.nbytes == fast.kv_bytes
     assert (fast.kv_tokens, fast.kv_entries, fast.kv_full_entries) == (200, 200 * 12, 2000 * 12)
+
+
+def test_buckets_are_few_and_at_most_an_eighth_too_large() -> None:
+    lengths = [bucket(n) for n in range(1, 100_000)]
+    assert all(n <= there <= max(n + 31, n * 1.125) for n, there in enumerate(lengths, 1))
+    assert len(set(lengths)) < 80
+    assert all(length % BLOCK == 0 for length in lengths)
+
+
+def test_a_cache_in_used_storage_is_as_good_as_new() -> None:
+    """What the text before left in the slots could be infinite; a weight of zero would make NaN of it."""
+    storage = KVStorage([96, 160], 1, 2, 3, dtype=torch.float32, device=torch.device("cpu"))
+    for buffer in [*storage.k, *storage.v]:
+        buffer.fill_(float("inf"))
+    storage.lengths.fill_(50)
+    cache = make([40, 5], storage=storage)
+    assert cache.k[0].data_ptr() == storage.k[0].data_ptr()
+    assert [buffer.shape[2] for buffer in cache.k] == [2 * BLOCK, BLOCK]
+    assert cache.nbytes == make([40, 5]).nbytes
+    for layer, count in enumerate([40, 5]):
+        filled = torch.ones(1, 2, count, 3)
+        cache.load(layer, filled, filled, None)
+        assert cache.k[layer].isfinite().all()
+        assert cache.v[layer].isfinite().all()
+        assert storage.k[layer][:, :, : bucket(cache.k[layer].shape[2])].isfinite().all()
+    assert cache.lengths.tolist() == [40, 5]
+    assert cache.next_position.tolist() == [100]

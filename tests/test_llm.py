@@ -207,8 +207,8 @@ def test_a_stream_left_early_lets_its_cache_go(tiny_llm: LLM) -> None:
         for _ in range(3):
             stream = tiny_llm.stream(LONG)
             next(stream)
-            assert stream._run is not None
-            caches.append(weakref.ref(stream._run.cache))
+            assert stream._steps is not None
+            caches.append(weakref.ref(stream._steps.cache))
         del stream
         assert [cache() for cache in caches] == [None] * 3
     finally:
@@ -222,7 +222,7 @@ def test_a_finished_or_closed_stream_holds_no_cache(tiny_llm: LLM) -> None:
     next(closed)
     closed.close()
     for stream in (finished, closed):
-        assert stream._run is None
+        assert stream._steps is None
         assert list(stream) == []
         assert stream.output().metrics.kv_bytes > 0
     assert closed.output().finish_reason == "interrupted"
@@ -273,6 +273,7 @@ def test_a_full_container_can_take_back_its_file_caches(tmp_path: Path, monkeypa
 
 def test_out_of_memory_is_a_users_mistake(tiny_llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fastkv.engine.memory.available_bytes", lambda device: 100_000)
+    tiny_llm.free_buffers()
     with pytest.raises(FastKVError, match="the KV cache needs"):
         tiny_llm.generate(LONG)
 
@@ -308,3 +309,48 @@ def test_public_names() -> None:
     assert issubclass(FastKVError, ValueError)
     with pytest.raises(AttributeError):
         _ = fastkv.nothing  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("backend", ["flash", "math"])
+def test_attention_backends_agree(tiny_llm: LLM, tiny_folder: Path, backend: str) -> None:
+    other = LLM(tiny_folder, dtype="float32", device="cpu", attention=backend)
+    expected = tiny_llm.prefill(LONG, FullKV()).logits
+    torch.testing.assert_close(other.prefill(LONG, FullKV()).logits, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_the_attention_asked_for_is_the_one_that_runs(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[object] = []
+    real = torch.nn.attention.sdpa_kernel
+
+    def watch(backend: object) -> object:
+        asked.append(backend)
+        return real(backend)
+
+    llm = LLM(tiny_folder, device="cpu", attention="math")
+    monkeypatch.setattr("fastkv.engine.attention.sdpa_kernel", watch)
+    llm.prefill(LONG, FullKV())
+    assert asked == [torch.nn.attention.SDPBackend.MATH] * 5  # the last layer has a single query
+
+
+@pytest.mark.parametrize(
+    ("backend", "line"), [("cudnn", "does not work here (float32 on cpu); use auto"), ("fast", "must be one of auto,")]
+)
+def test_an_attention_that_cannot_be_is_refused(tiny_folder: Path, backend: str, line: str) -> None:
+    with pytest.raises(FastKVError) as caught:
+        LLM(tiny_folder, device="cpu", dtype="float32", attention=backend)
+    assert line in str(caught.value)
+    assert caught.value.setting == "attention"
+
+
+def test_idle_memory_counts_as_room_and_can_be_freed(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    llm = LLM(tiny_folder, device="cpu")
+    params = SamplingParams(max_tokens=2)
+    llm.generate(LONG, params, FullKV())
+    held = llm._runtime.pool.idle_bytes
+    assert held > 600 * 2 * 6 * 2 * 8
+    monkeypatch.setattr("fastkv.engine.memory.available_bytes", lambda device: 0)
+    llm.generate(LONG, params, FullKV())
+    llm.free_buffers()
+    assert llm._runtime.pool.idle_bytes == 0
+    with pytest.raises(FastKVError, match="the KV cache needs"):
+        llm.generate(LONG, params, FullKV())

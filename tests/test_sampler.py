@@ -18,9 +18,15 @@ DRAWS = 20_000
 NO_PROMPT = torch.zeros(1, 0, dtype=torch.int64)
 
 
+def started(params: SamplingParams, prompt: Tensor = NO_PROMPT, vocab_size: int = 5) -> Sampler:
+    sampler = Sampler(params, prompt.shape[0], vocab_size, prompt.device)
+    sampler.start(prompt, params.seed)
+    return sampler
+
+
 def shares(logits: Tensor, **settings: Any) -> Tensor:
     """How often each token is drawn: [V]."""
-    sampler = Sampler(SamplingParams(seed=1, **settings), NO_PROMPT, len(logits))
+    sampler = started(SamplingParams(seed=1, **settings), vocab_size=len(logits))
     tokens = sampler(logits.expand(DRAWS, -1).contiguous())
     return torch.bincount(tokens, minlength=len(logits)) / DRAWS
 
@@ -83,7 +89,7 @@ def test_filters_work_row_by_row() -> None:
 @pytest.mark.parametrize("settings", [{"top_p": 1e-46}, {"repetition_penalty": 1e6}, {"min_p": 1.0}, {"top_k": 1}])
 def test_extreme_settings_leave_the_best_token(settings: dict[str, float]) -> None:
     """A top_p that float32 rounds to zero dropped every token, and the draw from nothing gave token 0."""
-    sampler = Sampler(SamplingParams(temperature=1.0, seed=0, **settings), torch.arange(5)[None], 5)  # type: ignore[arg-type]
+    sampler = started(SamplingParams(temperature=1.0, seed=0, **settings), torch.arange(5)[None])  # type: ignore[arg-type]
     assert [int(sampler(LOGITS.flip(0)[None])) for _ in range(200)] == [4] * 200
 
 
@@ -93,7 +99,7 @@ def test_equal_logits_at_the_border_of_top_p() -> None:
 
 
 def test_temperature_zero_is_greedy_whatever_the_filters() -> None:
-    sampler = Sampler(SamplingParams(top_k=3, top_p=0.5, seed=0), NO_PROMPT, 5)
+    sampler = started(SamplingParams(top_k=3, top_p=0.5, seed=0))
     assert sampler(LOGITS.flip(0)[None]).tolist() == [4]
 
 
@@ -105,14 +111,14 @@ def test_repetition_penalty_divides_positive_and_multiplies_negative_logits() ->
 
 def test_repetition_penalty_sees_the_prompt_and_the_text_so_far() -> None:
     logits = torch.tensor([[1.0, 0.9, 0.8, 0.7]])
-    sampler = Sampler(SamplingParams(repetition_penalty=1.5), torch.tensor([[0]]), 4)
+    sampler = started(SamplingParams(repetition_penalty=1.5), torch.tensor([[0]]), 4)
     # 0 is in the prompt; each token drawn is penalised from then on; when all are, the order is the old one
     assert [int(sampler(logits)) for _ in range(5)] == [1, 2, 3, 0, 0]
 
 
 def test_same_seed_same_tokens_and_other_seed_others() -> None:
     def tokens(seed: int | None) -> list[int]:
-        sampler = Sampler(SamplingParams(temperature=1.0, seed=seed), NO_PROMPT, 5)
+        sampler = started(SamplingParams(temperature=1.0, seed=seed))
         return [int(sampler(LOGITS[None])) for _ in range(50)]
 
     assert tokens(7) == tokens(7)
@@ -157,3 +163,14 @@ def test_bad_settings_are_refused(setting: str, value: Any) -> None:
 def test_one_stop_string_may_stand_alone() -> None:
     assert SamplingParams(stop="end").stop == ("end",)
     assert SamplingParams(stop=["a", "b"]).stop == ("a", "b")
+
+
+def test_a_sampler_starts_anew() -> None:
+    """Graphs keep a sampler for many requests: what one text has seen, and its chance, end with it."""
+    params = SamplingParams(temperature=1.0, repetition_penalty=3.0, seed=3)
+    sampler = started(params, torch.tensor([[1, 2]]))
+    first = [int(sampler(LOGITS[None])) for _ in range(20)]
+    sampler.start(torch.tensor([[4]]), 9)
+    assert [int(sampler(LOGITS[None])) for _ in range(20)] != first
+    sampler.start(torch.tensor([[1, 2]]), 3)
+    assert [int(sampler(LOGITS[None])) for _ in range(20)] == first

@@ -1,0 +1,126 @@
+"""Attention of one new token over the slots of a storage, where only the device knows how many of them are live.
+
+What a captured decode step needs: no length is baked in, and nothing waits for the host. `MaskedSlots` is plain and
+runs anywhere; `VarlenSlots` is the fast one, on a GPU; a test holds them together.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastkv.cache.storage import KVStorage
+
+
+class SlotAttention(Protocol):
+    """Attends over a layer's first `span` slots, of which lengths[layer] + 1 are live: the new token is in already."""
+
+    def begin(self) -> None:
+        """Once a step, before the first layer."""
+
+    def __call__(self, layer: int, q: Tensor, span: int, window: int | None) -> Tensor:
+        """q [B, Hq, 1, D] -> [B, Hq, 1, D]. window: of the live slots only the last so many (None: all)."""
+
+
+class MaskedSlots:
+    """Every slot of the span is multiplied, and a mask hides what is not live."""
+
+    def __init__(self, storage: KVStorage) -> None:
+        self._storage = storage
+
+    def begin(self) -> None:
+        pass
+
+    def __call__(self, layer: int, q: Tensor, span: int, window: int | None) -> Tensor:
+        k, v = self._storage.k[layer][:, :, :span], self._storage.v[layer][:, :, :span]
+        last = self._storage.lengths[layer]
+        slots = torch.arange(span, device=q.device)
+        visible = slots <= last
+        if window is not None:
+            visible &= slots > last - window
+        rows = q.unflatten(1, (k.shape[1], -1)).squeeze(3)  # [B, Hkv, G, D]: the queries of a KV head side by side
+        return F.scaled_dot_product_attention(rows, k, v, attn_mask=visible[None]).flatten(1, 2).unsqueeze(2)
+
+
+class VarlenSlots:
+    """Flash attention for sequences of different lengths (torch.nn.attention.varlen).
+
+    Each KV head of each text is a sequence of its own, with one token of G query heads and one key head: so the slots
+    need no copy, and the kernel splits a long sequence over the GPU.
+    """
+
+    def __init__(self, storage: KVStorage) -> None:
+        from torch.nn.attention.varlen import varlen_attn
+
+        self._attend = varlen_attn
+        self._storage = storage
+        n_kv_heads, device = storage.k[0].shape[1], storage.k[0].device
+        self._starts = torch.arange(storage.batch * n_kv_heads + 1, dtype=torch.int32, device=device)
+        self._starts_of_slots = [self._starts * capacity for capacity in storage.capacities]
+        self._live = torch.zeros(len(storage.capacities), storage.batch * n_kv_heads, dtype=torch.int32, device=device)
+        # Where the function asks for it; elsewhere grouped heads are allowed without.
+        asks = "enable_gqa" in inspect.signature(varlen_attn).parameters
+        self._settings: dict[str, Any] = {"enable_gqa": True} if asks else {}
+        self._masked = MaskedSlots(storage)
+
+    def begin(self) -> None:
+        self._live.copy_(self._storage.lengths.unsqueeze(1).expand_as(self._live)).add_(1)
+
+    def __call__(self, layer: int, q: Tensor, span: int, window: int | None) -> Tensor:
+        if window is not None:
+            return self._masked(layer, q, span, window)
+        k, v = self._storage.k[layer], self._storage.v[layer]
+        head_dim = q.shape[-1]
+        attended = self._attend(
+            q.reshape(k.shape[0] * k.shape[1], -1, head_dim),  # [B * Hkv, G, D]
+            k.view(-1, 1, head_dim),  # [B * Hkv * C, 1, D]
+            v.view(-1, 1, head_dim),
+            self._starts,
+            self._starts_of_slots[layer],
+            1,
+            span,
+            seqused_k=self._live[layer],
+            **self._settings,
+        )
+        assert isinstance(attended, Tensor)
+        return attended.view(q.shape)
+
+
+def slot_attention(storage: KVStorage, n_heads: int) -> tuple[SlotAttention, str | None]:
+    """The faster of the two that works here, and why it is not VarlenSlots (None: it is).
+
+    Versions of torch and devices differ in what varlen attention takes, so it is tried: on a small storage of the same
+    kind, against the plain one.
+    """
+    buffer = storage.k[0]
+    if buffer.device.type != "cuda":
+        return MaskedSlots(storage), "varlen attention runs on a GPU"
+    if buffer.dtype == torch.float32:
+        return MaskedSlots(storage), "varlen attention computes in bfloat16 or float16"
+    try:
+        if not _agree_on_a_sample(storage, n_heads):
+            return MaskedSlots(storage), "varlen attention gives other results here"
+        return VarlenSlots(storage), None
+    except (ImportError, RuntimeError, TypeError, ValueError) as error:
+        return MaskedSlots(storage), f"no varlen attention ({str(error).splitlines()[0]})"
+
+
+@torch.inference_mode()
+def _agree_on_a_sample(storage: KVStorage, n_heads: int) -> bool:
+    """Whether both attentions give the same for a sample whose dead slots would be noticed."""
+    _, n_kv_heads, _, head_dim = storage.k[0].shape
+    dtype, device = storage.k[0].dtype, storage.k[0].device
+    sample = KVStorage([96], storage.batch, n_kv_heads, head_dim, dtype=dtype, device=device)
+    generator = torch.Generator(device).manual_seed(0)
+    for buffer in (sample.k[0], sample.v[0]):
+        buffer.normal_(generator=generator)
+    sample.lengths.fill_(40)
+    q = torch.empty(storage.batch, n_heads, 1, head_dim, dtype=dtype, device=device).normal_(generator=generator)
+    varlen = VarlenSlots(sample)
+    varlen.begin()
+    difference = varlen(0, q, 64, None) - MaskedSlots(sample)(0, q, 64, None)
+    return bool(difference.abs().max() < 0.05)  # values are about 1 / sqrt(41); a dead slot too many shows at 0.1

@@ -1,0 +1,184 @@
+"""The decode steps that a GPU replays, run here as the plain functions that they are, against the eager step.
+
+What only a GPU can show (that the capture succeeds, and replays the same) is in tests/gpu.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from fastkv import LLM, FastKV, FastKVError, FullKV, SamplingParams
+from fastkv.cache.policy import Policy
+from fastkv.engine import graph
+from fastkv.engine.graph import GraphDecoder, GraphError, Replay
+
+PROMPT = torch.randint(3, 256, (300,), generator=torch.Generator().manual_seed(5)).tolist()
+POLICIES = [FullKV(), FastKV(min_tokens=8), FastKV(tsp_layer=1, tsp_len=20, kv_len=100)]  # the last: layers differ
+
+
+class Recorder:
+    """Stands in for the capture: counts the recordings, and replays by calling."""
+
+    def __init__(self) -> None:
+        self.recorded: list[Replay] = []
+        self.replayed = 0
+
+    def __call__(self, run: Callable[[], None], generator: torch.Generator | None) -> Replay:
+        def replay() -> None:
+            self.replayed += 1
+            run()
+
+        self.recorded.append(replay)
+        return replay
+
+
+@pytest.fixture
+def recorder(tiny_llm: LLM, monkeypatch: pytest.MonkeyPatch) -> Recorder:
+    """Lets the model decode by replays, one step ahead, as on a GPU."""
+    made = Recorder()
+    runtime = tiny_llm._runtime
+    monkeypatch.setattr(graph, "_CudaRecorder", lambda device: made)
+    monkeypatch.setattr(type(runtime), "ahead", True)
+    monkeypatch.setattr(runtime, "cuda_graph", True)
+    monkeypatch.setattr(runtime, "_said_slow", False)
+    runtime.pool.clear()
+    yield made
+    runtime.pool.clear()
+
+
+def eager(llm: LLM, prompt: list[int], params: SamplingParams, policy: Policy) -> list[int]:
+    """Token by token through `prefill` and `decode`."""
+    from fastkv.engine.sampler import Sampler
+
+    assert params.max_tokens is not None
+    sampler = Sampler(params, 1, llm.config.vocab_size, llm.device)
+    sampler.start(torch.tensor([prompt]), params.seed)
+    pre = llm.prefill(prompt, policy, params.max_tokens)
+    tokens = [sampler(pre.logits)]
+    while len(tokens) < params.max_tokens:
+        tokens.append(sampler(llm.decode(pre.cache, tokens[-1])))
+    return [int(token) for token in tokens]
+
+
+CHOICES: list[dict[str, Any]] = [
+    {},
+    {"temperature": 0.8, "seed": 4},
+    {"temperature": 1.2, "seed": 4, "top_k": 40, "top_p": 0.9, "min_p": 0.01, "repetition_penalty": 1.3},
+    {"repetition_penalty": 2.0},
+]
+
+
+@pytest.mark.parametrize("policy", POLICIES, ids=["full", "fastkv", "layers differ"])
+@pytest.mark.parametrize("choice", CHOICES, ids=str)
+def test_replayed_steps_choose_the_eager_tokens(
+    tiny_llm: LLM, recorder: Recorder, policy: Policy, choice: dict[str, Any]
+) -> None:
+    params = SamplingParams(max_tokens=40, ignore_eos=True, **choice)
+    assert tiny_llm.generate(PROMPT, params, policy).token_ids == eager(tiny_llm, PROMPT, params, policy)
+    assert recorder.replayed == 39 + 40  # steps, and choices
+
+
+def test_logits_of_a_replayed_step_are_the_eager_ones(tiny_llm: LLM, recorder: Recorder) -> None:
+    for policy in POLICIES:
+        tiny_llm.generate(PROMPT, SamplingParams(max_tokens=3, ignore_eos=True), policy)  # records
+        decoder = tiny_llm._runtime.pool._idle.decoder  # type: ignore[union-attr]
+        pre = tiny_llm.prefill(PROMPT, policy, 3)
+        tokens = tiny_llm.generate(PROMPT, SamplingParams(max_tokens=3, ignore_eos=True), policy).token_ids
+        for token in tokens[:2]:
+            logits = tiny_llm.decode(pre.cache, torch.tensor([token]))
+        torch.testing.assert_close(decoder._logits, logits, atol=1e-5, rtol=1e-5)  # type: ignore[union-attr]
+
+
+def test_one_recording_serves_many_prompts_and_lengths(tiny_llm: LLM, recorder: Recorder) -> None:
+    policy = FastKV(min_tokens=8)
+    params = SamplingParams(max_tokens=20, ignore_eos=True)
+    longest = PROMPT * 3
+    tiny_llm.generate(longest, params, policy)
+    assert len(recorder.recorded) == 2  # the layers, and the choice
+    for n_tokens in (899, 870, 840):
+        prompt = longest[:n_tokens]
+        assert tiny_llm.generate(prompt, params, policy).token_ids == eager(tiny_llm, prompt, params, policy)
+    assert len(recorder.recorded) == 2
+    tiny_llm.generate(longest, SamplingParams(max_tokens=20, temperature=0.5, seed=1), policy)
+    assert len(recorder.recorded) == 3  # another way to choose
+    tiny_llm.generate(longest, params, FullKV())
+    assert len(recorder.recorded) == 5  # another size: new memory, and new recordings of both
+
+
+def test_recording_leaves_no_trace_in_the_cache(tiny_llm: LLM, recorder: Recorder) -> None:
+    """The warm-up runs the step for real: it writes an entry and counts it, and the count must go back."""
+    params = SamplingParams(max_tokens=8, ignore_eos=True)
+    stream = tiny_llm.stream(PROMPT, params, FastKV(min_tokens=8))
+    next(stream)
+    steps = stream._steps
+    assert steps is not None
+    assert steps.cache.lengths.tolist() == [30] * 6
+    next(stream)  # records, and runs two steps: its own, and the one ahead
+    assert steps.cache.lengths.tolist() == [32] * 6
+    assert steps.cache.next_position.tolist() == [302]
+    assert steps.cache.appended == 2
+
+
+def test_a_step_ahead_is_neither_emitted_nor_beyond_the_room(tiny_llm: LLM, recorder: Recorder) -> None:
+    """The step behind a stop is under way when the stop is found; behind the last token there is none."""
+    tokens = eager(tiny_llm, PROMPT, SamplingParams(max_tokens=12), FullKV())
+    out = tiny_llm.generate(PROMPT, SamplingParams(max_tokens=12, ignore_eos=True), FullKV())
+    assert out.token_ids == tokens
+    assert recorder.replayed == 11 + 12
+    stop = next(token for token in tokens if tokens.index(token) >= 3)
+    stopping = tiny_llm.stream(PROMPT, SamplingParams(max_tokens=12), FullKV())
+    object.__setattr__(stopping._request, "eos_ids", frozenset({stop}))
+    assert [piece.token_id for piece in stopping] == tokens[: tokens.index(stop) + 1]
+    assert stopping.output().finish_reason == "stop"
+
+
+def test_two_streams_at_once_do_not_disturb_each_other(tiny_llm: LLM, recorder: Recorder) -> None:
+    params = SamplingParams(max_tokens=10, temperature=1.0, seed=2, ignore_eos=True)
+    prompts = [PROMPT, PROMPT[100:]]
+    streams = [tiny_llm.stream(prompt, params, FullKV()) for prompt in prompts]
+    pairs = list(zip(*streams, strict=True))
+    for index, prompt in enumerate(prompts):
+        assert [pair[index].token_id for pair in pairs] == eager(tiny_llm, prompt, params, FullKV())
+
+
+@pytest.mark.parametrize("failing", ["layers", "choice"])
+def test_where_nothing_can_be_captured_one_line_says_so(
+    tiny_llm: LLM, recorder: Recorder, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, failing: str
+) -> None:
+    def fail(run: Callable[[], None], generator: torch.Generator | None) -> Replay:
+        if (generator is not None) == (failing == "choice"):
+            raise GraphError("operation not permitted when stream is capturing")
+        return recorder(run, generator)
+
+    monkeypatch.setattr(graph, "_CudaRecorder", lambda device: fail)
+    params = SamplingParams(max_tokens=20, temperature=1.0, seed=3, repetition_penalty=1.5, ignore_eos=True)
+    with caplog.at_level(logging.WARNING):
+        for _ in range(2):
+            found = tiny_llm.generate(PROMPT, params, FullKV()).token_ids
+            assert found == eager(tiny_llm, PROMPT, params, FullKV())
+    lines = [record.getMessage() for record in caplog.records if "graphs" in record.getMessage()]
+    assert lines == [
+        "CUDA graphs are off, decoding is slower: operation not permitted when stream is capturing",
+    ]
+
+
+def test_a_replayed_step_checks_the_room(tiny_llm: LLM) -> None:
+    from fastkv.engine.prefill import new_cache, prefill
+    from fastkv.engine.workspace import Buffers
+
+    buffers, ids = Buffers(), torch.tensor([PROMPT])
+    model = tiny_llm._model
+    cache = new_cache(model, FullKV(), ids, 1, 1000, buffers)
+    assert buffers.storage is not None
+    decoder = GraphDecoder(model, buffers.storage, Recorder())
+    decoder.start(SamplingParams(), ids)
+    token: Tensor = decoder.first(prefill(model, ids, FullKV(), cache, buffers.workspace).logits)
+    decoder.step(cache, token)
+    with pytest.raises(FastKVError, match="room for max_tokens=1"):
+        decoder.step(cache, token)
