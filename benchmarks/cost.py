@@ -32,8 +32,8 @@ def layer_weights(config: ModelConfig) -> tuple[int, int, int]:
     return keys, queries, 3 * config.hidden_size * config.intermediate_size
 
 
-def prefill_flops(config: ModelConfig, plans: list[LayerPlan]) -> float:
-    """Products that a prefill of one prompt cannot avoid, a multiply-add being two operations.
+def prefill_flops(config: ModelConfig, plans: list[LayerPlan], batch: int = 1) -> float:
+    """Operations that a prefill of `batch` prompts cannot avoid, a multiply-add being two of them.
 
     K and V for every token that a layer sees; queries, attention, output and MLP for every token that leaves it, which
     is one token at the last layer. A token attends to half of what the layer saw, on average over the tokens.
@@ -46,14 +46,25 @@ def prefill_flops(config: ModelConfig, plans: list[LayerPlan]) -> float:
         attended = plan.seen if last else plan.seen / 2
         total += 2.0 * plan.seen * keys + 2.0 * leaving * (queries + mlp)
         total += 4.0 * leaving * attended * config.n_heads * config.head_dim
-    return total
+    return batch * total
 
 
-def decode_bytes(config: ModelConfig, plans: list[LayerPlan], new_tokens: float, itemsize: int) -> float:
-    """Bytes that one decode step reads when `new_tokens` have been appended: all matrices once, and the live cache."""
+def decode_bytes(
+    config: ModelConfig, plans: list[LayerPlan], new_tokens: float, itemsize: int, batch: int = 1
+) -> float:
+    """Bytes that one decode step of `batch` texts reads when `new_tokens` have been appended to each.
+
+    All matrices once, whatever the batch is, and the live cache of every text.
+    """
     weights = config.n_layers * sum(layer_weights(config)) + config.vocab_size * config.hidden_size
-    entries = sum(plan.kept + new_tokens for plan in plans)
+    entries = batch * sum(plan.kept + new_tokens for plan in plans)
     return itemsize * (weights + 2 * entries * config.n_kv_heads * config.head_dim)
+
+
+def wait_for(device: torch.device) -> None:
+    """Return when the device has done all that it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def measure_ceilings(device: torch.device, dtype: torch.dtype) -> Ceilings:
@@ -77,7 +88,6 @@ def _best(work: Callable[[], object], device: torch.device, runs: int = 7) -> fl
     for _ in range(runs):
         started = time.perf_counter()
         work()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
+        wait_for(device)
         times.append(time.perf_counter() - started)
     return min(times)

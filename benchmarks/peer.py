@@ -1,14 +1,15 @@
-"""Hugging Face's model on the very weights of an LLM, timed as one would use it: SDPA attention and its own cache."""
+"""Hugging Face's model on the very weights of an LLM, as one would use it: SDPA attention and its own cache."""
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from fastkv import LLM
+from fastkv import LLM, FastKVError
+from fastkv.models.config import ModelConfig
 from fastkv.models.weights import checkpoint_tensors
 
 _HF_NAMES = {
@@ -43,22 +44,22 @@ def hf_model(llm: LLM) -> Any:
     return model.eval()
 
 
-def transformers_peer(llm: LLM) -> Callable[[list[int], int], tuple[float, float]]:
-    """A greedy request there: (seconds to the first token, tokens/s after it)."""
+def check_peer(config: ModelConfig) -> None:
+    """FastKVError for a model that hf_model does not build."""
+    if config.architecture != "LlamaForCausalLM":
+        raise FastKVError(f"--peer transformers is for Llama models, not {config.architecture}; leave it out")
+
+
+def transformers_peer(llm: LLM) -> tuple[Callable[[Tensor], Any], Callable[[Any], Any]]:
+    """Greedy requests there, as two functions: prompts [B, N] -> what goes on, and one step of that.
+
+    What goes on is (tokens int64 [B, 1], the cache). Neither waits for the device.
+    """
     model = hf_model(llm)
 
-    @torch.inference_mode()
-    def run(ids: list[int], new_tokens: int) -> tuple[float, float]:
-        started = time.perf_counter()
-        prompt = torch.tensor([ids], device=llm.device)
-        output = model(prompt, use_cache=True, logits_to_keep=1)
-        token = output.logits[:, -1].argmax(-1, keepdim=True)
-        int(token)
-        first = time.perf_counter()
-        for _ in range(new_tokens - 1):
-            output = model(token, past_key_values=output.past_key_values, use_cache=True)
-            token = output.logits[:, -1].argmax(-1, keepdim=True)
-            int(token)
-        return first - started, (new_tokens - 1) / (time.perf_counter() - first)
+    def forward(ids: Tensor, cache: Any) -> tuple[Tensor, Any]:
+        with torch.inference_mode():
+            output = model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            return output.logits[:, -1].argmax(-1, keepdim=True), output.past_key_values
 
-    return run
+    return lambda ids: forward(ids.to(llm.device), None), lambda state: forward(*state)

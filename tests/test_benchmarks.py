@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import importlib
 import json
+import struct
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,20 +18,27 @@ from places import ROOT
 from torch.utils.flop_counter import FlopCounterMode
 
 from fastkv import LLM, FastKV, FastKVError, FullKV
-from fastkv.cache.policy import plan_layers
+from fastkv.cache.policy import LayerPlan, plan_layers
 from fastkv.models.presets import PRESETS
+
+MODULES = ("command", "contestants", "cost", "latency", "machine", "peer", "plot", "table")
 
 
 @pytest.fixture
 def benchmarks(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     """The modules of benchmarks/, which is a folder of scripts and no package."""
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    import cost
-    import latency
-
-    yield type("Modules", (), {"cost": cost, "latency": latency})
-    for name in ("cost", "latency", "peer"):
+    yield SimpleNamespace(**{name: importlib.import_module(name) for name in MODULES})
+    for name in MODULES:
         sys.modules.pop(name, None)
+
+
+@pytest.fixture
+def run(benchmarks: Any, archive_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
+    """The command on the bundled model, with ceilings of its own making."""
+    monkeypatch.setattr(benchmarks.cost, "measure_ceilings", lambda device, dtype: benchmarks.cost.Ceilings(1e12, 1e11))
+    small = ["--model", str(archive_folder), "--rounds", "2", "--new-tokens", "4", "--device", "cpu"]
+    return lambda *argv: benchmarks.latency.main([*small, *map(str, argv)])
 
 
 @pytest.fixture(scope="module")
@@ -52,15 +63,34 @@ def test_bytes_of_a_decode_step_of_llama_31(benchmarks: Any) -> None:
     assert gains == [1.0, 1.06, 1.25, 1.92]
 
 
-def test_operations_of_a_prefill_are_those_that_torch_counts(benchmarks: Any, dummy: LLM) -> None:
+@pytest.mark.parametrize("batch", [1, 3])
+def test_operations_of_a_prefill_are_those_that_torch_counts(benchmarks: Any, dummy: LLM, batch: int) -> None:
     """All but those of attention, which torch does not count on a CPU: half a square a layer, one row in the last."""
-    ids = list(range(3, 503))
+    ids = torch.arange(3, 503).expand(batch, -1)
     with FlopCounterMode(display=False) as counter:
         dummy.prefill(ids, FullKV())
     config = dummy.config
-    expected = benchmarks.cost.prefill_flops(config, plan_layers(FullKV(), config.n_layers, len(ids)))
-    attention = 4 * config.n_heads * config.head_dim * (7 * 500 * 250 + 500)
+    expected = benchmarks.cost.prefill_flops(config, plan_layers(FullKV(), config.n_layers, ids.shape[1]), batch)
+    attention = batch * 4 * config.n_heads * config.head_dim * (7 * 500 * 250 + 500)
     assert counter.get_total_flops() == pytest.approx(expected - attention, rel=1e-4)
+
+
+def test_the_cost_of_two_layers_counted_by_hand(benchmarks: Any) -> None:
+    """Layer 0 sees 6 tokens, keeps 3 and sends 4 on; layer 1 keeps 2. Weights are read once for all of a batch."""
+    small: dict[str, Any] = {"vocab_size": 10, "hidden_size": 8, "intermediate_size": 16, "n_layers": 2, "n_heads": 2}
+    config = replace(PRESETS["llama-100m"], **small, n_kv_heads=1, head_dim=4)
+    plans = [LayerPlan(seen=6, kept=3, propagated=4), LayerPlan(seen=4, kept=2, propagated=None)]
+    keys, queries, mlp = 2 * 4 * 8, 2 * 8 * 8, 3 * 8 * 16
+    first = 2 * 6 * keys + 2 * 4 * (queries + mlp) + 4 * 4 * (6 // 2) * 8
+    second = 2 * 4 * keys + 2 * 1 * (queries + mlp) + 4 * 1 * 4 * 8
+    head = 2 * 10 * 8
+    assert (first, second, head) == (5248, 1664, 160)
+    assert [benchmarks.cost.prefill_flops(config, plans, batch) for batch in (1, 3)] == [7072, 3 * 7072]
+    weights = 2 * (64 + 128 + 384) + 10 * 8
+    cache = 2 * 4 * ((3 + 1) + (2 + 1))  # behind one token more: K and V of 4 values each
+    assert (weights, cache) == (1232, 56)
+    assert benchmarks.cost.decode_bytes(config, plans, 1, 2) == 2 * (weights + cache)
+    assert benchmarks.cost.decode_bytes(config, plans, 1, 2, batch=3) == 2 * (weights + 3 * cache)
 
 
 def test_tsp_saves_what_the_paper_says_at_most(benchmarks: Any) -> None:
@@ -85,24 +115,267 @@ def test_the_peer_is_the_same_model(benchmarks: Any, dummy: LLM) -> None:
     torch.testing.assert_close(dummy.prefill(ids, FullKV()).logits, theirs, atol=1e-3, rtol=1e-3)
 
 
-def test_a_small_run(benchmarks: Any, archive_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    argv = ["--model", str(archive_folder), "--context", "200", "300", "--rounds", "2", "--new-tokens", "4"]
-    monkey = benchmarks.cost.Ceilings(1e12, 1e11)
-    benchmarks.latency.measure_ceilings = lambda device, dtype: monkey
-    assert benchmarks.latency.main([*argv, "--json", str(tmp_path / "out.json")]) == 0
-    table = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
-    assert [line.split(" | ")[:2] for line in table[1:]] == [
-        ["| 200", "full"],
-        ["| 200", "fastkv"],
-        ["| 300", "full"],
-        ["| 300", "fastkv"],
-    ]
+def test_the_peer_goes_on_as_its_own_model_would(benchmarks: Any, dummy: LLM) -> None:
+    """Several prompts at a time, greedy: the tokens are those of a forward pass over everything so far."""
+    pytest.importorskip("transformers")
+    start, step = benchmarks.peer.transformers_peer(dummy)
+    ids = torch.arange(3, 63).view(3, 20)
+    state = start(ids)
+    for _ in range(3):
+        with torch.inference_mode():
+            expected = benchmarks.peer.hf_model(dummy)(ids).logits[:, -1].argmax(-1, keepdim=True)
+        assert torch.equal(state[0], expected)
+        ids = torch.cat([ids, state[0]], dim=1)
+        state = step(state)
+
+
+def test_greedy_counts_the_tokens_of_all_rows(benchmarks: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a clock that ticks when work is done: 5 s for the first tokens, 2 s for each of the 3 steps behind them."""
+    clock = SimpleNamespace(now=100.0)
+    monkeypatch.setattr(benchmarks.contestants, "time", SimpleNamespace(perf_counter=lambda: clock.now))
+
+    def work(seconds: float, result: int) -> int:
+        clock.now += seconds
+        return result
+
+    sample = benchmarks.contestants.greedy(
+        lambda: work(5, 1), lambda state: work(2, 10 * state), torch.device("cpu"), 7, 4, lambda state: state
+    )
+    assert (sample.ttft_s, sample.decode_tokens_per_s, sample.total_s) == (5, 7 * 3 / 6, 11)
+    assert sample.kv_bytes == 1000
+
+
+def test_every_context_and_batch_has_its_rows(
+    run: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run("--context", 200, 300, "--batch", 1, 3, "--json", tmp_path / "out.json") == 0
+    printed = capsys.readouterr().out
+    table = [line.strip("| ").split(" | ") for line in printed.splitlines() if line.startswith("| ")]
+    order = [[n, b, name] for n in ("200", "300") for b in ("1", "3") for name in ("full", "fastkv")]
+    assert [cells[:3] for cells in table[1:]] == order
+    assert {len(cells) for cells in table} == {13}
     written = json.loads((tmp_path / "out.json").read_text())
-    row = written["rows"][0]
-    assert row["prefill_to_full"] == row["decode_to_full"] == 1.0
-    assert len(row["samples"]) == 2
-    assert row["ttft_range"][0] <= row["ttft_s"] <= row["ttft_range"][1]
-    assert "--context 200 300" in written["command"]
+    rows = {(row["context"], row["batch"], row["name"]): row for row in written["rows"]}
+    assert len(rows) == 8
+    for (context, batch, name), row in rows.items():
+        assert row["kv_bytes"] == batch * rows[context, 1, name]["kv_bytes"]
+        assert row["peak_bytes"] == max(sample["peak_bytes"] for sample in row["samples"])
+        full = rows[context, batch, "full"]
+        assert row["total_to_full"] == full["total_s"] / row["total_s"]
+        assert row["prefill_to_full"] == full["ttft_s"] / row["ttft_s"]
+        assert row["decode_to_full"] == row["decode_tokens_per_s"] / full["decode_tokens_per_s"]
+        assert len(row["samples"]) == 2
+        for key, span in (
+            ("ttft_s", "ttft_range"),
+            ("decode_tokens_per_s", "decode_range"),
+            ("total_s", "total_range"),
+        ):
+            assert row[span] == [f(sample[key] for sample in row["samples"]) for f in (min, max)]
+            assert row[span][0] <= row[key] <= row[span][1]
+        for sample in row["samples"]:
+            decoding = batch * 3 / sample["decode_tokens_per_s"]
+            assert sample["total_s"] == pytest.approx(sample["ttft_s"] + decoding, rel=1e-9)
+    assert "--context 200 300 --batch 1 3" in written["command"]
+    assert (written["rounds"], written["new_tokens"], written["weights"]) == (2, 4, "stored")
+
+
+def test_shares_of_the_ceilings(benchmarks: Any, dummy: LLM) -> None:
+    """2 s for the first tokens of 3 prompts, and 10 steps a second."""
+    ceilings = benchmarks.cost.Ceilings(1e12, 1e11)
+    samples = [benchmarks.contestants.Sample(2.0, 30.0, 3.0, 100, peak) for peak in (200, 900, 300)]
+    (row,) = benchmarks.table.summarise({"full": samples}, dummy, ceilings, 500, 3, 8)
+    plans = plan_layers(FullKV(), dummy.config.n_layers, 500)
+    flops = benchmarks.cost.prefill_flops(dummy.config, plans, 3)
+    read = benchmarks.cost.decode_bytes(dummy.config, plans, 4, 4, 3)
+    assert row["prefill_of_ceiling"] == pytest.approx(flops / 2 / 1e12)
+    assert row["decode_of_ceiling"] == pytest.approx(10 * read / 1e11)
+    assert row["peak_bytes"] == 900
+
+
+def test_a_folders_own_weights_are_used(benchmarks: Any, archive_llm: LLM, dummy: LLM, archive_folder: Path) -> None:
+    argv = ["--model", str(archive_folder), "--dtype", "float32", "--device", "cpu", "--context", "20"]
+    llm, weights = benchmarks.latency.load(benchmarks.latency.parser().parse_args(argv))
+    assert weights == "stored"
+    assert torch.equal(llm.prefill([5, 6, 7]).logits, archive_llm.prefill([5, 6, 7]).logits)
+    assert not torch.equal(llm.prefill([5, 6, 7]).logits, dummy.prefill([5, 6, 7]).logits)
+
+
+def test_the_head_says_what_the_rows_are(
+    run: Callable[..., int], archive_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run("--context", 200, "--dtype", "float32") == 0
+    head = capsys.readouterr().out.split("|")[0]
+    words = ("stored weights", "float32", torch.__version__, "1,000 GFLOP/s", "100.0 GB/s", "2 of each", "4 new tokens")
+    for word in (*words, "policy full), same context and batch"):
+        assert word in head, word
+    (tmp_path / "config.json").write_text((archive_folder / "config.json").read_text())
+    assert run("--context", 200, "--model", tmp_path, "--policy", "fastkv") == 0
+    out = capsys.readouterr().out
+    assert "random weights" in out
+    assert "policy full was not measured" in out
+    assert out.splitlines()[-1].split(" | ")[4] == "–"  # × full
+
+
+@pytest.mark.parametrize(
+    ("argv", "named"),
+    [
+        (["--context", "0"], "--context must be a whole number of at least 1, not 0"),
+        (["--context", "x"], "--context"),
+        (["--context", "200000"], "--context 200000"),
+        (["--rounds", "0"], "--rounds"),
+        (["--batch", "1", "0"], "--batch"),
+        (["--new-tokens", "1"], "--new-tokens must be a whole number of at least 2"),
+        (["--threads", "0"], "--threads"),
+        (["--policy", "half"], "--policy must be one of "),
+        (["--json", "missing/out.json"], "missing/out.json: cannot be written"),
+        (["--json", "."], ".: cannot be written"),
+        (["--plot", "missing/out.png"], "missing/out.png: cannot be written"),
+        (["--json", "out.json", "--plot", "missing/out.png"], "missing/out.png: cannot be written"),
+        (["--plot", "out.svg"], "out.svg: the plot is a PNG"),
+    ],
+)
+def test_mistakes_are_told_before_anything_is_measured(
+    argv: list[str],
+    named: str,
+    benchmarks: Any,
+    run: Callable[..., int],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    pytest.importorskip("matplotlib")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(benchmarks.contestants, "measure", lambda *_: pytest.fail("the run began"))
+    assert run(*argv) == 2
+    out, error = capsys.readouterr()
+    assert out == ""
+    assert error.startswith("latency.py: error: ")
+    assert named in error
+    assert len(error.splitlines()) == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_run_that_breaks_off_leaves_what_it_has(
+    benchmarks: Any, run: Callable[..., int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measure = benchmarks.contestants.measure
+
+    def out_of_memory(runs: Any, vocab_size: int, context: int, *rest: Any) -> Any:
+        if context == 300:
+            raise FastKVError("out of memory")
+        return measure(runs, vocab_size, context, *rest)
+
+    monkeypatch.setattr(benchmarks.contestants, "measure", out_of_memory)
+    assert run("--context", 200, 300, "--json", tmp_path / "out.json") == 2
+    assert {row["context"] for row in json.loads((tmp_path / "out.json").read_text())["rows"]} == {200}
+
+
+def png_size(path: Path) -> tuple[int, int]:
+    """Width and height as the file's own header says them."""
+    head = path.read_bytes()[:24]
+    assert head[:8] == b"\x89PNG\r\n\x1a\n"
+    assert head[12:16] == b"IHDR"
+    width, height = struct.unpack(">II", head[16:])
+    return width, height
+
+
+def test_the_plot_of_a_run(run: Callable[..., int], tmp_path: Path) -> None:
+    """A row of panels for each batch, and everyone's colour in it."""
+    pytest.importorskip("matplotlib")
+    import numpy as np
+    from PIL import Image
+
+    heights = []
+    for batches in ([1], [1, 2]):
+        path = tmp_path / f"{len(batches)}.png"
+        assert run("--context", 200, 400, "--batch", *batches, "--plot", path) == 0
+        width, height = png_size(path)
+        assert width == 1500
+        heights.append(height)
+        with Image.open(path) as picture:
+            pixels = np.asarray(picture.convert("RGB"), dtype=int)
+        for colour in ((0, 0, 0), (0x00, 0x72, 0xB2)):
+            for panel in (pixels[:, :750], pixels[:, 750:]):
+                assert (abs(panel - colour).sum(-1) < 10).sum() > 300
+    assert heights == [675, 1245]
+
+
+def test_what_a_panel_shows(benchmarks: Any) -> None:
+    """Medians in the order of the contexts, bars from the lowest to the highest run, and only the panel's own batch."""
+    pytest.importorskip("matplotlib")
+    rows = [
+        {"context": context, "batch": batch, "name": name, "ttft_s": 3.0 * batch, "ttft_range": [2.0, 7.0]}
+        | {"decode_tokens_per_s": context / 1000 + batch, "decode_range": [0.5, 99.5]}
+        for context in (8192, 2048, 4096)
+        for batch in (2, 1)
+        for name in ("full", "fastkv")
+    ]
+    about = {"model": "llama-100m", "dtype": "bfloat16", "device": "some device", "date": "2026-11-21"}
+    figure = benchmarks.plot.figure_of({**about, "rows": rows})
+    assert figure.get_suptitle() == "llama-100m, bfloat16 on some device, 2026-11-21"
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["full", "fastkv"]
+    for axes, batch, ttft in zip(figure.axes, (1, 1, 2, 2), (True, False, True, False), strict=True):
+        assert axes.get_ylabel() == f"{'time to first token, s' if ttft else 'decoding, tokens/s'} (batch {batch})"
+        assert axes.get_xlabel().startswith("context length, tokens")
+        assert [tick.get_text() for tick in axes.get_xticklabels()] == ["2K", "4K", "8K"]
+        assert axes.xaxis.get_transform().base == 2
+        for drawn in axes.containers:
+            line, _, (bars,) = drawn
+            x, y = line.get_data()
+            assert list(x) == [2048, 4096, 8192]
+            assert list(y) == ([3.0 * batch] * 3 if ttft else [context / 1000 + batch for context in x])
+            spans = [bar[:, 1].tolist() for bar in bars.get_segments()]
+            assert spans == [pytest.approx([2.0, 7.0] if ttft else [0.5, 99.5])] * 3
+
+
+def test_a_saved_result_of_before_there_were_batches_is_drawn(benchmarks: Any, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    results = sorted((ROOT / "benchmarks" / "results").glob("2026-11-21-*.json"))
+    assert results
+    for result in results:
+        assert benchmarks.plot.main([str(result), str(tmp_path / "out.png")]) == 0
+        assert png_size(tmp_path / "out.png") == (1500, 675)
+
+
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [
+        (None, "cannot be read"),
+        ("{", "no JSON"),
+        ("[1]", "no result"),
+        ('{"rows": []}', "no result"),
+        ("\xff", "no JSON"),
+    ],
+)
+def test_what_is_no_result_is_not_drawn(
+    text: str | None, named: str, benchmarks: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("matplotlib")
+    if text is not None:
+        (tmp_path / "in.json").write_bytes(text.encode("latin-1"))
+    assert benchmarks.plot.main([str(tmp_path / "in.json"), str(tmp_path / "out.png")]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("plot.py: error: ")
+    assert named in error
+    assert len(error.splitlines()) == 1
+    assert not (tmp_path / "out.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("flag", "package"), [("--plot=out.png", "matplotlib"), ("--peer=transformers", "transformers")]
+)
+def test_a_missing_package_is_one_line(
+    flag: str,
+    package: str,
+    run: Callable[..., int],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setitem(sys.modules, package, None)
+    assert run("--context", 200, flag) == 2
+    error = capsys.readouterr().err
+    assert f"pip install {package} (or the extra fastkv[" in error
+    assert len(error.splitlines()) == 1
 
 
 def test_dummy_weights(dummy: LLM, archive_folder: Path, tmp_path: Path) -> None:

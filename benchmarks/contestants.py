@@ -1,0 +1,128 @@
+"""What is timed: this engine under a policy, one prompt or several at a time, and the peer. Knows no table.
+
+One prompt goes through `LLM.generate`, as a user's would. Several go through `LLM.prefill` and greedy `LLM.decode`
+steps, and the peer takes the same path for any number of them: tokens stay on the device, which is waited for behind
+the first token and at the end.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+from cost import wait_for
+from torch import Tensor
+
+from fastkv import LLM, Prefill, SamplingParams
+from fastkv.cache.policies import POLICIES
+from fastkv.cache.policy import Policy
+from fastkv.engine.memory import explain_out_of_memory, peak_bytes, start_peak
+
+State = TypeVar("State")
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One run: seconds to the first token of every prompt, tokens/s of all prompts together after it, and seconds of
+    both. Bytes: None for what is not measured.
+    """
+
+    ttft_s: float
+    decode_tokens_per_s: float
+    total_s: float
+    kv_bytes: int | None = None
+    peak_bytes: int | None = None
+
+
+Contestant = Callable[[Tensor, int], Sample]  # prompts int64 [B, N] on the host, tokens to generate for each
+
+
+def one_at_a_time(llm: LLM, policy: Policy) -> Contestant:
+    """A policy of this engine, on one prompt."""
+
+    def run(ids: Tensor, new_tokens: int) -> Sample:
+        params = SamplingParams(max_tokens=new_tokens, ignore_eos=True)
+        figures = llm.generate(ids[0].tolist(), params, policy).metrics
+        assert figures.decode_tokens_per_s is not None
+        total = figures.ttft_s + (new_tokens - 1) / figures.decode_tokens_per_s
+        return Sample(figures.ttft_s, figures.decode_tokens_per_s, total, figures.kv_bytes, figures.peak_bytes)
+
+    return run
+
+
+def together(llm: LLM, policy: Policy) -> Contestant:
+    """A policy of this engine, on several prompts of one length."""
+
+    def run(ids: Tensor, new_tokens: int) -> Sample:
+        def start() -> tuple[Tensor, Prefill]:
+            begun = llm.prefill(ids, policy, max_tokens=new_tokens)
+            return begun.logits.argmax(-1), begun
+
+        def step(state: tuple[Tensor, Prefill]) -> tuple[Tensor, Prefill]:
+            token, begun = state
+            return llm.decode(begun.cache, token).argmax(-1), begun
+
+        return greedy(start, step, llm.device, len(ids), new_tokens, lambda state: state[1].cache.nbytes)
+
+    return run
+
+
+def transformers(llm: LLM) -> Contestant:
+    """Hugging Face's model on the same weights."""
+    from peer import transformers_peer
+
+    start, step = transformers_peer(llm)
+
+    def run(ids: Tensor, new_tokens: int) -> Sample:
+        with explain_out_of_memory():
+            return greedy(lambda: start(ids), step, llm.device, len(ids), new_tokens)
+
+    return run
+
+
+def greedy(
+    start: Callable[[], State],
+    step: Callable[[State], State],
+    device: torch.device,
+    batch: int,
+    new_tokens: int,
+    kv_bytes: Callable[[State], int] | None = None,
+) -> Sample:
+    """Time `start`, which gives every prompt its first token, and a `step` for each of the other new_tokens - 1."""
+    start_peak(device)
+    begun = time.perf_counter()
+    state = start()
+    wait_for(device)
+    first = time.perf_counter()
+    for _ in range(new_tokens - 1):
+        state = step(state)
+    wait_for(device)
+    ended = time.perf_counter()
+    speed = batch * (new_tokens - 1) / (ended - first)
+    size = None if kv_bytes is None else kv_bytes(state)
+    return Sample(first - begun, speed, ended - begun, size, peak_bytes(device))
+
+
+def contestants(llm: LLM, policies: Sequence[str], peer: Contestant | None, batch: int) -> dict[str, Contestant]:
+    """Everyone that is compared, by name."""
+    ours = one_at_a_time if batch == 1 else together
+    found = {name: ours(llm, POLICIES[name]()) for name in policies}
+    return found if peer is None else {**found, "transformers": peer}
+
+
+def measure(
+    runs: dict[str, Contestant], vocab_size: int, context: int, batch: int, new_tokens: int, rounds: int
+) -> dict[str, list[Sample]]:
+    """`rounds` samples of each contestant, taken in turn behind one round that is not counted."""
+    generator = torch.Generator().manual_seed(context)
+    samples: dict[str, list[Sample]] = {name: [] for name in runs}
+    for counted in range(-1, rounds):
+        ids = torch.randint(vocab_size, (batch, context), generator=generator)
+        for name, run in runs.items():
+            sample = run(ids, new_tokens)
+            if counted >= 0:
+                samples[name].append(sample)
+    return samples
