@@ -8,7 +8,7 @@ the first token and at the end.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -113,14 +113,19 @@ def contestants(llm: LLM, policies: Sequence[str], peer: Contestant | None, batc
     return found if peer is None else {**found, "transformers": peer}
 
 
-def measure(
-    runs: dict[str, Contestant], vocab_size: int, context: int, batch: int, new_tokens: int, rounds: int
-) -> dict[str, list[Sample]]:
-    """`rounds` samples of each contestant, taken in turn behind one round that is not counted."""
+def random_prompts(vocab_size: int, context: int, batch: int) -> Iterator[Tensor]:
+    """Prompts int64 [batch, context], other ones each time, the same in each run of the command."""
     generator = torch.Generator().manual_seed(context)
+    while True:
+        yield torch.randint(vocab_size, (batch, context), generator=generator)
+
+
+def measure(
+    runs: dict[str, Contestant], prompts: Iterator[Tensor], new_tokens: int, rounds: int, warm_ups: int
+) -> dict[str, list[Sample]]:
+    """`rounds` samples of each contestant, taken in turn behind `warm_ups` rounds that are not counted."""
     samples: dict[str, list[Sample]] = {name: [] for name in runs}
-    for counted in range(-1, rounds):
-        ids = torch.randint(vocab_size, (batch, context), generator=generator)
+    for counted, ids in zip(range(-warm_ups, rounds), prompts):  # noqa: B905 - there is no end to the prompts
         for name, run in runs.items():
             sample = run(ids, new_tokens)
             if counted >= 0:

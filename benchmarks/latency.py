@@ -2,7 +2,7 @@
 
     python benchmarks/latency.py --model llama-100m --context 4096 8192 --dtype bfloat16 --peer transformers
 
-Every run uses fresh random token ids; one warm-up round, then the policies (and the peer) in turn, so that a slow
+Every run uses fresh random token ids; a warm-up round, then the policies (and the peer) in turn, so that a slow
 moment of the machine falls on all of them. Prints medians with the range. --json writes every single figure, anew
 behind each context and batch: a run that is cut short leaves what it has measured.
 """
@@ -43,8 +43,12 @@ def parser() -> argparse.ArgumentParser:
     )
     made.add_argument("--new-tokens", type=int, default=33, metavar="N", help="tokens to generate, at least 2 (33)")
     made.add_argument("--rounds", type=int, default=3, metavar="N", help="counted runs of each (3)")
+    made.add_argument("--warm-ups", type=int, default=1, metavar="N", help="runs before them that do not count (1)")
     made.add_argument("--dtype", default="auto", metavar="T", help="auto (default), float32, bfloat16 or float16")
     made.add_argument("--device", default="auto", metavar="D", help="auto (default), cpu, cuda or cuda:N")
+    made.add_argument("--no-cuda-graph", action="store_true", help="on a GPU, decode without captured graphs")
+    made.add_argument("--compile", action="store_true", help="run the layers through torch.compile")
+    made.add_argument("--attention", default="auto", metavar="B", help="auto (default), cudnn, flash, efficient, math")
     made.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: torch's choice)")
     made.add_argument("--peer", choices=["transformers"], help="time Hugging Face's model on the same weights too")
     made.add_argument("--json", type=Path, metavar="FILE", help="write every figure there")
@@ -60,6 +64,7 @@ def check(args: argparse.Namespace) -> None:
         check_integer("--batch", batch, 1)
     check_integer("--new-tokens", args.new_tokens, 2)  # the speed of decoding is that behind the first one
     check_integer("--rounds", args.rounds, 1)
+    check_integer("--warm-ups", args.warm_ups, 0)
     if args.threads is not None:
         check_integer("--threads", args.threads, 1, 4096)
     if args.peer:
@@ -84,7 +89,15 @@ def load(args: argparse.Namespace) -> tuple[LLM, str]:
         check_choice("--policy", name, POLICIES)
     folder = Path(args.model).expanduser()
     dummy = args.model in PRESETS or (folder.is_dir() and not any(folder.glob("*.safetensors")))
-    llm = LLM(args.model, dtype=args.dtype, device=args.device, load_format="dummy" if dummy else "auto")
+    llm = LLM(
+        args.model,
+        dtype=args.dtype,
+        device=args.device,
+        load_format="dummy" if dummy else "auto",
+        cuda_graph=not args.no_cuda_graph,
+        compile=args.compile,
+        attention=args.attention,
+    )
     longest = max(args.context) + args.new_tokens
     if longest > llm.config.context_length:
         raise FastKVError(
@@ -96,14 +109,15 @@ def load(args: argparse.Namespace) -> tuple[LLM, str]:
 
 def rows_of(args: argparse.Namespace, llm: LLM, ceilings: Ceilings) -> Iterator[list[dict[str, Any]]]:
     """Measure: the rows of one context and batch after the other."""
-    from contestants import contestants, measure, transformers
+    from contestants import contestants, measure, random_prompts, transformers
     from table import summarise
 
     peer = transformers(llm) if args.peer else None
     for context in args.context:
         for batch in args.batch:
             runs = contestants(llm, args.policy, peer, batch)
-            samples = measure(runs, llm.config.vocab_size, context, batch, args.new_tokens, args.rounds)
+            prompts = random_prompts(llm.config.vocab_size, context, batch)
+            samples = measure(runs, prompts, args.new_tokens, args.rounds, args.warm_ups)
             yield summarise(samples, llm, ceilings, context, batch, args.new_tokens)
 
 
@@ -131,6 +145,7 @@ def run(argv: Sequence[str]) -> None:
         "policies": args.policy,
         "peer": args.peer,
         "rounds": args.rounds,
+        "warm_ups": args.warm_ups,
         "new_tokens": args.new_tokens,
         "ceilings": asdict(ceilings),
         "rows": [],

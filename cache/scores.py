@@ -26,8 +26,9 @@ def window_scores(q: Tensor, k: Tensor, window: int, kernel: int, pooling: str) 
 def _window_attention(q: Tensor, k: Tensor) -> Tensor:
     """Causal attention of the last W queries, q [B, Hq, W, D], over k [B, Hkv, T, D]: float32 [B, Hkv, G, W, T]."""
     window, head_dim = q.shape[-2:]
-    grouped = q.unflatten(1, (k.shape[1], -1)).float()  # [B, Hkv, G, W, D]
-    logits = grouped @ k.float().transpose(-1, -2).unsqueeze(2) / head_dim**0.5
+    # The queries of a KV head side by side, as rows of one product: K is never repeated.
+    grouped = q.unflatten(1, (k.shape[1], -1)).flatten(2, 3).float()  # [B, Hkv, G * W, D]
+    logits = (grouped @ k.float().transpose(-1, -2)).div_(head_dim**0.5).unflatten(2, (-1, window))
     ahead = torch.ones(window, window, dtype=torch.bool, device=q.device).triu(1)  # only the window can look ahead
     logits[..., -window:].masked_fill_(ahead, float("-inf"))
     return logits.softmax(dim=-1)

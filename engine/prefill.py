@@ -56,7 +56,7 @@ def prefill(
     one writes over the rest.
     """
     plans = plan_layers(policy, model.config.n_layers, ids.shape[1])
-    run = _Run(model, policy, cache, workspace, attention)
+    run = LayerRun(model, policy, cache, workspace, attention)
     model.reserve(cache.prompt_tokens + cache.max_tokens)
     hidden = workspace.take("hidden", (*ids.shape, model.config.hidden_size), like=model.embed_tokens.weight)
     state = TokenState.start(ids, model.embed(ids, out=hidden))
@@ -98,7 +98,7 @@ def new_cache(
 
 
 @dataclass
-class _Run:
+class LayerRun:
     """The prefill of one request, layer by layer."""
 
     model: Llama
@@ -118,7 +118,7 @@ class _Run:
             return self._narrow(layer, plan, state, rope)
         block = self.model.blocks[layer]
         observed = self._project(layer, state.hidden, rope)
-        positions, rows = self._select(plan, state, observed)
+        positions, rows = self.select(plan, state, observed)
         window = self.model.config.window_of(layer)
         attended = causal_attention(observed.q, observed.k, observed.v, window, self.attention)
         if rows is not None:
@@ -130,7 +130,7 @@ class _Run:
         """The same for a layer that fewer tokens leave than enter: no queries, attention and MLP of the others."""
         block = self.model.blocks[layer]
         observed = self._project_keys(layer, state.hidden, rope)
-        positions, rows = self._select(plan, state, observed)
+        positions, rows = self.select(plan, state, observed)
         if rows is None or layer == self.model.config.n_layers - 1:
             rows = state.last_row()
         state = self._take(state, rows)
@@ -145,7 +145,7 @@ class _Run:
         self.idle_hidden = "hidden" if self.idle_hidden == "hidden, too" else "hidden, too"
         return state.take(rows, out)
 
-    def _select(self, plan: LayerPlan, state: TokenState, observed: Observation) -> tuple[Tensor, Tensor | None]:
+    def select(self, plan: LayerPlan, state: TokenState, observed: Observation) -> tuple[Tensor, Tensor | None]:
         """Let the policy vote, and fill the layer's cache.
 
         Returns the positions kept, int64 [B, Hkv, n], and the rows of the tokens that go on, int64 [B, n] (None: all).

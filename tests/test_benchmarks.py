@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import re
 import struct
 import sys
 from collections.abc import Callable, Iterator
@@ -21,7 +22,7 @@ from fastkv import LLM, FastKV, FastKVError, FullKV
 from fastkv.cache.policy import LayerPlan, plan_layers
 from fastkv.models.presets import PRESETS
 
-MODULES = ("command", "contestants", "cost", "latency", "machine", "peer", "plot", "table")
+MODULES = ("command", "contestants", "cost", "kernels", "latency", "machine", "peer", "plot", "selection", "table")
 
 
 @pytest.fixture
@@ -224,6 +225,8 @@ def test_the_head_says_what_the_rows_are(
         (["--context", "200000"], "--context 200000"),
         (["--rounds", "0"], "--rounds"),
         (["--batch", "1", "0"], "--batch"),
+        (["--warm-ups", "-1"], "--warm-ups"),
+        (["--attention", "fast"], "attention must be one of "),
         (["--new-tokens", "1"], "--new-tokens must be a whole number of at least 2"),
         (["--threads", "0"], "--threads"),
         (["--policy", "half"], "--policy must be one of "),
@@ -260,10 +263,11 @@ def test_a_run_that_breaks_off_leaves_what_it_has(
 ) -> None:
     measure = benchmarks.contestants.measure
 
-    def out_of_memory(runs: Any, vocab_size: int, context: int, *rest: Any) -> Any:
-        if context == 300:
+    def out_of_memory(runs: Any, prompts: Any, *rest: Any) -> Any:
+        ids = next(prompts)
+        if ids.shape[1] == 300:
             raise FastKVError("out of memory")
-        return measure(runs, vocab_size, context, *rest)
+        return measure(runs, iter([ids] * 9), *rest)
 
     monkeypatch.setattr(benchmarks.contestants, "measure", out_of_memory)
     assert run("--context", 200, 300, "--json", tmp_path / "out.json") == 2
@@ -395,3 +399,43 @@ def test_presets_are_the_published_sizes() -> None:
 
     millions = {name: round(model_bytes(config, torch.int8) / 1e6) for name, config in PRESETS.items()}
     assert millions == {"llama-3.1-8b": 8030, "llama-3.2-1b": 1236, "llama-100m": 125}
+
+
+@pytest.mark.parametrize("warm_ups", [0, 2])
+def test_warm_ups_run_and_do_not_count(benchmarks: Any, warm_ups: int) -> None:
+    seen: list[torch.Tensor] = []
+
+    def once(ids: torch.Tensor, new_tokens: int) -> Any:
+        seen.append(ids)
+        return benchmarks.contestants.Sample(1.0, float(len(seen)), 2.0)
+
+    prompts = benchmarks.contestants.random_prompts(50, 30, 2)
+    samples = benchmarks.contestants.measure({"one": once}, prompts, 4, 3, warm_ups)
+    assert [sample.decode_tokens_per_s for sample in samples["one"]] == [warm_ups + 1, warm_ups + 2, warm_ups + 3]
+    assert {tuple(ids.shape) for ids in seen} == {(2, 30)}
+    assert len({ids.sum().item() for ids in seen}) == len(seen)  # other tokens each time
+    again = next(benchmarks.contestants.random_prompts(50, 30, 2))
+    assert torch.equal(seen[0], again)
+
+
+def test_where_the_time_goes(benchmarks: Any, archive_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    argv = ["--model", str(archive_folder), "--context", "300", "--new-tokens", "5", "--top", "3", "--device", "cpu"]
+    assert benchmarks.kernels.main(argv) == 0
+    out = capsys.readouterr().out
+    assert "fastkv, 300 tokens" in out
+    assert "\nprefill: " in out
+    assert "\n2 decode steps: " in out
+    rows = [line for line in out.splitlines() if line.startswith("| ") and " % | " in line]
+    assert len(rows) == 6
+    assert any("aten::" in row for row in rows)
+    assert benchmarks.kernels.main([*argv, "--policy", "half"]) == 2
+    assert "--policy must be one of" in capsys.readouterr().err
+
+
+def test_what_choosing_costs(benchmarks: Any, archive_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    argv = ["--model", str(archive_folder), "--context", "400", "--rounds", "1", "--device", "cpu"]
+    assert benchmarks.selection.main(argv) == 0
+    out = capsys.readouterr().out
+    assert "400 tokens: selection " in out
+    select, layer = (float(word) for word in re.findall(r"([0-9.]+) ms", out))
+    assert 0 < select < layer

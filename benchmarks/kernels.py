@@ -1,0 +1,113 @@
+"""Where the time goes: the operations of a prefill and of decode steps, the costly ones first.
+
+    python benchmarks/kernels.py --model llama-100m --context 4096 --policy fastkv
+
+On a GPU these are its kernels, and what the device spent between them is idle; on a CPU, torch's operations without
+those that they call.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from command import Parser, guarded
+
+from fastkv.errors import check_choice, check_integer
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True)
+class Share:
+    """One operation: how often it ran, and for how many seconds in all."""
+
+    name: str
+    count: int
+    seconds: float
+
+
+def profiled(work: Callable[[], object], device: torch.device) -> tuple[float, list[Share]]:
+    """Seconds that `work` took without the profiler, and its operations, the costly ones first."""
+    import torch
+    from cost import wait_for
+    from torch.profiler import ProfilerActivity, profile
+
+    wait_for(device)
+    started = time.perf_counter()
+    work()
+    wait_for(device)
+    seconds = time.perf_counter() - started
+    on_gpu = device.type == "cuda"
+    with profile(activities=[ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU]) as recorded:
+        work()
+        wait_for(device)
+    shares = [
+        Share(event.key, event.count, (event.self_device_time_total if on_gpu else event.self_cpu_time_total) / 1e6)
+        for event in recorded.key_averages()
+        if not on_gpu or event.device_type == torch.autograd.DeviceType.CUDA
+    ]
+    return seconds, sorted(shares, key=lambda share: -share.seconds)
+
+
+def lines(title: str, seconds: float, shares: list[Share], top: int) -> Iterator[str]:
+    """A table of the first `top` operations."""
+    busy = sum(share.seconds for share in shares)
+    yield f"\n{title}: {1e3 * seconds:,.2f} ms; {len(shares)} kinds of operations took {1e3 * busy:,.2f} ms"
+    yield "| ms | share | calls | |\n|---|---|---|---|"
+    for share in shares[:top]:
+        name = share.name if len(share.name) <= 90 else share.name[:87] + "..."
+        yield f"| {1e3 * share.seconds:,.2f} | {100 * share.seconds / busy:.1f} % | {share.count} | {name} |"
+
+
+def run(argv: Sequence[str]) -> None:
+    parser = Parser(prog="kernels.py", description="Where the time of prefill and decoding goes.", allow_abbrev=False)
+    parser.add_argument("--model", default="llama-100m", help="a preset, with random weights")
+    parser.add_argument("--context", type=int, default=4096, metavar="N", help="prompt length (4096)")
+    parser.add_argument("--policy", default="fastkv", metavar="NAME")
+    parser.add_argument("--new-tokens", type=int, default=17, metavar="N", help="tokens to generate (17)")
+    parser.add_argument("--top", type=int, default=20, metavar="N", help="operations to show (20)")
+    parser.add_argument("--dtype", default="auto", metavar="T")
+    parser.add_argument("--device", default="auto", metavar="D")
+    args = parser.parse_args(argv)
+    for name, low in (("context", 1), ("new_tokens", 2), ("top", 1)):
+        check_integer("--" + name.replace("_", "-"), getattr(args, name), low)
+
+    import torch
+    from machine import machine
+
+    from fastkv import LLM, SamplingParams
+    from fastkv.cache.policies import POLICIES
+
+    check_choice("--policy", args.policy, POLICIES)
+    llm = LLM(args.model, dtype=args.dtype, device=args.device, load_format="dummy")
+    policy = POLICIES[args.policy]()
+    ids = torch.randint(llm.config.vocab_size, (args.context,), generator=torch.Generator().manual_seed(0)).tolist()
+    params = SamplingParams(max_tokens=args.new_tokens, ignore_eos=True)
+    llm.generate(ids, params, policy)  # warm up, and capture where there is something to capture
+
+    about = machine(llm)
+    print(f"{args.model}, {args.policy}, {args.context:,} tokens, {about['dtype']}, on {about['device']}")
+    print("\n".join(lines("prefill", *profiled(lambda: llm.prefill(ids, policy), llm.device), args.top)))
+    stream = llm.stream(ids, params, policy)
+    next(stream)
+    half = (args.new_tokens - 1) // 2  # profiled() works twice
+
+    def decode() -> None:
+        for _ in range(half):
+            next(stream)
+
+    print("\n".join(lines(f"{half} decode steps", *profiled(decode, llm.device), args.top)))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; returns its exit status."""
+    return guarded("kernels.py", lambda: run(sys.argv[1:] if argv is None else argv))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

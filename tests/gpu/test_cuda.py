@@ -1,0 +1,233 @@
+"""What only a GPU can show: captured graphs replay the eager step, nothing waits for the host, memory is reused.
+
+    pytest tests/gpu
+
+Skipped where torch sees no CUDA device; continuous integration has none.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from places import ROOT
+
+from fastkv import LLM, FastKV, FullKV, SamplingParams
+from fastkv.cache.policy import Policy
+from fastkv.cache.storage import KVStorage
+from fastkv.engine.graph import GraphDecoder
+from fastkv.engine.slot_attention import MaskedSlots, VarlenSlots, slot_attention
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device")
+
+ARCHIVE = ROOT / "examples" / "archive" / "model"
+PROMPT = torch.randint(10, 1000, (3000,), generator=torch.Generator().manual_seed(5)).tolist()
+POLICIES = [FullKV(), FastKV(), FastKV(tsp_layer=2, tsp_len=200, kv_len=1000)]  # the last: layers keep differently
+NAMES = ["full", "fastkv", "layers differ"]
+# bfloat16 carries 8 bits: two orders of the same sums differ by about this share of a logit
+TOLERANCE = {"float32": 2e-3, "bfloat16": 0.25}
+
+
+@pytest.fixture(scope="module", params=["float32", "bfloat16"])
+def pair(request: pytest.FixtureRequest) -> tuple[LLM, LLM]:
+    """The bundled model (with graphs, without)."""
+    return (
+        LLM(ARCHIVE, dtype=request.param, device="cuda"),
+        LLM(ARCHIVE, dtype=request.param, device="cuda", cuda_graph=False),
+    )
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory: pytest.TempPathFactory) -> LLM:
+    """Random weights in the proportions of a large model: heads of 128, groups of 4, bfloat16."""
+    folder = tmp_path_factory.mktemp("wide")
+    config = {
+        "architectures": ["LlamaForCausalLM"],
+        "vocab_size": 32_000,
+        "hidden_size": 2048,
+        "intermediate_size": 8192,
+        "num_hidden_layers": 6,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 4,
+        "head_dim": 128,
+        "max_position_embeddings": 65_536,
+        "rms_norm_eps": 1e-5,
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+    return LLM(folder, dtype="bfloat16", device="cuda", load_format="dummy")
+
+
+@contextmanager
+def no_waiting() -> Iterator[None]:
+    """An error for whatever makes the host wait for the device."""
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def decoder_of(llm: LLM) -> GraphDecoder:
+    idle = llm._runtime.pool._idle
+    assert idle is not None
+    assert idle.decoder is not None, "decoding was not replayed"
+    return idle.decoder
+
+
+CHOICES: list[dict[str, Any]] = [
+    {},
+    {"temperature": 0.8, "seed": 4},
+    {"temperature": 1.2, "seed": 4, "top_k": 40, "top_p": 0.9, "min_p": 0.01, "repetition_penalty": 1.3},
+]
+
+
+@pytest.mark.parametrize("policy", POLICIES, ids=NAMES)
+def test_logits_of_replayed_steps_are_the_eager_ones(pair: tuple[LLM, LLM], policy: Policy) -> None:
+    graphs, eager = pair
+    name = str(eager.dtype).removeprefix("torch.")
+    params = SamplingParams(max_tokens=24, ignore_eos=True)
+    for prompt in (PROMPT, PROMPT[:2700]):  # the second is served by what the first recorded
+        tokens = graphs.generate(prompt, params, policy).token_ids
+        pre = eager.prefill(prompt, policy, 24)
+        logits = pre.logits
+        for token in tokens[:-1]:
+            logits = eager.decode(pre.cache, torch.tensor([token]))
+        torch.testing.assert_close(decoder_of(graphs)._logits, logits, atol=TOLERANCE[name], rtol=0)
+
+
+@pytest.mark.parametrize("policy", POLICIES, ids=NAMES)
+@pytest.mark.parametrize("choice", CHOICES, ids=str)
+def test_replayed_tokens_are_the_eager_ones(policy: Policy, choice: dict[str, Any]) -> None:
+    """In float32, where the two orders of a sum hardly ever change which token is best."""
+    graphs, eager = (LLM(ARCHIVE, dtype="float32", device="cuda", cuda_graph=on) for on in (True, False))
+    params = SamplingParams(max_tokens=40, ignore_eos=True, **choice)
+    for prompt in (PROMPT, PROMPT[100:]):
+        assert graphs.generate(prompt, params, policy).token_ids == eager.generate(prompt, params, policy).token_ids
+
+
+def test_one_graph_serves_prompts_of_other_lengths(wide: LLM) -> None:
+    wide.free_buffers()
+    params = SamplingParams(max_tokens=8, ignore_eos=True)
+    ids = torch.randint(32_000, (9000,), generator=torch.Generator().manual_seed(0)).tolist()
+    wide.generate(ids, params, FastKV())
+    recorded = dict(decoder_of(wide)._steps)
+    for n_tokens in (8900, 8700, 8960):
+        wide.generate(ids[:n_tokens], params, FastKV())
+    assert decoder_of(wide)._steps == recorded
+
+
+def test_varlen_attention_is_what_runs_and_equals_the_masked_one(wide: LLM) -> None:
+    storage = KVStorage([4096, 512], 1, 4, 128, dtype=torch.bfloat16, device=wide.device)
+    for buffer in [*storage.k, *storage.v]:
+        buffer.normal_()
+    chosen, reason = slot_attention(storage, 16)
+    assert isinstance(chosen, VarlenSlots), reason
+    plain = MaskedSlots(storage)
+    for lengths in ([0, 0], [1, 511], [900, 40], [4095, 300]):
+        storage.lengths.copy_(torch.tensor(lengths))
+        chosen.begin()
+        for layer, span in ((0, 4096), (1, 512)):
+            q = torch.randn(1, 16, 1, 128, dtype=torch.bfloat16, device=wide.device)
+            found, expected = chosen(layer, q, span, None), plain(layer, q, span, None)
+            torch.testing.assert_close(found, expected, atol=0.02, rtol=0.02)
+
+
+@pytest.mark.parametrize("choice", CHOICES, ids=str)
+def test_a_replayed_step_never_waits_for_the_host(wide: LLM, choice: dict[str, Any]) -> None:
+    params = SamplingParams(max_tokens=32, ignore_eos=True, **choice)
+    ids = torch.randint(32_000, (2000,), generator=torch.Generator().manual_seed(0)).tolist()
+    stream = wide.stream(ids, params)
+    for _ in range(3):
+        next(stream)
+    steps = stream._steps
+    assert steps is not None
+    with no_waiting():
+        for _ in range(4):
+            steps._token = steps._step()
+
+
+def test_stopping_never_emits_a_token_too_many(wide: LLM) -> None:
+    ids = torch.randint(32_000, (2000,), generator=torch.Generator().manual_seed(3)).tolist()
+    tokens = wide.generate(ids, SamplingParams(max_tokens=12, ignore_eos=True)).token_ids
+    stream = wide.stream(ids, SamplingParams(max_tokens=12))
+    stop = tokens[5]
+    object.__setattr__(stream._request, "eos_ids", frozenset({stop}))
+    assert [piece.token_id for piece in stream] == tokens[: tokens.index(stop) + 1]
+
+
+def test_the_second_request_allocates_nothing_of_its_size(wide: LLM) -> None:
+    ids = torch.randint(32_000, (20_000,), generator=torch.Generator().manual_seed(0)).tolist()
+    params = SamplingParams(max_tokens=8, ignore_eos=True)
+    for _ in range(2):  # the capture empties torch's own cache of memory once
+        wide.generate(ids, params)
+    before = torch.cuda.memory_stats()
+    wide.generate(ids[:19_000], params)
+    wide.generate(ids, params)
+    after = torch.cuda.memory_stats()
+    assert after["num_device_alloc"] == before["num_device_alloc"]
+    assert after["reserved_bytes.all.peak"] == before["reserved_bytes.all.peak"]
+
+
+def test_peak_memory_is_the_sum_of_its_parts(wide: LLM) -> None:
+    """Weights, kept entries, one layer's K/V, and activations: three of the hidden states' size and a chunk's MLP."""
+    wide.free_buffers()
+    torch.cuda.empty_cache()
+    n_tokens, config = 60_000, wide.config
+    weights = torch.cuda.memory_allocated()
+    ids = torch.randint(32_000, (n_tokens,), generator=torch.Generator().manual_seed(0)).tolist()
+    metrics = wide.generate(ids, SamplingParams(max_tokens=2, ignore_eos=True), FastKV()).metrics
+    assert metrics.peak_bytes is not None
+    kv = 2 * n_tokens * 2 * config.n_kv_heads * config.head_dim
+    hidden = 2 * n_tokens * config.hidden_size
+    votes = 4 * 8 * n_tokens * config.n_heads
+    chunk = 2 * 4096 * 4 * config.intermediate_size
+    rest = metrics.peak_bytes - weights - metrics.kv_bytes - kv
+    assert rest < 1.5 * (3 * hidden + 2 * kv + 3 * votes + chunk)  # 2 kv: the keys again in float32 for the votes
+
+
+@pytest.mark.parametrize("policy", POLICIES, ids=NAMES)
+def test_a_prefill_is_that_of_the_cpu(policy: Policy) -> None:
+    """Selections up to ties: which of two equal scores wins is the device's affair."""
+    cpu, gpu = (LLM(ARCHIVE, dtype="float32", device=device) for device in ("cpu", "cuda"))
+    expected, found = cpu.prefill(PROMPT, policy), gpu.prefill(PROMPT, policy)
+    torch.testing.assert_close(found.logits.cpu(), expected.logits, atol=2e-2, rtol=0)
+    for layer in range(cpu.config.n_layers):
+        ours, theirs = found.kept[layer].cpu(), expected.kept[layer]
+        assert ours.shape == theirs.shape
+        for head in range(ours.shape[1]):
+            common = len(set(ours[0, head].tolist()) & set(theirs[0, head].tolist()))
+            assert common >= 0.97 * theirs.shape[2]
+
+
+def test_attention_backends_agree() -> None:
+    logits = {}
+    for backend in ("auto", "cudnn", "flash", "math"):
+        try:
+            llm = LLM(ARCHIVE, dtype="bfloat16", device="cuda", attention=backend)
+        except ValueError as error:
+            print(error)
+            continue
+        logits[backend] = llm.prefill(PROMPT, FullKV()).logits
+    assert {"auto", "flash", "math"} <= set(logits)
+    for found in logits.values():
+        torch.testing.assert_close(found, logits["math"], atol=TOLERANCE["bfloat16"], rtol=0)
+
+
+def test_compiled_layers_give_the_eager_tokens() -> None:
+    compiled = LLM(ARCHIVE, dtype="float32", device="cuda", compile=True)
+    plain = LLM(ARCHIVE, dtype="float32", device="cuda")
+    params = SamplingParams(max_tokens=20, ignore_eos=True)
+    assert compiled.generate(PROMPT, params).token_ids == plain.generate(PROMPT, params).token_ids
+
+
+def test_the_bundled_example(tmp_path: Path) -> None:
+    text = (ROOT / "examples" / "archive" / "prompt.txt").read_text().removesuffix("\n")
+    answer = (ROOT / "examples" / "archive" / "answer.txt").read_text().strip()
+    llm = LLM(ARCHIVE, device="cuda")
+    for policy in (FullKV(), FastKV()):
+        assert llm.generate(text, policy=policy).text == f" {answer}.\n"
