@@ -65,7 +65,10 @@ _METAVARS = {
     "repetition_penalty": "X",
     "seed": "S",
 }
-_OTHER_SETTINGS = ("prompt", "chat", "stop", "policy", "device", "dtype", "threads", "revision", "compile", "attention")
+_OTHER_SETTINGS = (
+    *("prompt", "chat", "stop", "policy", "device", "dtype"),
+    *("threads", "revision", "compile", "attention", "report"),
+)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -111,6 +114,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     machine.add_argument("--revision", metavar="R", help="revision of a hub id")
     machine.add_argument("--json", action="store_true", help="print one JSON object in place of the text")
+    machine.add_argument("--report", metavar="FILE", help="write a page that shows what was kept of the prompt (HTML)")
     machine.add_argument("--quiet", action="store_true", help="print no figures")
     machine.add_argument("--version", action="version", version=f"fastkv-run {__version__}")
     return parser
@@ -151,6 +155,10 @@ def _run(args: argparse.Namespace) -> int:
     if sys.stdout is None:
         raise OSError("standard output is closed")
     text = read_prompt(args.prompt)
+    if args.report is not None:
+        from fastkv.report.target import check_writable
+
+        check_writable(args.report)
 
     import torch
 
@@ -171,10 +179,13 @@ def _run(args: argparse.Namespace) -> int:
         compile=args.compile,
         attention=args.attention,
     )
-    stream = llm.stream(_chat_ids(llm, text, args.system) if args.chat else text, params)
+    prompt = _chat_ids(llm, text, args.system) if args.chat else text
+    stream = llm.stream(prompt, params, keep_selection=args.report is not None)
     status = _print_json(llm, stream) if args.json else _print_text(stream)
     if not args.quiet:
         _print_figures(llm, stream.output().metrics)
+    if args.report is not None:
+        _write_report(args.report, llm, stream)
     return status
 
 
@@ -269,6 +280,17 @@ def _print_figures(llm: LLM, metrics: Metrics) -> None:
 
     for label, value in figures(llm, metrics):
         _say(f"{label:<12} {value}")
+
+
+def _write_report(path: str, llm: LLM, stream: Generation) -> None:
+    """The page of what was kept; an answer that was interrupted has one, too, once the prompt has been read."""
+    if stream.selection is None:
+        return
+    from fastkv.report.data import report_of
+    from fastkv.report.page import write_report
+
+    tokens, kept = stream.selection
+    write_report(path, report_of(llm, stream.prompt_ids, tokens, kept, stream.output()))
 
 
 def _complain(message: str, setting: str | None = None) -> None:

@@ -18,7 +18,7 @@ class KVCache:
 
     Filled by `load` (once a layer, at the prefill), then by `append` (each layer) and `advance` (once) a decode step.
     `kept[l]` is the number of entries that layer l loaded and `appended` the steps since: the live length on the host.
-    `lengths` int64 [L] and `next_position` int64 [B] say the same on the device.
+    `lengths` int64 [L, B] and `next_position` int64 [B] say the same on the device.
 
     The slots are its own, or the first ones of a `storage` that holds at least `capacities(kept, max_tokens)`.
     """
@@ -44,7 +44,7 @@ class KVCache:
         self.position_limit = position_limit  # positions from here on are beyond what the model can tell apart
         slots = self.capacities(kept, max_tokens)
         if storage is None:
-            storage = KVStorage(slots, batch, n_kv_heads, head_dim, dtype=dtype, device=device)
+            storage = KVStorage.allocate(slots, batch, n_kv_heads, head_dim, dtype=dtype, device=device)
         self.storage = storage
         storage.start(kept, [bucket(count) for count in slots], position)
         self.k = [buffer[:, :, :count] for buffer, count in zip(storage.k, slots, strict=True)]
@@ -107,11 +107,13 @@ class KVCache:
 
         Returns views on all of the layer's live entries, the new one included: [B, Hkv, n, D] each.
         """
-        self.storage.write(layer, k, v)
-        live = self.length(layer) + 1
-        return self.k[layer][:, :, :live], self.v[layer][:, :, :live]
+        slot = self.length(layer)
+        self.k[layer][:, :, slot : slot + 1] = k
+        self.v[layer][:, :, slot : slot + 1] = v
+        return self.k[layer][:, :, : slot + 1], self.v[layer][:, :, : slot + 1]
 
     def advance(self) -> None:
         """End a decode step: every layer has appended its token."""
         self.appended += 1
-        self.storage.advance()
+        self.storage.lengths.add_(1)
+        self.storage.next_position.add_(1)

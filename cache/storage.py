@@ -2,21 +2,30 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
 BLOCK = 32  # capacities are rounded up to a multiple of this many slots
 
 
+@dataclass(frozen=True)
 class KVStorage:
-    """For each of L layers `k[l]` and `v[l]`: [B, Hkv, C_l, D], and the live lengths on the device.
+    """For each of L layers `k[l]` and `v[l]`: [B, Hkv, C_l, D], and for each of B texts what is live, on the device.
 
-    lengths: int64 [L], entries of each layer. next_position: int64 [B], where the next token of each text stands.
+    lengths: int64 [L, B], entries of each layer. next_position: int64 [B], where the next token of each text stands.
     All of them keep their addresses for as long as the storage lives.
     """
 
-    def __init__(
-        self,
+    k: list[Tensor]
+    v: list[Tensor]
+    lengths: Tensor
+    next_position: Tensor
+
+    @classmethod
+    def allocate(
+        cls,
         capacities: list[int],
         batch: int,
         n_kv_heads: int,
@@ -24,33 +33,47 @@ class KVStorage:
         *,
         dtype: torch.dtype,
         device: torch.device,
-    ) -> None:
-        self.capacities = capacities
-        self.batch = batch
+    ) -> KVStorage:
+        """New slots, `capacities[l]` in layer l for each text and KV head."""
         shapes = [(batch, n_kv_heads, capacity, head_dim) for capacity in capacities]
         # Zeros, not empty: attention may multiply an unused slot by a weight of zero, and NaN would survive that.
-        self.k = [torch.zeros(shape, dtype=dtype, device=device) for shape in shapes]
-        self.v = [torch.zeros(shape, dtype=dtype, device=device) for shape in shapes]
-        self.lengths = torch.zeros(len(capacities), dtype=torch.int64, device=device)
-        self.next_position = torch.zeros(batch, dtype=torch.int64, device=device)
+        return cls(
+            [torch.zeros(shape, dtype=dtype, device=device) for shape in shapes],
+            [torch.zeros(shape, dtype=dtype, device=device) for shape in shapes],
+            torch.zeros(len(capacities), batch, dtype=torch.int64, device=device),
+            torch.zeros(batch, dtype=torch.int64, device=device),
+        )
+
+    @property
+    def batch(self) -> int:
+        return self.next_position.shape[0]
+
+    @property
+    def capacities(self) -> list[int]:
+        return [buffer.shape[2] for buffer in self.k]
 
     @property
     def nbytes(self) -> int:
         """Bytes allocated for keys and values."""
         return sum(buffer.nbytes for buffer in [*self.k, *self.v])
 
+    def rows(self, first: int, end: int) -> KVStorage:
+        """The same slots, of the texts first … end - 1 alone."""
+        return KVStorage(
+            [buffer[first:end] for buffer in self.k],
+            [buffer[first:end] for buffer in self.v],
+            self.lengths[:, first:end],
+            self.next_position[first:end],
+        )
+
     def holds(self, capacities: list[int], batch: int) -> bool:
-        """Whether a cache of that size finds room here."""
-        return batch == self.batch and all(
+        """Whether caches of that size find room here."""
+        return batch <= self.batch and all(
             wanted <= there for wanted, there in zip(capacities, self.capacities, strict=True)
         )
 
-    def grown(self, capacities: list[int]) -> list[int]:
-        """Capacities that suffice for what was here before and for `capacities`."""
-        return [max(pair) for pair in zip(capacities, self.capacities, strict=True)]
-
     def start(self, kept: list[int], ends: list[int], position: int) -> None:
-        """Make ready for a text at `position`: no entries yet, and zeros in the slots kept[l] … ends[l] - 1.
+        """Make ready for texts at `position`: no entries yet, and zeros in the slots kept[l] … ends[l] - 1.
 
         What an earlier text left there could be infinite, and a weight of zero would not hide it.
         """
@@ -61,15 +84,10 @@ class KVStorage:
             self.v[layer][:, :, first:end].zero_()
 
     def write(self, layer: int, k: Tensor, v: Tensor) -> None:
-        """Put one token's k and v [B, Hkv, 1, D] into the next slot of `layer`, which the device knows."""
-        slot = self.lengths[layer : layer + 1]
-        self.k[layer].index_copy_(2, slot, k)
-        self.v[layer].index_copy_(2, slot, v)
-
-    def advance(self) -> None:
-        """End a decode step: every layer has one entry more."""
-        self.lengths += 1
-        self.next_position += 1
+        """Put one token's k and v [B, Hkv, 1, D] into each text's next slot of `layer`, which the device knows."""
+        slots = self.lengths[layer][:, None, None, None].expand_as(k)
+        self.k[layer].scatter_(2, slots, k)
+        self.v[layer].scatter_(2, slots, v)
 
 
 def round_up(slots: int) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -16,25 +16,37 @@ AttendLayer = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 
 
 @torch.inference_mode()
-def decode_step(model: Llama, cache: KVCache, token_ids: Tensor) -> Tensor:
-    """token_ids int64 [B] -> logits float32 [B, V].
+def decode_step(model: Llama, caches: Sequence[KVCache], token_ids: Tensor) -> Tensor:
+    """token_ids int64 [B] -> logits float32 [B, V], the B texts being those of the caches in their order.
 
-    The token's position is the length of the text so far, however few entries the cache holds.
-    Raises FastKVError when the cache or the context is full.
+    Weights are read once for all of them; each cache is attended to on its own, as long as it is. A token's position is
+    the length of its text so far, however few entries the cache holds.
+    Raises FastKVError when a cache or the context is full; nothing has changed then.
     """
-    cache.check_room()
+    for cache in caches:
+        cache.check_room()
+    sizes = [cache.batch for cache in caches]
 
     def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        keys, values = cache.append(layer, k, v)
-        window = model.config.window_of(layer)
-        if window is not None:
-            # Entries are the last positions in order here: a policy that drops any is refused beyond the window.
-            keys, values = keys[:, :, -window:], values[:, :, -window:]
-        return decode_attention(q, keys, values)
+        if len(caches) == 1:
+            return _attend_one(model, layer, caches[0], q, k, v)
+        parts = (tensor.split(sizes) for tensor in (q, k, v))
+        return torch.cat([_attend_one(model, layer, cache, *part) for cache, *part in zip(caches, *parts, strict=True)])
 
-    logits = one_token(model, token_ids, cache.next_position, attend)
-    cache.advance()
+    logits = one_token(model, token_ids, torch.cat([cache.next_position for cache in caches]), attend)
+    for cache in caches:
+        cache.advance()
     return logits
+
+
+def _attend_one(model: Llama, layer: int, cache: KVCache, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """The new tokens of one cache's texts attend to what it has kept, and to themselves."""
+    keys, values = cache.append(layer, k, v)
+    window = model.config.window_of(layer)
+    if window is not None:
+        # Entries are the last positions in order here: a policy that drops any is refused beyond the window.
+        keys, values = keys[:, :, -window:], values[:, :, -window:]
+    return decode_attention(q, keys, values)
 
 
 def one_token(model: Llama, token_ids: Tensor, positions: Tensor, attend: AttendLayer) -> Tensor:

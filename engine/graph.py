@@ -1,15 +1,16 @@
-"""Decode steps as replays of captured CUDA graphs: static buffers, buckets of length, capture, replay.
+"""Decode steps as replays of captured CUDA graphs: static buffers, buckets of length and of rows, capture, replay.
 
-The only file that knows of CUDA graphs. A step is two replays: the layers, from the last token to logits, in one graph
-for each bucket of cache capacities; and the choice of the next token, in one graph for each set of sampling settings.
-Lengths, positions, tokens and the state of chance live on the device, so a graph serves any prompt that fits into its
-bucket. What runs in a graph is the plain function `_layers` or `_choose`: without a GPU, tests run it as it is.
+The only file that knows of CUDA graphs. A step is a replay of the layers, from the last tokens to logits, in one graph
+for each bucket of cache capacities and of rows; and for each row a replay that chooses its next token, in one graph for
+each set of sampling settings. Lengths, positions, tokens and the state of chance live on the device, so a graph serves
+any prompts that fit into its bucket. What runs in a graph is the plain function `_layers` or `choose`: without a GPU,
+tests run it as it is.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -18,7 +19,7 @@ from fastkv.cache.kv_cache import KVCache
 from fastkv.cache.storage import KVStorage, bucket
 from fastkv.engine.decode import one_token
 from fastkv.engine.sampler import Sampler, SamplingParams
-from fastkv.engine.slot_attention import slot_attention
+from fastkv.engine.slot_attention import SlotAttention, slot_attention
 from fastkv.models.llama import Llama
 
 Replay = Callable[[], None]
@@ -26,7 +27,7 @@ Replay = Callable[[], None]
 Record = Callable[[Callable[[], None], "torch.Generator | None"], Replay]
 
 _WARM_UPS = 2  # runs before the capture: libraries allocate and choose their kernels in them
-_SAMPLERS = 8  # sets of sampling settings whose graph is kept
+_SAMPLERS = 64  # sets of (row, sampling settings) whose graph is kept
 
 
 class GraphError(RuntimeError):
@@ -34,108 +35,119 @@ class GraphError(RuntimeError):
 
 
 class GraphDecoder:
-    """Steps of whatever cache lies in `storage`, one cache at a time; `start` comes first.
+    """A Decoder (engine/decoders.py) for texts whose caches are rows of `storage`.
 
+    texts: cache and sampler of each row at work. slow_because: why the fast attention is not used (None: it is).
     record: captures a function; None is the real thing.
     """
 
     def __init__(self, model: Llama, storage: KVStorage, record: Record | None = None) -> None:
+        n_rows, device = storage.batch, model.device
         self._model = model
         self._storage = storage
-        self._record = _CudaRecorder(model.device) if record is None else record
-        self._attention, self.slow_because = slot_attention(storage, model.config.n_heads)
-        self._token = torch.zeros(storage.batch, dtype=torch.int64, device=model.device)
-        self._logits = torch.zeros(storage.batch, model.config.vocab_size, device=model.device)
-        self._steps: dict[tuple[object, ...], Replay] = {}
-        self._samplers: dict[SamplingParams, tuple[Sampler, Replay]] = {}
-        self._current: tuple[Sampler, Replay] | None = None
+        self._record = _CudaRecorder(device) if record is None else record
+        _, self.slow_because = slot_attention(storage, model.config.n_heads)
+        self.tokens = torch.zeros(n_rows, dtype=torch.int64, device=device)
+        self.texts: dict[int, tuple[KVCache, Sampler]] = {}
+        self._logits = torch.zeros(n_rows, model.config.vocab_size, device=device)
+        self._stepping = torch.zeros(n_rows, dtype=torch.int64, device=device)  # 1 for the rows of this step
+        self._stepping_rows: tuple[int, ...] = ()
+        self._steps: dict[tuple[int, ...], Replay] = {}
+        self._samplers: dict[tuple[int, SamplingParams], tuple[Sampler, Replay]] = {}
+        self._choices: dict[int, Replay] = {}
+        self._reserved = 0
 
     @torch.inference_mode()
-    def start(self, params: SamplingParams, prompt: Tensor) -> None:
-        """Begin a text behind `prompt`, int64 [B, N]. Raises GraphError."""
-        settings = _settings_of_choice(params)
-        if settings not in self._samplers:
+    def start(self, row: int, cache: KVCache, params: SamplingParams, prompt: Tensor) -> None:
+        """Begin a text behind `prompt`, int64 [1, N]. Raises GraphError."""
+        key = (row, _settings_of_choice(params))
+        if key not in self._samplers:
             if len(self._samplers) == _SAMPLERS:
                 del self._samplers[next(iter(self._samplers))]  # the oldest
-            self._samplers[settings] = self._recorded_sampler(settings)
-        self._current = self._samplers[settings]
-        self.sampler.start(prompt, params.seed)
-
-    @property
-    def sampler(self) -> Sampler:
-        """The one that chooses, as it stands."""
-        assert self._current is not None, "start comes first"
-        return self._current[0]
+            self._samplers[key] = self._recorded_sampler(*key)
+        sampler, self._choices[row] = self._samplers[key]
+        sampler.start(prompt, params.seed)
+        self.texts[row] = (cache, sampler)
 
     @torch.inference_mode()
-    def first(self, logits: Tensor) -> Tensor:
-        """The token that `logits`, float32 [B, V], of the prefill lead to: int64 [B]."""
-        self._logits.copy_(logits)
-        self._choose()
-        return self._token
+    def first(self, row: int, logits: Tensor) -> None:
+        """Choose the first token of a row, from logits float32 [1, V]."""
+        self._logits[row : row + 1] = logits
+        self._choices[row]()
 
     @torch.inference_mode()
-    def step(self, cache: KVCache, token: Tensor) -> Tensor:
-        """Append `token`, int64 [B], to the cache; the next one. The same tensor is written at every step.
+    def step(self, rows: Sequence[int]) -> None:
+        """Append the last token of these rows to their caches, and choose the next one of each.
 
-        Raises FastKVError when the cache or the context is full, and GraphError.
+        Raises FastKVError when a cache or the context is full, and GraphError.
         """
-        cache.check_room()
-        if token is not self._token:
-            self._token.copy_(token)
-        self._step_of(cache)()
-        cache.appended += 1  # the device has counted for itself
-        self._choose()
-        return self._token
+        caches = [self.texts[row][0] for row in rows]
+        for cache in caches:
+            cache.check_room()
+        replay = self._step_of(1 + max(rows))
+        self._mark(tuple(rows))
+        replay()
+        for cache in caches:
+            cache.appended += 1  # the device has counted for itself
+        for row in rows:
+            self._choices[row]()
 
-    def _choose(self) -> None:
-        assert self._current is not None, "start comes first"
-        self._current[1]()
+    def stop(self, row: int) -> None:
+        """The text has ended."""
+        del self.texts[row], self._choices[row]
+        self._storage.lengths[:, row] = 0  # what computes along has nothing to attend to
 
-    def _step_of(self, cache: KVCache) -> Replay:
-        spans = [bucket(buffer.shape[2]) for buffer in cache.k]
-        # A graph holds the address of the rotary table, which is another one when the table has grown.
-        key = (*spans, self._model.rotary.reserved)
+    def _mark(self, rows: tuple[int, ...]) -> None:
+        """Say on the device which rows a step is for: the others compute along, and nothing comes of it."""
+        if rows != self._stepping_rows:
+            marks = torch.zeros(len(self._stepping), dtype=torch.int64)
+            marks[list(rows)] = 1
+            self._stepping.copy_(marks)
+            self._stepping_rows = rows
+
+    def _step_of(self, n_rows: int) -> Replay:
+        if self._model.rotary.reserved != self._reserved:  # a graph holds the address of the table that was there
+            self._steps.clear()
+            self._reserved = self._model.rotary.reserved
+        rows = min(1 << (n_rows - 1).bit_length(), self._storage.batch)
+        slots = [[k.shape[2] for k in cache.k] for cache, _ in self.texts.values()]
+        spans = [bucket(max(layer)) for layer in zip(*slots, strict=True)]
+        key = (rows, *spans)
         if key not in self._steps:
-            self._steps[key] = self._recorded_step(spans)
+            self._steps[key] = self._recorded_step(self._storage.rows(0, rows), spans)
         return self._steps[key]
 
-    def _recorded_step(self, spans: list[int]) -> Replay:
-        lengths, positions = self._storage.lengths.clone(), self._storage.next_position.clone()
+    def _recorded_step(self, storage: KVStorage, spans: list[int]) -> Replay:
+        attention, _ = slot_attention(storage, self._model.config.n_heads)
+        # For no row at all: entries are written to the slots that the next step fills, and nobody counts them.
+        self._mark(())
+        _warm_up(lambda: self._layers(storage, spans, attention), self._model.device)
+        return self._record(lambda: self._layers(storage, spans, attention), None)
 
-        def layers_and_back() -> None:
-            self._layers(spans)
-            # Back: a step that is not taken writes only to the slot that the next one fills.
-            self._storage.lengths.copy_(lengths)
-            self._storage.next_position.copy_(positions)
-
-        _warm_up(layers_and_back, self._model.device)
-        try:
-            return self._record(lambda: self._layers(spans), None)
-        finally:
-            self._storage.lengths.copy_(lengths)
-            self._storage.next_position.copy_(positions)
-
-    def _recorded_sampler(self, settings: SamplingParams) -> tuple[Sampler, Replay]:
-        sampler = Sampler(settings, self._storage.batch, self._model.config.vocab_size, self._model.device)
+    def _recorded_sampler(self, row: int, settings: SamplingParams) -> tuple[Sampler, Replay]:
+        sampler = Sampler(settings, 1, self._model.config.vocab_size, self._model.device)
+        token, logits = self.tokens[row : row + 1], self._logits[row : row + 1]
 
         def choose() -> None:
-            self._token.copy_(sampler(self._logits))
+            token.copy_(sampler(logits))
 
+        before = token.clone()
         _warm_up(choose, self._model.device)
+        token.copy_(before)
         return sampler, self._record(choose, sampler.generator)
 
-    def _layers(self, spans: list[int]) -> None:
-        """From self._token to self._logits, with one more entry in every layer."""
-        storage, config = self._storage, self._model.config
-        self._attention.begin()
+    def _layers(self, storage: KVStorage, spans: list[int], attention: SlotAttention) -> None:
+        """From the last tokens of the storage's rows to their logits. The rows of this step get one entry more."""
+        config, n_rows = self._model.config, storage.batch
+        attention.begin()
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             storage.write(layer, k, v)
-            return self._attention(layer, q, spans[layer], config.window_of(layer))
+            return attention(layer, q, spans[layer], config.window_of(layer))
 
-        self._logits.copy_(one_token(self._model, self._token, storage.next_position, attend))
-        storage.advance()
+        self._logits[:n_rows] = one_token(self._model, self.tokens[:n_rows], storage.next_position, attend)
+        storage.lengths.add_(self._stepping[:n_rows])
+        storage.next_position.add_(self._stepping[:n_rows])
 
 
 def _settings_of_choice(params: SamplingParams) -> SamplingParams:

@@ -152,15 +152,22 @@ class LLM:
         return _finish(self.stream(prompt, params, policy))
 
     def stream(
-        self, prompt: str | list[int], params: SamplingParams | None = None, policy: Policy | None = None
+        self,
+        prompt: str | list[int],
+        params: SamplingParams | None = None,
+        policy: Policy | None = None,
+        *,
+        keep_selection: bool = False,
     ) -> Generation:
         """Like `generate` for one prompt, as an iterator of Piece(text, token_id).
 
         Mistakes are raised here, before the first piece. The iterator's `output()` is what `generate` returns; on a
-        stream that was left early it tells what came so far.
+        stream that was left early it tells what came so far. keep_selection: let it hold on to which tokens each layer
+        saw and kept, as its `selection`.
         """
         called_at = time.perf_counter()
-        return Generation(self._runtime, self.tokenizer, self._request(prompt, params, policy), called_at)
+        request = self._request(prompt, params, policy)
+        return Generation(self._runtime, self.tokenizer, request, called_at, keep_selection)
 
     def chat(self, messages: list[dict[str, str]]) -> list[int]:
         """Token ids of a conversation, ready for the model's answer, by the model's own chat template.
@@ -196,7 +203,7 @@ class LLM:
         """
         self._check_cache(cache)
         ids = step_tensor(token_ids, cache.batch, self.config.vocab_size).to(self.device)
-        return decode_step(self._model, cache, ids).clone()
+        return decode_step(self._model, [cache], ids).clone()
 
     def _request(self, prompt: str | list[int], params: SamplingParams | None, policy: Policy | None) -> Request:
         params = SamplingParams() if params is None else params

@@ -17,10 +17,10 @@ from torch import Tensor
 from fastkv.cache.kv_cache import KVCache
 from fastkv.cache.policy import LayerPlan, Observation, Policy, plan_layers
 from fastkv.cache.selection import select_entries, select_tokens
-from fastkv.cache.storage import bucket
+from fastkv.cache.storage import KVStorage
 from fastkv.engine.attention import AUTO, attend_from, causal_attention, take_rows
 from fastkv.engine.tsp import TokenState
-from fastkv.engine.workspace import Buffers, Workspace
+from fastkv.engine.workspace import Workspace
 from fastkv.models.layers import Rope
 from fastkv.models.llama import Block, Llama
 
@@ -71,20 +71,15 @@ def prefill(
 
 
 def new_cache(
-    model: Llama, policy: Policy, ids: Tensor, max_tokens: int, position_limit: int, buffers: Buffers | None = None
+    model: Llama, policy: Policy, ids: Tensor, max_tokens: int, position_limit: int, storage: KVStorage | None = None
 ) -> KVCache:
     """An empty cache for what `policy` keeps of the prompts `ids`, int64 [B, N], and `max_tokens` more.
 
-    Its memory is that of `buffers`, or its own (None) for as long as somebody holds it.
+    Its memory is in `storage`, for B texts, or its own (None) for as long as somebody holds it.
     """
     config, (batch, n_tokens) = model.config, ids.shape
-    kept = [plan.kept for plan in plan_layers(policy, config.n_layers, n_tokens)]
-    storage = None
-    if buffers is not None:
-        wanted = [bucket(slots) for slots in KVCache.capacities(kept, max_tokens)]
-        storage = buffers.storage_for(wanted, batch, (config.n_kv_heads, config.head_dim), model.dtype, model.device)
     return KVCache(
-        kept,
+        [plan.kept for plan in plan_layers(policy, config.n_layers, n_tokens)],
         max_tokens,
         batch=batch,
         n_kv_heads=config.n_kv_heads,

@@ -4,43 +4,13 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass, field
-from typing import Protocol
 
-from torch import Tensor
-
-from fastkv.cache.kv_cache import KVCache
-from fastkv.cache.storage import KVStorage
-from fastkv.engine.decode import decode_step
+from fastkv.engine.decoders import Decoder, EagerDecoder
 from fastkv.engine.graph import GraphDecoder, GraphError
-from fastkv.engine.sampler import Sampler, SamplingParams
 from fastkv.engine.workspace import BufferPool, Buffers
 from fastkv.models.llama import Llama
 
 _log = logging.getLogger(__name__)
-
-
-class Decoder(Protocol):
-    """Chooses the tokens of one text: the first from the prefill's logits, each other one by a step of the model."""
-
-    def first(self, logits: Tensor) -> Tensor:
-        """logits float32 [B, V] -> token ids int64 [B]."""
-
-    def step(self, cache: KVCache, token: Tensor) -> Tensor:
-        """The last token ids int64 [B], which the cache takes in -> the next ones."""
-
-
-class EagerDecoder:
-    """One kernel after another, as the code reads."""
-
-    def __init__(self, model: Llama, sampler: Sampler) -> None:
-        self._model = model
-        self._sampler = sampler
-
-    def first(self, logits: Tensor) -> Tensor:
-        return self._sampler(logits)
-
-    def step(self, cache: KVCache, token: Tensor) -> Tensor:
-        return self._sampler(decode_step(self._model, cache, token))
 
 
 @dataclass
@@ -58,39 +28,31 @@ class Runtime:
 
     @property
     def ahead(self) -> bool:
-        """Whether a step is launched before the token of the last one is read: a GPU works on meanwhile."""
+        """Whether a step is launched before the tokens of the last one are read: a GPU works on meanwhile."""
         return self.model.device.type == "cuda"
 
-    def decoder(self, buffers: Buffers, params: SamplingParams, prompt: Tensor) -> Decoder:
-        """The decoder for a text behind `prompt`, int64 [B, N], whose cache lies in these buffers."""
-        if self.cuda_graph and buffers.storage is not None:
-            try:
-                return self._graph_decoder(buffers, buffers.storage, params, prompt)
-            except GraphError as error:
-                self._say_off(error)
-        sampler = Sampler(params, prompt.shape[0], self.model.config.vocab_size, self.model.device)
-        sampler.start(prompt, params.seed)
-        return EagerDecoder(self.model, sampler)
-
-    def eagerly(self, decoder: Decoder, error: GraphError) -> EagerDecoder:
-        """What goes on in place of a decoder whose step could not be captured."""
-        assert isinstance(decoder, GraphDecoder), "only graphs are captured"
-        self._say_off(error)
-        return EagerDecoder(self.model, decoder.sampler)
-
-    def _graph_decoder(
-        self, buffers: Buffers, storage: KVStorage, params: SamplingParams, prompt: Tensor
-    ) -> GraphDecoder:
+    def decoder(self, buffers: Buffers) -> Decoder:
+        """The decoder for texts whose caches lie in the storage of these buffers."""
+        assert buffers.storage is not None, "the storage comes first"
+        if not self.cuda_graph:
+            return EagerDecoder(self.model, buffers.storage.batch)
         if buffers.decoder is None:
-            buffers.decoder = GraphDecoder(self.model, storage)
-            if buffers.decoder.slow_because is not None and not self._said_slow:
-                self._said_slow = True
-                _log.warning(
-                    "decoding attends with a mask, which is slow for long texts: %s", buffers.decoder.slow_because
-                )
-        buffers.decoder.start(params, prompt)
+            buffers.decoder = GraphDecoder(self.model, buffers.storage)
+            self._say_if_slow(buffers.decoder)
         return buffers.decoder
 
-    def _say_off(self, error: GraphError) -> None:
+    def eagerly(self, decoder: Decoder, error: GraphError) -> Decoder:
+        """What goes on in place of a decoder that could not be captured, with the texts that it has."""
+        assert isinstance(decoder, GraphDecoder), "only graphs are captured"
         self.cuda_graph = False
         _log.warning("CUDA graphs are off, decoding is slower: %s", error)
+        eager = EagerDecoder(self.model, len(decoder.tokens))
+        eager.tokens.copy_(decoder.tokens)
+        for row, (cache, sampler) in decoder.texts.items():
+            eager.take_over(row, cache, sampler)
+        return eager
+
+    def _say_if_slow(self, decoder: GraphDecoder) -> None:
+        if decoder.slow_because is not None and not self._said_slow:
+            self._said_slow = True
+            _log.warning("decoding attends with a mask, which is slow for long texts: %s", decoder.slow_because)

@@ -17,7 +17,7 @@ from fastkv.cache.storage import KVStorage
 
 
 class SlotAttention(Protocol):
-    """Attends over a layer's first `span` slots, of which lengths[layer] + 1 are live: the new token is in already."""
+    """Attends over a layer's first `span` slots, of which lengths[layer] + 1 are live, the new tokens among them."""
 
     def begin(self) -> None:
         """Once a step, before the first layer."""
@@ -37,13 +37,13 @@ class MaskedSlots:
 
     def __call__(self, layer: int, q: Tensor, span: int, window: int | None) -> Tensor:
         k, v = self._storage.k[layer][:, :, :span], self._storage.v[layer][:, :, :span]
-        last = self._storage.lengths[layer]
+        last = self._storage.lengths[layer][:, None, None, None]
         slots = torch.arange(span, device=q.device)
-        visible = slots <= last
+        visible = slots <= last  # [B, 1, 1, span]
         if window is not None:
             visible &= slots > last - window
         rows = q.unflatten(1, (k.shape[1], -1)).squeeze(3)  # [B, Hkv, G, D]: the queries of a KV head side by side
-        return F.scaled_dot_product_attention(rows, k, v, attn_mask=visible[None]).flatten(1, 2).unsqueeze(2)
+        return F.scaled_dot_product_attention(rows, k, v, attn_mask=visible).flatten(1, 2).unsqueeze(2)
 
 
 class VarlenSlots:
@@ -68,7 +68,8 @@ class VarlenSlots:
         self._masked = MaskedSlots(storage)
 
     def begin(self) -> None:
-        self._live.copy_(self._storage.lengths.unsqueeze(1).expand_as(self._live)).add_(1)
+        every_head = self._live.view(*self._storage.lengths.shape, -1)  # [L, B, Hkv]
+        every_head.copy_(self._storage.lengths.unsqueeze(2).expand_as(every_head)).add_(1)
 
     def __call__(self, layer: int, q: Tensor, span: int, window: int | None) -> Tensor:
         if window is not None:
@@ -114,7 +115,7 @@ def _agree_on_a_sample(storage: KVStorage, n_heads: int) -> bool:
     """Whether both attentions give the same for a sample whose dead slots would be noticed."""
     _, n_kv_heads, _, head_dim = storage.k[0].shape
     dtype, device = storage.k[0].dtype, storage.k[0].device
-    sample = KVStorage([96], storage.batch, n_kv_heads, head_dim, dtype=dtype, device=device)
+    sample = KVStorage.allocate([96], storage.batch, n_kv_heads, head_dim, dtype=dtype, device=device)
     generator = torch.Generator(device).manual_seed(0)
     for buffer in (sample.k[0], sample.v[0]):
         buffer.normal_(generator=generator)

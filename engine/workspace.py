@@ -51,14 +51,18 @@ class Buffers:
     def storage_for(
         self, capacities: list[int], batch: int, heads: tuple[int, int], dtype: torch.dtype, device: torch.device
     ) -> KVStorage:
-        """Slots for at least `capacities` entries of each layer: those there are, or larger ones in their place.
+        """Slots for `batch` texts and at least `capacities` entries of each layer: those there are, or larger ones.
 
         heads: (KV heads, head dim).
         """
-        if self.storage is None or not self.storage.holds(capacities, batch):
-            grown = capacities if self.storage is None else self.storage.grown(capacities)
-            self.decoder = self.storage = None  # graphs are bound to the old slots
-            self.storage = KVStorage(grown, batch, *heads, dtype=dtype, device=device)
+        known = self.storage
+        if known is not None and known.holds(capacities, batch):
+            return known
+        if known is not None and batch == known.batch:  # texts grow longer: be ready for both
+            capacities = [max(pair) for pair in zip(capacities, known.capacities, strict=True)]
+        del known
+        self.decoder = self.storage = None  # the old slots go first, and with them the graphs that are bound to them
+        self.storage = KVStorage.allocate(capacities, batch, *heads, dtype=dtype, device=device)
         return self.storage
 
 

@@ -21,7 +21,7 @@ from tokenizers import Tokenizer, decoders, models
 import fastkv
 from fastkv import FastKV
 from fastkv.cli import build_parser, main, read_prompt
-from fastkv.engine import runtime
+from fastkv.engine import decoders as engine_decoders
 from fastkv.engine.output import Metrics
 
 # A model that recites: behind each character comes the next one of this list, behind the last the end of the text.
@@ -437,7 +437,7 @@ def test_a_pipe_that_nobody_reads(reciter: Path, tmp_path: Path) -> None:
 def test_ctrl_c_while_generating(run: Run, monkeypatch: pytest.MonkeyPatch, argv: list[str]) -> None:
     """Exactly ten tokens are there when the signal comes; the JSON tells them as an interrupted request."""
     steps = 0
-    step = runtime.decode_step
+    step = engine_decoders.decode_step
 
     def interrupted(*args: Any) -> torch.Tensor:
         nonlocal steps
@@ -446,7 +446,7 @@ def test_ctrl_c_while_generating(run: Run, monkeypatch: pytest.MonkeyPatch, argv
             signal.raise_signal(signal.SIGINT)
         return step(*args)
 
-    monkeypatch.setattr(runtime, "decode_step", interrupted)
+    monkeypatch.setattr(engine_decoders, "decode_step", interrupted)
     result = run("a", *argv, "--max-tokens", "50", status=130)
     assert "decode       10 tokens" in result.err
     if not argv:

@@ -11,12 +11,15 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from fastkv import LLM, FastKV, FastKVError, FullKV, SamplingParams
 from fastkv.cache.policy import Policy
+from fastkv.cache.storage import KVStorage
 from fastkv.engine import graph
 from fastkv.engine.graph import GraphDecoder, GraphError, Replay
+from fastkv.engine.prefill import new_cache, prefill
+from fastkv.engine.sampler import Sampler
+from fastkv.engine.workspace import Workspace
 
 PROMPT = torch.randint(3, 256, (300,), generator=torch.Generator().manual_seed(5)).tolist()
 POLICIES = [FullKV(), FastKV(min_tokens=8), FastKV(tsp_layer=1, tsp_len=20, kv_len=100)]  # the last: layers differ
@@ -54,8 +57,6 @@ def recorder(tiny_llm: LLM, monkeypatch: pytest.MonkeyPatch) -> Recorder:
 
 def eager(llm: LLM, prompt: list[int], params: SamplingParams, policy: Policy) -> list[int]:
     """Token by token through `prefill` and `decode`."""
-    from fastkv.engine.sampler import Sampler
-
     assert params.max_tokens is not None
     sampler = Sampler(params, 1, llm.config.vocab_size, llm.device)
     sampler.start(torch.tensor([prompt]), params.seed)
@@ -116,13 +117,13 @@ def test_recording_leaves_no_trace_in_the_cache(tiny_llm: LLM, recorder: Recorde
     params = SamplingParams(max_tokens=8, ignore_eos=True)
     stream = tiny_llm.stream(PROMPT, params, FastKV(min_tokens=8))
     next(stream)
-    steps = stream._steps
-    assert steps is not None
-    assert steps.cache.lengths.tolist() == [30] * 6
+    assert stream._rows is not None
+    cache = stream._rows._rows[0].cache
+    assert cache.lengths.tolist() == [[30]] * 6
     next(stream)  # records, and runs two steps: its own, and the one ahead
-    assert steps.cache.lengths.tolist() == [32] * 6
-    assert steps.cache.next_position.tolist() == [302]
-    assert steps.cache.appended == 2
+    assert cache.lengths.tolist() == [[32]] * 6
+    assert cache.next_position.tolist() == [302]
+    assert cache.appended == 2
 
 
 def test_a_step_ahead_is_neither_emitted_nor_beyond_the_room(tiny_llm: LLM, recorder: Recorder) -> None:
@@ -133,7 +134,7 @@ def test_a_step_ahead_is_neither_emitted_nor_beyond_the_room(tiny_llm: LLM, reco
     assert recorder.replayed == 11 + 12
     stop = next(token for token in tokens if tokens.index(token) >= 3)
     stopping = tiny_llm.stream(PROMPT, SamplingParams(max_tokens=12), FullKV())
-    object.__setattr__(stopping._request, "eos_ids", frozenset({stop}))
+    object.__setattr__(stopping._answer.request, "eos_ids", frozenset({stop}))
     assert [piece.token_id for piece in stopping] == tokens[: tokens.index(stop) + 1]
     assert stopping.output().finish_reason == "stop"
 
@@ -169,16 +170,15 @@ def test_where_nothing_can_be_captured_one_line_says_so(
 
 
 def test_a_replayed_step_checks_the_room(tiny_llm: LLM) -> None:
-    from fastkv.engine.prefill import new_cache, prefill
-    from fastkv.engine.workspace import Buffers
-
-    buffers, ids = Buffers(), torch.tensor([PROMPT])
-    model = tiny_llm._model
-    cache = new_cache(model, FullKV(), ids, 1, 1000, buffers)
-    assert buffers.storage is not None
-    decoder = GraphDecoder(model, buffers.storage, Recorder())
-    decoder.start(SamplingParams(), ids)
-    token: Tensor = decoder.first(prefill(model, ids, FullKV(), cache, buffers.workspace).logits)
-    decoder.step(cache, token)
+    model, ids = tiny_llm._model, torch.tensor([PROMPT])
+    config = model.config
+    storage = KVStorage.allocate(
+        [320] * 6, 1, config.n_kv_heads, config.head_dim, dtype=torch.float32, device=torch.device("cpu")
+    )
+    cache = new_cache(model, FullKV(), ids, 1, 1000, storage)
+    decoder = GraphDecoder(model, storage, Recorder())
+    decoder.start(0, cache, SamplingParams(), ids)
+    decoder.first(0, prefill(model, ids, FullKV(), cache, Workspace()).logits)
+    decoder.step([0])
     with pytest.raises(FastKVError, match="room for max_tokens=1"):
-        decoder.step(cache, token)
+        decoder.step([0])

@@ -207,8 +207,8 @@ def test_a_stream_left_early_lets_its_cache_go(tiny_llm: LLM) -> None:
         for _ in range(3):
             stream = tiny_llm.stream(LONG)
             next(stream)
-            assert stream._steps is not None
-            caches.append(weakref.ref(stream._steps.cache))
+            assert stream._rows is not None
+            caches.append(weakref.ref(stream._rows._rows[0].cache))
         del stream
         assert [cache() for cache in caches] == [None] * 3
     finally:
@@ -222,7 +222,7 @@ def test_a_finished_or_closed_stream_holds_no_cache(tiny_llm: LLM) -> None:
     next(closed)
     closed.close()
     for stream in (finished, closed):
-        assert stream._steps is None
+        assert stream._rows is None
         assert list(stream) == []
         assert stream.output().metrics.kv_bytes > 0
     assert closed.output().finish_reason == "interrupted"

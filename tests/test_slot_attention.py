@@ -20,10 +20,11 @@ from fastkv.engine.slot_attention import MaskedSlots, VarlenSlots, slot_attentio
 
 def storage_of(batch: int = 2, n_kv_heads: int = 2) -> KVStorage:
     torch.manual_seed(0)
-    made = KVStorage([96, 64], batch, n_kv_heads, 8, dtype=torch.float32, device=torch.device("cpu"))
+    made = KVStorage.allocate([96, 64], batch, n_kv_heads, 8, dtype=torch.float32, device=torch.device("cpu"))
     for buffer in [*made.k, *made.v]:
         buffer.normal_()
-    made.lengths.copy_(torch.tensor([70, 33]))
+    lengths = torch.tensor([[70, 2, 41], [33, 60, 0]])  # texts differ, and so do layers
+    made.lengths.copy_(lengths[:, :batch])
     return made
 
 
@@ -65,28 +66,31 @@ def varlen_without_gqa_setting(*arguments: Any, seqused_k: Tensor) -> Tensor:
 def test_masked_slots_attend_to_the_live_ones(layer: int, window: int | None) -> None:
     storage = storage_of()
     q = torch.randn(2, 6, 1, 8)
-    live = int(storage.lengths[layer]) + 1
-    first = 0 if window is None else max(0, live - window)
-    expected = decode_attention(q, storage.k[layer][:, :, first:live], storage.v[layer][:, :, first:live])
     attend = MaskedSlots(storage)
     attend.begin()
-    torch.testing.assert_close(attend(layer, q, 64 if layer else 96, window), expected)
+    found = attend(layer, q, 64 if layer else 96, window)
+    for text in range(2):
+        live = int(storage.lengths[layer, text]) + 1
+        slots = slice(0 if window is None else max(0, live - window), live)
+        one = slice(text, text + 1)
+        expected = decode_attention(q[one], storage.k[layer][one, :, slots], storage.v[layer][one, :, slots])
+        torch.testing.assert_close(found[one], expected)
 
 
 @pytest.mark.parametrize("function", [varlen, varlen_without_gqa_setting])
 @pytest.mark.parametrize("batch", [1, 3])
 def test_varlen_slots_attend_to_the_same(monkeypatch: pytest.MonkeyPatch, function: Any, batch: int) -> None:
     monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", function)
-    storage = storage_of(batch)
-    plain, fast = MaskedSlots(storage), VarlenSlots(storage)
     for heads in (2, 6):  # one and three query heads for each KV head
+        storage = storage_of(batch)
+        plain, fast = MaskedSlots(storage), VarlenSlots(storage)
         for step in range(3):  # lengths move on the device; nothing is baked in
             q = torch.randn(batch, heads, 1, 8)
             fast.begin()
             for layer, window in ((0, None), (1, None), (1, 7)):
                 found = fast(layer, q, 96 if layer == 0 else 64, window)
                 torch.testing.assert_close(found, plain(layer, q, 96 if layer == 0 else 64, window))
-            storage.lengths += step
+            storage.lengths.add_(step)
 
 
 def test_the_choice_is_tried_and_explained(monkeypatch: pytest.MonkeyPatch) -> None:

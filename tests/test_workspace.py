@@ -108,3 +108,4 @@ def test_storage_grows_to_hold_both_sizes() -> None:
     second = buffers.storage_for([32, 96], 1, (2, 4), torch.float32, cpu)
     assert second.capacities == [64, 96]
     assert buffers.storage_for([32, 32], 2, (2, 4), torch.float32, cpu).batch == 2
+    assert buffers.storage_for([32, 32], 1, (2, 4), torch.float32, cpu).batch == 2  # room for two is room for one

@@ -122,14 +122,14 @@ def test_one_graph_serves_prompts_of_other_lengths(wide: LLM) -> None:
 
 
 def test_varlen_attention_is_what_runs_and_equals_the_masked_one(wide: LLM) -> None:
-    storage = KVStorage([4096, 512], 1, 4, 128, dtype=torch.bfloat16, device=wide.device)
+    storage = KVStorage.allocate([4096, 512], 1, 4, 128, dtype=torch.bfloat16, device=wide.device)
     for buffer in [*storage.k, *storage.v]:
         buffer.normal_()
     chosen, reason = slot_attention(storage, 16)
     assert isinstance(chosen, VarlenSlots), reason
     plain = MaskedSlots(storage)
     for lengths in ([0, 0], [1, 511], [900, 40], [4095, 300]):
-        storage.lengths.copy_(torch.tensor(lengths))
+        storage.lengths.copy_(torch.tensor(lengths)[:, None])
         chosen.begin()
         for layer, span in ((0, 4096), (1, 512)):
             q = torch.randn(1, 16, 1, 128, dtype=torch.bfloat16, device=wide.device)
@@ -144,11 +144,10 @@ def test_a_replayed_step_never_waits_for_the_host(wide: LLM, choice: dict[str, A
     stream = wide.stream(ids, params)
     for _ in range(3):
         next(stream)
-    steps = stream._steps
-    assert steps is not None
+    assert stream._rows is not None
     with no_waiting():
         for _ in range(4):
-            steps._token = steps._step()
+            stream._rows._step([0])
 
 
 def test_stopping_never_emits_a_token_too_many(wide: LLM) -> None:
@@ -156,7 +155,7 @@ def test_stopping_never_emits_a_token_too_many(wide: LLM) -> None:
     tokens = wide.generate(ids, SamplingParams(max_tokens=12, ignore_eos=True)).token_ids
     stream = wide.stream(ids, SamplingParams(max_tokens=12))
     stop = tokens[5]
-    object.__setattr__(stream._request, "eos_ids", frozenset({stop}))
+    object.__setattr__(stream._answer.request, "eos_ids", frozenset({stop}))
     assert [piece.token_id for piece in stream] == tokens[: tokens.index(stop) + 1]
 
 
