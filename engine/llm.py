@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import sys
 import time
+from collections.abc import Iterator, Sequence
 from os import PathLike
 from pathlib import Path
 from typing import Any, overload
@@ -16,6 +17,7 @@ from fastkv.cache.kv_cache import KVCache
 from fastkv.cache.policies import FastKV
 from fastkv.cache.policy import Policy
 from fastkv.engine.attention import check_backend
+from fastkv.engine.batch import DEFAULT_BATCH_SIZE, rows_that_fit, run_batch
 from fastkv.engine.compile import compile_layers
 from fastkv.engine.decode import decode_step
 from fastkv.engine.device import resolve_device, resolve_dtype
@@ -30,6 +32,7 @@ from fastkv.engine.request import (
     check_cache_fits,
     id_tensor,
     is_batch,
+    params_of_each,
     position_limit,
     step_tensor,
 )
@@ -133,23 +136,64 @@ class LLM:
     def generate(
         self,
         prompt: list[str] | list[list[int]],
-        params: SamplingParams | None = None,
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
         policy: Policy | None = None,
+        *,
+        batch_size: int = DEFAULT_BATCH_SIZE,
+        kv_memory: int | None = None,
     ) -> list[Output]: ...
 
-    def generate(self, prompt: Any, params: SamplingParams | None = None, policy: Policy | None = None) -> Any:
-        """Continue a prompt (text or token ids), or each of a list of prompts, one after another.
+    def generate(
+        self,
+        prompt: Any,
+        params: Any = None,
+        policy: Policy | None = None,
+        *,
+        batch_size: int = DEFAULT_BATCH_SIZE,
+        kv_memory: int | None = None,
+    ) -> Any:
+        """Continue a prompt (text or token ids), or each of a list of prompts, several of them together.
 
-        params: None means SamplingParams(). policy: None means self.policy. A text gets the tokenizer's BOS, ids are
-        taken as they are. Every prompt is checked before the first one runs.
+        params: None means SamplingParams(); for a list of prompts also a list of as many. policy: None means
+        self.policy. A text gets the tokenizer's BOS, ids are taken as they are. Every prompt is checked before the
+        first one runs. A list is worked on as `generate_each` says, and returned in its order.
 
         Raises FastKVError for an empty prompt, ids outside the vocabulary, a prompt or max_tokens beyond the context,
         and a text where the model has no tokenizer.
         """
-        if is_batch(prompt):
-            requests = [self._request(one, params, policy) for one in prompt]
-            return [_finish(Generation(self._runtime, self.tokenizer, request)) for request in requests]
-        return _finish(self.stream(prompt, params, policy))
+        if not is_batch(prompt):
+            return _finish(self.stream(prompt, params, policy))
+        each = self.generate_each(prompt, params, policy, batch_size=batch_size, kv_memory=kv_memory)
+        return [output for _, output in sorted(each, key=lambda done: done[0])]
+
+    def generate_each(
+        self,
+        prompts: Sequence[str | list[int]],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        policy: Policy | None = None,
+        *,
+        batch_size: int = DEFAULT_BATCH_SIZE,
+        kv_memory: int | None = None,
+    ) -> Iterator[tuple[int, Output]]:
+        """Continue many prompts: (index, output) of each as soon as it is done.
+
+        Each prompt is prefilled on its own; up to `batch_size` of them decode together, each with its own position,
+        stop rules and sampling settings, and whoever is done makes room for the next. kv_memory: bytes that their KV
+        caches may take together (None: what the device has left); fewer decode together where they do not fit.
+
+        Raises FastKVError as `generate` does, before anything runs.
+        """
+        check_integer("batch_size", batch_size, 1)
+        if kv_memory is not None:
+            check_integer("kv_memory", kv_memory, 1)
+        requests = [
+            self._request(prompt, chosen, policy)
+            for prompt, chosen in zip(prompts, params_of_each(params, len(prompts)), strict=True)
+        ]
+        if not requests:
+            return iter(())
+        n_rows = rows_that_fit(self._runtime, requests, batch_size, kv_memory)
+        return run_batch(self._runtime, self.tokenizer, requests, n_rows)
 
     def stream(
         self,

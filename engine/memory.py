@@ -69,7 +69,8 @@ def _max_resident() -> int | None:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-def _size(count: int) -> str:
+def size_text(count: int) -> str:
+    """Bytes for people."""
     return f"{count / 2**30:,.1f} GiB" if count >= 2**30 else f"{count / 2**20:,.1f} MiB"
 
 
@@ -115,5 +116,5 @@ def check_fits(what: str, needed: int, device: torch.device, advice: str, reusab
     """
     available = available_bytes(device)
     if available is not None and needed > available + reusable:
-        left = _size(available + reusable)
-        raise FastKVError(f"{what} needs {_size(needed)} of memory, but {device} has {left} left; {advice}")
+        left = size_text(available + reusable)
+        raise FastKVError(f"{what} needs {size_text(needed)} of memory, but {device} has {left} left; {advice}")

@@ -144,6 +144,15 @@ def is_batch(prompt: Any) -> bool:
     )
 
 
+def params_of_each(params: Any, count: int) -> Sequence[Any]:
+    """The SamplingParams (or None) of each of `count` prompts, from one for all or a list of them."""
+    if not isinstance(params, Sequence):
+        return [params] * count
+    if len(params) != count:
+        raise FastKVError(f"params must be one for all prompts or one for each: {len(params)} for {count} prompts")
+    return params
+
+
 def _is_integer(ids: Tensor) -> bool:
     return not (ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool)
 

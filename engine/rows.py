@@ -46,7 +46,7 @@ class Rows:
         self._runtime = runtime
         self._buffers = runtime.pool.lease()
         heads = (model.config.n_kv_heads, model.config.head_dim)
-        slots = [bucket(count) for count in _slots_of_all(to_come, model.config.n_layers)]
+        slots = [bucket(count) for count in slots_of_all(to_come, model.config.n_layers)]
         self._storage = self._buffers.storage_for(slots, n_rows, heads, model.dtype, model.device)
         self._decoder = runtime.decoder(self._buffers)
         self._rows: dict[int, _Row] = {}
@@ -121,7 +121,7 @@ class Rows:
             self._decoder.step(rows)
 
 
-def _slots_of_all(requests: Sequence[Request], n_layers: int) -> list[int]:
+def slots_of_all(requests: Sequence[Request], n_layers: int) -> list[int]:
     """The slots of each layer that suffice for any of the requests."""
     each = []
     for request in requests:

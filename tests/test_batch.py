@@ -1,0 +1,168 @@
+"""Many prompts at once: each one's answer is that of the prompt alone, whoever decodes beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+
+from fastkv import LLM, FastKV, FastKVError, FullKV, SamplingParams
+from fastkv.cache.policy import Policy
+from fastkv.engine import graph
+from fastkv.engine.decoders import EagerDecoder
+from fastkv.engine.graph import Replay
+from fastkv.engine.rows import Rows
+
+GENERATOR = torch.Generator().manual_seed(3)
+PROMPTS = [torch.randint(3, 256, (n,), generator=GENERATOR).tolist() for n in (300, 40, 170, 512, 8, 233, 90, 301, 77)]
+CHOICES = [
+    SamplingParams(max_tokens=9, ignore_eos=True),
+    SamplingParams(max_tokens=1, ignore_eos=True),
+    SamplingParams(max_tokens=25, temperature=0.8, seed=5, ignore_eos=True),
+    SamplingParams(max_tokens=4, repetition_penalty=1.5, ignore_eos=True),
+    SamplingParams(max_tokens=17, temperature=1.1, top_k=30, top_p=0.9, seed=6, ignore_eos=True),
+    SamplingParams(max_tokens=30, ignore_eos=True),
+    SamplingParams(max_tokens=2, ignore_eos=True),
+    SamplingParams(max_tokens=12, temperature=0.5, min_p=0.05, seed=7, ignore_eos=True),
+    SamplingParams(max_tokens=9, ignore_eos=True),
+]
+POLICIES = [FullKV(), FastKV(min_tokens=8), FastKV(tsp_layer=1, tsp_len=20, kv_len=100)]
+
+
+@pytest.fixture(params=["eager", "replayed"])
+def llm(request: pytest.FixtureRequest, tiny_llm: LLM, monkeypatch: pytest.MonkeyPatch) -> Iterator[LLM]:
+    """Both ways to decode; the second as on a GPU, but that a replay calls what was to be captured."""
+    if request.param == "replayed":
+
+        def record(run: Callable[[], None], generator: torch.Generator | None) -> Replay:
+            return run
+
+        monkeypatch.setattr(graph, "_CudaRecorder", lambda device: record)
+        monkeypatch.setattr(type(tiny_llm._runtime), "ahead", True)
+        monkeypatch.setattr(tiny_llm._runtime, "cuda_graph", True)
+    tiny_llm.free_buffers()
+    yield tiny_llm
+    tiny_llm.free_buffers()
+
+
+@pytest.mark.parametrize("policy", POLICIES, ids=["full", "fastkv", "layers differ"])
+@pytest.mark.parametrize("batch_size", [1, 3, 20])
+def test_each_answer_is_that_of_the_prompt_alone(llm: LLM, policy: Policy, batch_size: int) -> None:
+    alone = [llm.generate(prompt, params, policy).token_ids for prompt, params in zip(PROMPTS, CHOICES, strict=True)]
+    together = llm.generate(PROMPTS, CHOICES, policy, batch_size=batch_size)
+    assert [output.token_ids for output in together] == alone
+
+
+def test_figures_of_each_request_are_its_own(llm: LLM) -> None:
+    policy = FastKV(min_tokens=8)
+    for prompt, params, output in zip(
+        PROMPTS, CHOICES, llm.generate(PROMPTS, CHOICES, policy, batch_size=4), strict=True
+    ):
+        alone = llm.generate(prompt, params, policy).metrics
+        figures = output.metrics
+        assert (figures.prompt_tokens, figures.new_tokens) == (len(prompt), params.max_tokens)
+        assert (figures.kv_bytes, figures.kv_tokens) == (alone.kv_bytes, alone.kv_tokens)
+        assert output.finish_reason == "length"
+
+
+def test_stop_rules_are_each_ones_own(llm: LLM) -> None:
+    """An end in the middle lets the next prompt in, and emits no token of the step that was under way."""
+    free = [llm.generate(prompt, SamplingParams(max_tokens=20, ignore_eos=True), FullKV()) for prompt in PROMPTS]
+    ends = {output.token_ids[5] for output in free}
+    expected = []
+    for output in free:
+        ids = output.token_ids
+        first = next((place for place, token in enumerate(ids) if token in ends), len(ids) - 1)
+        expected.append(ids[: first + 1])
+    assert len({len(ids) for ids in expected}) > 2
+
+    real = llm._request
+
+    def with_ends(*arguments: Any) -> Any:
+        request = real(*arguments)
+        object.__setattr__(request, "eos_ids", frozenset(ends))
+        return request
+
+    llm._request = with_ends  # type: ignore[method-assign]
+    try:
+        found = llm.generate(PROMPTS, SamplingParams(max_tokens=20), FullKV(), batch_size=3)
+    finally:
+        del llm._request  # type: ignore[method-assign]
+    assert [output.token_ids for output in found] == expected
+
+
+def test_rows_are_filled_again_as_they_become_free(tiny_llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No step runs with a free row while a prompt waits, and the weights are read once for all rows."""
+    at_work: list[int] = []
+    step = EagerDecoder.step
+
+    def count(self: EagerDecoder, rows: Any) -> None:
+        at_work.append(len(rows))
+        step(self, rows)
+
+    monkeypatch.setattr(EagerDecoder, "step", count)
+    tiny_llm.generate(PROMPTS, SamplingParams(max_tokens=10, ignore_eos=True), FullKV(), batch_size=4)
+    assert at_work == [4] * 9 + [4] * 9 + [1] * 9  # nine prompts
+    at_work.clear()
+    tiny_llm.generate(PROMPTS, CHOICES, FullKV(), batch_size=4)
+    assert sum(at_work) == sum(params.max_tokens - 1 for params in CHOICES)  # type: ignore[operator, misc]
+
+
+def test_outputs_come_as_they_are_done(tiny_llm: LLM) -> None:
+    lengths = [10, 3, 6]
+    params = [SamplingParams(max_tokens=count, ignore_eos=True) for count in lengths]
+    order = [index for index, _ in tiny_llm.generate_each(PROMPTS[:3], params, FullKV())]
+    assert order == [1, 2, 0]
+
+
+def test_the_memory_allowed_limits_how_many_are_at_work(tiny_llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[int] = []
+    init = Rows.__init__
+
+    def watch(self: Rows, runtime: Any, to_come: Any, n_rows: int = 1) -> None:
+        made.append(n_rows)
+        init(self, runtime, to_come, n_rows)
+
+    monkeypatch.setattr(Rows, "__init__", watch)
+    config, params = tiny_llm.config, SamplingParams(max_tokens=8, ignore_eos=True)
+    row = 2 * config.n_layers * config.n_kv_heads * config.head_dim * 4 * 576  # 512 + 8 tokens: a bucket of 576
+    for memory, rows in ((row, 1), (3 * row, 3), (4 * row - 1, 3), (100 * row, 5), (None, 5)):
+        tiny_llm.free_buffers()
+        tiny_llm.generate(PROMPTS, params, FullKV(), batch_size=5, kv_memory=memory)
+        assert made.pop() == rows
+        if memory is not None:
+            idle = tiny_llm._runtime.pool._idle
+            assert idle is not None
+            assert idle.storage is not None
+            assert idle.storage.nbytes <= memory
+    with pytest.raises(FastKVError, match=r"kv_memory must be at least .* for the largest of these prompts"):
+        tiny_llm.generate(PROMPTS, params, FullKV(), kv_memory=row - 1)
+    monkeypatch.setattr("fastkv.engine.batch.available_bytes", lambda device: 2 * row + 5)
+    tiny_llm.free_buffers()
+    tiny_llm.generate(PROMPTS, params, FullKV())
+    assert made.pop() == 2
+
+
+def test_mistakes_are_told_before_the_first_prompt_runs(tiny_llm: LLM) -> None:
+    for arguments, named in (
+        ({"params": [SamplingParams()] * 2}, "2 for 9 prompts"),
+        ({"batch_size": 0}, "batch_size"),
+        ({"kv_memory": 0}, "kv_memory"),
+        ({"params": ["greedy"] * 9}, "params must be SamplingParams"),
+    ):
+        with pytest.raises(FastKVError, match=named):
+            tiny_llm.generate_each(PROMPTS, **arguments)  # type: ignore[arg-type]
+    with pytest.raises(FastKVError, match="outside the model's vocabulary"):
+        tiny_llm.generate_each([*PROMPTS, [9999]])
+    assert list(tiny_llm.generate_each([])) == []
+
+
+def test_leaving_early_hands_the_memory_on(tiny_llm: LLM) -> None:
+    tiny_llm.free_buffers()
+    each = tiny_llm.generate_each(PROMPTS, SamplingParams(max_tokens=3, ignore_eos=True), FullKV(), batch_size=2)
+    next(each)
+    assert tiny_llm._runtime.pool.idle_bytes == 0
+    each.close()  # type: ignore[attr-defined]
+    assert tiny_llm._runtime.pool.idle_bytes > 0
