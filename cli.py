@@ -20,8 +20,10 @@ from fastkv.errors import FastKVError, check_integer
 if TYPE_CHECKING:
     from fastkv.cache.policy import Policy
     from fastkv.engine.generation import Generation
+    from fastkv.engine.job import Job
     from fastkv.engine.llm import LLM
     from fastkv.engine.output import Metrics
+    from fastkv.engine.sampler import SamplingParams
 
 DONE, FAULT, USER_ERROR, INTERRUPTED = 0, 1, 2, 130
 
@@ -68,6 +70,7 @@ _METAVARS = {
 _OTHER_SETTINGS = (
     *("prompt", "chat", "stop", "policy", "device", "dtype"),
     *("threads", "revision", "compile", "attention", "report"),
+    *("prompts", "output", "batch_size", "kv_memory"),
 )
 
 
@@ -91,7 +94,14 @@ def build_parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     parser.add_argument("--model", required=True, metavar="PATH_OR_ID", help="model folder, or hub id like org/name")
-    parser.add_argument("--prompt", required=True, metavar="FILE", help="UTF-8 text file; - reads standard input")
+    parser.add_argument(
+        "--prompt",
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="UTF-8 text file; - reads standard input (repeatable)",
+    )
+    parser.add_argument("--prompts", metavar="FILE", help="JSONL of objects with prompt and, if wanted, id")
     parser.add_argument("--policy", default="fastkv", metavar="NAME", help="fastkv (default) or full")
     policy = parser.add_argument_group("settings of policy fastkv")
     for name, (kind, text) in _POLICY_FLAGS.items():
@@ -114,6 +124,11 @@ def build_parser() -> argparse.ArgumentParser:
     )
     machine.add_argument("--revision", metavar="R", help="revision of a hub id")
     machine.add_argument("--json", action="store_true", help="print one JSON object in place of the text")
+    machine.add_argument(
+        "--output", metavar="FILE", help="JSONL of the answers to several prompts; goes on where it was"
+    )
+    machine.add_argument("--batch-size", type=int, metavar="N", help="prompts at work at a time, with --output (8)")
+    machine.add_argument("--kv-memory", type=int, metavar="MIB", help="for their KV caches (default: what there is)")
     machine.add_argument("--report", metavar="FILE", help="write a page that shows what was kept of the prompt (HTML)")
     machine.add_argument("--quiet", action="store_true", help="print no figures")
     machine.add_argument("--version", action="version", version=f"fastkv-run {__version__}")
@@ -154,7 +169,7 @@ def _run(args: argparse.Namespace) -> int:
             raise FastKVError(f"{flag}: is not UTF-8")
     if sys.stdout is None:
         raise OSError("standard output is closed")
-    text = read_prompt(args.prompt)
+    jobs = _jobs(args)
     if args.report is not None:
         from fastkv.report.target import check_writable
 
@@ -162,14 +177,20 @@ def _run(args: argparse.Namespace) -> int:
 
     import torch
 
-    from fastkv.engine.llm import LLM
     from fastkv.engine.sampler import SamplingParams
 
     params = SamplingParams(stop=args.stop, ignore_eos=args.ignore_eos, **_given(args, _SAMPLING_FLAGS))
     policy = build_policy(args.policy, _given(args, _POLICY_FLAGS))
     if args.threads is not None:
         torch.set_num_threads(args.threads)
-    llm = LLM(
+    llm = _load(args, policy)
+    return _run_one(args, llm, jobs[0], params) if args.output is None else _run_many(args, llm, jobs, params)
+
+
+def _load(args: argparse.Namespace, policy: Policy) -> LLM:
+    from fastkv.engine.llm import LLM
+
+    return LLM(
         args.model,
         policy=policy,
         dtype=args.dtype,
@@ -179,14 +200,52 @@ def _run(args: argparse.Namespace) -> int:
         compile=args.compile,
         attention=args.attention,
     )
-    prompt = _chat_ids(llm, text, args.system) if args.chat else text
-    stream = llm.stream(prompt, params, keep_selection=args.report is not None)
+
+
+def _jobs(args: argparse.Namespace) -> list[Job]:
+    """The prompts, and FastKVError for flags that do not go with one or with several of them."""
+    from fastkv.engine.job import Job, check_names, read_jobs
+
+    if bool(args.prompt) == (args.prompts is not None):
+        raise FastKVError("the following arguments are required: --prompt or --prompts, one of the two")
+    jobs = read_jobs(args.prompts) if args.prompts else [Job(name, read_prompt(name)) for name in args.prompt]
+    check_names(jobs)
+    if args.output is None:
+        if args.prompts or len(jobs) > 1:
+            raise FastKVError("several prompts need --output FILE, where their answers go")
+        for name in ("batch_size", "kv_memory"):
+            if getattr(args, name) is not None:
+                raise FastKVError(f"{_flag(name)} is for several prompts: add --output, or leave it out")
+    for flag in ("json", "report"):
+        if args.output is not None and getattr(args, flag):
+            raise FastKVError(f"{_flag(flag)} is for one prompt on standard output: leave it or --output out")
+    return jobs
+
+
+def _run_one(args: argparse.Namespace, llm: LLM, job: Job, params: SamplingParams) -> int:
+    """The answer to standard output, as it is made."""
+    stream = llm.stream(_prompt(args, llm, job), params, keep_selection=args.report is not None)
     status = _print_json(llm, stream) if args.json else _print_text(stream)
     if not args.quiet:
         _print_figures(llm, stream.output().metrics)
     if args.report is not None:
         _write_report(args.report, llm, stream)
     return status
+
+
+def _run_many(args: argparse.Namespace, llm: LLM, jobs: list[Job], params: SamplingParams) -> int:
+    """The answers into a file, those left out that are there."""
+    from fastkv.engine.job import run_jobs
+
+    limits: dict[str, Any] = {} if args.batch_size is None else {"batch_size": args.batch_size}
+    if args.kv_memory is not None:
+        check_integer("kv_memory", args.kv_memory, 1)
+        limits["kv_memory"] = args.kv_memory * 2**20
+    about = {"model": args.model, "chat": args.chat, "system": args.system}
+    line = run_jobs(llm, jobs, lambda job: _prompt(args, llm, job), params, args.output, about, limits)
+    if not args.quiet:
+        _say(line)
+    return DONE
 
 
 def read_prompt(name: str) -> str:
@@ -238,9 +297,12 @@ def _given(args: argparse.Namespace, flags: dict[str, tuple[type, str]]) -> dict
     return {name: getattr(args, name) for name in flags if getattr(args, name) is not None}
 
 
-def _chat_ids(llm: LLM, text: str, system: str | None) -> list[int]:
-    messages = [] if system is None else [{"role": "system", "content": system}]
-    return llm.chat([*messages, {"role": "user", "content": text}])
+def _prompt(args: argparse.Namespace, llm: LLM, job: Job) -> str | list[int]:
+    """The prompt as the model is to see it."""
+    if not args.chat:
+        return job.prompt
+    messages = [] if args.system is None else [{"role": "system", "content": args.system}]
+    return llm.chat([*messages, {"role": "user", "content": job.prompt}])
 
 
 def _print_text(stream: Generation) -> int:

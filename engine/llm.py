@@ -25,7 +25,7 @@ from fastkv.engine.generation import Generation
 from fastkv.engine.memory import check_fits, explain_out_of_memory
 from fastkv.engine.output import Output
 from fastkv.engine.prefill import Prefill, new_cache, prefill
-from fastkv.engine.progress import LoadingLine
+from fastkv.engine.progress import ProgressLine, loading
 from fastkv.engine.request import (
     Request,
     answer_length,
@@ -97,7 +97,7 @@ class LLM:
         self.tokenizer = Tokenizer.from_pretrained(folder, self.config)
         advice = "take a smaller model, a device with more memory, or --dtype bfloat16"
         check_fits(f"the model {folder.name}", model_bytes(self.config, torch_dtype), target, advice)
-        with LoadingLine(sys.stderr) as line, explain_out_of_memory():
+        with ProgressLine(sys.stderr, loading) as line, explain_out_of_memory():
             if dummy:
                 self._model = random_weights(self.config, torch_dtype, target)
             else:

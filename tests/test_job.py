@@ -1,0 +1,209 @@
+"""Several prompts from files, answers into a file, and a run that goes on where it was stopped."""
+
+from __future__ import annotations
+
+import json
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fastkv import LLM, FastKV, SamplingParams
+from fastkv.cli import main
+
+Run = Callable[..., tuple[int, str, str]]
+TEXTS = {
+    "one.txt": "The access code of the old mill is 1111. The access code of the old mill is",
+    "two.txt": "A quiet neighbor found a small boat. " * 20,
+    "three.txt": "The access code of the red door is 2222.",
+}
+
+
+@pytest.fixture
+def run(
+    archive_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Run:
+    """fastkv-run on the bundled model, in a folder with three prompts: (status, stdout, stderr)."""
+    monkeypatch.chdir(tmp_path)
+    for name, text in TEXTS.items():
+        Path(name).write_text(text + "\n")
+    lines = [{"id": name, "prompt": text} for name, text in TEXTS.items()]
+    Path("prompts.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n")
+
+    def call(*argv: str) -> tuple[int, str, str]:
+        model = ["--model", str(archive_folder), "--device", "cpu", "--dtype", "float32"]
+        status = main([*model, "--max-tokens", "6", *argv])
+        out, err = capsys.readouterr()
+        return status, out, err
+
+    return call
+
+
+def files() -> list[str]:
+    return [word for name in TEXTS for word in ("--prompt", name)]
+
+
+def records(name: str = "out.jsonl") -> dict[str, dict[str, Any]]:
+    found = [json.loads(line) for line in Path(name).read_text().splitlines()]
+    assert len({record["id"] for record in found}) == len(found)
+    return {record["id"]: record for record in found}
+
+
+@pytest.mark.parametrize("argv", [files(), ["--prompts", "prompts.jsonl"]], ids=["files", "jsonl"])
+def test_each_prompt_has_its_record(run: Run, archive_llm: LLM, argv: list[str]) -> None:
+    status, out, err = run(*argv, "--output", "out.jsonl", "--kv-retention", "0.3", "--min-tokens", "8")
+    assert (status, out) == (0, "")
+    assert err.startswith("3 answers to out.jsonl: ")
+    policy = FastKV(kv_retention=0.3, min_tokens=8)
+    for name, text in TEXTS.items():
+        record = records()[name]
+        expected = archive_llm.generate(text, SamplingParams(max_tokens=6), policy)
+        assert record["text"] == expected.text
+        assert record["token_ids"] == expected.token_ids
+        assert record["finish_reason"] == expected.finish_reason
+        assert record["metrics"]["kv_tokens"] == expected.metrics.kv_tokens
+        assert record["policy"]["kv_retention"] == 0.3
+        assert record["sampling"]["max_tokens"] == 6
+
+
+def test_lines_without_an_id_are_numbered(run: Run) -> None:
+    Path("p.jsonl").write_text('\ufeff{"prompt": "a b"}\n\n{"prompt": "c d"}')
+    assert run("--prompts", "p.jsonl", "--output", "out.jsonl")[0] == 0
+    assert set(records()) == {"1", "3"}
+
+
+def test_a_stopped_run_goes_on(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What has an answer is not asked again; a record that was cut short is."""
+    assert run(*files(), "--output", "whole.jsonl")[0] == 0
+    whole = records("whole.jsonl")
+    lines = Path("whole.jsonl").read_text().splitlines(keepends=True)
+    Path("out.jsonl").write_text(lines[0] + lines[1][:40])
+    asked: list[int] = []
+    real = LLM.generate_each
+
+    def count(self: LLM, prompts: Any, *arguments: Any, **named: Any) -> Any:
+        asked.append(len(prompts))
+        return real(self, prompts, *arguments, **named)
+
+    monkeypatch.setattr(LLM, "generate_each", count)
+    status, _, err = run(*files(), "--output", "out.jsonl")
+    assert status == 0
+    assert "2 answers" in err
+    assert "1 were there already" in err
+    assert asked == [2]
+    assert {name: r["token_ids"] for name, r in records().items()} == {n: r["token_ids"] for n, r in whole.items()}
+    before = Path("out.jsonl").read_bytes()
+    assert run(*files(), "--output", "out.jsonl", "--quiet") == (0, "", "")
+    assert Path("out.jsonl").read_bytes() == before
+
+
+def test_ctrl_c_keeps_what_is_done(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    from fastkv.engine.job import Records
+
+    append = Records.append
+
+    def interrupted(self: Records, *arguments: Any) -> None:
+        append(self, *arguments)
+        if len(self.done) == 2:
+            signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(Records, "append", interrupted)
+    assert run(*files(), "--output", "out.jsonl")[0] == 130
+    assert len(records()) == 2
+
+
+def test_chat_prompts_of_several(run: Run, archive_llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[Any] = []
+
+    def chat(self: LLM, messages: Any) -> list[int]:
+        said.append(messages)
+        return [5, 6, 7]
+
+    monkeypatch.setattr(LLM, "chat", chat)
+    assert run(*files(), "--output", "out.jsonl", "--chat", "--system", "Be brief.")[0] == 0
+    assert said == [
+        [{"role": "system", "content": "Be brief."}, {"role": "user", "content": text}] for text in TEXTS.values()
+    ]
+    assert {record["system"] for record in records().values()} == {"Be brief."}
+
+
+@pytest.mark.parametrize(
+    ("argv", "named"),
+    [
+        ([], "required: --prompt or --prompts"),
+        (["--prompt", "one.txt", "--prompts", "prompts.jsonl"], "one of the two"),
+        (["--prompts", "prompts.jsonl"], "several prompts need --output FILE"),
+        (files(), "several prompts need --output FILE"),
+        (["--prompt", "one.txt", "--prompt", "one.txt", "--output", "o"], "two prompts of the name one.txt"),
+        (["--prompt", "one.txt", "--batch-size", "2"], "--batch-size is for several prompts"),
+        (["--prompt", "one.txt", "--kv-memory", "2"], "--kv-memory is for several prompts"),
+        (["--prompt", "one.txt", "--output", "o", "--json"], "--json is for one prompt"),
+        (["--prompt", "one.txt", "--output", "o", "--report", "r.html"], "--report is for one prompt"),
+        (["--prompt", "one.txt", "--output", "no/such/o"], "--output: no/such/o: cannot be written"),
+        (["--prompt", "one.txt", "--output", "."], "--output: .: cannot be written"),
+        ([*files(), "--output", "o", "--batch-size", "0"], "--batch-size:"),
+        ([*files(), "--output", "o", "--kv-memory", "0"], "--kv-memory:"),
+        (["--prompts", "missing.jsonl", "--output", "o"], "--prompts: missing.jsonl: cannot be read"),
+        (["--prompts", "one.txt", "--output", "o"], "--prompts: one.txt, line 1: is not JSON"),
+    ],
+    ids=str,
+)
+def test_mistakes(run: Run, argv: list[str], named: str) -> None:
+    status, out, err = run(*argv)
+    assert (status, out) == (2, "")
+    assert err.startswith("fastkv-run: error: ")
+    assert len(err.splitlines()) == 1
+    assert named in err
+
+
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [
+        ("\n\n", "holds no prompt"),
+        ('{"prompt": "a"}\n["b"]\n', "line 2: needs an object with a text as prompt"),
+        ('{"prompt": ""}\n', "line 1: needs an object with a text as prompt"),
+        ('{"prompt": 7}\n', "line 1: needs an object with a text as prompt"),
+        ('{"prompt": "a", "max_tokens": 3}\n', "line 1: max_tokens is neither prompt nor id"),
+        ('{"prompt": "a", "id": 2}\n{"prompt": "b"}\n', "two prompts of the name 2"),
+        (b"\xff\xfe", "is not UTF-8"),
+    ],
+    ids=str,
+)
+def test_broken_lists_of_prompts(run: Run, text: str | bytes, named: str) -> None:
+    Path("p.jsonl").write_bytes(text if isinstance(text, bytes) else text.encode())
+    status, _, err = run("--prompts", "p.jsonl", "--output", "o")
+    assert status == 2
+    assert err.startswith("fastkv-run: error: --prompts: ")
+    assert named in err
+    assert not Path("o").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (["--max-tokens", "7"], "sampling max_tokens 6, not 7"),
+        (["--kv-retention", "0.2"], "policy kv_retention 0.1, not 0.2"),
+        (["--policy", "full"], 'policy name "fastkv", not "full"'),
+        (["--dtype", "bfloat16"], 'dtype "float32", not "bfloat16"'),
+    ],
+    ids=str,
+)
+def test_the_output_of_another_run_is_refused(run: Run, change: list[str], named: str) -> None:
+    assert run(*files(), "--output", "out.jsonl")[0] == 0
+    before = Path("out.jsonl").read_bytes()
+    status, _, err = run(*files(), "--output", "out.jsonl", *change)
+    assert status == 2
+    assert f"--output: out.jsonl, line 1: was made with {named}; take another file" in err
+    assert Path("out.jsonl").read_bytes() == before
+
+
+def test_the_output_for_another_text_is_refused(run: Run) -> None:
+    assert run(*files(), "--output", "out.jsonl")[0] == 0
+    Path("two.txt").write_text("Something else.")
+    status, _, err = run(*files(), "--output", "out.jsonl")
+    assert status == 2
+    assert "prompt two.txt was another text" in err
+    Path("out.jsonl").write_text("Dear diary\n")
+    assert "line 1: is no record of such a run" in run(*files(), "--output", "out.jsonl")[2]
