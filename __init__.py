@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from fastkv.errors import FastKVError
 
 if TYPE_CHECKING:
-    from fastkv.cache.policies import FastKV, FullKV
+    from fastkv.cache.policies import FastKV, FullKV, PyramidKV, SnapKV, StreamingLLM
     from fastkv.engine.llm import LLM
     from fastkv.engine.output import Metrics, Output, Piece
     from fastkv.engine.prefill import Prefill
@@ -25,7 +25,10 @@ __all__ = [
     "Output",
     "Piece",
     "Prefill",
+    "PyramidKV",
     "SamplingParams",
+    "SnapKV",
+    "StreamingLLM",
 ]
 
 # The names that pull in torch are imported on first use, so that `fastkv-run --help` answers at once.
@@ -37,7 +40,10 @@ _LAZY = {
     "Output": "fastkv.engine.output",
     "Piece": "fastkv.engine.output",
     "Prefill": "fastkv.engine.prefill",
+    "PyramidKV": "fastkv.cache.policies",
     "SamplingParams": "fastkv.engine.sampler",
+    "SnapKV": "fastkv.cache.policies",
+    "StreamingLLM": "fastkv.cache.policies",
 }
 
 

@@ -38,6 +38,7 @@ _POLICY_FLAGS: dict[str, tuple[type, str]] = {
     "kernel": (int, "width of the pooling of scores, odd (default 7)"),
     "pooling": (str, "max or avg (default max)"),
     "min_tokens": (int, "the rates never keep fewer tokens than this (default 128)"),
+    "sinks": (int, "first tokens that streamingllm always keeps (default 4)"),
 }
 _SAMPLING_FLAGS: dict[str, tuple[type, str]] = {
     "max_tokens": (int, "tokens to generate at most (default 256, or what the context leaves)"),
@@ -59,6 +60,7 @@ _METAVARS = {
     "kernel": "K",
     "pooling": "max|avg",
     "min_tokens": "N",
+    "sinks": "N",
     "max_tokens": "N",
     "temperature": "T",
     "top_k": "K",
@@ -102,8 +104,10 @@ def build_parser() -> argparse.ArgumentParser:
         help="UTF-8 text file; - reads standard input (repeatable)",
     )
     parser.add_argument("--prompts", metavar="FILE", help="JSONL of objects with prompt and, if wanted, id")
-    parser.add_argument("--policy", default="fastkv", metavar="NAME", help="fastkv (default) or full")
-    policy = parser.add_argument_group("settings of policy fastkv")
+    parser.add_argument(
+        "--policy", default="fastkv", metavar="NAME", help="fastkv (default), full, snapkv, pyramidkv, streamingllm"
+    )
+    policy = parser.add_argument_group("settings of the policies; one that a policy does not have is refused")
     for name, (kind, text) in _POLICY_FLAGS.items():
         policy.add_argument(_flag(name), type=kind, help=text, metavar=_METAVARS[name])
     sampling = parser.add_argument_group("generation")

@@ -6,6 +6,7 @@ compute), `budget` the cache (decode memory). Both count from the original promp
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -45,7 +46,7 @@ class Policy:
 
     def settings(self, n_layers: int) -> dict[str, Any]:
         """The settings by name, with defaults that depend on the model worked out."""
-        return {}
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}  # type: ignore[arg-type]
 
     def stages(self, n_layers: int, n_tokens: int) -> list[Stage]:
         """Context reduction: the slabs, in order, that together are all layers."""

@@ -565,7 +565,7 @@ def test_a_prompt_longer_than_a_sliding_window(complaint: Complaint, make: Make,
 NO_SHARE = ["0", "-0.0", "-1", "1.5", "nan", "inf", "-inf", "abc", "", "0.1x", "1e400"]
 NO_COUNT = ["0", "-1", "1.5", "nan", "abc", "", "1e3"]
 WRONG = {
-    "--policy": ["", "snapkv", "FastKV", "full,fastkv"],
+    "--policy": ["", "kvsnap", "FastKV", "full,fastkv"],
     "--tsp-layer": ["-1", "8", "100", "9" * 40, "1.5", "abc", ""],
     "--tsp-rate": NO_SHARE,
     "--kv-retention": NO_SHARE,
@@ -605,7 +605,14 @@ def test_every_flag_with_a_value_has_wrong_ones_here() -> None:
     """A new flag comes with its mistakes."""
     settings = {action.option_strings[-1] for action in build_parser()._actions if action.nargs is None}
     several = {"--prompts", "--output", "--batch-size", "--kv-memory"}  # tests/test_job.py
-    assert settings - {"--model", "--prompt", "--system"} - several == set(WRONG)
+    assert settings - {"--model", "--prompt", "--system", "--sinks"} - several == set(WRONG)
+
+
+@pytest.mark.parametrize("value", ["-1", "1.5", "x", "200"])
+def test_sinks_out_of_range(complaint: Complaint, prompt: str, value: str) -> None:
+    """A setting of one policy: 200 leave no room in a budget of 128."""
+    argv = ["--model", str(ARCHIVE), "--prompt", prompt, "--policy", "streamingllm", "--sinks", value]
+    complaint(*argv, names="sinks")
 
 
 @pytest.mark.parametrize("flag", ["--model", "--prompt", "--policy", "--tsp-rate", "--seed", "--stop", "--device"])
