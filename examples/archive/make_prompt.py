@@ -7,41 +7,15 @@ The expected code goes to --answer-file, or to stderr as `answer: 5831`.
 
 from __future__ import annotations
 
-import random
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
-from archive_text import question
 from arguments import Parser, integer, number
-from compose import Encode, compose, load_encode, place
+
+from fastkv.eval.tasks.archive_compose import Prompt, load_encode, make_prompt
 
 TOKENIZER = Path(__file__).parent / "model" / "tokenizer.json"
-
-
-@dataclass(frozen=True)
-class Prompt:
-    """`text` ends where the answer ` 5831.\\n` begins; `code` is its four digits, found in `text` once."""
-
-    text: str
-    code: str
-
-
-def make_prompt(encode: Encode, tokens: int, depth: float, seed: int, n_records: int | None = None) -> Prompt:
-    """A prompt of about `tokens` tokens, BOS included; `depth` in [0, 1] is where the asked record lies in the text.
-
-    Raises ValueError where the records do not fit.
-    """
-    rng = random.Random(seed)
-    # Every question has the same number of tokens; BOS and the newline are the other two.
-    room = tokens - 2 - len(encode(question(("calm", "owl"))))
-    archive = compose(rng, encode, room, n_records)
-    if not archive.askable:
-        raise ValueError("every code of the text appears twice; take another seed")
-    key = rng.choice(archive.askable)
-    text = place(archive, key, encode, depth).text
-    return Prompt(f"{text}\n{question(key)}", archive.codes[key])
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

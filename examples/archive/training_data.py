@@ -6,9 +6,10 @@ import random
 from dataclasses import dataclass
 
 import torch
-from archive_text import question
-from compose import Encode, compose
 from torch import Tensor
+
+from fastkv.eval.tasks.archive_compose import Encode, compose
+from fastkv.eval.tasks.archive_text import question
 
 BOS, EOS = 0, 1
 ANSWER_TOKENS = 7  # ` dddd.\n` and EOS

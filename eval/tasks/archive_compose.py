@@ -1,6 +1,7 @@
-"""Archive texts of a wanted length: records shuffled among fillers, one of them put at a wanted depth.
+"""Archive texts and prompts of a wanted length: records shuffled among fillers, one of them at a wanted depth.
 
-Knows the tokenizer only as a function from text to token ids. The sentences themselves are archive_text.py's.
+Knows the tokenizer only as a function from text to token ids. The sentences themselves are archive_text.py's. The
+scripts of examples/archive make prompts and training texts with this file, and eval/tasks/archive.py its examples.
 """
 
 from __future__ import annotations
@@ -11,12 +12,20 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from archive_text import Key, filler, record, records
+from fastkv.eval.tasks.archive_text import Key, filler, question, record, records
 
 Encode = Callable[[str], list[int]]  # no BOS added
 
 MIN_RECORDS, MAX_RECORDS = 3, 48
 MIN_SHARE, MAX_SHARE = 0.1, 0.6  # of a text's tokens that are records
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """`text` ends where the answer ` 5831.\\n` begins; `code` is its four digits, found in `text` once."""
+
+    text: str
+    code: str
 
 
 @dataclass(frozen=True)
@@ -35,6 +44,22 @@ class Archive:
         """The keys whose code no other record has: the only ones whose answer shows which record was read."""
         uses = Counter(self.codes.values())
         return [key for key, code in self.codes.items() if uses[code] == 1]
+
+
+def make_prompt(encode: Encode, tokens: int, depth: float, seed: int | str, n_records: int | None = None) -> Prompt:
+    """A prompt of about `tokens` tokens, BOS included; `depth` in [0, 1] is where the asked record lies in the text.
+
+    Raises ValueError where the records do not fit.
+    """
+    rng = random.Random(seed)
+    # Every question has the same number of tokens; BOS and the newline are the other two.
+    room = tokens - 2 - len(encode(question(("calm", "owl"))))
+    archive = compose(rng, encode, room, n_records)
+    if not archive.askable:
+        raise ValueError("every code of the text appears twice; take another seed")
+    key = rng.choice(archive.askable)
+    text = place(archive, key, encode, depth).text
+    return Prompt(f"{text}\n{question(key)}", archive.codes[key])
 
 
 def compose(rng: random.Random, encode: Encode, tokens: int, n_records: int | None = None) -> Archive:

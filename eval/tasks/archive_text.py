@@ -1,6 +1,7 @@
 """Archive texts: filler sentences with access-code records hidden among them, and questions about the records.
 
-Everything is drawn from a `random.Random`, so a seed fixes a text. No imports beyond the standard library.
+The wording that the bundled model of examples/archive was trained on; its scripts take it from here. Everything is drawn
+from a `random.Random`, so a seed fixes a text. No imports beyond the standard library.
 """
 
 # ruff: noqa: E501, SIM905 (word lists)

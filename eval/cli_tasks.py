@@ -1,0 +1,133 @@
+"""The task run of fastkv-eval: what its flags mean. Heavy imports wait until the flags are good."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from typing import TYPE_CHECKING
+
+from fastkv.cli import DONE, INTERRUPTED
+from fastkv.errors import FastKVError, check_integer, check_number
+from fastkv.eval.cli import say
+from fastkv.eval.cli_flags import (
+    DEFAULT_DEPTHS,
+    DEFAULT_EXAMPLES,
+    DEFAULT_LENGTHS,
+    DEFAULT_POLICIES,
+    build_parser,
+)
+from fastkv.eval.contenders import Contender, parse_contenders
+from fastkv.eval.example import Task
+from fastkv.eval.tasks import build_tasks
+
+if TYPE_CHECKING:
+    from fastkv.eval.results import Results
+    from fastkv.eval.runner import Plan
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the tasks and print the tables, also of a run that is interrupted; the exit status."""
+    _check(args)
+    tasks = build_tasks(args.task, args.qa_file, args.longbench)
+    _check_lengths(args, tasks)
+    contenders = parse_contenders(args.policy or DEFAULT_POLICIES)
+
+    import torch
+
+    from fastkv.engine.llm import LLM
+    from fastkv.eval.header import describe
+    from fastkv.eval.progress import ProgressLine
+    from fastkv.eval.prompts import Prompts
+    from fastkv.eval.results import Results
+    from fastkv.eval.runner import Runner
+    from fastkv.models.hub import model_folder
+
+    if args.threads is not None:
+        torch.set_num_threads(args.threads)
+    folder = model_folder(args.model, args.revision)
+    llm = LLM(folder, dtype=args.dtype, device=args.device)
+    contenders = parse_contenders([contender.label for contender in contenders], llm.config.n_layers)
+    plan = _plan(args, tasks, llm.config.context_length)
+    runner = Runner(llm, plan, contenders, Prompts(llm, args.chat))
+    about = {"model": args.model, "revision": args.revision, "chat": args.chat}
+    results = Results({**about, **describe(llm, folder, plan, contenders)}, args.output)
+    status = DONE
+    progress = ProgressLine(None if args.quiet else sys.stderr, results.resumed)
+    if results.resumed and not args.quiet:
+        say(f"{args.output}: going on behind {results.resumed} records" + " (the last line was cut off)" * results.torn)
+    try:
+        runner.run(results, progress.show)
+    except KeyboardInterrupt:
+        status = INTERRUPTED
+    finally:
+        progress.clear()
+        results.close()
+    _present(args, results, contenders, plan)
+    return status
+
+
+def _check(args: argparse.Namespace) -> None:
+    for length in args.length or []:
+        check_integer("length", length, 1)
+    for depth in args.depth:
+        check_number("depth", depth, 0, 1)
+    for name in ("examples", "max_tokens", "longbench_tokens", "threads"):
+        if getattr(args, name) is not None:
+            check_integer(name, getattr(args, name), 1, 4096 if name == "threads" else None)
+    if args.output is not None and not args.output.parent.is_dir():
+        raise FastKVError(f"--output {args.output}: there is no folder {args.output.parent}")
+    if args.plots is not None:
+        from fastkv.eval.plots import check_matplotlib
+
+        check_matplotlib()
+
+
+def _check_lengths(args: argparse.Namespace, tasks: list[Task]) -> None:
+    if args.length and not any(task.has_length for task in tasks):
+        raise FastKVError(
+            "LongBench's prompts have lengths of their own; --longbench-tokens cuts them", setting="length"
+        )
+    if args.longbench_tokens is not None and all(task.has_length for task in tasks):
+        raise FastKVError("is for --task longbench: add it, or leave it out", setting="longbench_tokens")
+
+
+def _plan(args: argparse.Namespace, tasks: list[Task], context: int) -> Plan:
+    from fastkv.eval.runner import Plan
+
+    answers = [task.max_new_tokens if args.max_tokens is None else args.max_tokens for task in tasks if task.has_length]
+    lengths = args.length or [length for length in DEFAULT_LENGTHS if length + max(answers, default=0) <= context]
+    if answers and not lengths:
+        raise FastKVError(f"the model's context is {context} tokens; say which lengths fit it", setting="length")
+    return Plan(
+        tasks=tuple(tasks),
+        lengths=tuple(sorted(set(lengths))) if answers else (),
+        depths=tuple(sorted(set(args.depth))),
+        examples=args.examples or DEFAULT_EXAMPLES,
+        seed=args.seed,
+        max_tokens=args.max_tokens,
+        longbench_examples=args.examples,
+        longbench_tokens=args.longbench_tokens,
+    )
+
+
+def _present(args: argparse.Namespace, results: Results, contenders: list[Contender], plan: Plan) -> None:
+    """Tables to stdout, pictures to their folder, and a word on a run that is not complete."""
+    from fastkv.eval.table import render
+
+    labels = [contender.label for contender in contenders]
+    print(render(results.records, labels), end="", flush=True)
+    missing = len(plan.slots()) * len(labels) - len(results.records)
+    if missing and not args.quiet:
+        kept = (
+            f"the same command goes on from {args.output}" if args.output else "nothing was kept, for want of --output"
+        )
+        say(f"interrupted with {missing} answers to go: {kept}")
+    if args.plots is not None:
+        from fastkv.eval.plots import draw_plots
+
+        for path in draw_plots(results.records, labels, args.plots):
+            if not args.quiet:
+                say(f"wrote {path}")
+
+
+__all__ = ["DEFAULT_DEPTHS", "DEFAULT_EXAMPLES", "DEFAULT_LENGTHS", "DEFAULT_POLICIES", "build_parser", "run"]

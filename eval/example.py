@@ -1,0 +1,101 @@
+"""What an example is, and what a task is: a function that writes one. Knows no model and no policy.
+
+A slot says which example is meant; seed and slot together fix its text. So the same command asks the same questions
+again, and every policy of a run is asked the same ones.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+
+@dataclass(frozen=True)
+class Slot:
+    """The place of an example in a run.
+
+    `length` is in tokens, and None where texts have their own; `depth` in [0, 1] is None where the task draws it.
+    """
+
+    task: str
+    length: int | None
+    depth: float | None
+    index: int
+
+    @property
+    def id(self) -> str:
+        """Stable from run to run, and unique within one."""
+        length = "" if self.length is None else f"/tokens={self.length}"
+        depth = "" if self.depth is None else f"/depth={self.depth:g}"
+        return f"{self.task}{length}{depth}/{self.index}"
+
+
+@dataclass(frozen=True)
+class Draft:
+    """The text of an example: what is asked, the beginning of the answer, and the answers expected behind it.
+
+    `lead` ends where the model's own words begin; under a chat template it is the beginning of the model's turn.
+    chat: whether a chat template may be put around the prompt. classes: all that the answer could be, where it is a
+    class. cut: whether the text had a middle that is left out here.
+    """
+
+    prompt: str
+    answers: tuple[str, ...]
+    lead: str = ""
+    chat: bool = True
+    classes: tuple[str, ...] = ()
+    cut: bool = False
+
+    @property
+    def text(self) -> str:
+        return self.prompt + self.lead
+
+    def behind(self, text: str) -> Draft:
+        """The same with `text` in front."""
+        return replace(self, prompt=text + self.prompt)
+
+
+@dataclass(frozen=True)
+class Draw:
+    """All that a task may look at while it writes: the slot, the seed, and the model's tokenizer as two functions.
+
+    count: tokens of a whole draft, BOS and chat template included. encode: ids of a bare text, nothing added; decode:
+    the text of such ids. room: the tokens that the model has for a text of its own length.
+    """
+
+    slot: Slot
+    seed: int
+    count: Callable[[Draft], int]
+    encode: Callable[[str], list[int]]
+    decode: Callable[[list[int]], str]
+    room: int = 0
+
+    @property
+    def limit(self) -> int:
+        """The tokens that the draft may have."""
+        return self.room if self.slot.length is None else self.slot.length
+
+    def rng(self, *purpose: str | int) -> random.Random:
+        """A fresh source of chance for this example; another purpose gives another one."""
+        return random.Random("/".join(map(str, (self.seed, self.slot.id, *purpose))))
+
+
+@dataclass(frozen=True)
+class Task:
+    """A family of examples.
+
+    write: the text for a slot, never longer than its limit. rule: how answers are scored (scoring.py). has_depth,
+    has_length: whether the run's depths and lengths apply to it. source: what the file it reads holds, as a checksum,
+    where it reads one. most: how many examples there are, where they are not drawn without end.
+    """
+
+    name: str
+    summary: str
+    rule: str
+    max_new_tokens: int
+    write: Callable[[Draw], Draft]
+    has_depth: bool = False
+    has_length: bool = True
+    source: str | None = None
+    most: int | None = None

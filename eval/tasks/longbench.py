@@ -1,0 +1,162 @@
+"""LongBench (arXiv 2308.14508) from a user's own copy of it: `<dataset>.jsonl` files and its two files of settings.
+
+dataset2prompt.json holds a template for each dataset, dataset2maxlen.json how many tokens an answer may have. Both are
+looked for in the folder and in its `config`, the datasets in the folder and in its `data`. Nothing is downloaded.
+
+A prompt that is longer than the model's room loses its middle, as in LongBench's own script, which cuts before it puts
+the chat template around the prompt and here the room includes it. That script also ends samsum's answers at a newline
+that is not their first token; here the first-line rule of the scores leaves the rest out.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from string import Formatter
+from typing import Any
+
+from fastkv.errors import FastKVError
+from fastkv.eval.example import Draft, Draw, Task
+from fastkv.eval.longbench import METRICS, WITHOUT_CHAT, longbench_score
+from fastkv.eval.scoring import LONGBENCH
+from fastkv.eval.tasks.jsonl import checksum, read_jsonl, read_text
+
+ALL = "longbench"  # the task name that stands for every dataset that is there
+ATTEMPTS = 8
+SETTING = "longbench"
+_HOLDS = "input, context, answers and all_classes"
+
+
+@dataclass(frozen=True)
+class Example:
+    prompt: str
+    answers: tuple[str, ...]
+    classes: tuple[str, ...]
+
+
+def is_longbench(name: str) -> bool:
+    """Whether a task is one of LongBench's, or all of them."""
+    return name == ALL or name.startswith(LONGBENCH)
+
+
+def longbench_tasks(name: str, folder: Path) -> list[Task]:
+    """The tasks of `longbench`, which is every dataset of the folder, or of `longbench:` and a dataset.
+
+    Raises FastKVError for a dataset that is unknown, not there or broken, and where its metric's package is missing.
+    """
+    if not folder.is_dir():
+        raise FastKVError(f"{folder}: there is no such folder", setting=SETTING)
+    templates, longest = (_settings(folder, f"dataset2{what}.json") for what in ("prompt", "maxlen"))
+    if name != ALL:
+        return [_task(folder, name.removeprefix(LONGBENCH), templates, longest)]
+    found = [dataset for dataset in METRICS if _find(folder, "data", f"{dataset}.jsonl") is not None]
+    if not found:
+        raise FastKVError(f"{folder}: has no dataset of LongBench, such as qasper.jsonl", setting=SETTING)
+    return [_task(folder, dataset, templates, longest) for dataset in found]
+
+
+def _task(folder: Path, dataset: str, templates: dict[str, Any], longest: dict[str, Any]) -> Task:
+    if dataset not in METRICS:
+        message = f"{LONGBENCH}{dataset}: is no dataset of LongBench; there are {', '.join(METRICS)}"
+        raise FastKVError(message, setting="task")
+    path = _find(folder, "data", f"{dataset}.jsonl")
+    template, max_new_tokens = templates.get(dataset), longest.get(dataset)
+    if path is None:
+        raise FastKVError(f"{folder}: has no {dataset}.jsonl, neither itself nor in its data", setting=SETTING)
+    if not isinstance(template, str):
+        raise FastKVError(f"{folder}: dataset2prompt.json has no template for {dataset}", setting=SETTING)
+    if type(max_new_tokens) is not int or max_new_tokens < 1:
+        raise FastKVError(f"{folder}: dataset2maxlen.json has no number of tokens for {dataset}", setting=SETTING)
+    try:
+        longbench_score(dataset, "1", ("Paragraph 1 段落1",), ("1",))  # before a model has answered for hours
+    except FastKVError as error:
+        raise FastKVError(f"{LONGBENCH}{dataset}: {error}", setting="task") from None
+    lines, source = read_jsonl(path, SETTING, _HOLDS)
+    examples = [_example(where, dataset, template, fields) for where, fields in lines]
+    return Task(
+        f"{LONGBENCH}{dataset}",
+        f"{dataset} of LongBench",
+        f"{LONGBENCH}{dataset}",
+        max_new_tokens,
+        lambda draw: write(draw, examples[draw.slot.index], chat=dataset not in WITHOUT_CHAT),
+        has_length=False,
+        source=checksum(f"{source} {max_new_tokens} {template}".encode()),
+        most=len(examples),
+    )
+
+
+def write(draw: Draw, example: Example, chat: bool) -> Draft:
+    """The example's prompt, without as much of its middle as the room asks for: two halves of its tokens are left."""
+    draft = Draft(example.prompt, example.answers, chat=chat, classes=example.classes)
+    size = draw.count(draft)
+    if size <= draw.limit:
+        return draft
+    ids = draw.encode(example.prompt)
+    keep = len(ids) + draw.limit - size
+    for _ in range(ATTEMPTS):
+        half = keep // 2
+        if half < 1:
+            break
+        text = draw.decode(ids[:half]) + draw.decode(ids[-half:])
+        draft = Draft(text, example.answers, chat=chat, classes=example.classes, cut=True)
+        size = draw.count(draft)
+        if size <= draw.limit:
+            return draft
+        keep -= size - draw.limit  # where the halves meet, tokens may come out otherwise
+    raise FastKVError(f"{draw.limit} tokens are too short for task {draw.slot.task}", setting="longbench_tokens")
+
+
+def _example(where: str, dataset: str, template: str, fields: dict[str, Any]) -> Example:
+    answers = _strings(fields.get("answers"))
+    classes = _strings(fields.get("all_classes"))
+    if not answers:
+        raise FastKVError(f"{where}: answers must be a list of strings", setting=SETTING)
+    if dataset in ("trec", "lsht") and not classes:
+        raise FastKVError(f"{where}: all_classes must be a list of strings for {dataset}", setting=SETTING)
+    try:
+        prompt = fill(template, fields)
+        longbench_score(dataset, "", answers, classes)  # some metrics look for something in the answer
+    except FastKVError as error:
+        raise FastKVError(f"{where}: {error}", setting=SETTING) from None
+    return Example(prompt, answers, classes)
+
+
+def fill(template: str, fields: dict[str, Any]) -> str:
+    """The template with `{name}` replaced by that field, `{{` and `}}` by a brace. Raises FastKVError for any other."""
+    try:
+        parts = list(Formatter().parse(template))
+    except ValueError as error:
+        raise FastKVError(f"its template in dataset2prompt.json cannot be read ({error})") from None
+    text = []
+    for literal, name, spec, conversion in parts:
+        value = fields.get(name) if name else ""
+        if spec or conversion or name == "" or not isinstance(value, (str, int)):
+            raise FastKVError(f"there is no text for {{{name}}} of its template in dataset2prompt.json")
+        text += [literal, str(value)]
+    return "".join(text)
+
+
+def _settings(folder: Path, name: str) -> dict[str, Any]:
+    path = _find(folder, "config", name)
+    if path is None:
+        raise FastKVError(f"{folder}: has no {name}, neither itself nor in its config", setting=SETTING)
+    try:
+        value = json.loads(read_text(path, SETTING)[1])
+    except (ValueError, RecursionError) as error:
+        if isinstance(error, FastKVError):
+            raise
+        value = None
+    if not isinstance(value, dict):
+        raise FastKVError(f"{path}: is no JSON object with an entry for each dataset", setting=SETTING)
+    return value
+
+
+def _find(folder: Path, inside: str, name: str) -> Path | None:
+    return next((path for path in (folder / name, folder / inside / name) if path.exists()), None)
+
+
+def _strings(value: Any) -> tuple[str, ...]:
+    """The strings of a list; none for anything else."""
+    whole = isinstance(value, list) and all(isinstance(one, str) for one in value)
+    return tuple(value) if whole else ()

@@ -1,0 +1,241 @@
+"""The run of fastkv-eval: the same texts for every policy, in turn; stopped anywhere, it goes on; one file, one run."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fastkv import LLM, FastKVError, Metrics, Output, SamplingParams
+from fastkv.cache.policy import Policy
+from fastkv.eval.contenders import parse_contenders
+from fastkv.eval.prompts import Prompts
+from fastkv.eval.results import Results
+from fastkv.eval.runner import Plan, Runner, checksum
+from fastkv.eval.tasks import GENERATED
+
+LABELS = ["full", "fastkv:kv_retention=0.05,tsp_rate=1"]
+PLAN = Plan((GENERATED["archive"], GENERATED["niah_multikey"]), (260, 400), (0.0, 1.0), examples=2)
+N_EXAMPLES = 2 * (2 * 2 + 2)  # indices x (lengths x depths of archive + lengths of niah_multikey)
+HEADER = {"seed": 0, "policies": LABELS, "lengths": (260, 400)}
+
+
+class Scripted:
+    """Stands in for the model: remembers what it was asked, answers nonsense, and can be stopped."""
+
+    def __init__(self) -> None:
+        self.asked: list[tuple[list[int], Policy, int]] = []
+        self.stop_after: int | None = None
+
+    def generate(self, ids: list[int], params: SamplingParams, policy: Policy) -> Output:
+        if len(self.asked) == self.stop_after:
+            raise KeyboardInterrupt
+        assert params.max_tokens is not None
+        self.asked.append((ids, policy, params.max_tokens))
+        metrics = Metrics(len(ids), 2, 0.1, 50.0, 10, 40, 400, 1000, 9000, 10, None)
+        return Output(f" {len(self.asked)}", [1, 2], "length", metrics)
+
+
+@pytest.fixture
+def scripted(archive_llm: LLM, monkeypatch: pytest.MonkeyPatch) -> Scripted:
+    script = Scripted()
+    monkeypatch.setattr(archive_llm, "generate", script.generate)
+    return script
+
+
+@pytest.fixture
+def runner(archive_llm: LLM) -> Runner:
+    return Runner(archive_llm, PLAN, parse_contenders(LABELS, archive_llm.config.n_layers), Prompts(archive_llm))
+
+
+def test_every_policy_reads_the_same_ids_in_turn(runner: Runner, scripted: Scripted) -> None:
+    results = Results(HEADER)
+    reports: list[tuple[int, int]] = []
+    runner.run(results, lambda record, done, total: reports.append((done, total)))
+    assert len(scripted.asked) == 2 * N_EXAMPLES == len(results.records)
+    assert reports == [(i + 1, 2 * N_EXAMPLES) for i in range(2 * N_EXAMPLES)]
+    for i in range(0, len(scripted.asked), 2):
+        (ids, first, tokens), (others, second, _) = scripted.asked[i : i + 2]
+        assert ids == others
+        assert (first.name, second.name) == ("full", "fastkv")
+        assert tokens == GENERATED[results.records[i].task].max_new_tokens
+        assert [record.policy for record in results.records[i : i + 2]] == LABELS
+        assert {record.prompt_sha256 for record in results.records[i : i + 2]} == {checksum(ids)}
+        assert results.records[i].prompt_tokens == len(ids) <= results.records[i].length
+    assert len({record.id for record in results.records}) == N_EXAMPLES
+    # Balanced: the first half of a run has every task, length and depth.
+    half = results.records[:N_EXAMPLES]
+    assert len({(record.task, record.length, record.depth) for record in half}) == N_EXAMPLES / 2
+
+
+def test_scores_are_of_the_record_s_own_prediction(runner: Runner, archive_llm: LLM, monkeypatch: Any) -> None:
+    """A model that says every right answer gets 1, and one that says none 0."""
+    answers = {checksum(Prompts(archive_llm).ids(draft)): draft for draft in map(runner.draft, PLAN.slots())}
+    script = Scripted()
+
+    def generate(ids: list[int], params: SamplingParams, policy: Policy) -> Output:
+        said = " ".join(answers[checksum(ids)].answers) if policy.name == "full" else "no idea"
+        return replace(script.generate(ids, params, policy), text=f" {said}.\n")
+
+    monkeypatch.setattr(archive_llm, "generate", generate)
+    results = Results(HEADER)
+    runner.run(results)
+    assert {(record.policy, record.score) for record in results.records} == {(LABELS[0], 1.0), (LABELS[1], 0.0)}
+
+
+@pytest.mark.parametrize("stop_after", [0, 1, 7, 2 * N_EXAMPLES - 1])
+def test_a_stopped_run_goes_on(runner: Runner, scripted: Scripted, tmp_path: Path, stop_after: int) -> None:
+    """Nothing is asked twice, nothing is left out, and the order is that of an unbroken run."""
+    path = tmp_path / "run.jsonl"
+    scripted.stop_after = stop_after
+    results = Results(HEADER, path)
+    with pytest.raises(KeyboardInterrupt):
+        runner.run(results)
+    results.close()
+    assert len(path.read_text().splitlines()) == 1 + stop_after
+
+    scripted.stop_after = None
+    again = Results(HEADER, path)
+    assert (again.resumed, again.torn, again.records) == (stop_after, False, results.records)
+    runner.run(again)
+    again.close()
+    assert len(scripted.asked) == 2 * N_EXAMPLES
+    whole = Results(HEADER)
+    runner.run(whole)
+    assert [(r.id, r.policy, r.prompt_sha256) for r in again.records] == [
+        (r.id, r.policy, r.prompt_sha256) for r in whole.records
+    ]
+    complete = Results(HEADER, path)
+    assert complete.records == again.records
+    asked = len(scripted.asked)
+    runner.run(complete)
+    complete.close()
+    assert len(scripted.asked) == asked
+
+
+def test_a_record_is_in_the_file_at_once(runner: Runner, scripted: Scripted, tmp_path: Path) -> None:
+    """A run that is killed loses nothing: not one record waits in memory."""
+    path = tmp_path / "run.jsonl"
+    results = Results(HEADER, path)
+    runner.run(results, lambda record, done, total: check_lines(path, done))
+    results.close()
+
+
+def check_lines(path: Path, done: int) -> None:
+    assert len(path.read_bytes().splitlines()) == 1 + done
+
+
+@pytest.mark.parametrize("torn", [b'{"id": "archive/tok', b"\xff\xfe", b"{" * 100_000], ids=["short", "binary", "long"])
+def test_a_torn_last_line_is_dropped(runner: Runner, scripted: Scripted, tmp_path: Path, torn: bytes) -> None:
+    path = tmp_path / "run.jsonl"
+    scripted.stop_after = 5
+    results = Results(HEADER, path)
+    with pytest.raises(KeyboardInterrupt):
+        runner.run(results)
+    results.close()
+    path.write_bytes(path.read_bytes() + torn)
+    scripted.stop_after = None
+    again = Results(HEADER, path)
+    assert (again.resumed, again.torn) == (5, True)
+    runner.run(again)
+    again.close()
+    whole = Results(HEADER, path)
+    assert (len(whole.records), whole.torn) == (2 * N_EXAMPLES, False)
+
+
+def test_another_run_is_refused(tmp_path: Path) -> None:
+    """What differs is named; when a run began does not count."""
+    path = tmp_path / "run.jsonl"
+    Results({**HEADER, "date": "2026-01-01"}, path).close()
+    before = path.read_bytes()
+    again = Results({**HEADER, "date": "2026-12-31"}, path)
+    again.close()
+    assert again.header["date"] == "2026-01-01"
+    with pytest.raises(FastKVError, match=r"run\.jsonl: is another run's, with seed 0, not 1; name another file"):
+        Results({**HEADER, "seed": 1}, path)
+    with pytest.raises(FastKVError, match=r"lengths \[260, 400\], not null"):
+        Results({"seed": 0, "policies": LABELS}, path)
+    with pytest.raises(FastKVError, match="chat null, not true"):
+        Results({**HEADER, "chat": True}, path)
+    assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    "content", [b"hello\n", b"{}\n", b"[1]\n", b"no line end", b'{"format": "fastkv-eval 1"}\n{"id": 3}\n', b"\xff\n"]
+)
+def test_a_file_that_is_no_result_file(tmp_path: Path, content: bytes) -> None:
+    """It is named, and stays as it is."""
+    path = tmp_path / "notes.txt"
+    path.write_bytes(content)
+    with pytest.raises(FastKVError, match=r"--output .*notes\.txt"):
+        Results({}, path)
+    assert path.read_bytes() == content
+
+
+def test_an_example_whose_text_has_changed(runner: Runner, scripted: Scripted, tmp_path: Path) -> None:
+    """Half of its policies read the old text: the other half must not read another one."""
+    path = tmp_path / "run.jsonl"
+    scripted.stop_after = 1
+    results = Results(HEADER, path)
+    with pytest.raises(KeyboardInterrupt):
+        runner.run(results)
+    results.close()
+    header, record = path.read_text().splitlines()
+    changed = {**json.loads(record), "prompt_sha256": "0" * 16}
+    path.write_text(f"{header}\n{json.dumps(changed)}\n")
+    scripted.stop_after = None
+    with pytest.raises(FastKVError, match="was another text when the run began"):
+        runner.run(Results(HEADER, path))
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"lengths": (9000,)}, "9000 tokens, but the model's context"),
+        ({"lengths": (8190,)}, "ask for at most 8184"),
+        ({"lengths": (400,), "max_tokens": 8000}, "an answer of 8000"),
+        ({"lengths": (60,)}, "60 tokens are too short"),
+        ({"tasks": (replace(GENERATED["archive"], most=1),)}, "1 examples in all, not 2"),
+    ],
+)
+def test_a_plan_that_cannot_run(
+    archive_llm: LLM, scripted: Scripted, change: dict[str, Any], says: str, build: Callable[[Plan], Runner]
+) -> None:
+    """It is refused before anything is asked."""
+    with pytest.raises(FastKVError, match=says):
+        build(replace(PLAN, **change))
+
+
+@pytest.fixture
+def build(archive_llm: LLM) -> Callable[[Plan], Runner]:
+    return lambda plan: Runner(archive_llm, plan, parse_contenders(LABELS), Prompts(archive_llm))
+
+
+@pytest.mark.parametrize(
+    ("texts", "says"),
+    [
+        (["nope"], "--policy nope: policy must be one of"),
+        (["full:window=3"], "--policy full:window=3: .*no setting of --policy full"),
+        (["fastkv:kv_retention=2"], "kv_retention must be a number above 0 and at most 1, not 2"),
+        (["fastkv:kv_retention=lots"], "kv_retention must be a number above 0 and at most 1, not 'lots'"),
+        (["fastkv:window=2.5"], "window must be a whole number"),
+        (["fastkv:kv_retention"], "'kv_retention' is no setting=value"),
+        (["fastkv:=1"], "'=1' is no setting=value"),
+        (["fastkv:tsp_layer=8"], "tsp_layer must be below"),
+        (["fastkv", "fastkv:kv_retention=0.1"], "is the same policy as fastkv"),
+    ],
+)
+def test_policies_that_are_none(texts: list[str], says: str) -> None:
+    with pytest.raises(FastKVError, match=says):
+        parse_contenders(texts, n_layers=8)
+
+
+def test_policies() -> None:
+    full, fastkv = parse_contenders(["full", "fastkv:kv-retention=0.05, tsp_len=64,pooling=avg"])
+    assert (full.label, full.policy.name) == ("full", "full")
+    settings = fastkv.policy.settings(8)
+    assert (settings["kv_retention"], settings["tsp_len"], settings["pooling"]) == (0.05, 64, "avg")
