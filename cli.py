@@ -11,6 +11,7 @@ import dataclasses
 import json
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -27,12 +28,30 @@ if TYPE_CHECKING:
 
 DONE, FAULT, USER_ERROR, INTERRUPTED = 0, 1, 2, 130
 
+
+def _one_or_more(kind: Callable[[str], Any], name: str) -> Callable[[str], Any]:
+    """Reads `0.2` as a value and `0.5,0.2` as a tuple; argparse calls it by that name."""
+
+    def read(text: str) -> Any:
+        values = tuple(kind(part) for part in text.split(","))
+        return values if len(values) > 1 else values[0]
+
+    read.__name__ = name
+    return read
+
+
 # Settings of policies: each is a field of the policies that know it.
-_POLICY_FLAGS: dict[str, tuple[type, str]] = {
-    "tsp_layer": (int, "layer behind whose attention tokens are dropped (default: half way up)"),
-    "tsp_rate": (float, "share of the prompt that goes on behind it (default 0.2; 1 turns TSP off)"),
+_POLICY_FLAGS: dict[str, tuple[Callable[[str], Any], str]] = {
+    "tsp_layer": (
+        _one_or_more(int, "int"),
+        "layer behind whose attention tokens are dropped (default: half way up), or several: I,I,…",
+    ),
+    "tsp_rate": (
+        _one_or_more(float, "float"),
+        "share of the prompt that goes on behind it (default 0.2; 1 turns TSP off); falling with several layers: R,R,…",
+    ),
     "kv_retention": (float, "share of the prompt whose KV each layer keeps (default 0.1; 1 keeps all)"),
-    "tsp_len": (int, "tokens that go on, in place of --tsp-rate"),
+    "tsp_len": (_one_or_more(int, "int"), "tokens that go on, in place of --tsp-rate"),
     "kv_len": (int, "entries that each layer keeps, in place of --kv-retention"),
     "window": (int, "last tokens, always kept, whose queries score the others (default 8)"),
     "kernel": (int, "width of the pooling of scores, odd (default 7)"),
@@ -40,7 +59,7 @@ _POLICY_FLAGS: dict[str, tuple[type, str]] = {
     "min_tokens": (int, "the rates never keep fewer tokens than this (default 128)"),
     "sinks": (int, "first tokens that streamingllm always keeps (default 4)"),
 }
-_SAMPLING_FLAGS: dict[str, tuple[type, str]] = {
+_SAMPLING_FLAGS: dict[str, tuple[Callable[[str], Any], str]] = {
     "max_tokens": (int, "tokens to generate at most (default 256, or what the context leaves)"),
     "temperature": (float, "0 is greedy (default), and then the next three and --seed decide nothing"),
     "top_k": (int, "sample from the K most probable tokens (default 0: all)"),
@@ -297,7 +316,7 @@ def build_policy(name: str, settings: dict[str, Any]) -> Policy:
     return policy(**settings)
 
 
-def _given(args: argparse.Namespace, flags: dict[str, tuple[type, str]]) -> dict[str, Any]:
+def _given(args: argparse.Namespace, flags: dict[str, tuple[Callable[[str], Any], str]]) -> dict[str, Any]:
     return {name: getattr(args, name) for name in flags if getattr(args, name) is not None}
 
 

@@ -30,8 +30,14 @@ def _run_tasks(argv: list[str]) -> int:
     return run(build_parser().parse_args(argv))
 
 
+def _tsp_layers(argv: list[str]) -> int:
+    from fastkv.eval.tsp_layers import main
+
+    return main(argv)
+
+
 # Each takes the arguments behind its name and returns an exit status. Imported when called: --help answers at once.
-COMMANDS: dict[str, Callable[[list[str]], int]] = {"tasks": _run_tasks}
+COMMANDS: dict[str, Callable[[list[str]], int]] = {"tasks": _run_tasks, "tsp-layers": _tsp_layers}
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -530,3 +530,9 @@ def test_loading_a_model_loads_no_compiler(reciter: Path) -> None:
     """Initialising weights on the meta device, which is for nothing, made torch import its compiler: seconds."""
     code = "import sys; from fastkv import LLM; LLM(sys.argv[1]).generate('a'); print('torch._dynamo' in sys.modules)"
     assert python("-c", code, str(reciter)).stdout == "False\n"
+
+
+def test_several_tsp_layers(run: Run) -> None:
+    argv = ["--tsp-layer", "0,1", "--tsp-rate", "0.5,0.2", "--min-tokens", "8", "--max-tokens", "2", "--json"]
+    policy = json.loads(run("abcdefghij" * 20, *argv).out)["policy"]
+    assert (policy["tsp_layer"], policy["tsp_rate"]) == ([0, 1], [0.5, 0.2])

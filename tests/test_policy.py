@@ -113,3 +113,49 @@ def test_a_tsp_layer_outside_the_model_is_refused() -> None:
 def test_policies_are_values() -> None:
     assert FastKV() == FastKV(tsp_rate=0.2)
     assert len({FastKV(), FastKV(), FullKV()}) == 2
+
+
+def test_several_stages_each_from_the_original_length() -> None:
+    policy = FastKV(tsp_layer=(2, 5, 7), tsp_rate=(0.5, 0.2, 0.1), kv_retention=0.15)
+    seen = [plan.seen for plan in plan_layers(policy, 10, 2000)]
+    assert seen == [2000] * 3 + [1000] * 3 + [400] * 2 + [200] * 2
+    assert [plan.kept for plan in plan_layers(policy, 10, 2000)] == [300] * 8 + [200] * 2
+    lengths = FastKV(tsp_layer=[2, 5], tsp_len=[700, 300])  # type: ignore[arg-type]
+    assert [plan.seen for plan in plan_layers(lengths, 8, 2000)] == [2000] * 3 + [700] * 3 + [300] * 2
+    assert hash(lengths) == hash(FastKV(tsp_layer=(2, 5), tsp_len=(700, 300)))
+    assert policy.settings(10)["tsp_layer"] == (2, 5, 7)
+    assert FastKV(tsp_layer=3).settings(10)["tsp_layer"] == 3
+
+
+def test_stages_that_reduce_nothing_are_none() -> None:
+    """The floor makes the two equal; behind the last layer nothing is left to be saved."""
+    policy = FastKV(tsp_layer=(1, 2, 9), tsp_rate=(0.5, 0.2, 0.1), min_tokens=600)
+    assert policy.stages(10, 1000) == [Stage(range(2), 600), Stage(range(2, 10))]
+
+
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [
+        ({"tsp_layer": (5, 2), "tsp_rate": (0.5, 0.2)}, "tsp_layer must rise"),
+        ({"tsp_layer": (2, 2), "tsp_rate": (0.5, 0.2)}, "tsp_layer must rise"),
+        ({"tsp_layer": (2, 5), "tsp_rate": (0.2, 0.5)}, "tsp_rate must fall"),
+        ({"tsp_layer": (2, 5), "tsp_rate": 0.2}, "1 for 2"),
+        ({"tsp_layer": (2, 5)}, "1 for 2"),
+        ({"tsp_rate": (0.5, 0.2)}, "2 for 1"),
+        ({"tsp_layer": (2, 5), "tsp_len": (100, 200)}, "tsp_len must fall"),
+        ({"tsp_layer": (2, 5), "tsp_len": (100, 7)}, "tsp_len must be at least the window"),
+        ({"tsp_layer": ()}, "tsp_layer must not be empty"),
+        ({"tsp_layer": (2, -1), "tsp_rate": (0.5, 0.2)}, "tsp_layer"),
+        ({"tsp_layer": (2, 5), "tsp_rate": (0.5, 0.0)}, "tsp_rate"),
+    ],
+    ids=str,
+)
+def test_stages_that_cannot_be(settings: dict[str, Any], named: str) -> None:
+    with pytest.raises(FastKVError, match=named):
+        FastKV(**settings)
+
+
+def test_the_last_of_several_layers_must_be_in_the_model() -> None:
+    FastKV(tsp_layer=(2, 5), tsp_rate=(0.5, 0.2)).validate(6)
+    with pytest.raises(FastKVError, match="below the model's number of layers"):
+        FastKV(tsp_layer=(2, 6), tsp_rate=(0.5, 0.2)).validate(6)

@@ -61,8 +61,9 @@ def slow_prefill(llm: LLM, ids: Tensor, policy: FastKV) -> Twin:
         rows = indices[..., None].expand(-1, -1, config.head_dim)
         twin.k.append(k[0].gather(1, rows))
         twin.v.append(v[0].gather(1, rows))
-        keep = policy.stages(config.n_layers, n_tokens)[0].keep
-        if layer == policy.tsp_layer_of(config.n_layers) and keep is not None:
+        ends = {stage.layers[-1]: stage.keep for stage in policy.stages(config.n_layers, n_tokens)}
+        keep = ends.get(layer)
+        if keep is not None:
             best = scores[0].sum(0).topk(keep - policy.window).indices.sort().values
             chosen = torch.cat((best, torch.arange(len(positions) - policy.window, len(positions))))
             hidden, positions = hidden[:, chosen], positions[chosen]
@@ -78,6 +79,7 @@ CASES: list[dict[str, Any]] = [
     {"tsp_rate": 1.0, "min_tokens": 8},
     {"kv_retention": 1.0, "min_tokens": 8},
     {"tsp_layer": 5, "min_tokens": 8},
+    {"tsp_layer": (0, 2, 4), "tsp_rate": (0.6, 0.3, 0.1), "min_tokens": 8},
 ]
 
 

@@ -26,14 +26,12 @@ class Compressed(Policy):
     def check_budget(self) -> None:
         """Raise FastKVError for a value out of range, or below what is always kept."""
         check_number("kv_retention", self.kv_retention, 0, 1, above=True)
-        for name in ("kv_len", "min_tokens"):
-            self.check_holds_window(name)
+        if self.kv_len is not None:
+            self.check_holds_window("kv_len", self.kv_len)
+        self.check_holds_window("min_tokens", self.min_tokens)
 
-    def check_holds_window(self, name: str) -> None:
+    def check_holds_window(self, name: str, value: int) -> None:
         """FastKVError if a number of tokens has no room for those that are always kept."""
-        value = getattr(self, name)
-        if value is None:
-            return
         check_integer(name, value, 1)
         if value < self.window:
             raise FastKVError(

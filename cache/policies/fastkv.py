@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -16,6 +17,8 @@ class FastKV(WindowScored):
 
     tsp_layer: the layer behind whose attention tokens are dropped; None means max(0, L // 2 - 1) of L layers.
     tsp_rate: share of the prompt that goes on behind it, in (0, 1]; 1 turns TSP off.
+    Several reductions down the stack are a tuple of layers, and of rates or lengths that fall: tsp_layer=(9, 15, 23),
+    tsp_rate=(0.5, 0.2, 0.1). At each of these layers its own votes choose from the tokens that are left.
     kv_retention: share of the prompt that each layer keeps for each KV head, in (0, 1]; 1 keeps all it saw.
     tsp_len, kv_len: the same as absolute numbers of tokens; they win over the rates, and no floor applies to them.
     window: the last tokens, always kept, whose queries score the others. kernel, pooling: smoothing of the scores.
@@ -29,10 +32,10 @@ class FastKV(WindowScored):
 
     name: ClassVar[str] = "fastkv"
 
-    tsp_layer: int | None = None
-    tsp_rate: float = 0.2
+    tsp_layer: int | tuple[int, ...] | None = None
+    tsp_rate: float | tuple[float, ...] = 0.2
     kv_retention: float = 0.1
-    tsp_len: int | None = None
+    tsp_len: int | tuple[int, ...] | None = None
     kv_len: int | None = None
     window: int = 8
     kernel: int = 7
@@ -40,30 +43,63 @@ class FastKV(WindowScored):
     min_tokens: int = 128
 
     def __post_init__(self) -> None:
-        if self.tsp_layer is not None:
-            check_integer("tsp_layer", self.tsp_layer, 0)
-        check_number("tsp_rate", self.tsp_rate, 0, 1, above=True)
+        layers = self._each("tsp_layer", lambda name, layer: check_integer(name, layer, 0))
+        rates = self._each("tsp_rate", lambda name, rate: check_number(name, rate, 0, 1, above=True))
         self.check_scoring()
         self.check_budget()
-        self.check_holds_window("tsp_len")
+        lengths = self._each("tsp_len", self.check_holds_window)
+        name, shares = ("tsp_rate", rates) if self.tsp_len is None else ("tsp_len", lengths)
+        if list(layers) != sorted(set(layers)):
+            raise FastKVError(f"tsp_layer must rise, not {self.tsp_layer}", setting="tsp_layer")
+        if list(shares) != sorted(set(shares), reverse=True):
+            raise FastKVError(f"{name} must fall, not {getattr(self, name)}", setting=name)
+        if len(shares) != max(1, len(layers)):
+            raise FastKVError(
+                f"{name} must have a value for each TSP layer: {len(shares)} for {max(1, len(layers))}", setting=name
+            )
+
+    def _each(self, name: str, check: Callable[[str, Any], None]) -> tuple[Any, ...]:
+        """The values of a setting that may be one, several or None; each is checked."""
+        value = getattr(self, name)
+        values = tuple(value) if isinstance(value, (tuple, list)) else () if value is None else (value,)
+        if isinstance(value, list):
+            object.__setattr__(self, name, values)  # hashable, like any other setting
+        if value is not None and not values:
+            raise FastKVError(f"{name} must not be empty", setting=name)
+        for one in values:
+            check(name, one)
+        return values
 
     def validate(self, n_layers: int) -> None:
-        if self.tsp_layer is not None and self.tsp_layer >= n_layers:
+        layer = self.tsp_layers_of(n_layers)[-1]
+        if layer >= n_layers:
             raise FastKVError(
-                f"tsp_layer must be below the model's number of layers ({n_layers}), not {self.tsp_layer}",
-                setting="tsp_layer",
+                f"tsp_layer must be below the model's number of layers ({n_layers}), not {layer}", setting="tsp_layer"
             )
 
     def settings(self, n_layers: int) -> dict[str, Any]:
-        return super().settings(n_layers) | {"tsp_layer": self.tsp_layer_of(n_layers)}
+        layers = self.tsp_layers_of(n_layers)
+        return super().settings(n_layers) | {"tsp_layer": layers if isinstance(self.tsp_layer, tuple) else layers[0]}
 
     def tsp_layer_of(self, n_layers: int) -> int:
-        """The TSP layer in a model of `n_layers`, the default worked out."""
-        return max(0, n_layers // 2 - 1) if self.tsp_layer is None else self.tsp_layer
+        """The (first) TSP layer in a model of `n_layers`, the default worked out."""
+        return self.tsp_layers_of(n_layers)[0]
+
+    def tsp_layers_of(self, n_layers: int) -> tuple[int, ...]:
+        """The TSP layers in a model of `n_layers`, the default worked out."""
+        return self._each("tsp_layer", lambda name, layer: None) or (max(0, n_layers // 2 - 1),)
 
     def stages(self, n_layers: int, n_tokens: int) -> list[Stage]:
-        keep = self.count(self.tsp_len, self.tsp_rate, n_tokens)
-        first_reduced = self.tsp_layer_of(n_layers) + 1
-        if keep >= n_tokens or first_reduced >= n_layers:
-            return [Stage(range(n_layers))]
-        return [Stage(range(first_reduced), keep), Stage(range(first_reduced, n_layers))]
+        made: list[Stage] = []
+        first, seen = 0, n_tokens
+        for layer, keep in zip(self.tsp_layers_of(n_layers), self._propagated(n_tokens), strict=True):
+            if keep < seen and layer + 1 < n_layers:
+                made.append(Stage(range(first, layer + 1), keep))
+                first, seen = layer + 1, keep
+        return [*made, Stage(range(first, n_layers))]
+
+    def _propagated(self, n_tokens: int) -> list[int]:
+        """How many tokens go on behind each TSP layer."""
+        if self.tsp_len is not None:
+            return [self.count(length, 1.0, n_tokens) for length in self._each("tsp_len", lambda name, length: None)]
+        return [self.count(None, rate, n_tokens) for rate in self._each("tsp_rate", lambda name, rate: None)]

@@ -1,0 +1,94 @@
+"""How importance settles with depth, as a picture: overlap, coverage and attained share of each layer's choice.
+
+Needs matplotlib, the extra `eval`. Drawn without a display.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fastkv.errors import FastKVError
+from fastkv.eval.layer_table import later
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+    from fastkv.eval.layer_advice import Setting
+    from fastkv.eval.layer_importance import Importance
+
+DPI = 150
+PANELS = {
+    "overlap": "shared with later layers' choices, %",
+    "coverage": "later layers' scores covered, %",
+    "attained": "of what could be covered, %",
+}
+
+
+def check_plot(path: Path) -> None:
+    """FastKVError unless `path` is named as a picture, in a folder that is there, and can be drawn."""
+    if path.suffix.lower() != ".png":
+        raise FastKVError(f"--plot {path}: the plot is a PNG; let its name end in .png")
+    if not path.parent.is_dir():
+        raise FastKVError(f"--plot {path}: there is no folder {path.parent}")
+    try:
+        import matplotlib.figure  # noqa: F401
+    except ImportError:
+        raise FastKVError('--plot needs matplotlib: pip install "fastkv[eval]"') from None
+
+
+def draw(importance: Importance, default: Setting, advice: Setting, title: str, path: Path) -> None:
+    """Write the PNG; FastKVError where it cannot be written."""
+    try:
+        figure_of(importance, default, advice, title).savefig(path, dpi=DPI, format="png")
+    except OSError as error:
+        raise FastKVError(f"--plot {path}: cannot be written ({error.strerror})") from None
+
+
+def figure_of(importance: Importance, default: Setting, advice: Setting, title: str) -> Figure:
+    """A panel for each quantity, a line for each rate; the lowest of the later layers is dotted."""
+    from matplotlib import colormaps
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(12, 4.4), layout="constrained")
+    panels: dict[str, Axes] = dict(zip(PANELS, figure.subplots(1, 3), strict=True))
+    layers = range(importance.n_layers - 1)
+    shades = colormaps["viridis"].resampled(len(importance.rates) + 1)
+    for index, rate in enumerate(importance.rates):
+        shade = shades(index)
+        for what in ("overlap", "coverage"):
+            parts = [later(importance, index, layer, what) for layer in layers]
+            means, lowest = [100 * sum(part) / len(part) for part in parts], [100 * min(part) for part in parts]
+            panels[what].plot(layers, means, color=shade, marker="o", markersize=4, label=f"rate {rate:g}")
+            panels[what].plot(layers, lowest, color=shade, linestyle=":", linewidth=1)
+        shares = [100 * share for share in importance.attained[index].tolist()]
+        panels["attained"].plot(layers, shares, color=shade, marker="o", markersize=4)
+    for what, axes in panels.items():
+        _finish(axes, PANELS[what], default, advice)
+    handles, labels = panels["overlap"].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels) or 1, frameon=False, fontsize=9)
+    figure.suptitle(f"{title}\nsolid: mean over the later layers; dotted: the lowest of them", fontsize=10)
+    return figure
+
+
+def _finish(axes: Axes, label: str, default: Setting, advice: Setting) -> None:
+    from matplotlib.ticker import MaxNLocator
+
+    if advice.layer == default.layer:
+        _mark(axes, default.layer, "default and advice", "0.5", "center")
+    else:  # the labels on the outer sides, for neighbours leave no room between them
+        outer = ("right", "left") if default.layer < advice.layer else ("left", "right")
+        _mark(axes, default.layer, "default", "0.5", outer[0])
+        _mark(axes, advice.layer, "advice", "#d55e00", outer[1])
+    axes.set_xlabel("layer")
+    axes.set_ylabel(label)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.grid(alpha=0.3)
+    axes.set_axisbelow(True)
+
+
+def _mark(axes: Axes, layer: int, label: str, colour: str, side: str) -> None:
+    axes.axvline(layer, color=colour, linestyle="--", linewidth=1)
+    align: Any = {"ha": side, "va": "bottom"}
+    axes.annotate(label, (layer, 1.01), xycoords=("data", "axes fraction"), fontsize=8, color=colour, **align)

@@ -1,0 +1,119 @@
+"""The findings of fastkv-eval tsp-layers as Markdown: what was measured of the layers, and what the check found."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from fastkv.eval.layer_advice import Setting, settled_layers
+from fastkv.eval.layer_check import Result
+from fastkv.eval.statistics import Estimate, mean_estimate, paired_estimate
+
+if TYPE_CHECKING:
+    from fastkv.eval.layer_importance import Importance
+
+NOTE = """\
+Of each layer's choice, the tokens that TSP there would send on at that rate, in %, means over the prompts.
+overlap: how many of them a later layer would choose too, the mean over the later layers (and the lowest of them).
+coverage: the share of a later layer's scores that falls on them, likewise.
+attained: what they cover of the later layers between as many tokens at random (0) and those layers' own choices (100);
+* settled. The window, which always goes on, counts nowhere.
+"""
+
+ANSWERS = "Right answers in %, by the rules of the tasks. "
+CONTINUATIONS = """\
+Of the full cache's greedy tokens, the share in % before the first one that differs; KL(full ‖ setting) of the next
+token. Means over the prompts. """
+CHECK_NOTE = """\
+Differences in points over the same prompts; 95 % confidence intervals.
+A setting that is clearly lower than the default is stopped there. Work: a prefill's operations, counted.
+"""
+
+
+@dataclass(frozen=True)
+class Checked:
+    """A setting that was run; `verdict` says in words what came of it."""
+
+    setting: Setting
+    result: Result
+    verdict: str
+
+
+def importance_tables(importance: Importance) -> str:
+    """Three tables, layers down and rates across, and what they mean."""
+    parts = [
+        _layers("overlap", importance, _over_later(importance, "overlap")),
+        _layers("coverage", importance, _over_later(importance, "coverage")),
+        _layers("attained", importance, _attained(importance)),
+    ]
+    return "\n".join([*parts, NOTE])
+
+
+def later(importance: Importance, rate: int, layer: int, what: str) -> list[float]:
+    """Overlap or coverage of `layer`'s choice at the rate of that index, for each layer behind it."""
+    values: list[float] = getattr(importance, what)[rate, layer, layer + 1 :].tolist()
+    return values
+
+
+def check_table(full: Result, checked: Sequence[Checked]) -> str:
+    """A row for the full cache and for each setting, the default first, and what the numbers are."""
+    groups = list(full.scores)
+    diverging = bool(full.divergence)
+    header = ["setting", "prefill work", *groups, *(["all"] if len(groups) > 1 else []), "against the default"]
+    header += [*(["KL, nats"] if diverging else []), "verdict"]
+    default = checked[0].result
+    rows = [_check_row("full cache", 1.0, full, default, groups, "")]
+    rows += [
+        _check_row(one.setting.label, one.setting.work, one.result, default, groups, one.verdict) for one in checked
+    ]
+    return f"{markdown(header, rows)}\n{CONTINUATIONS if diverging else ANSWERS}{CHECK_NOTE}"
+
+
+def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "".join(f"| {' | '.join(cell.replace('|', '¦') for cell in line)} |\n" for line in lines)
+
+
+def _over_later(importance: Importance, what: str) -> list[list[str]]:
+    cells = []
+    for layer in range(importance.n_layers - 1):
+        of_rates = [later(importance, rate, layer, what) for rate in range(len(importance.rates))]
+        cells.append([f"{100 * sum(some) / len(some):.0f} ({100 * min(some):.0f})" for some in of_rates])
+    return cells
+
+
+def _attained(importance: Importance) -> list[list[str]]:
+    settled = [settled_layers(shares) for shares in importance.attained.tolist()]
+    return [
+        [f"{100 * share:.0f}{' *' if layer in settled[rate] else ''}" for rate, share in enumerate(of_layer)]
+        for layer, of_layer in enumerate(importance.attained.T.tolist())
+    ]
+
+
+def _layers(title: str, importance: Importance, cells: list[list[str]]) -> str:
+    header = [title, *(f"rate {rate:g}" for rate in importance.rates)]
+    return markdown(header, [[f"layer {layer}", *row] for layer, row in enumerate(cells)])
+
+
+def _check_row(
+    label: str, work: float, result: Result, default: Result, groups: Sequence[str], verdict: str
+) -> list[str]:
+    row = [label, f"{100 * work:.1f} %"]
+    row += [f"{100 * sum(of) / len(of):.1f}" if (of := result.scores.get(group)) else "–" for group in groups]
+    row += ["–"] * (1 + (len(groups) > 1))
+    if len(result.scores) == len(groups):
+        score = mean_estimate(result.all_scores)
+        row[-2] = f"{100 * score.mean:.1f} ({100 * score.low:.1f} – {100 * score.high:.1f})"
+        if result is not default:
+            row[-1] = _points(paired_estimate(result.all_scores, default.all_scores))
+    if result.divergence:
+        row.append(f"{sum(result.divergence) / len(result.divergence):.4g}")
+    return [*row, verdict]
+
+
+def _points(gap: Estimate) -> str:
+    """Points with their signs, and none for what rounds to zero."""
+    mean, low, high = (round(100 * value, 1) or 0.0 for value in (gap.mean, gap.low, gap.high))
+    return f"{mean:{'+' if mean else ''}.1f} ({low:+.1f} to {high:+.1f})".replace("-", "−")
