@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from fastkv.errors import FastKVError
 
 if TYPE_CHECKING:
-    from fastkv.cache.policies import FastKV, FullKV, PyramidKV, SnapKV, StreamingLLM
+    from fastkv.cache.policies import H2O, FastKV, FullKV, PyramidInfer, PyramidKV, SnapKV, StreamingLLM
     from fastkv.engine.llm import LLM
     from fastkv.engine.output import Metrics, Output, Piece
     from fastkv.engine.prefill import Prefill
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "H2O",
     "LLM",
     "FastKV",
     "FastKVError",
@@ -25,6 +26,7 @@ __all__ = [
     "Output",
     "Piece",
     "Prefill",
+    "PyramidInfer",
     "PyramidKV",
     "SamplingParams",
     "SnapKV",
@@ -35,11 +37,13 @@ __all__ = [
 _LAZY = {
     "FastKV": "fastkv.cache.policies",
     "FullKV": "fastkv.cache.policies",
+    "H2O": "fastkv.cache.policies",
     "LLM": "fastkv.engine.llm",
     "Metrics": "fastkv.engine.output",
     "Output": "fastkv.engine.output",
     "Piece": "fastkv.engine.output",
     "Prefill": "fastkv.engine.prefill",
+    "PyramidInfer": "fastkv.cache.policies",
     "PyramidKV": "fastkv.cache.policies",
     "SamplingParams": "fastkv.engine.sampler",
     "SnapKV": "fastkv.cache.policies",

@@ -57,7 +57,11 @@ _POLICY_FLAGS: dict[str, tuple[Callable[[str], Any], str]] = {
     "kernel": (int, "width of the pooling of scores, odd (default 7)"),
     "pooling": (str, "max or avg (default max)"),
     "min_tokens": (int, "the rates never keep fewer tokens than this (default 128)"),
-    "sinks": (int, "first tokens that streamingllm always keeps (default 4)"),
+    "sinks": (int, "streamingllm: first tokens that are always kept (default 4)"),
+    "recent_share": (float, "h2o: share of the budget for the most recent tokens (default 0.5)"),
+    "first_layer": (int, "pyramidinfer: first layer that sends on fewer tokens (default: a quarter of the way up)"),
+    "decay": (float, "pyramidinfer: share of what a layer saw that goes on (default 0.9)"),
+    "floor": (float, "pyramidinfer: share of the prompt that always goes on (default 0.2)"),
 }
 _SAMPLING_FLAGS: dict[str, tuple[Callable[[str], Any], str]] = {
     "max_tokens": (int, "tokens to generate at most (default 256, or what the context leaves)"),
@@ -80,6 +84,10 @@ _METAVARS = {
     "pooling": "max|avg",
     "min_tokens": "N",
     "sinks": "N",
+    "recent_share": "R",
+    "first_layer": "I",
+    "decay": "R",
+    "floor": "R",
     "max_tokens": "N",
     "temperature": "T",
     "top_k": "K",
@@ -124,7 +132,10 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--prompts", metavar="FILE", help="JSONL of objects with prompt and, if wanted, id")
     parser.add_argument(
-        "--policy", default="fastkv", metavar="NAME", help="fastkv (default), full, snapkv, pyramidkv, streamingllm"
+        "--policy",
+        default="fastkv",
+        metavar="NAME",
+        help="fastkv (default), full, snapkv, pyramidkv, pyramidinfer, h2o, streamingllm",
     )
     policy = parser.add_argument_group("settings of the policies; one that a policy does not have is refused")
     for name, (kind, text) in _POLICY_FLAGS.items():

@@ -26,7 +26,7 @@ class Observation:
     """What a policy sees of a layer's prefill.
 
     k and v: [B, Hkv, T, D] over the T tokens that the layer saw, in their order; q: [B, Hq, n, D] of the last n of
-    them, at least the policy's window. q and k are rotated.
+    them, at least the policy's window, or of all if it needs them. q and k are rotated.
     """
 
     layer: int
@@ -40,6 +40,7 @@ class Policy:
 
     name: ClassVar[str]
     window: int = 0  # the last tokens, which are kept whatever the scores say
+    needs_all_queries: ClassVar[bool] = False  # of a layer, for its scores; not those of the window alone
 
     def validate(self, n_layers: int) -> None:
         """Raise FastKVError if a setting does not fit a model of `n_layers`."""

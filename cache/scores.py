@@ -7,6 +7,18 @@ import torch.nn.functional as F
 from torch import Tensor
 
 POOLINGS = ("max", "avg")
+_BLOCK_VALUES = 2**24  # attention weights that are held at a time, where all queries vote
+
+
+def recent_attention(q: Tensor, k: Tensor, window: int) -> Tensor:
+    """Attention of the last `window` queries to the tokens before them, the later a query the more it weighs.
+
+    q: [B, Hq, n, D] of the last n >= window tokens and k: [B, Hkv, T, D] of all, rotated; T > window. Weights rise
+    linearly to the last query and sum to one. Returns float32 [B, Hkv, T - window], the mean over each group.
+    """
+    attention = _window_attention(q[:, :, -window:], k)[..., :-window]  # [B, Hkv, G, W, T - W]
+    weights = torch.arange(1, window + 1, dtype=torch.float32, device=q.device)
+    return torch.einsum("bhgwt,w->bht", attention, weights / weights.sum()) / attention.shape[2]
 
 
 def window_scores(q: Tensor, k: Tensor, window: int, kernel: int, pooling: str) -> Tensor:
@@ -32,6 +44,26 @@ def _window_attention(q: Tensor, k: Tensor) -> Tensor:
     ahead = torch.ones(window, window, dtype=torch.bool, device=q.device).triu(1)  # only the window can look ahead
     logits[..., -window:].masked_fill_(ahead, float("-inf"))
     return logits.softmax(dim=-1)
+
+
+def received_attention(q: Tensor, k: Tensor) -> Tensor:
+    """How much attention each token receives from all queries (arXiv 2306.14048): float32 [B, Hkv, T].
+
+    q: [B, Hq, T, D] and k: [B, Hkv, T, D], rotated; causal. Summed over the queries, and over the query heads of each
+    KV head. Computed for a block of queries at a time, so that no T x T matrix is ever there.
+    """
+    batch, n_kv_heads, n_tokens, head_dim = k.shape
+    keys = k.float().transpose(-1, -2)  # [B, Hkv, D, T]
+    received = keys.new_zeros(batch, n_kv_heads, n_tokens)
+    block = max(1, _BLOCK_VALUES // (batch * q.shape[1] * n_tokens))
+    for start in range(0, n_tokens, block):
+        end = min(start + block, n_tokens)
+        grouped = q[:, :, start:end].unflatten(1, (n_kv_heads, -1)).flatten(2, 3).float()  # [B, Hkv, G * n, D]
+        logits = (grouped @ keys[..., :end]).div_(head_dim**0.5).unflatten(2, (-1, end - start))
+        ahead = torch.ones(end - start, end - start, dtype=torch.bool, device=q.device).triu(1)
+        logits[..., start:].masked_fill_(ahead, float("-inf"))
+        received[..., :end] += logits.softmax(dim=-1).sum(dim=(2, 3))
+    return received
 
 
 def _pool(votes: Tensor, kernel: int, pooling: str) -> Tensor:

@@ -164,13 +164,13 @@ class LayerRun:
         return Observation(layer, *heads.split(block.self_attn.heads, dim=1))
 
     def _project_keys(self, layer: int, hidden: Tensor, rope: Rope) -> Observation:
-        """k and v of all tokens, in chunks, and q of the policy's window alone."""
+        """k and v of all tokens, in chunks, and q of those that the policy looks at."""
         block = self.model.blocks[layer]
         heads = self._room_for_heads(hidden, sum(block.self_attn.heads[1:]))
         for start, end in _chunks(hidden):
             block.project_kv(hidden[:, start:end], rope.at(start, end), out=heads[:, :, start:end])
         n_tokens = hidden.shape[1]
-        first = max(0, n_tokens - self.policy.window)
+        first = 0 if self.policy.needs_all_queries else max(0, n_tokens - self.policy.window)
         q = block.project_q(hidden[:, first:], rope.at(first, n_tokens))
         return Observation(layer, q, *heads.chunk(2, dim=1))
 

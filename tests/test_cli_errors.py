@@ -605,14 +605,28 @@ def test_every_flag_with_a_value_has_wrong_ones_here() -> None:
     """A new flag comes with its mistakes."""
     settings = {action.option_strings[-1] for action in build_parser()._actions if action.nargs is None}
     several = {"--prompts", "--output", "--batch-size", "--kv-memory"}  # tests/test_job.py
-    assert settings - {"--model", "--prompt", "--system", "--sinks"} - several == set(WRONG)
+    assert settings - {"--model", "--prompt", "--system", *OF_ONE_POLICY} - several == set(WRONG)
 
 
-@pytest.mark.parametrize("value", ["-1", "1.5", "x", "200"])
-def test_sinks_out_of_range(complaint: Complaint, prompt: str, value: str) -> None:
-    """A setting of one policy: 200 leave no room in a budget of 128."""
-    argv = ["--model", str(ARCHIVE), "--prompt", prompt, "--policy", "streamingllm", "--sinks", value]
-    complaint(*argv, names="sinks")
+OF_ONE_POLICY = {
+    "--sinks": ("streamingllm", ["-1", "1.5", "x", "200"]),  # 200 leave no room in a budget of 128
+    "--recent-share": ("h2o", ["-0.1", "1.1", "nan", "x"]),
+    "--first-layer": ("pyramidinfer", ["-1", "8", "x"]),
+    "--decay": ("pyramidinfer", ["0", "1.1", "x"]),
+    "--floor": ("pyramidinfer", ["0", "1.1", "x"]),
+}
+
+
+@pytest.mark.parametrize(
+    ("flag", "policy", "value"),
+    [(flag, policy, value) for flag, (policy, values) in OF_ONE_POLICY.items() for value in values],
+)
+def test_a_setting_of_one_policy_out_of_range(
+    complaint: Complaint, prompt: str, flag: str, policy: str, value: str
+) -> None:
+    argv = ["--model", str(ARCHIVE), "--prompt", prompt, "--policy", policy, flag, value]
+    complaint(*argv, names=flag.removeprefix("--").replace("-", "_") if value == "200" else flag)
+    complaint("--model", str(ARCHIVE), "--prompt", prompt, flag, "1", names=[flag, "no setting of --policy fastkv"])
 
 
 @pytest.mark.parametrize("flag", ["--model", "--prompt", "--policy", "--tsp-rate", "--seed", "--stop", "--device"])

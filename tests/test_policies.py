@@ -12,25 +12,28 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastkv import LLM, FastKV, FastKVError, FullKV, PyramidKV, SamplingParams, SnapKV, StreamingLLM
+from fastkv import H2O, LLM, FastKV, FastKVError, FullKV, PyramidInfer, PyramidKV, SamplingParams, SnapKV, StreamingLLM
 from fastkv.cache.kv_cache import KVCache
 from fastkv.cache.policies import POLICIES
-from fastkv.cache.policy import Policy, plan_layers
+from fastkv.cache.policy import Observation, Policy, Stage, plan_layers
+from fastkv.cache.scores import received_attention, recent_attention
 
 N_TOKENS = 300
 PROMPT = torch.randint(3, 256, (1, N_TOKENS), generator=torch.Generator().manual_seed(1))
-COMPRESSING = [name for name in POLICIES if name != "full"]
+BUDGETED = [name for name in POLICIES if name not in ("full", "pyramidinfer")]  # a budget of so many a layer
 
 
-def small(name: str, **settings: Any) -> Policy:
-    """The policy at a budget of 40 of the 300 tokens."""
-    if name != "full":
-        settings = {"kv_len": 40, **settings}
-    return POLICIES[name](**settings)
+def small(name: str) -> Policy:
+    """The policy at a budget of 40 of the 300 tokens; pyramidinfer has no budget, and falls from layer to layer."""
+    if name == "pyramidinfer":
+        return POLICIES[name](first_layer=1, decay=0.6, floor=0.1, min_tokens=8)
+    return POLICIES[name](kv_len=40) if name != "full" else POLICIES[name]()
 
 
 def unbounded(name: str) -> Policy:
     """Budgets of the whole prompt and more."""
+    if name == "pyramidinfer":
+        return POLICIES[name](decay=1.0)
     known = {field.name for field in dataclasses.fields(POLICIES[name])}  # type: ignore[arg-type]
     return POLICIES[name](**{setting: 999 for setting in ("kv_len", "tsp_len") if setting in known})
 
@@ -55,8 +58,8 @@ def test_counts_and_bytes_are_as_promised(tiny_llm: LLM, name: str, batch: int) 
     for plan, tokens, kept in zip(plans, pre.tokens, pre.kept, strict=True):
         assert tokens.shape == (batch, plan.seen)
         assert kept.shape == (batch, config.n_kv_heads, plan.kept)
-    mean = sum(plan.kept for plan in plans) / len(plans)
-    assert mean == (N_TOKENS if name == "full" else 40)
+    if name in BUDGETED:
+        assert sum(plan.kept for plan in plans) == 40 * len(plans)
     values = KVCache.size_of([plan.kept for plan in plans], 10, config.n_kv_heads, config.head_dim)
     assert pre.cache.nbytes == batch * values * 4
     assert pre.cache.lengths.tolist() == [[plan.kept] * batch for plan in plans]
@@ -141,10 +144,11 @@ def test_on_every_family(tmp_path: Path, name: str, family: str) -> None:
     llm = LLM(tmp_path, dtype="float32", device="cpu", load_format="dummy")
     out = llm.generate([n % 64 for n in range(200)], SamplingParams(max_tokens=5, ignore_eos=True), small(name))
     assert len(out.token_ids) == 5
-    assert out.metrics.kv_tokens == (200 if name == "full" else 40)
+    if name in BUDGETED:
+        assert out.metrics.kv_tokens == 40
 
 
-@pytest.mark.parametrize("name", COMPRESSING)
+@pytest.mark.parametrize("name", BUDGETED)
 def test_settings_out_of_range_are_refused(name: str) -> None:
     for settings in ({"kv_retention": 0}, {"kv_retention": 1.1}, {"kv_len": 0}, {"min_tokens": 0}, {"kv_len": 1.5}):
         with pytest.raises(FastKVError) as caught:
@@ -191,3 +195,62 @@ def test_the_first_tokens_and_the_last_are_what_streamingllm_keeps(tiny_llm: LLM
     for settings in ({"sinks": -1}, {"kv_len": 4}, {"min_tokens": 4}, {"kv_len": 10, "sinks": 10}):
         with pytest.raises(FastKVError):
             StreamingLLM(**settings)
+
+
+def slow_received(q: Tensor, k: Tensor) -> Tensor:
+    """The whole T x T matrix of every head."""
+    logits = q @ k.repeat_interleave(q.shape[1] // k.shape[1], 1).transpose(2, 3) / q.shape[-1] ** 0.5
+    weights = logits.masked_fill(torch.ones(logits.shape[-2:]).triu(1).bool(), float("-inf")).softmax(-1)
+    return weights.sum(2).unflatten(1, (k.shape[1], -1)).sum(2)
+
+
+@pytest.mark.parametrize("values", [2**24, 700, 1])
+def test_attention_received_is_summed_block_by_block(monkeypatch: pytest.MonkeyPatch, values: int) -> None:
+    torch.manual_seed(0)
+    monkeypatch.setattr("fastkv.cache.scores._BLOCK_VALUES", values)
+    q, k = torch.randn(2, 6, 37, 8), torch.randn(2, 2, 37, 8)
+    torch.testing.assert_close(received_attention(q, k), slow_received(q, k), atol=1e-5, rtol=1e-5)
+
+
+def test_h2o_keeps_heavy_hitters_and_recent_tokens(tiny_llm: LLM) -> None:
+    """Against the slow scores of each layer's own queries and keys, the last layer's too."""
+    seen: list[tuple[Tensor, Tensor]] = []
+    score = H2O.score
+
+    def watch(self: H2O, observed: Observation) -> Tensor:
+        seen.append((observed.q.clone(), observed.k.clone()))
+        return score(self, observed)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(H2O, "score", watch)
+        kept = tiny_llm.prefill(PROMPT, H2O(kv_len=40, recent_share=0.25)).kept
+    assert [q.shape[2] for q, _ in seen] == [N_TOKENS] * 6
+    for layer, (q, k) in enumerate(seen):
+        heavy = slow_received(q, k)[0, :, : N_TOKENS - 10].topk(30).indices.sort().values
+        expected = torch.cat((heavy, torch.arange(N_TOKENS - 10, N_TOKENS).expand(2, -1)), dim=1)
+        assert torch.equal(kept[layer][0], expected)
+    recent = tiny_llm.prefill(PROMPT, H2O(kv_len=40, recent_share=1.0)).kept
+    assert all(entries[0, 0].tolist() == list(range(260, 300)) for entries in recent)
+
+
+def test_pyramidinfer_sends_on_fewer_from_layer_to_layer(tiny_llm: LLM) -> None:
+    policy = PyramidInfer(first_layer=1, decay=0.6, floor=0.2, min_tokens=8)
+    pre = tiny_llm.prefill(PROMPT, policy)
+    assert [tokens.shape[1] for tokens in pre.tokens] == [300, 300, 180, 108, 64, 60]
+    assert [kept.shape[2] for kept in pre.kept] == [300, 300, 180, 108, 64, 60]
+    assert PyramidInfer().stages(8, 100) == [Stage(range(8))]  # below the floor
+    with pytest.raises(FastKVError, match="first_layer must be below"):
+        PyramidInfer(first_layer=6).validate(6)
+    for settings in ({"decay": 0}, {"floor": 1.5}, {"first_layer": -1}, {"window": 0}, {"min_tokens": 7}):
+        with pytest.raises(FastKVError):
+            PyramidInfer(**settings)
+
+
+def test_recent_queries_weigh_more() -> None:
+    torch.manual_seed(0)
+    q, k = torch.randn(1, 4, 20, 8), torch.randn(1, 2, 20, 8)
+    logits = q[:, :, -4:] @ k.repeat_interleave(2, 1).transpose(2, 3) / 8**0.5
+    logits[..., -4:] = logits[..., -4:].masked_fill(torch.ones(4, 4).triu(1).bool(), float("-inf"))
+    weights = torch.tensor([0.1, 0.2, 0.3, 0.4])[:, None]
+    expected = (logits.softmax(-1) * weights).sum(2)[..., :-4].unflatten(1, (2, 2)).mean(2)
+    torch.testing.assert_close(recent_attention(q, k, 4), expected)
