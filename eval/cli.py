@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable
 from typing import NoReturn
 
-from fastkv.cli import DONE, FAULT, INTERRUPTED, USER_ERROR
+from fastkv.cli_flags import DONE, FAULT, INTERRUPTED, USER_ERROR
 from fastkv.errors import FastKVError
 
 

@@ -6,7 +6,7 @@ import argparse
 import sys
 from typing import TYPE_CHECKING
 
-from fastkv.cli import DONE, INTERRUPTED
+from fastkv.cli_flags import DONE, INTERRUPTED
 from fastkv.errors import FastKVError, check_integer, check_number
 from fastkv.eval.cli import say
 from fastkv.eval.cli_flags import (

@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fastkv.cli import DONE
+from fastkv.cli_flags import DONE
 from fastkv.errors import FastKVError, check_choice, check_integer, check_number
 from fastkv.eval.cli import Parser
 from fastkv.eval.cli_tasks import DEFAULT_DEPTHS, DEFAULT_EXAMPLES, DEFAULT_LENGTHS

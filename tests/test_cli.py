@@ -20,7 +20,8 @@ from tokenizers import Tokenizer, decoders, models
 
 import fastkv
 from fastkv import FastKV
-from fastkv.cli import build_parser, main, read_prompt
+from fastkv.cli import main, read_prompt
+from fastkv.cli_flags import build_parser
 from fastkv.engine import decoders as engine_decoders
 from fastkv.engine.output import Metrics
 

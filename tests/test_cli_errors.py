@@ -16,7 +16,8 @@ import torch
 from places import ROOT
 from safetensors.torch import load_file, save_file
 
-from fastkv.cli import build_parser, main
+from fastkv.cli import main
+from fastkv.cli_flags import build_parser
 
 ARCHIVE = ROOT / "examples" / "archive" / "model"
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"

@@ -16,7 +16,7 @@ LAYERS = {
     "cache": {"cache"},
     "engine": {"engine", "models", "cache"},
     "report": {"report", "engine", "models", "cache"},
-    "eval": {"eval", "engine", "models", "cache", "cli"},
+    "eval": {"eval", "engine", "models", "cache", "cli", "cli_flags"},
 }
 
 

@@ -5,36 +5,24 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from fastkv.cache.policies.compressed import WindowScored
+from fastkv.cache.policies.snapkv import SnapKV
 
 _STEEPNESS = 20  # the last layer has a twentieth of the mean: the paper's beta
 
 
 @dataclass(frozen=True)
-class PyramidKV(WindowScored):
-    """Lower layers attend widely and keep more, higher ones less; the vote is SnapKV's.
+class PyramidKV(SnapKV):
+    """Lower layers attend widely and keep more, higher ones less; the vote and its settings are SnapKV's.
 
     kv_retention, kv_len, min_tokens: the MEAN budget b of a layer. Without its window, the last layer keeps a 20th of
     the mean, the first one twice the mean less that, the others lie on the straight line between, and together they
-    keep exactly n_layers * b. window, kernel, pooling: the vote, as in FastKV.
+    keep exactly n_layers * b.
 
-    What differs from the paper: it sums the vote over the query heads of a KV head, and rounds so that the total is
-    exact. A layer keeps no more than it saw; what it then does not use goes to nobody. Raises FastKVError for a value
-    out of range.
+    What differs from the paper: what differs in SnapKV, and the rounding, which makes the total exact. A layer keeps no
+    more than it saw; what it then does not use goes to nobody. Raises FastKVError for a value out of range.
     """
 
     name: ClassVar[str] = "pyramidkv"
-
-    kv_retention: float = 0.1
-    kv_len: int | None = None
-    window: int = 8
-    kernel: int = 7
-    pooling: str = "max"
-    min_tokens: int = 128
-
-    def __post_init__(self) -> None:
-        self.check_scoring()
-        self.check_budget()
 
     def budget(self, layer: int, n_layers: int, n_tokens: int) -> int:
         mean = super().budget(layer, n_layers, n_tokens)
