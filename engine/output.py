@@ -17,8 +17,9 @@ class Piece:
 class Metrics:
     """The figures of one request. Times in seconds, sizes in bytes; an entry is one token's K and V in one KV head.
 
-    ttft_s: from the call to the first token. decode_tokens_per_s: (new_tokens - 1) / the time after the first token,
-    None for a single token. kv_tokens: prompt tokens that a layer keeps (the mean over layers, rounded).
+    ttft_s: from the call to the first token; in a list of prompts that includes the waiting for a place.
+    decode_tokens_per_s: (new_tokens - 1) / the time after the first token, None for a single token. kv_tokens: prompt
+    tokens that a layer keeps (the mean over layers, rounded).
     kv_entries and kv_full_entries: prompt entries kept, and what a full cache keeps. kv_bytes: the slots for K and V,
     room for max_tokens included; kv_full_bytes: those of a full cache. tsp_tokens: prompt tokens that reach the last
     layer. peak_bytes: on a GPU the most memory allocated during the request, on a CPU the most resident memory of the

@@ -402,14 +402,16 @@ def test_a_users_own_prompt(
         ("--model {model} --task longbench", "task must be one of"),
         ("--model no/such/folder --task archive", "no/such/folder"),
         ("--model {tiny} --task archive", "the model has no tokenizer"),
-        ("--model {tiny} --prompt {readme}", "the model has no tokenizer"),
-        ("--model {model} --prompt {readme} --max-tokens 8000", "--max-tokens"),
+        ("--model {tiny} --prompt {prompt}", "the model has no tokenizer"),
+        ("--model {model} --prompt {prompt} --max-tokens 8000", "--max-tokens"),
     ],
 )
 def test_a_mistake_is_one_line(
     command: Callable[[str], int], capfd: pytest.CaptureFixture[str], tiny_folder: Path, line: str, says: str
 ) -> None:
-    status = command(line.replace("{tiny}", str(tiny_folder)).replace("{readme}", str(ROOT / "README.md")))
+    status = command(
+        line.replace("{tiny}", str(tiny_folder)).replace("{prompt}", str(ROOT / "examples" / "archive" / "prompt.txt"))
+    )
     out, err = capfd.readouterr()
     assert (status, out, len(err.splitlines())) == (2, "", 1), err
     assert err.startswith("fastkv-eval: error: ")
