@@ -182,3 +182,25 @@ def test_a_replayed_step_checks_the_room(tiny_llm: LLM) -> None:
     decoder.step([0])
     with pytest.raises(FastKVError, match="room for max_tokens=1"):
         decoder.step([0])
+
+
+def test_a_table_that_has_moved_is_recorded_anew(tiny_llm: LLM, recorder: Recorder) -> None:
+    """A graph holds the address of the rotary table; when a longer text makes it grow, the old graph reads nothing."""
+    params = SamplingParams(max_tokens=4, ignore_eos=True)
+    tiny_llm.generate(PROMPT, params, FullKV())
+    assert len(recorder.recorded) == 2
+    tiny_llm._model.reserve(tiny_llm._model.rotary.reserved + 1)
+    tiny_llm.generate(PROMPT, params, FullKV())
+    assert len(recorder.recorded) == 3  # the layers; the choice reads no table
+
+
+def test_a_row_that_is_done_has_nothing_to_attend_to(tiny_llm: LLM, recorder: Recorder) -> None:
+    """It computes along with the others, over lengths that may be beyond what their graph looks at."""
+    prompts, lengths = [PROMPT, PROMPT[:40]], [2, 12]
+    params = [SamplingParams(max_tokens=count, ignore_eos=True) for count in lengths]
+    each = tiny_llm.generate_each(prompts, params, FullKV())
+    assert next(each)[0] == 0
+    storage = each.gi_frame.f_locals["rows"]._storage  # type: ignore[attr-defined]
+    assert storage.lengths[:, 0].tolist() == [0] * 6
+    assert storage.lengths[0, 1] > 0
+    assert next(each)[0] == 1
