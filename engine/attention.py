@@ -15,7 +15,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fastkv.errors import FastKVError, check_choice
 
-# The fastest on recent GPUs first: cuDNN, then flash (PyTorch's reports for Hopper, not measured here).
 BACKENDS = {
     "cudnn": SDPBackend.CUDNN_ATTENTION,
     "flash": SDPBackend.FLASH_ATTENTION,
@@ -23,6 +22,10 @@ BACKENDS = {
     "math": SDPBackend.MATH,
 }
 AUTO = "auto"
+# On a GPU, cuDNN is reported to be the faster for long prompts, but prepares itself for every new shape (0.4 s, by
+# reports): worth it from about here on. Not measured.
+_CUDNN_FROM = 65_536  # tokens
+_WITHOUT_CUDNN = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 _QUERY_BLOCK = 512  # queries whose mask is held at a time, where attention needs one
 
@@ -34,7 +37,7 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, window: int | None = None,
     """
     n_tokens = q.shape[2]
     if window is None or window >= n_tokens:
-        with _kernels(backend, q.device):
+        with _kernels(backend, n_tokens, q.device):
             return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
     blocks = []
     for start in range(0, n_tokens, _QUERY_BLOCK):
@@ -59,13 +62,18 @@ def check_backend(
         raise FastKVError(f"attention {backend} does not work here ({where}); use auto", setting="attention") from None
 
 
-def _kernels(backend: str, device: torch.device) -> AbstractContextManager[None]:
-    """Which of torch's kernels may run. "auto" on a GPU: the first that can, in the order of BACKENDS."""
+def _kernels(backend: str, n_tokens: int, device: torch.device) -> AbstractContextManager[None]:
+    """Which of torch's kernels may run for causal attention of so many tokens."""
     if backend != AUTO:
         return sdpa_kernel(BACKENDS[backend])
-    if device.type == "cuda":
-        return sdpa_kernel(list(BACKENDS.values()), set_priority=True)
-    return nullcontext()
+    if device.type == "cuda" and n_tokens >= _CUDNN_FROM:
+        return sdpa_kernel([SDPBackend.CUDNN_ATTENTION, *_WITHOUT_CUDNN], set_priority=True)
+    return without_cudnn(device)
+
+
+def without_cudnn(device: torch.device) -> AbstractContextManager[None]:
+    """For shapes that change from call to call: nothing that prepares itself for each of them."""
+    return sdpa_kernel(_WITHOUT_CUDNN, set_priority=True) if device.type == "cuda" else nullcontext()
 
 
 def attend_from(rows: Tensor, q: Tensor, k: Tensor, v: Tensor, window: int | None = None) -> Tensor:
@@ -92,9 +100,10 @@ def _masked(rows: Tensor, q: Tensor, k: Tensor, v: Tensor, first: int, end: int,
     visible = keys <= queries  # [B or 1, n, end - first]
     if window is not None:
         visible &= keys > queries - window
-    return F.scaled_dot_product_attention(
-        q, k[:, :, first:end], v[:, :, first:end], attn_mask=visible.unsqueeze(1), enable_gqa=True
-    )
+    with without_cudnn(q.device):
+        return F.scaled_dot_product_attention(
+            q, k[:, :, first:end], v[:, :, first:end], attn_mask=visible.unsqueeze(1), enable_gqa=True
+        )
 
 
 def take_rows(attended: Tensor, rows: Tensor) -> Tensor:
@@ -109,4 +118,5 @@ def decode_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     The query heads of a KV head become the rows of one product, so that K and V are read once.
     """
     rows = q.unflatten(1, (k.shape[1], -1)).squeeze(3)  # [B, Hkv, G, D]
-    return F.scaled_dot_product_attention(rows, k, v).flatten(1, 2).unsqueeze(2)
+    with without_cudnn(q.device):
+        return F.scaled_dot_product_attention(rows, k, v).flatten(1, 2).unsqueeze(2)

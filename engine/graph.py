@@ -10,7 +10,9 @@ tests run it as it is.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,7 +29,7 @@ Replay = Callable[[], None]
 Record = Callable[[Callable[[], None], "torch.Generator | None"], Replay]
 
 _WARM_UPS = 2  # runs before the capture: libraries allocate and choose their kernels in them
-_SAMPLERS = 64  # sets of (row, sampling settings) whose graph is kept
+_STEPS, _SAMPLERS = 32, 64  # graphs that are kept, of each kind
 
 
 class GraphError(RuntimeError):
@@ -38,7 +40,7 @@ class GraphDecoder:
     """A Decoder (engine/decoders.py) for texts whose caches are rows of `storage`.
 
     texts: cache and sampler of each row at work. slow_because: why the fast attention is not used (None: it is).
-    record: captures a function; None is the real thing.
+    record: runs a function to warm it up, then captures it; None is the real thing.
     """
 
     def __init__(self, model: Llama, storage: KVStorage, record: Record | None = None) -> None:
@@ -52,7 +54,7 @@ class GraphDecoder:
         self._logits = torch.zeros(n_rows, model.config.vocab_size, device=device)
         self._stepping = torch.zeros(n_rows, dtype=torch.int64, device=device)  # 1 for the rows of this step
         self._stepping_rows: tuple[int, ...] = ()
-        self._steps: dict[tuple[int, ...], Replay] = {}
+        self._steps: dict[tuple[int, ...], tuple[Replay, SlotAttention]] = {}
         self._samplers: dict[tuple[int, SamplingParams], tuple[Sampler, Replay]] = {}
         self._choices: dict[int, Replay] = {}
         self._reserved = 0
@@ -62,8 +64,7 @@ class GraphDecoder:
         """Begin a text behind `prompt`, int64 [1, N]. Raises GraphError."""
         key = (row, _settings_of_choice(params))
         if key not in self._samplers:
-            if len(self._samplers) == _SAMPLERS:
-                del self._samplers[next(iter(self._samplers))]  # the oldest
+            _make_room(self._samplers, _SAMPLERS)
             self._samplers[key] = self._recorded_sampler(*key)
         sampler, self._choices[row] = self._samplers[key]
         sampler.start(prompt, params.seed)
@@ -100,9 +101,9 @@ class GraphDecoder:
     def _mark(self, rows: tuple[int, ...]) -> None:
         """Say on the device which rows a step is for: the others compute along, and nothing comes of it."""
         if rows != self._stepping_rows:
-            marks = torch.zeros(len(self._stepping), dtype=torch.int64)
-            marks[list(rows)] = 1
-            self._stepping.copy_(marks)
+            self._stepping.zero_()  # filled in place: a copy from the host would wait for the device
+            for row in rows:
+                self._stepping[row].fill_(1)
             self._stepping_rows = rows
 
     def _step_of(self, n_rows: int) -> Replay:
@@ -114,15 +115,16 @@ class GraphDecoder:
         spans = [bucket(max(layer)) for layer in zip(*slots, strict=True)]
         key = (rows, *spans)
         if key not in self._steps:
+            _make_room(self._steps, _STEPS)
             self._steps[key] = self._recorded_step(self._storage.rows(0, rows), spans)
-        return self._steps[key]
+        return self._steps[key][0]
 
-    def _recorded_step(self, storage: KVStorage, spans: list[int]) -> Replay:
+    def _recorded_step(self, storage: KVStorage, spans: list[int]) -> tuple[Replay, SlotAttention]:
+        """The attention comes along: the graph reads its tensors, which must live as long."""
         attention, _ = slot_attention(storage, self._model.config.n_heads)
-        # For no row at all: entries are written to the slots that the next step fills, and nobody counts them.
+        # Warmed up for no row at all: entries go to the slots that the next step fills, and nobody counts them.
         self._mark(())
-        _warm_up(lambda: self._layers(storage, spans, attention), self._model.device)
-        return self._record(lambda: self._layers(storage, spans, attention), None)
+        return self._record(lambda: self._layers(storage, spans, attention), None), attention
 
     def _recorded_sampler(self, row: int, settings: SamplingParams) -> tuple[Sampler, Replay]:
         sampler = Sampler(settings, 1, self._model.config.vocab_size, self._model.device)
@@ -132,9 +134,9 @@ class GraphDecoder:
             token.copy_(sampler(logits))
 
         before = token.clone()
-        _warm_up(choose, self._model.device)
+        replay = self._record(choose, sampler.generator if settings.temperature > 0 else None)
         token.copy_(before)
-        return sampler, self._record(choose, sampler.generator)
+        return sampler, replay
 
     def _layers(self, storage: KVStorage, spans: list[int], attention: SlotAttention) -> None:
         """From the last tokens of the storage's rows to their logits. The rows of this step get one entry more."""
@@ -157,22 +159,20 @@ def _settings_of_choice(params: SamplingParams) -> SamplingParams:
     return dataclasses.replace(params, max_tokens=None, seed=None, stop=(), ignore_eos=False)
 
 
-def _warm_up(run: Callable[[], None], device: torch.device) -> None:
-    """Run on a side stream, as a capture asks for."""
-    if device.type != "cuda":
-        run()
-        return
-    with torch.cuda.device(device):
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(_WARM_UPS):
-                run()
-        torch.cuda.current_stream().wait_stream(stream)
+def _make_room(kept: dict[Any, Any], most: int) -> None:
+    """Forget the oldest where there are as many as may be."""
+    if len(kept) >= most:
+        del kept[next(iter(kept))]
+
+
+@functools.cache
+def _stream_of(device: torch.device) -> torch.cuda.Stream:
+    """The one side stream of a device for warm-ups and captures: libraries keep memory for every stream they meet."""
+    return torch.cuda.Stream(device)
 
 
 class _CudaRecorder:
-    """Captures into CUDA graphs that share one memory pool: they never run at the same time."""
+    """Warms up, then captures into CUDA graphs that share one memory pool: they never run at the same time."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -180,16 +180,30 @@ class _CudaRecorder:
             self._pool = torch.cuda.graph_pool_handle()
 
     def __call__(self, run: Callable[[], None], generator: torch.Generator | None) -> Replay:
-        with torch.cuda.device(self._device):
-            graph = torch.cuda.CUDAGraph()
-            if generator is not None:
-                graph.register_generator_state(generator)
-            try:
-                # Other threads may go on using the device meanwhile.
-                with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-                    run()
-            except torch.OutOfMemoryError:
-                raise
-            except RuntimeError as error:
-                raise GraphError(str(error).splitlines()[0]) from error
+        try:
+            with torch.cuda.device(self._device):
+                self._warm_up(run)
+                return self._capture(run, generator)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            raise GraphError(str(error).splitlines()[0]) from error
+
+    def _warm_up(self, run: Callable[[], None]) -> None:
+        stream, current = _stream_of(self._device), torch.cuda.current_stream()
+        stream.wait_stream(current)
+        with torch.cuda.stream(stream):
+            for _ in range(_WARM_UPS):
+                run()
+        current.wait_stream(stream)
+
+    def _capture(self, run: Callable[[], None], generator: torch.Generator | None) -> Replay:
+        graph = torch.cuda.CUDAGraph()
+        if generator is not None:
+            graph.register_generator_state(generator)
+        # Other threads may go on using the device meanwhile.
+        with torch.cuda.graph(
+            graph, pool=self._pool, stream=_stream_of(self._device), capture_error_mode="thread_local"
+        ):
+            run()
         return graph.replay

@@ -91,8 +91,9 @@ class Rows:
         return [(row, values[row]) for row, state in rows.items() if self._rows.get(row) is state]
 
     def close(self) -> None:
-        """Hand the memory to the next requests."""
-        self._rows.clear()
+        """Hand the memory to the next requests; those still at work end."""
+        for row in list(self._rows):
+            self.release(row)
         self._runtime.pool.give_back(self._buffers)
 
     def _launch(self) -> bool:

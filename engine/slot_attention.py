@@ -6,7 +6,9 @@ runs anywhere; `VarlenSlots` is the fast one, on a GPU; a test holds them togeth
 
 from __future__ import annotations
 
+import functools
 import inspect
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
@@ -14,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastkv.cache.storage import KVStorage
+from fastkv.engine.attention import without_cudnn
 
 
 class SlotAttention(Protocol):
@@ -43,7 +46,8 @@ class MaskedSlots:
         if window is not None:
             visible &= slots > last - window
         rows = q.unflatten(1, (k.shape[1], -1)).squeeze(3)  # [B, Hkv, G, D]: the queries of a KV head side by side
-        return F.scaled_dot_product_attention(rows, k, v, attn_mask=visible).flatten(1, 2).unsqueeze(2)
+        with without_cudnn(q.device):
+            return F.scaled_dot_product_attention(rows, k, v, attn_mask=visible).flatten(1, 2).unsqueeze(2)
 
 
 class VarlenSlots:
@@ -54,17 +58,12 @@ class VarlenSlots:
     """
 
     def __init__(self, storage: KVStorage) -> None:
-        from torch.nn.attention.varlen import varlen_attn
-
-        self._attend = varlen_attn
+        self._attend = _varlen_function()
         self._storage = storage
         n_kv_heads, device = storage.k[0].shape[1], storage.k[0].device
         self._starts = torch.arange(storage.batch * n_kv_heads + 1, dtype=torch.int32, device=device)
         self._starts_of_slots = [self._starts * capacity for capacity in storage.capacities]
         self._live = torch.zeros(len(storage.capacities), storage.batch * n_kv_heads, dtype=torch.int32, device=device)
-        # Where the function asks for it; elsewhere grouped heads are allowed without.
-        asks = "enable_gqa" in inspect.signature(varlen_attn).parameters
-        self._settings: dict[str, Any] = {"enable_gqa": True} if asks else {}
         self._masked = MaskedSlots(storage)
 
     def begin(self) -> None:
@@ -85,10 +84,28 @@ class VarlenSlots:
             1,
             span,
             seqused_k=self._live[layer],
-            **self._settings,
         )
-        assert isinstance(attended, Tensor)
         return attended.view(q.shape)
+
+
+def _varlen_function() -> Callable[..., Any]:
+    """torch's varlen attention, in the form that this version has: with `seqused_k`, for grouped heads."""
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:
+        return _flash_forward
+    known = inspect.signature(varlen_attn).parameters
+    if "seqused_k" not in known:  # before 2.12; the kernel below it has had it for longer
+        return _flash_forward
+    return functools.partial(varlen_attn, enable_gqa=True) if "enable_gqa" in known else varlen_attn
+
+
+def _flash_forward(
+    q: Tensor, k: Tensor, v: Tensor, starts: Tensor, starts_of_keys: Tensor, max_q: int, max_k: int, seqused_k: Tensor
+) -> Tensor:
+    """The kernel itself, no dropout and no mask."""
+    forward = torch.ops.aten._flash_attention_forward
+    return forward(q, k, v, starts, starts_of_keys, max_q, max_k, 0.0, False, False, seqused_k=seqused_k)[0]
 
 
 def slot_attention(storage: KVStorage, n_heads: int) -> tuple[SlotAttention, str | None]:

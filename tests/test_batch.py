@@ -37,6 +37,7 @@ def llm(request: pytest.FixtureRequest, tiny_llm: LLM, monkeypatch: pytest.Monke
     if request.param == "replayed":
 
         def record(run: Callable[[], None], generator: torch.Generator | None) -> Replay:
+            run()  # the warm-up
             return run
 
         monkeypatch.setattr(graph, "_CudaRecorder", lambda device: record)

@@ -5,7 +5,9 @@ What only a GPU can show (that the capture succeeds, and replays the same) is in
 
 from __future__ import annotations
 
+import gc
 import logging
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -37,6 +39,7 @@ class Recorder:
             self.replayed += 1
             run()
 
+        run()  # the warm-up
         self.recorded.append(replay)
         return replay
 
@@ -204,3 +207,26 @@ def test_a_row_that_is_done_has_nothing_to_attend_to(tiny_llm: LLM, recorder: Re
     assert storage.lengths[:, 0].tolist() == [0] * 6
     assert storage.lengths[0, 1] > 0
     assert next(each)[0] == 1
+
+
+def test_what_a_graph_reads_lives_as_long_as_the_graph(tiny_llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A capture forgets the function and keeps addresses: lengths and starts that only it had held were freed."""
+    alive: list[weakref.ref[object]] = []
+    real = graph.slot_attention
+
+    def watched(storage: KVStorage, n_heads: int) -> Any:
+        attention, reason = real(storage, n_heads)
+        alive.append(weakref.ref(attention))
+        return attention, reason
+
+    def forgetful(run: Callable[[], None], generator: torch.Generator | None) -> Replay:
+        return lambda: None
+
+    monkeypatch.setattr(graph, "slot_attention", watched)
+    storage = KVStorage.allocate([320] * 6, 1, 2, 8, dtype=torch.float32, device=torch.device("cpu"))
+    decoder = GraphDecoder(tiny_llm._model, storage, forgetful)
+    ids = torch.tensor([PROMPT])
+    decoder.start(0, new_cache(tiny_llm._model, FullKV(), ids, 4, 1000, storage), SamplingParams(), ids)
+    decoder.step([0])
+    gc.collect()
+    assert alive[-1]() is not None

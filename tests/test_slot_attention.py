@@ -77,10 +77,16 @@ def test_masked_slots_attend_to_the_live_ones(layer: int, window: int | None) ->
         torch.testing.assert_close(found[one], expected)
 
 
-@pytest.mark.parametrize("function", [varlen, varlen_without_gqa_setting])
+def varlen_without_lengths(*arguments: Any) -> Tensor:
+    """As in a version of torch whose function does not take the lengths: the kernel below it does."""
+    raise AssertionError("not to be called")
+
+
+@pytest.mark.parametrize("function", [varlen, varlen_without_gqa_setting, varlen_without_lengths])
 @pytest.mark.parametrize("batch", [1, 3])
 def test_varlen_slots_attend_to_the_same(monkeypatch: pytest.MonkeyPatch, function: Any, batch: int) -> None:
     monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", function)
+    monkeypatch.setattr(module, "_flash_forward", varlen_without_gqa_setting)
     for heads in (2, 6):  # one and three query heads for each KV head
         storage = storage_of(batch)
         plain, fast = MaskedSlots(storage), VarlenSlots(storage)
