@@ -99,6 +99,14 @@ def flag_of(setting: str) -> str:
     return "--" + setting.replace("_", "-")
 
 
+def add_machine_flags(group: argparse._ArgumentGroup) -> None:
+    """Where and how a model runs: the same for every command."""
+    group.add_argument("--device", default="auto", metavar="D", help="auto (default), cpu, cuda or cuda:N")
+    group.add_argument("--dtype", default="auto", metavar="T", help="auto (default), float32, bfloat16 or float16")
+    group.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: torch's choice)")
+    group.add_argument("--revision", metavar="R", help="revision of a hub id")
+
+
 def build_parser() -> argparse.ArgumentParser:
     """Every flag of the command. Unset settings are None, so that the library's own defaults hold."""
     parser = _Parser(
@@ -132,15 +140,12 @@ def build_parser() -> argparse.ArgumentParser:
     sampling.add_argument("--chat", action="store_true", help="wrap the prompt in the model's chat template")
     sampling.add_argument("--system", metavar="TEXT", help="system message for --chat")
     machine = parser.add_argument_group("machine and output")
-    machine.add_argument("--device", default="auto", metavar="D", help="auto (default), cpu, cuda or cuda:N")
-    machine.add_argument("--dtype", default="auto", metavar="T", help="auto (default), float32, bfloat16 or float16")
-    machine.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: torch's choice)")
+    add_machine_flags(machine)
     machine.add_argument("--no-cuda-graph", action="store_true", help="on a GPU, decode without captured graphs")
     machine.add_argument("--compile", action="store_true", help="torch.compile: a slow start, then a little faster")
     machine.add_argument(
         "--attention", default="auto", metavar="B", help="auto (default), cudnn, flash, efficient, math"
     )
-    machine.add_argument("--revision", metavar="R", help="revision of a hub id")
     machine.add_argument("--json", action="store_true", help="print one JSON object in place of the text")
     machine.add_argument(
         "--output", metavar="FILE", help="JSONL of the answers to several prompts; goes on where it was"

@@ -8,11 +8,12 @@ from dataclasses import asdict
 from typing import Any
 
 from contestants import Sample
-from cost import Ceilings, decode_bytes, prefill_flops
+from cost import Ceilings
 
 from fastkv import LLM
 from fastkv.cache.policies import POLICIES
 from fastkv.cache.policy import plan_layers
+from fastkv.engine.cost import decode_bytes, prefill_flops
 
 BASELINE = "full"
 COLUMNS = (

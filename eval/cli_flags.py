@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 from fastkv import __version__
+from fastkv.cli_flags import add_machine_flags
 from fastkv.eval.cli import COMMANDS, Parser
 from fastkv.eval.tasks import GENERATED
 
@@ -93,10 +94,7 @@ def build_parser() -> Parser:
     parser.add_argument("--output", type=Path, metavar="FILE", help="keep every answer there, and go on from it")
     parser.add_argument("--plots", type=Path, metavar="FOLDER", help="draw PNG pictures there (extra: eval)")
     machine = parser.add_argument_group("machine")
-    machine.add_argument("--device", default="auto", metavar="D", help="auto (default), cpu, cuda or cuda:N")
-    machine.add_argument("--dtype", default="auto", metavar="T", help="auto (default), float32, bfloat16 or float16")
-    machine.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: torch's choice)")
-    machine.add_argument("--revision", metavar="R", help="revision of a hub id")
+    add_machine_flags(machine)
     machine.add_argument("--quiet", action="store_true", help="nothing but the tables")
     parser.add_argument("--version", action="version", version=f"fastkv-eval {__version__}")
     return parser

@@ -9,12 +9,12 @@ is taken up again only by a command whose header is the same.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from fastkv.engine.files import write_atomically
 from fastkv.errors import FastKVError
 
 FORMAT = "fastkv-eval 1"
@@ -80,7 +80,7 @@ class Results:
     def _open(self, path: Path) -> BinaryIO:
         try:
             if not path.exists() or path.stat().st_size == 0:
-                _write_atomically(path, _line(self.header))
+                write_atomically(path, _line(self.header))
             whole = self._read(path)
             file = path.open("r+b")
             file.truncate(whole)
@@ -135,12 +135,3 @@ def _line(value: dict[str, Any]) -> bytes:
 def _brief(value: Any) -> str:
     text = json.dumps(value)
     return text if len(text) <= 80 else text[:77] + "..."
-
-
-def _write_atomically(path: Path, content: bytes) -> None:
-    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        beside.write_bytes(content)
-        os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)

@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fastkv.cli_flags import DONE
+from fastkv.cli_flags import DONE, add_machine_flags
 from fastkv.errors import FastKVError, check_choice, check_integer, check_number
 from fastkv.eval.cli import Parser
 from fastkv.eval.cli_tasks import DEFAULT_DEPTHS, DEFAULT_EXAMPLES, DEFAULT_LENGTHS
@@ -59,10 +59,7 @@ def build_parser() -> Parser:
     parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw how importance settles (extra: eval)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every figure there")
     machine = parser.add_argument_group("machine")
-    machine.add_argument("--device", default="auto", metavar="D", help="auto (default), cpu, cuda or cuda:N")
-    machine.add_argument("--dtype", default="auto", metavar="T", help="auto (default), float32, bfloat16 or float16")
-    machine.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: torch's choice)")
-    machine.add_argument("--revision", metavar="R", help="revision of a hub id")
+    add_machine_flags(machine)
     machine.add_argument("--quiet", action="store_true", help="no progress line")
     return parser
 

@@ -20,6 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fastkv import LLM, FastKV, FastKVError, FullKV
 from fastkv.cache.policy import LayerPlan, plan_layers
+from fastkv.engine.cost import decode_bytes, prefill_flops
 from fastkv.models.presets import PRESETS
 
 MODULES = ("command", "contestants", "cost", "kernels", "latency", "machine", "peer", "plot", "selection", "table")
@@ -52,10 +53,7 @@ def test_bytes_of_a_decode_step_of_llama_31(benchmarks: Any) -> None:
     config = PRESETS["llama-3.1-8b"]
     gains = []
     for context in (0, 8192, 32_768, 131_072):
-        full, tenth = (
-            benchmarks.cost.decode_bytes(config, plan_layers(policy, 32, context), 0, 2)
-            for policy in (FullKV(), FastKV())
-        )
+        full, tenth = (decode_bytes(config, plan_layers(policy, 32, context), 0, 2) for policy in (FullKV(), FastKV()))
         gains.append(round(full / tenth, 2))
         if context == 0:
             weights = full
@@ -71,7 +69,7 @@ def test_operations_of_a_prefill_are_those_that_torch_counts(benchmarks: Any, du
     with FlopCounterMode(display=False) as counter:
         dummy.prefill(ids, FullKV())
     config = dummy.config
-    expected = benchmarks.cost.prefill_flops(config, plan_layers(FullKV(), config.n_layers, ids.shape[1]), batch)
+    expected = prefill_flops(config, plan_layers(FullKV(), config.n_layers, ids.shape[1]), batch)
     attention = batch * 4 * config.n_heads * config.head_dim * (7 * 500 * 250 + 500)
     assert counter.get_total_flops() == pytest.approx(expected - attention, rel=1e-4)
 
@@ -86,20 +84,20 @@ def test_the_cost_of_two_layers_counted_by_hand(benchmarks: Any) -> None:
     second = 2 * 4 * keys + 2 * 1 * (queries + mlp) + 4 * 1 * 4 * 8
     head = 2 * 10 * 8
     assert (first, second, head) == (5248, 1664, 160)
-    assert [benchmarks.cost.prefill_flops(config, plans, batch) for batch in (1, 3)] == [7072, 3 * 7072]
+    assert [prefill_flops(config, plans, batch) for batch in (1, 3)] == [7072, 3 * 7072]
     weights = 2 * (64 + 128 + 384) + 10 * 8
     cache = 2 * 4 * ((3 + 1) + (2 + 1))  # behind one token more: K and V of 4 values each
     assert (weights, cache) == (1232, 56)
-    assert benchmarks.cost.decode_bytes(config, plans, 1, 2) == 2 * (weights + cache)
-    assert benchmarks.cost.decode_bytes(config, plans, 1, 2, batch=3) == 2 * (weights + 3 * cache)
+    assert decode_bytes(config, plans, 1, 2) == 2 * (weights + cache)
+    assert decode_bytes(config, plans, 1, 2, batch=3) == 2 * (weights + 3 * cache)
 
 
 def test_tsp_saves_what_the_paper_says_at_most(benchmarks: Any) -> None:
     """Behind layer 15 of 32 a fifth of the tokens goes on: nearly half of the work at most, less of it when short."""
     config = PRESETS["llama-3.1-8b"]
     gains = [
-        benchmarks.cost.prefill_flops(config, plan_layers(FullKV(), 32, context))
-        / benchmarks.cost.prefill_flops(config, plan_layers(FastKV(), 32, context))
+        prefill_flops(config, plan_layers(FullKV(), 32, context))
+        / prefill_flops(config, plan_layers(FastKV(), 32, context))
         for context in (8192, 32_768, 131_072)
     ]
     assert sorted(gains) == gains
@@ -186,8 +184,8 @@ def test_shares_of_the_ceilings(benchmarks: Any, dummy: LLM) -> None:
     samples = [benchmarks.contestants.Sample(2.0, 30.0, 3.0, 100, peak) for peak in (200, 900, 300)]
     (row,) = benchmarks.table.summarise({"full": samples}, dummy, ceilings, 500, 3, 8)
     plans = plan_layers(FullKV(), dummy.config.n_layers, 500)
-    flops = benchmarks.cost.prefill_flops(dummy.config, plans, 3)
-    read = benchmarks.cost.decode_bytes(dummy.config, plans, 4, 4, 3)
+    flops = prefill_flops(dummy.config, plans, 3)
+    read = decode_bytes(dummy.config, plans, 4, 4, 3)
     assert row["prefill_of_ceiling"] == pytest.approx(flops / 2 / 1e12)
     assert row["decode_of_ceiling"] == pytest.approx(10 * read / 1e11)
     assert row["peak_bytes"] == 900

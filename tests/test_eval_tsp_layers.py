@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import subprocess
 import sys
@@ -17,14 +16,15 @@ from places import ROOT
 from torch import Tensor
 
 from fastkv import LLM, FastKV, FastKVError, FullKV, SamplingParams
-from fastkv.cache.policy import LayerPlan, Policy, plan_layers
+from fastkv.cache.policy import LayerPlan, Policy
 from fastkv.cache.scores import window_scores
 from fastkv.engine.attention import causal_attention
+from fastkv.engine.cost import prefill_flops
 from fastkv.eval import cli, tsp_layers
 from fastkv.eval.example import Draft
 from fastkv.eval.layer_advice import Setting, candidates, default_setting, settled_layers
 from fastkv.eval.layer_check import Answers, Continuations, Question, Result, divergence
-from fastkv.eval.layer_cost import prefill_operations, prefill_share
+from fastkv.eval.layer_cost import prefill_share
 from fastkv.eval.layer_importance import Importance, Recorder, choices, compare, mean, measure
 from fastkv.eval.layer_search import Findings, search
 from fastkv.eval.layer_table import check_table
@@ -171,16 +171,7 @@ def test_operations_counted_by_hand(tiny_llm: LLM) -> None:
     first = 2 * (10 * kv + 4 * rest) + 4 * 4 * (10 / 2) * 4 * 3
     last = 2 * (4 * kv + rest) + 4 * 4 * 4 * 3
     plans = [LayerPlan(10, 3, 4), LayerPlan(4, 3, None)]
-    assert prefill_operations(config, plans) == first + last + 2 * 7 * 6
-
-
-def test_operations_are_those_of_the_benchmark(tiny_llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    cost = importlib.import_module("cost")
-
-    for policy in (FullKV(), FastKV(), FastKV(tsp_layer=1, tsp_rate=0.4, min_tokens=8)):
-        plans = plan_layers(policy, 6, 700)
-        assert prefill_operations(tiny_llm.config, plans) == cost.prefill_flops(tiny_llm.config, plans)
+    assert prefill_flops(config, plans) == first + last + 2 * 7 * 6
 
 
 class Scripted:

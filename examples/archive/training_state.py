@@ -7,7 +7,6 @@ killed leaves either the old file or the new one.
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from safetensors.torch import save
 from torch import Tensor
 from training_plan import Budget, Settings
 
+from fastkv.engine.files import write_atomically
 from fastkv.errors import FastKVError
 from fastkv.models.llama import Llama
 from fastkv.models.weights import checkpoint_tensors
@@ -44,16 +44,6 @@ class Record:
     settings: Settings
     budget: Budget
     counters: Counters
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Fill a file beside `path`, then move it there in one step."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        beside.write_bytes(content)
-        os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)
 
 
 def prepare_folder(folder: Path, settings: Settings) -> None:
