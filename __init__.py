@@ -8,7 +8,20 @@ from typing import TYPE_CHECKING, Any
 from fastkv.errors import FastKVError
 
 if TYPE_CHECKING:
-    from fastkv.cache.policies import H2O, FastKV, FullKV, PyramidInfer, PyramidKV, SnapKV, StreamingLLM
+    from fastkv.cache.policies import (
+        ASL,
+        H2O,
+        AdaKV,
+        FastKV,
+        FullKV,
+        GemFilter,
+        HeadKV,
+        PyramidInfer,
+        PyramidKV,
+        SnapKV,
+        StreamingLLM,
+        StructKV,
+    )
     from fastkv.engine.llm import LLM
     from fastkv.engine.output import Metrics, Output, Piece
     from fastkv.engine.prefill import Prefill
@@ -17,11 +30,15 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "ASL",
     "H2O",
     "LLM",
+    "AdaKV",
     "FastKV",
     "FastKVError",
     "FullKV",
+    "GemFilter",
+    "HeadKV",
     "Metrics",
     "Output",
     "Piece",
@@ -31,23 +48,24 @@ __all__ = [
     "SamplingParams",
     "SnapKV",
     "StreamingLLM",
+    "StructKV",
 ]
 
 # The names that pull in torch are imported on first use, so that `fastkv-run --help` answers at once.
 _LAZY = {
-    "FastKV": "fastkv.cache.policies",
-    "FullKV": "fastkv.cache.policies",
-    "H2O": "fastkv.cache.policies",
+    **dict.fromkeys(
+        (
+            *("ASL", "AdaKV", "FastKV", "FullKV", "GemFilter", "H2O", "HeadKV", "PyramidInfer", "PyramidKV", "SnapKV"),
+            *("StreamingLLM", "StructKV"),
+        ),
+        "fastkv.cache.policies",
+    ),
     "LLM": "fastkv.engine.llm",
     "Metrics": "fastkv.engine.output",
     "Output": "fastkv.engine.output",
     "Piece": "fastkv.engine.output",
     "Prefill": "fastkv.engine.prefill",
-    "PyramidInfer": "fastkv.cache.policies",
-    "PyramidKV": "fastkv.cache.policies",
     "SamplingParams": "fastkv.engine.sampler",
-    "SnapKV": "fastkv.cache.policies",
-    "StreamingLLM": "fastkv.cache.policies",
 }
 
 

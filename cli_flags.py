@@ -43,7 +43,17 @@ POLICY_FLAGS: dict[str, tuple[Callable[[str], Any], str]] = {
     "min_tokens": (int, "the rates never keep fewer tokens than this (default 128)"),
     "sinks": (int, "streamingllm: first tokens that are always kept (default 4)"),
     "recent_share": (float, "h2o: share of the budget for the most recent tokens (default 0.5)"),
-    "first_layer": (int, "pyramidinfer: first layer that sends on fewer tokens (default: a quarter of the way up)"),
+    "head_floor": (float, "adakv: share of the budget that each head has for certain (default 0.2)"),
+    "head_scores": (str, "headkv: JSON table of the model's heads, from fastkv-eval head-scores"),
+    "beta": (float, "headkv: a head keeps 1 - 1/BETA of the budget, the rest goes by its score (default 1.35)"),
+    "filter_layer": (int, "gemfilter: layer that chooses what the model reads anew (default: below half way up)"),
+    "first_layer": (
+        int,
+        "asl, structkv, pyramidinfer: first layer that may drop tokens (default: 10 of 32; a quarter of the way up)",
+    ),
+    "tau": (float, "asl: tokens are dropped where ranks vary less than this, 1 being random (default 0.3)"),
+    "lookback": (int, "asl: layers over which ranks are compared (default 3)"),
+    "score_decay": (float, "structkv: weight of a layer's scores in the next one's (default 0.9)"),
     "decay": (float, "pyramidinfer: share of what a layer saw that goes on (default 0.9)"),
     "floor": (float, "pyramidinfer: share of the prompt that always goes on (default 0.2)"),
 }
@@ -69,7 +79,14 @@ _METAVARS = {
     "min_tokens": "N",
     "sinks": "N",
     "recent_share": "R",
+    "head_floor": "R",
+    "head_scores": "FILE",
+    "beta": "B",
+    "filter_layer": "I",
     "first_layer": "I",
+    "tau": "T",
+    "lookback": "N",
+    "score_decay": "R",
     "decay": "R",
     "floor": "R",
     "max_tokens": "N",
@@ -127,7 +144,8 @@ def build_parser() -> argparse.ArgumentParser:
         "--policy",
         default="fastkv",
         metavar="NAME",
-        help="fastkv (default), full, snapkv, pyramidkv, pyramidinfer, h2o, streamingllm",
+        help="fastkv (default), full, snapkv, pyramidkv, adakv, headkv, h2o, streamingllm, gemfilter, pyramidinfer, "
+        "structkv, asl",
     )
     policy = parser.add_argument_group("settings of the policies; one that a policy does not have is refused")
     for name, (kind, text) in POLICY_FLAGS.items():

@@ -6,11 +6,16 @@ so the order of the slots means nothing.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, ClassVar
+
 import torch
 from torch import Tensor
 
 from fastkv.cache.storage import KVStorage, bucket, round_up
 from fastkv.errors import FastKVError
+
+if TYPE_CHECKING:
+    from fastkv.cache.ragged import RaggedEntries
 
 
 class KVCache:
@@ -18,10 +23,13 @@ class KVCache:
 
     Filled by `load` (once a layer, at the prefill), then by `append` (each layer) and `advance` (once) a decode step.
     `kept[l]` is the number of entries that layer l loaded and `appended` the steps since: the live length on the host.
-    `lengths` int64 [L, B] and `next_position` int64 [B] say the same on the device.
+    `lengths` int64 [L, B, Hkv] and `next_position` int64 [B] say the same on the device.
 
-    The slots are its own, or the first ones of a `storage` that holds at least `capacities(kept, max_tokens)`.
+    The slots are its own, or the first ones of a `storage` that holds at least `capacities(kept, max_tokens)`. What is
+    loaded may be less than the `kept` that it was made for. Heads of different lengths are a RaggedKVCache's.
     """
+
+    ragged: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -37,7 +45,8 @@ class KVCache:
         device: torch.device,
         storage: KVStorage | None = None,
     ) -> None:
-        self.kept = kept
+        self.kept = list(kept)
+        self.n_kv_heads, self.head_dim = n_kv_heads, head_dim
         self.appended = 0
         self.max_tokens = max_tokens
         self.prompt_tokens = position
@@ -77,13 +86,29 @@ class KVCache:
         """Values that a cache for one prompt holds room for, K and V over all layers."""
         return sum(2 * n_kv_heads * slots * head_dim for slots in KVCache.capacities(kept, max_tokens))
 
+    @property
+    def spans(self) -> list[int]:
+        """For each layer a number of slots that no head exceeds, the same for every text of this size."""
+        return [buffer.shape[2] for buffer in self.k]
+
+    @property
+    def entries(self) -> int:
+        """Entries of the prompt that were kept of each text, over all layers and heads."""
+        return self.n_kv_heads * sum(self.kept)
+
     def length(self, layer: int) -> int:
         """Entries that `layer` holds for each KV head."""
         return self.kept[layer] + self.appended
 
-    def load(self, layer: int, k: Tensor, v: Tensor, entries: Tensor | None) -> None:
+    def load(self, layer: int, k: Tensor, v: Tensor, entries: Tensor | RaggedEntries | None) -> None:
         """Store what the prefill keeps of k and v [B, Hkv, T, D]: the `entries` int64 [B, Hkv, n], or all (None)."""
-        count = self.kept[layer]
+        assert entries is None or isinstance(entries, Tensor), "ragged entries belong into a RaggedKVCache"
+        count = (k if entries is None else entries).shape[2]
+        for buffer in (self.k[layer], self.v[layer]):
+            buffer[:, :, count : self.kept[layer]] = (
+                0  # of a text before, where this one has fewer entries than planned
+            )
+        self.kept[layer] = count
         if entries is None:
             self.k[layer][:, :, :count] = k
             self.v[layer][:, :, :count] = v

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol
 
 from torch import Tensor
 
@@ -19,6 +19,17 @@ class Stage:
 
     layers: range
     keep: int | None = None
+
+
+@dataclass(frozen=True)
+class FirstPass:
+    """A pass that only chooses: the `keep` tokens that `layer` scores best are what the model then reads anew.
+
+    They are read as a text of their own, at positions 0 … keep - 1.
+    """
+
+    layer: int
+    keep: int
 
 
 @dataclass(frozen=True)
@@ -35,27 +46,60 @@ class Observation:
     v: Tensor
 
 
+class Watch(Protocol):
+    """Follows the layers of one prefill, and says behind which of them tokens are dropped."""
+
+    def __call__(self, layer: int, scores: Tensor) -> Tensor | None:
+        """scores: float32 [B, Hkv, T - window] of `layer`, which all tokens have reached.
+
+        None lets all of them go on. Else the votes, float32 [B, H, T - window] for some H, by whose sum over H the
+        first stage's `keep` tokens are chosen; then nothing more is asked. At that stage's last layer it must be votes.
+        """
+
+
 class Policy:
     """Base of every method. This one keeps everything; a method overrides what it decides otherwise."""
 
     name: ClassVar[str]
     window: int = 0  # the last tokens, which are kept whatever the scores say
     needs_all_queries: ClassVar[bool] = False  # of a layer, for its scores; not those of the window alone
+    ragged: ClassVar[bool] = False  # the KV heads of a layer keep different numbers of entries (`head_budgets`)
 
-    def validate(self, n_layers: int) -> None:
-        """Raise FastKVError if a setting does not fit a model of `n_layers`."""
+    def validate(self, n_layers: int, n_kv_heads: int | None = None) -> None:
+        """Raise FastKVError if a setting does not fit a model of `n_layers` and `n_kv_heads` (None: not checked)."""
 
     def settings(self, n_layers: int) -> dict[str, Any]:
         """The settings by name, with defaults that depend on the model worked out."""
         return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}  # type: ignore[arg-type]
 
     def stages(self, n_layers: int, n_tokens: int) -> list[Stage]:
-        """Context reduction: the slabs, in order, that together are all layers."""
+        """Context reduction: the slabs, in order, that together are all layers.
+
+        With a `watch`, two slabs that meet where tokens are dropped at the latest.
+        """
         return [Stage(range(n_layers))]
 
+    def watch(self, n_layers: int, n_tokens: int) -> Watch | None:
+        """Whoever decides during a prefill where tokens are dropped; None: `stages` has said it."""
+        return None
+
+    def first_pass(self, n_layers: int, n_tokens: int) -> FirstPass | None:
+        """Context reduction before the actual prefill, whose `stages` then count from what is left."""
+        return None
+
     def budget(self, layer: int, n_layers: int, n_tokens: int) -> int:
-        """KV compression: entries per KV head that `layer` keeps of a prompt of `n_tokens`, its window included."""
+        """KV compression: entries per KV head that `layer` keeps of a prompt of `n_tokens`, its window included.
+
+        Where the policy is ragged, the mean over the heads.
+        """
         return n_tokens
+
+    def head_budgets(self, layer: int, n_layers: int, count: int, scores: Tensor) -> Tensor:
+        """int64 [B, Hkv]: entries that each KV head keeps, its window included; together Hkv * count.
+
+        count: the layer's budget, less than the T tokens that it saw. scores: its own. Asked of a ragged policy only.
+        """
+        raise NotImplementedError(f"{type(self).__name__} gives every head the same")
 
     def score(self, observed: Observation) -> Tensor:
         """float32 [B, Hkv, T - window]: how much each token in front of the window matters to each KV head."""
@@ -64,7 +108,10 @@ class Policy:
 
 @dataclass(frozen=True)
 class LayerPlan:
-    """How many tokens a layer sees in the prefill, keeps in its cache, and sends on (None: all it saw)."""
+    """How many tokens a layer sees in the prefill, keeps in its cache, and sends on (None: all it saw).
+
+    Under a policy with a `watch` these are upper bounds: tokens may be dropped at an earlier layer.
+    """
 
     seen: int
     kept: int
@@ -74,8 +121,9 @@ class LayerPlan:
 def plan_layers(policy: Policy, n_layers: int, n_tokens: int) -> list[LayerPlan]:
     """What `policy` will do with a prompt of `n_tokens`, layer by layer: the sizes, before anything is computed."""
     plans: list[LayerPlan] = []
-    seen = n_tokens
-    for stage in policy.stages(n_layers, n_tokens):
+    first = policy.first_pass(n_layers, n_tokens)
+    seen = n_tokens if first is None else first.keep
+    for stage in policy.stages(n_layers, seen):
         reduces = stage.keep is not None and stage.keep < seen
         for layer in stage.layers:
             kept = min(policy.budget(layer, n_layers, n_tokens), seen)
@@ -86,6 +134,6 @@ def plan_layers(policy: Policy, n_layers: int, n_tokens: int) -> list[LayerPlan]
     return plans
 
 
-def drops_tokens(plans: list[LayerPlan]) -> bool:
-    """Whether any layer forgets any token of the prompt."""
-    return any(plan.kept < plans[0].seen for plan in plans)
+def drops_tokens(policy: Policy, n_layers: int, n_tokens: int) -> bool:
+    """Whether any layer forgets any token of a prompt of `n_tokens`."""
+    return any(plan.kept < n_tokens for plan in plan_layers(policy, n_layers, n_tokens))

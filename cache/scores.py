@@ -66,6 +66,17 @@ def received_attention(q: Tensor, k: Tensor) -> Tensor:
     return received
 
 
+def last_query_scores(q: Tensor, k: Tensor, kernel: int) -> Tensor:
+    """How well the last query matches each key in front of it (arXiv 2409.17422): float32 [B, Hkv, T - 1].
+
+    q: [B, Hq, n, D] of the last n >= 1 tokens and k: [B, Hkv, T, D] of all, rotated; T > 1. The bare products, summed
+    over the query heads of each KV head, average-pooled along the tokens (the zeros of the padding counted).
+    """
+    grouped = q[:, :, -1].unflatten(1, (k.shape[1], -1)).float()  # [B, Hkv, G, D]
+    products = grouped @ k.float().transpose(-1, -2)  # [B, Hkv, G, T]
+    return _pool(products, kernel, "avg").sum(dim=2)[..., :-1]
+
+
 def _pool(votes: Tensor, kernel: int, pooling: str) -> Tensor:
     """Pool [B, Hkv, G, n] along the tokens, length unchanged."""
     pool = F.max_pool1d if pooling == "max" else F.avg_pool1d

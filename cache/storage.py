@@ -14,13 +14,16 @@ BLOCK = 32  # capacities are rounded up to a multiple of this many slots
 class KVStorage:
     """For each of L layers `k[l]` and `v[l]`: [B, Hkv, C_l, D], and for each of B texts what is live, on the device.
 
-    lengths: int64 [L, B], entries of each layer. next_position: int64 [B], where the next token of each text stands.
+    lengths: int64 [L, B, Hkv], entries of each KV head. starts: int64 [L, B, Hkv], the slot where they begin, of the
+    Hkv * C_l slots that a layer has for a text: h * C_l for head h, unless heads differ in length and lie one behind
+    the other. next_position: int64 [B], where the next token of each text stands.
     All of them keep their addresses for as long as the storage lives.
     """
 
     k: list[Tensor]
     v: list[Tensor]
     lengths: Tensor
+    starts: Tensor
     next_position: Tensor
 
     @classmethod
@@ -36,13 +39,22 @@ class KVStorage:
     ) -> KVStorage:
         """New slots, `capacities[l]` in layer l for each text and KV head."""
         shapes = [(batch, n_kv_heads, capacity, head_dim) for capacity in capacities]
+        per_head = (len(capacities), batch, n_kv_heads)
         # Zeros, not empty: attention may multiply an unused slot by a weight of zero, and NaN would survive that.
-        return cls(
+        made = cls(
             [torch.zeros(shape, dtype=dtype, device=device) for shape in shapes],
             [torch.zeros(shape, dtype=dtype, device=device) for shape in shapes],
-            torch.zeros(len(capacities), batch, dtype=torch.int64, device=device),
+            torch.zeros(per_head, dtype=torch.int64, device=device),
+            torch.zeros(per_head, dtype=torch.int64, device=device),
             torch.zeros(batch, dtype=torch.int64, device=device),
         )
+        made._start_alike()
+        return made
+
+    def flat(self, layer: int) -> tuple[Tensor, Tensor]:
+        """K and V of a layer with the slots of all heads in a row: [B, Hkv * C, D] each, the same memory."""
+        shape = (self.batch, -1, self.k[layer].shape[3])
+        return self.k[layer].view(shape), self.v[layer].view(shape)
 
     @property
     def batch(self) -> int:
@@ -63,6 +75,7 @@ class KVStorage:
             [buffer[first:end] for buffer in self.k],
             [buffer[first:end] for buffer in self.v],
             self.lengths[:, first:end],
+            self.starts[:, first:end],
             self.next_position[first:end],
         )
 
@@ -73,21 +86,28 @@ class KVStorage:
         )
 
     def start(self, kept: list[int], ends: list[int], position: int) -> None:
-        """Make ready for texts at `position`: no entries yet, and zeros in the slots kept[l] … ends[l] - 1.
+        """Make ready for texts at `position`: no entries yet, and zeros in the slots kept[l] … ends[l] - 1 of a head.
 
         What an earlier text left there could be infinite, and a weight of zero would not hide it.
         """
         self.lengths.zero_()
         self.next_position.fill_(position)
+        self._start_alike()
         for layer, (first, end) in enumerate(zip(kept, ends, strict=True)):
             self.k[layer][:, :, first:end].zero_()
             self.v[layer][:, :, first:end].zero_()
 
+    def _start_alike(self) -> None:
+        """Let each head begin where heads of one length do."""
+        starts = [[head * capacity for head in range(self.starts.shape[2])] for capacity in self.capacities]
+        self.starts.copy_(torch.tensor(starts).unsqueeze(1))
+
     def write(self, layer: int, k: Tensor, v: Tensor) -> None:
-        """Put one token's k and v [B, Hkv, 1, D] into each text's next slot of `layer`, which the device knows."""
-        slots = self.lengths[layer][:, None, None, None].expand_as(k)
-        self.k[layer].scatter_(2, slots, k)
-        self.v[layer].scatter_(2, slots, v)
+        """Put one token's k and v [B, Hkv, 1, D] into each head's next slot of `layer`, which the device knows."""
+        flat_k, flat_v = self.flat(layer)
+        slots = (self.starts[layer] + self.lengths[layer]).unsqueeze(2).expand(-1, -1, k.shape[-1])  # [B, Hkv, D]
+        flat_k.scatter_(1, slots, k.squeeze(2))
+        flat_v.scatter_(1, slots, v.squeeze(2))
 
 
 def round_up(slots: int) -> int:

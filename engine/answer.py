@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 
 import torch
 
 from fastkv.cache.kv_cache import KVCache
-from fastkv.cache.policy import plan_layers
 from fastkv.engine.output import Metrics, Output, Piece
 from fastkv.engine.request import Request
 from fastkv.engine.stopping import StopStrings
@@ -19,10 +19,9 @@ from fastkv.models.tokenizer import Tokenizer
 class Answer:
     """Books the tokens of a request as they come, until `take` says that one was the last.
 
-    called_at: time.perf_counter() when the user asked. kv_bytes, peak: set by whoever runs the request.
+    called_at: time.perf_counter() when the user asked. peak: set by whoever runs the request.
     """
 
-    kv_bytes = 0
     peak: int | None = None
 
     def __init__(
@@ -37,11 +36,16 @@ class Answer:
         self._config, self._dtype, self._called_at = config, dtype, called_at
         self._detokenizer = Detokenizer(tokenizer.decode if tokenizer else lambda ids: "", request.prompt)
         self._stops = StopStrings(request.params.stop)
-        self._plans = plan_layers(request.policy, config.n_layers, len(request.prompt))
+        self._kv_bytes = self._kv_entries = 0
+        self._layer_tokens: tuple[int, ...] = ()
         self._token_ids: list[int] = []
         self._text: list[str] = []
         self._times: list[float] = []
         self._finish_reason = "interrupted"
+
+    def prefilled(self, kv_bytes: int, kv_entries: int, layer_tokens: Sequence[int]) -> None:
+        """Book what the prefill has kept, and how many tokens each layer saw."""
+        self._kv_bytes, self._kv_entries, self._layer_tokens = kv_bytes, kv_entries, tuple(layer_tokens)
 
     def take(self, token_id: int) -> tuple[Piece, bool]:
         """Book a new token; the piece to emit, and whether it is the last one."""
@@ -74,18 +78,19 @@ class Answer:
     def _metrics(self) -> Metrics:
         request, config, times = self.request, self._config, self._times
         n_prompt, n_new = len(request.prompt), len(self._token_ids)
-        kept = [plan.kept for plan in self._plans]
+        heads = config.n_layers * config.n_kv_heads
         full = KVCache.size_of([n_prompt] * config.n_layers, request.max_tokens, config.n_kv_heads, config.head_dim)
         return Metrics(
             prompt_tokens=n_prompt,
             new_tokens=n_new,
             ttft_s=times[0] - self._called_at if times else 0.0,
             decode_tokens_per_s=(n_new - 1) / (times[-1] - times[0]) if n_new > 1 else None,
-            kv_tokens=round(sum(kept) / len(kept)),
-            kv_entries=sum(kept) * config.n_kv_heads,
-            kv_full_entries=n_prompt * len(kept) * config.n_kv_heads,
-            kv_bytes=self.kv_bytes,
+            kv_tokens=round(self._kv_entries / heads),
+            kv_entries=self._kv_entries,
+            kv_full_entries=n_prompt * heads,
+            kv_bytes=self._kv_bytes,
             kv_full_bytes=full * self._dtype.itemsize,
-            tsp_tokens=self._plans[-1].seen,
+            tsp_tokens=self._layer_tokens[-1] if self._layer_tokens else n_prompt,
+            layer_tokens=self._layer_tokens,
             peak_bytes=self.peak,
         )

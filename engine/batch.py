@@ -52,7 +52,7 @@ def run_batch(
 
 def _admit(rows: Rows, at_work: dict[int, int], index: int, answers: Sequence[Answer]) -> None:
     row, result = rows.admit(answers[index].request)
-    answers[index].kv_bytes = result.cache.nbytes
+    answers[index].prefilled(result.cache.nbytes, result.cache.entries, result.layer_tokens)
     at_work[row] = index
 
 

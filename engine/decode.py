@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fastkv.cache.kv_cache import KVCache
+from fastkv.cache.ragged import RaggedKVCache
 from fastkv.engine.attention import decode_attention
 from fastkv.models.llama import Llama
 
@@ -41,12 +42,27 @@ def decode_step(model: Llama, caches: Sequence[KVCache], token_ids: Tensor) -> T
 
 def _attend_one(model: Llama, layer: int, cache: KVCache, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """The new tokens of one cache's texts attend to what it has kept, and to themselves."""
+    if isinstance(cache, RaggedKVCache):
+        return _attend_heads(q, cache.append_to_heads(layer, k, v))
     keys, values = cache.append(layer, k, v)
     window = model.config.window_of(layer)
     if window is not None:
         # Entries are the last positions in order here: a policy that drops any is refused beyond the window.
         keys, values = keys[:, :, -window:], values[:, :, -window:]
     return decode_attention(q, keys, values)
+
+
+def _attend_heads(q: Tensor, heads: list[list[tuple[Tensor, Tensor]]]) -> Tensor:
+    """q [B, Hq, 1, D], each KV head on its own, as long as it is.
+
+    No sliding window is looked at: a policy that drops tokens ends where the window does.
+    """
+    grouped = q.unflatten(1, (len(heads[0]), -1))  # [B, Hkv, G, 1, D]
+    texts = [
+        torch.cat([decode_attention(group[None], k, v) for group, (k, v) in zip(groups, kept, strict=True)], dim=1)
+        for groups, kept in zip(grouped, heads, strict=True)
+    ]
+    return torch.cat(texts)
 
 
 def one_token(model: Llama, token_ids: Tensor, positions: Tensor, attend: AttendLayer) -> Tensor:

@@ -65,7 +65,7 @@ class Generation(Iterator[Piece]):
     def _begin(self) -> Rows:
         rows = Rows(self._runtime, [self._answer.request])
         _, result = rows.admit(self._answer.request)
-        self._answer.kv_bytes = result.cache.nbytes
+        self._answer.prefilled(result.cache.nbytes, result.cache.entries, result.layer_tokens)
         if self._keep_selection:
             self.selection = (result.tokens, result.kept)
         return rows

@@ -54,7 +54,7 @@ class GraphDecoder:
         self._logits = torch.zeros(n_rows, model.config.vocab_size, device=device)
         self._stepping = torch.zeros(n_rows, dtype=torch.int64, device=device)  # 1 for the rows of this step
         self._stepping_rows: tuple[int, ...] = ()
-        self._steps: dict[tuple[int, ...], tuple[Replay, SlotAttention]] = {}
+        self._steps: dict[tuple[Any, ...], tuple[Replay, SlotAttention]] = {}
         self._samplers: dict[tuple[int, SamplingParams], tuple[Sampler, Replay]] = {}
         self._choices: dict[int, Replay] = {}
         self._reserved = 0
@@ -111,17 +111,18 @@ class GraphDecoder:
             self._steps.clear()
             self._reserved = self._model.rotary.reserved
         rows = min(1 << (n_rows - 1).bit_length(), self._storage.batch)
-        slots = [[k.shape[2] for k in cache.k] for cache, _ in self.texts.values()]
-        spans = [bucket(max(layer)) for layer in zip(*slots, strict=True)]
-        key = (rows, *spans)
+        caches = [cache for cache, _ in self.texts.values()]
+        spans = [bucket(max(layer)) for layer in zip(*(cache.spans for cache in caches), strict=True)]
+        ragged = any(cache.ragged for cache in caches)
+        key = (rows, ragged, *spans)
         if key not in self._steps:
             _make_room(self._steps, _STEPS)
-            self._steps[key] = self._recorded_step(self._storage.rows(0, rows), spans)
+            self._steps[key] = self._recorded_step(self._storage.rows(0, rows), spans, ragged)
         return self._steps[key][0]
 
-    def _recorded_step(self, storage: KVStorage, spans: list[int]) -> tuple[Replay, SlotAttention]:
+    def _recorded_step(self, storage: KVStorage, spans: list[int], ragged: bool) -> tuple[Replay, SlotAttention]:
         """The attention comes along: the graph reads its tensors, which must live as long."""
-        attention, _ = slot_attention(storage, self._model.config.n_heads)
+        attention, _ = slot_attention(storage, self._model.config.n_heads, ragged)
         # Warmed up for no row at all: entries go to the slots that the next step fills, and nobody counts them.
         self._mark(())
         return self._record(lambda: self._layers(storage, spans, attention), None), attention
@@ -148,7 +149,7 @@ class GraphDecoder:
             return attention(layer, q, spans[layer], config.window_of(layer))
 
         self._logits[:n_rows] = one_token(self._model, self.tokens[:n_rows], storage.next_position, attend)
-        storage.lengths.add_(self._stepping[:n_rows])
+        storage.lengths.add_(self._stepping[:n_rows].unsqueeze(1))
         storage.next_position.add_(self._stepping[:n_rows])
 
 

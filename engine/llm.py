@@ -289,14 +289,14 @@ class LLM:
     def _checked_policy(self, policy: Policy) -> Policy:
         if not isinstance(policy, Policy):
             raise FastKVError(f"policy must be a policy such as FastKV() or FullKV(), not {policy!r}")
-        policy.validate(self.config.n_layers)
+        policy.validate(self.config.n_layers, self.config.n_kv_heads)
         return policy
 
     def _check_cache(self, cache: KVCache) -> None:
         if not isinstance(cache, KVCache):
             raise FastKVError(f"decode takes the cache of a prefill (pre.cache), not {type(cache).__name__}")
         expected = (self.config.n_layers, self.config.n_kv_heads, self.config.head_dim, self.dtype, self.device)
-        found = (len(cache.k), cache.k[0].shape[1], cache.k[0].shape[3], cache.k[0].dtype, cache.k[0].device)
+        found = (len(cache.k), cache.n_kv_heads, cache.head_dim, cache.k[0].dtype, cache.k[0].device)
         if found != expected:
             raise FastKVError("this cache is of another model, dtype or device than the one that decodes")
 

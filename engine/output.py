@@ -22,8 +22,9 @@ class Metrics:
     tokens that a layer keeps (the mean over layers, rounded).
     kv_entries and kv_full_entries: prompt entries kept, and what a full cache keeps. kv_bytes: the slots for K and V,
     room for max_tokens included; kv_full_bytes: those of a full cache. tsp_tokens: prompt tokens that reach the last
-    layer. peak_bytes: on a GPU the most memory allocated during the request, on a CPU the most resident memory of the
-    whole process meanwhile (where the system cannot begin anew: so far); None where the system does not say.
+    layer; layer_tokens: that each layer sees. peak_bytes: on a GPU the most memory allocated during the request, on a
+    CPU the most resident memory of the whole process meanwhile (where the system cannot begin anew: so far); None where
+    the system does not say.
     """
 
     prompt_tokens: int
@@ -36,6 +37,7 @@ class Metrics:
     kv_bytes: int
     kv_full_bytes: int
     tsp_tokens: int
+    layer_tokens: tuple[int, ...]
     peak_bytes: int | None
 
 

@@ -3,26 +3,28 @@
 A layer first computes K and V of all its tokens, from them its votes, and from these what stays in the cache and which
 tokens go on. Only for the latter does it then compute queries, attention and MLP: a token whose state nobody will read
 costs no more than its key and value. That holds for the TSP layer and for the last one, which only the last token
-leaves.
+leaves. A policy that decides during the prefill where tokens are dropped is asked at each layer (Policy.watch); one
+that has the model read its choice anew runs the lower layers first, and keeps nothing of that (Policy.first_pass).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from fastkv.cache.kv_cache import KVCache
-from fastkv.cache.policy import LayerPlan, Observation, Policy, plan_layers
+from fastkv.cache.policy import FirstPass, LayerPlan, Observation, Policy, Watch, drops_tokens, plan_layers
+from fastkv.cache.ragged import RaggedEntries, RaggedKVCache, select_ragged
 from fastkv.cache.selection import select_entries, select_tokens
 from fastkv.cache.storage import KVStorage
 from fastkv.engine.attention import AUTO, attend_from, causal_attention, take_rows
 from fastkv.engine.tsp import TokenState
 from fastkv.engine.workspace import Workspace
 from fastkv.models.layers import Rope
-from fastkv.models.llama import Block, Llama
+from fastkv.models.llama import Llama
 
 # Tokens that projections and MLP work on at a time: the widest activation is a chunk's, not the prompt's.
 CHUNK = 4096
@@ -34,7 +36,8 @@ class Prefill:
 
     logits: float32 [B, V], of the last token.
     tokens: for each layer int64 [B, T], the original positions of what its keys saw (the TSP layer: all N).
-    kept: for each layer int64 [B, Hkv, n], the original positions of the entries in its cache, ascending.
+    kept: for each layer int64 [B, Hkv, n], the original positions of the entries in its cache, ascending; where heads
+    keep different numbers, -1 stands behind those of the shorter ones.
     cache: holds those entries, with room for `max_tokens` more.
     """
 
@@ -42,6 +45,11 @@ class Prefill:
     tokens: list[Tensor]
     kept: list[Tensor]
     cache: KVCache
+
+    @property
+    def layer_tokens(self) -> list[int]:
+        """How many tokens each layer saw."""
+        return [positions.shape[1] for positions in self.tokens]
 
 
 @torch.inference_mode()
@@ -55,18 +63,24 @@ def prefill(
     Full K/V of one layer at a time is there, in the `workspace`: a layer keeps its share in the cache, and the next
     one writes over the rest.
     """
-    plans = plan_layers(policy, model.config.n_layers, ids.shape[1])
+    n_layers, n_tokens = model.config.n_layers, ids.shape[1]
+    plans = plan_layers(policy, n_layers, n_tokens)
     run = LayerRun(model, policy, cache, workspace, attention)
+    run.keep = next((plan.propagated for plan in plans if plan.propagated is not None), None)
+    run.watch = policy.watch(n_layers, n_tokens) if run.keep is not None else None
     model.reserve(cache.prompt_tokens + cache.max_tokens)
-    hidden = workspace.take("hidden", (*ids.shape, model.config.hidden_size), like=model.embed_tokens.weight)
-    state = TokenState.start(ids, model.embed(ids, out=hidden))
-    rope = model.rope_of_first(ids.shape[1])
+    first = policy.first_pass(n_layers, n_tokens)
+    origins = None if first is None else run.choose(ids, first)
+    state, rope = run.start(ids if origins is None else ids.gather(1, origins))
     tokens: list[Tensor] = []
     kept: list[Tensor] = []
     for layer, plan in enumerate(plans):
         tokens.append(state.positions)
         state, rope, positions = run.layer(layer, plan, state, rope)
         kept.append(positions)
+    if origins is not None:
+        tokens = [origins.gather(1, positions) for positions in tokens]
+        kept = [origins.unsqueeze(1).expand(-1, of.shape[1], -1).gather(2, of) for of in kept]
     return Prefill(model.head(state.hidden[:, -1]), tokens, kept, cache)
 
 
@@ -78,13 +92,15 @@ def new_cache(
     Its memory is in `storage`, for B texts, or its own (None) for as long as somebody holds it.
     """
     config, (batch, n_tokens) = model.config, ids.shape
-    return KVCache(
-        [plan.kept for plan in plan_layers(policy, config.n_layers, n_tokens)],
+    plans = plan_layers(policy, config.n_layers, n_tokens)
+    ragged = policy.ragged and drops_tokens(policy, config.n_layers, n_tokens)
+    return (RaggedKVCache if ragged else KVCache)(
+        [plan.kept for plan in plans],
         max_tokens,
         batch=batch,
         n_kv_heads=config.n_kv_heads,
         head_dim=config.head_dim,
-        position=n_tokens,
+        position=plans[0].seen,
         position_limit=position_limit,
         dtype=model.dtype,
         device=model.device,
@@ -101,7 +117,25 @@ class LayerRun:
     cache: KVCache
     workspace: Workspace
     attention: str
+    watch: Watch | None = None  # who decides where tokens are dropped; None, too, once that is decided
+    keep: int | None = None  # how many tokens then go on
     idle_hidden: str = "hidden, too"  # of the two buffers for hidden states, the one that is not in use
+
+    def start(self, ids: Tensor) -> tuple[TokenState, Rope]:
+        """Embedding and rotation of texts that are read from their beginning: ids int64 [B, N]."""
+        self.idle_hidden = "hidden, too"
+        shape = (*ids.shape, self.model.config.hidden_size)
+        hidden = self.workspace.take("hidden", shape, like=self.model.embed_tokens.weight)
+        return TokenState.start(ids, self.model.embed(ids, out=hidden)), self.model.rope_of_first(ids.shape[1])
+
+    def choose(self, ids: Tensor, first: FirstPass) -> Tensor:
+        """The tokens that a first pass chooses of ids, int64 [B, N]: int64 [B, first.keep], ascending."""
+        state, rope = self.start(ids)
+        for layer in range(first.layer):
+            observed = self._project(layer, state.hidden, rope)
+            state = self._all_go_on(layer, state, observed)
+        observed = self._project_keys(first.layer, state.hidden, rope)
+        return select_tokens(self.policy.score(observed), first.keep, self.policy.window)
 
     def layer(self, layer: int, plan: LayerPlan, state: TokenState, rope: Rope) -> tuple[TokenState, Rope, Tensor]:
         """Keys, selection, then attention and MLP of the tokens that go on.
@@ -109,30 +143,45 @@ class LayerRun:
         Returns those tokens, their rotation, and the positions that the cache keeps.
         """
         last = layer == self.model.config.n_layers - 1
-        if last or (plan.propagated is not None and _narrow_pays(self.model.device)):
+        may_drop = plan.propagated is not None or self.watch is not None
+        if last or (may_drop and _narrow_pays(self.model.device)):
             return self._narrow(layer, plan, state, rope)
-        block = self.model.blocks[layer]
         observed = self._project(layer, state.hidden, rope)
         positions, rows = self.select(plan, state, observed)
+        if rows is None:
+            return self._all_go_on(layer, state, observed), rope, positions
         window = self.model.config.window_of(layer)
         attended = causal_attention(observed.q, observed.k, observed.v, window, self.attention)
-        if rows is not None:
-            state, attended = self._take(state, rows), take_rows(attended, rows)
-            rope = self.model.rope(state.positions)
-        return state.with_hidden(_finish(block, state.hidden, attended)), rope, positions
+        state, attended = self._take(state, rows), take_rows(attended, rows)
+        return self._finished(layer, state, attended), self.model.rope(state.positions), positions
 
     def _narrow(self, layer: int, plan: LayerPlan, state: TokenState, rope: Rope) -> tuple[TokenState, Rope, Tensor]:
         """The same for a layer that fewer tokens leave than enter: no queries, attention and MLP of the others."""
-        block = self.model.blocks[layer]
         observed = self._project_keys(layer, state.hidden, rope)
         positions, rows = self.select(plan, state, observed)
-        if rows is None or layer == self.model.config.n_layers - 1:
+        if layer == self.model.config.n_layers - 1:
             rows = state.last_row()
+        if rows is None:  # the watch lets all go on
+            observed = replace(observed, q=self._project_queries(layer, state.hidden, rope))
+            return self._all_go_on(layer, state, observed), rope, positions
         state = self._take(state, rows)
         rope = self.model.rope(state.positions)
-        q = block.project_q(state.hidden, rope)
+        q = self.model.blocks[layer].project_q(state.hidden, rope)
         attended = attend_from(rows, q, observed.k, observed.v, self.model.config.window_of(layer))
-        return state.with_hidden(_finish(block, state.hidden, attended)), rope, positions
+        return self._finished(layer, state, attended), rope, positions
+
+    def _all_go_on(self, layer: int, state: TokenState, observed: Observation) -> TokenState:
+        """Attention and MLP of every token that the layer saw; q of all of them is in `observed`."""
+        window = self.model.config.window_of(layer)
+        return self._finished(
+            layer, state, causal_attention(observed.q, observed.k, observed.v, window, self.attention)
+        )
+
+    def _finished(self, layer: int, state: TokenState, attended: Tensor) -> TokenState:
+        """Output projection and MLP, chunk by chunk and in place: the hidden states [B, T, E] are ours."""
+        for start, end in _chunks(state.hidden):
+            self.model.blocks[layer].finish_(state.hidden[:, start:end], attended[:, :, start:end])
+        return state
 
     def _take(self, state: TokenState, rows: Tensor) -> TokenState:
         """The tokens that go on, moved into the other buffer."""
@@ -145,15 +194,33 @@ class LayerRun:
 
         Returns the positions kept, int64 [B, Hkv, n], and the rows of the tokens that go on, int64 [B, n] (None: all).
         """
-        drops = plan.kept < plan.seen
-        scores = self.policy.score(observed) if drops or plan.propagated is not None else None
-        entries = select_entries(scores, plan.kept, self.policy.window) if scores is not None and drops else None
+        count = min(plan.kept, observed.k.shape[2])
+        drops = count < observed.k.shape[2]
+        if not (drops or plan.propagated is not None or self.watch is not None):
+            self.cache.load(observed.layer, observed.k, observed.v, None)
+            return _of_every_head(state.positions, observed), None
+        scores = self.policy.score(observed)
+        entries = self._select_entries(observed.layer, scores, count) if drops else None
         self.cache.load(observed.layer, observed.k, observed.v, entries)
-        every_head = state.positions.unsqueeze(1).expand(-1, observed.k.shape[1], -1)
-        positions = every_head if entries is None else every_head.gather(2, entries)
-        if scores is None or plan.propagated is None:
-            return positions, None
-        return positions, select_tokens(scores, plan.propagated, self.policy.window)
+        rows = self._select_tokens(observed.layer, plan, scores)
+        if isinstance(entries, RaggedEntries):
+            return entries.positions(state.positions), rows
+        every_head = _of_every_head(state.positions, observed)
+        return every_head if entries is None else every_head.gather(2, entries), rows
+
+    def _select_entries(self, layer: int, scores: Tensor, count: int) -> Tensor | RaggedEntries:
+        if not self.policy.ragged:
+            return select_entries(scores, count, self.policy.window)
+        counts = self.policy.head_budgets(layer, self.model.config.n_layers, count, scores)
+        return select_ragged(scores, counts, self.policy.window)
+
+    def _select_tokens(self, layer: int, plan: LayerPlan, scores: Tensor) -> Tensor | None:
+        """The rows of the tokens that go on behind this layer, int64 [B, n], or None: all of them."""
+        votes, keep = (scores, plan.propagated) if self.watch is None else (self.watch(layer, scores), self.keep)
+        if votes is None or keep is None:
+            return None
+        self.watch = None
+        return select_tokens(votes, keep, self.policy.window)
 
     def _project(self, layer: int, hidden: Tensor, rope: Rope) -> Observation:
         """q, k and v of all tokens, in chunks."""
@@ -174,6 +241,15 @@ class LayerRun:
         q = block.project_q(hidden[:, first:], rope.at(first, n_tokens))
         return Observation(layer, q, *heads.chunk(2, dim=1))
 
+    def _project_queries(self, layer: int, hidden: Tensor, rope: Rope) -> Tensor:
+        """q of all tokens, in chunks."""
+        block = self.model.blocks[layer]
+        config, shape = self.model.config, hidden.shape
+        q = self.workspace.take("queries", (shape[0], config.n_heads, shape[1], config.head_dim), like=hidden)
+        for start, end in _chunks(hidden):
+            q[:, :, start:end] = block.project_q(hidden[:, start:end], rope.at(start, end))
+        return q
+
     def _room_for_heads(self, hidden: Tensor, heads: int) -> Tensor:
         """[B, heads, T, D]."""
         shape = (hidden.shape[0], heads, hidden.shape[1], self.model.config.head_dim)
@@ -189,11 +265,9 @@ def _narrow_pays(device: torch.device) -> bool:
     return device.type == "cpu"
 
 
-def _finish(block: Block, hidden: Tensor, attended: Tensor) -> Tensor:
-    """Output projection and MLP, chunk by chunk and in place: hidden [B, T, E] is ours."""
-    for start, end in _chunks(hidden):
-        block.finish_(hidden[:, start:end], attended[:, :, start:end])
-    return hidden
+def _of_every_head(positions: Tensor, observed: Observation) -> Tensor:
+    """positions int64 [B, T] -> [B, Hkv, T]."""
+    return positions.unsqueeze(1).expand(-1, observed.k.shape[1], -1)
 
 
 def _chunks(hidden: Tensor) -> Iterator[tuple[int, int]]:

@@ -82,7 +82,7 @@ def position_limit(config: ModelConfig, policy: Policy, n_tokens: int) -> int:
             setting="prompt",
         )
     window = config.sliding_window
-    if window is None or not drops_tokens(plan_layers(policy, config.n_layers, n_tokens)):
+    if window is None or not drops_tokens(policy, config.n_layers, n_tokens):
         return limit
     if n_tokens > window:
         raise FastKVError(

@@ -20,7 +20,7 @@ from fastkv.engine.attention import without_cudnn
 
 
 class SlotAttention(Protocol):
-    """Attends over a layer's first `span` slots, of which lengths[layer] + 1 are live, the new tokens among them."""
+    """Attends over a head's first `span` slots, of which lengths[layer] + 1 are live, the new tokens among them."""
 
     def begin(self) -> None:
         """Once a step, before the first layer."""
@@ -30,45 +30,68 @@ class SlotAttention(Protocol):
 
 
 class MaskedSlots:
-    """Every slot of the span is multiplied, and a mask hides what is not live."""
+    """Every slot of the span is multiplied, and a mask hides what is not live.
 
-    def __init__(self, storage: KVStorage) -> None:
+    ragged: heads may begin anywhere, so that their slots are copied together first.
+    """
+
+    def __init__(self, storage: KVStorage, ragged: bool = False) -> None:
         self._storage = storage
+        self._ragged = ragged
 
     def begin(self) -> None:
         pass
 
     def __call__(self, layer: int, q: Tensor, span: int, window: int | None) -> Tensor:
-        k, v = self._storage.k[layer][:, :, :span], self._storage.v[layer][:, :, :span]
-        last = self._storage.lengths[layer][:, None, None, None]
+        k, v = self._slots(layer, span)
+        last = self._storage.lengths[layer][:, :, None, None]
         slots = torch.arange(span, device=q.device)
-        visible = slots <= last  # [B, 1, 1, span]
+        visible = slots <= last  # [B, Hkv, 1, span]
         if window is not None:
             visible &= slots > last - window
         rows = q.unflatten(1, (k.shape[1], -1)).squeeze(3)  # [B, Hkv, G, D]: the queries of a KV head side by side
         with without_cudnn(q.device):
             return F.scaled_dot_product_attention(rows, k, v, attn_mask=visible).flatten(1, 2).unsqueeze(2)
 
+    def _slots(self, layer: int, span: int) -> tuple[Tensor, Tensor]:
+        """The first `span` slots of each head: [B, Hkv, span, D]."""
+        if not self._ragged:
+            return self._storage.k[layer][:, :, :span], self._storage.v[layer][:, :, :span]
+        flat_k, flat_v = self._storage.flat(layer)
+        slots = self._storage.starts[layer].unsqueeze(2) + torch.arange(span, device=flat_k.device)
+        rows = slots.clamp_max(flat_k.shape[1] - 1).flatten(1)  # what lies beyond a head's own slots is not visible
+        index = rows.unsqueeze(2).expand(-1, -1, flat_k.shape[2])
+        return flat_k.gather(1, index).unflatten(1, slots.shape[1:]), flat_v.gather(1, index).unflatten(
+            1, slots.shape[1:]
+        )
+
 
 class VarlenSlots:
     """Flash attention for sequences of different lengths (torch.nn.attention.varlen).
 
     Each KV head of each text is a sequence of its own, with one token of G query heads and one key head: so the slots
-    need no copy, and the kernel splits a long sequence over the GPU.
+    need no copy, heads may differ in length, and the kernel splits a long sequence over the GPU.
     """
 
     def __init__(self, storage: KVStorage) -> None:
         self._attend = _varlen_function()
         self._storage = storage
-        n_kv_heads, device = storage.k[0].shape[1], storage.k[0].device
-        self._starts = torch.arange(storage.batch * n_kv_heads + 1, dtype=torch.int32, device=device)
-        self._starts_of_slots = [self._starts * capacity for capacity in storage.capacities]
-        self._live = torch.zeros(len(storage.capacities), storage.batch * n_kv_heads, dtype=torch.int32, device=device)
+        n_layers, batch, n_kv_heads = storage.lengths.shape
+        device, integer = storage.k[0].device, torch.int32
+        self._starts = torch.arange(batch * n_kv_heads + 1, dtype=integer, device=device)
+        # Where each text's slots begin, of all that a layer has, and where the last one's end: [L, B + 1]
+        capacities = torch.tensor(storage.capacities, dtype=integer, device=device)
+        self._texts = torch.arange(batch + 1, dtype=integer, device=device) * (n_kv_heads * capacities).unsqueeze(1)
+        self._starts_of_slots = torch.zeros(n_layers, batch * n_kv_heads + 1, dtype=integer, device=device)
+        self._starts_of_slots[:, -1] = self._texts[:, -1]
+        self._live = torch.zeros(n_layers, batch * n_kv_heads, dtype=integer, device=device)
         self._masked = MaskedSlots(storage)
 
     def begin(self) -> None:
-        every_head = self._live.view(*self._storage.lengths.shape, -1)  # [L, B, Hkv]
-        every_head.copy_(self._storage.lengths.unsqueeze(2).expand_as(every_head)).add_(1)
+        per_head = self._storage.lengths.shape  # [L, B, Hkv]
+        self._live.view(per_head).copy_(self._storage.lengths).add_(1)
+        starts = self._starts_of_slots[:, :-1].unflatten(1, per_head[1:])
+        starts.copy_(self._storage.starts).add_(self._texts[:, :-1].unsqueeze(2))
 
     def __call__(self, layer: int, q: Tensor, span: int, window: int | None) -> Tensor:
         if window is not None:
@@ -108,23 +131,23 @@ def _flash_forward(
     return forward(q, k, v, starts, starts_of_keys, max_q, max_k, 0.0, False, False, seqused_k=seqused_k)[0]
 
 
-def slot_attention(storage: KVStorage, n_heads: int) -> tuple[SlotAttention, str | None]:
-    """The faster of the two that works here, and why it is not VarlenSlots (None: it is).
+def slot_attention(storage: KVStorage, n_heads: int, ragged: bool = False) -> tuple[SlotAttention, str | None]:
+    """The faster of the two that works here, and why it is not VarlenSlots (None: it is). ragged: heads may differ.
 
     Versions of torch and devices differ in what varlen attention takes, so it is tried: on a small storage of the same
     kind, against the plain one.
     """
     buffer = storage.k[0]
     if buffer.device.type != "cuda":
-        return MaskedSlots(storage), "varlen attention runs on a GPU"
+        return MaskedSlots(storage, ragged), "varlen attention runs on a GPU"
     if buffer.dtype == torch.float32:
-        return MaskedSlots(storage), "varlen attention computes in bfloat16 or float16"
+        return MaskedSlots(storage, ragged), "varlen attention computes in bfloat16 or float16"
     try:
         if not _agree_on_a_sample(storage, n_heads):
-            return MaskedSlots(storage), "varlen attention gives other results here"
+            return MaskedSlots(storage, ragged), "varlen attention gives other results here"
         return VarlenSlots(storage), None
     except (ImportError, RuntimeError, TypeError, ValueError) as error:
-        return MaskedSlots(storage), f"no varlen attention ({str(error).splitlines()[0]})"
+        return MaskedSlots(storage, ragged), f"no varlen attention ({str(error).splitlines()[0]})"
 
 
 @torch.inference_mode()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from typing import Any
 
 from fastkv.engine.llm import LLM
@@ -37,12 +38,23 @@ def figures(llm: LLM, metrics: Metrics) -> list[tuple[str, str]]:
             f" {_mebibytes(metrics.kv_bytes)} of {_mebibytes(metrics.kv_full_bytes)}",
         ),
     ]
-    for stage in llm.policy.stages(llm.config.n_layers, metrics.prompt_tokens):
-        if stage.keep is not None:
-            share = _percent(stage.keep, metrics.prompt_tokens)
-            rows.append(("TSP", f"{_tokens(stage.keep)} ({share}) go on behind layer {stage.layers[-1]}"))
+    rows += _reductions(llm, metrics)
     if metrics.peak_bytes is not None:
         rows.append(("peak memory", f"{_mebibytes(metrics.peak_bytes)} ({_peak_of(llm)})"))
+    return rows
+
+
+def _reductions(llm: LLM, metrics: Metrics) -> list[tuple[str, str]]:
+    """Where the prompt became shorter on its way."""
+    first = llm.policy.first_pass(llm.config.n_layers, metrics.prompt_tokens)
+    rows = []
+    if first is not None:
+        share = _percent(first.keep, metrics.prompt_tokens)
+        rows.append(("first pass", f"{_tokens(first.keep)} ({share}) chosen at layer {first.layer}, then read anew"))
+    for layer, (seen, goes_on) in enumerate(itertools.pairwise(metrics.layer_tokens)):
+        if goes_on < seen:
+            share = _percent(goes_on, metrics.prompt_tokens)
+            rows.append(("TSP", f"{_tokens(goes_on)} ({share}) go on behind layer {layer}"))
     return rows
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from fastkv.cache.policy import Policy, drops_tokens, plan_layers
+from fastkv.cache.policy import Policy, drops_tokens
 from fastkv.engine.request import position_limit
 from fastkv.errors import FastKVError
 from fastkv.models.config import ModelConfig
@@ -13,7 +13,7 @@ from fastkv.models.config import ModelConfig
 def longest_prompt(config: ModelConfig, policies: Sequence[Policy], answer: int) -> int:
     """Tokens of the longest prompt with an answer of `answer` tokens. Raises FastKVError where there is no room."""
     limit, window = config.context_length, config.sliding_window
-    if window is not None and any(drops_tokens(plan_layers(policy, config.n_layers, limit)) for policy in policies):
+    if window is not None and any(drops_tokens(policy, config.n_layers, limit) for policy in policies):
         limit = min(limit, window)
     if answer >= limit:
         raise FastKVError(

@@ -44,8 +44,8 @@ def report_of(
     """The report of a finished request of `llm`, under its policy.
 
     tokens: for each layer int64 [1, T], the original positions of what its keys saw; kept: for each layer int64
-    [1, Hkv, n], the original positions in its cache (both as `LLM.prefill` returns them). Without a tokenizer the
-    tokens have no texts. Raises FastKVError for a batch of more than one prompt.
+    [1, Hkv, n], the original positions in its cache, -1 being none (both as `LLM.prefill` returns them). Without a
+    tokenizer the tokens have no texts. Raises FastKVError for a batch of more than one prompt.
     """
     if tokens[0].shape[0] != 1:
         raise FastKVError(f"a report shows one prompt, not a batch of {tokens[0].shape[0]}")
@@ -78,6 +78,7 @@ def _names(llm: LLM) -> dict[int, str]:
 
 
 def _mask(positions: Tensor, length: int) -> Tensor:
-    """Positions int64 [..., n] -> bool [..., length], on the CPU."""
+    """Positions int64 [..., n] -> bool [..., length], on the CPU. -1 is no position."""
     positions = positions.cpu()
-    return torch.zeros(*positions.shape[:-1], length, dtype=torch.bool).scatter_(-1, positions, True)
+    there = torch.zeros(*positions.shape[:-1], length + 1, dtype=torch.bool)
+    return there.scatter_(-1, positions % (length + 1), True)[..., :length]

@@ -615,6 +615,13 @@ OF_ONE_POLICY = {
     "--first-layer": ("pyramidinfer", ["-1", "8", "x"]),
     "--decay": ("pyramidinfer", ["0", "1.1", "x"]),
     "--floor": ("pyramidinfer", ["0", "1.1", "x"]),
+    "--head-floor": ("adakv", ["-0.1", "1.1", "nan", "x"]),
+    "--head-scores": ("headkv", ["", "no/such.json", str(ARCHIVE / "config.json")]),
+    "--beta": ("headkv", ["0.9", "nan", "x"]),
+    "--filter-layer": ("gemfilter", ["-1", "8", "x"]),
+    "--tau": ("asl", ["0", "-1", "nan", "x"]),
+    "--lookback": ("asl", ["1", "1.5", "x"]),
+    "--score-decay": ("structkv", ["0", "1.1", "x"]),
 }
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from fastkv import LLM, FastKV, FastKVError, FullKV, SamplingParams
+from fastkv import LLM, AdaKV, FastKV, FastKVError, FullKV, SamplingParams
 from fastkv.cache.policy import Policy
 from fastkv.cache.storage import KVStorage
 from fastkv.engine import graph
@@ -24,7 +24,12 @@ from fastkv.engine.sampler import Sampler
 from fastkv.engine.workspace import Workspace
 
 PROMPT = torch.randint(3, 256, (300,), generator=torch.Generator().manual_seed(5)).tolist()
-POLICIES = [FullKV(), FastKV(min_tokens=8), FastKV(tsp_layer=1, tsp_len=20, kv_len=100)]  # the last: layers differ
+POLICIES = [  # the last two: layers differ; heads differ
+    FullKV(),
+    FastKV(min_tokens=8),
+    FastKV(tsp_layer=1, tsp_len=20, kv_len=100),
+    AdaKV(min_tokens=8),
+]
 
 
 class Recorder:
@@ -78,7 +83,7 @@ CHOICES: list[dict[str, Any]] = [
 ]
 
 
-@pytest.mark.parametrize("policy", POLICIES, ids=["full", "fastkv", "layers differ"])
+@pytest.mark.parametrize("policy", POLICIES, ids=["full", "fastkv", "layers differ", "heads differ"])
 @pytest.mark.parametrize("choice", CHOICES, ids=str)
 def test_replayed_steps_choose_the_eager_tokens(
     tiny_llm: LLM, recorder: Recorder, policy: Policy, choice: dict[str, Any]
@@ -122,9 +127,9 @@ def test_recording_leaves_no_trace_in_the_cache(tiny_llm: LLM, recorder: Recorde
     next(stream)
     assert stream._rows is not None
     cache = stream._rows._rows[0].cache
-    assert cache.lengths.tolist() == [[30]] * 6
+    assert cache.lengths.tolist() == [[[30, 30]]] * 6
     next(stream)  # records, and runs two steps: its own, and the one ahead
-    assert cache.lengths.tolist() == [[32]] * 6
+    assert cache.lengths.tolist() == [[[32, 32]]] * 6
     assert cache.next_position.tolist() == [302]
     assert cache.appended == 2
 
@@ -204,8 +209,8 @@ def test_a_row_that_is_done_has_nothing_to_attend_to(tiny_llm: LLM, recorder: Re
     each = tiny_llm.generate_each(prompts, params, FullKV())
     assert next(each)[0] == 0
     storage = each.gi_frame.f_locals["rows"]._storage  # type: ignore[attr-defined]
-    assert storage.lengths[:, 0].tolist() == [0] * 6
-    assert storage.lengths[0, 1] > 0
+    assert storage.lengths[:, 0].tolist() == [[0, 0]] * 6
+    assert (storage.lengths[0, 1] > 0).all()
     assert next(each)[0] == 1
 
 
@@ -214,8 +219,8 @@ def test_what_a_graph_reads_lives_as_long_as_the_graph(tiny_llm: LLM, monkeypatc
     alive: list[weakref.ref[object]] = []
     real = graph.slot_attention
 
-    def watched(storage: KVStorage, n_heads: int) -> Any:
-        attention, reason = real(storage, n_heads)
+    def watched(storage: KVStorage, n_heads: int, ragged: bool = False) -> Any:
+        attention, reason = real(storage, n_heads, ragged)
         alive.append(weakref.ref(attention))
         return attention, reason
 

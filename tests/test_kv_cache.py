@@ -47,7 +47,7 @@ def test_load_gathers_each_heads_own_entries() -> None:
     cache.load(0, k, -k, torch.tensor([[[0, 3], [1, 2]]]))
     assert torch.equal(cache.k[0][0, :, :2], torch.stack((k[0, 0, [0, 3]], k[0, 1, [1, 2]])))
     assert torch.equal(cache.v[0], -cache.k[0])
-    assert cache.lengths.tolist() == [[2]]
+    assert cache.lengths.tolist() == [[[2, 2]]]
 
 
 def test_append_writes_the_next_slot_and_nothing_else() -> None:
@@ -64,7 +64,8 @@ def test_append_writes_the_next_slot_and_nothing_else() -> None:
             assert (values[:, :, -1] == -step).all()
             assert (keys[:, :, :count] == 7).all()
         cache.advance()
-    assert cache.lengths.tolist() == [[5], [8]] == [[cache.length(0)], [cache.length(1)]]
+    assert cache.lengths.tolist() == [[[5, 5]], [[8, 8]]]
+    assert [cache.length(0), cache.length(1)] == [5, 8]
     assert cache.next_position.tolist() == [103]
     assert (cache.k[0][:, :, 5:] == 0).all()
 
@@ -127,5 +128,5 @@ def test_a_cache_in_used_storage_is_as_good_as_new() -> None:
         assert cache.k[layer].isfinite().all()
         assert cache.v[layer].isfinite().all()
         assert storage.k[layer][:, :, : bucket(cache.k[layer].shape[2])].isfinite().all()
-    assert cache.lengths.tolist() == [[40], [5]]
+    assert cache.lengths.tolist() == [[[40, 40]], [[5, 5]]]
     assert cache.next_position.tolist() == [100]

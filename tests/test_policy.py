@@ -17,7 +17,7 @@ def sizes(policy: Policy, n_layers: int, n_tokens: int) -> list[tuple[int, int]]
 
 def test_full_sees_and_keeps_everything() -> None:
     assert sizes(FullKV(), 3, 100) == [(100, 100)] * 3
-    assert not drops_tokens(plan_layers(FullKV(), 3, 100))
+    assert not drops_tokens(FullKV(), 3, 100)
 
 
 def test_defaults_are_the_papers() -> None:
@@ -54,8 +54,8 @@ def test_a_layer_never_keeps_more_than_it_saw() -> None:
 def test_floor_lifts_the_rates_but_never_above_the_prompt() -> None:
     assert sizes(FastKV(), 4, 500) == [(500, 128)] * 2 + [(128, 128)] * 2
     assert sizes(FastKV(), 4, 100) == [(100, 100)] * 4
-    assert not drops_tokens(plan_layers(FastKV(), 4, 128))
-    assert drops_tokens(plan_layers(FastKV(), 4, 129))
+    assert not drops_tokens(FastKV(), 4, 128)
+    assert drops_tokens(FastKV(), 4, 129)
 
 
 def test_absolute_lengths_win_over_rates_and_floor() -> None:

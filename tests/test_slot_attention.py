@@ -24,7 +24,7 @@ def storage_of(batch: int = 2, n_kv_heads: int = 2) -> KVStorage:
     for buffer in [*made.k, *made.v]:
         buffer.normal_()
     lengths = torch.tensor([[70, 2, 41], [33, 60, 0]])  # texts differ, and so do layers
-    made.lengths.copy_(lengths[:, :batch])
+    made.lengths.copy_(lengths[:, :batch].unsqueeze(2))
     return made
 
 
@@ -70,7 +70,7 @@ def test_masked_slots_attend_to_the_live_ones(layer: int, window: int | None) ->
     attend.begin()
     found = attend(layer, q, 64 if layer else 96, window)
     for text in range(2):
-        live = int(storage.lengths[layer, text]) + 1
+        live = int(storage.lengths[layer, text, 0]) + 1
         slots = slice(0 if window is None else max(0, live - window), live)
         one = slice(text, text + 1)
         expected = decode_attention(q[one], storage.k[layer][one, :, slots], storage.v[layer][one, :, slots])

@@ -11,6 +11,13 @@ from fastkv.errors import FastKVError, check_choice, check_integer, check_number
 MAX_KERNEL = 4095
 
 
+def check_kernel(kernel: int) -> None:
+    """Raise FastKVError unless it is the width of a pooling that leaves the length as it is."""
+    check_integer("kernel", kernel, 1, MAX_KERNEL)
+    if kernel % 2 == 0:
+        raise FastKVError(f"kernel must be odd, not {kernel}", setting="kernel")
+
+
 class Compressed(Policy):
     """A policy whose fields include these two; a rate gives int(rate * n_tokens), floored by min_tokens.
 
@@ -59,9 +66,7 @@ class WindowScored(Compressed):
     def check_scoring(self) -> None:
         """Raise FastKVError for a value out of range."""
         check_integer("window", self.window, 1)
-        check_integer("kernel", self.kernel, 1, MAX_KERNEL)
-        if self.kernel % 2 == 0:
-            raise FastKVError(f"kernel must be odd, not {self.kernel}", setting="kernel")
+        check_kernel(self.kernel)
         check_choice("pooling", self.pooling, POOLINGS)
 
     def score(self, observed: Observation) -> Tensor:

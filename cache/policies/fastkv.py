@@ -70,7 +70,7 @@ class FastKV(WindowScored):
             check(name, one)
         return values
 
-    def validate(self, n_layers: int) -> None:
+    def validate(self, n_layers: int, n_kv_heads: int | None = None) -> None:
         layer = self.tsp_layers_of(n_layers)[-1]
         if layer >= n_layers:
             raise FastKVError(

@@ -17,7 +17,7 @@ import pytest
 import torch
 from places import ROOT
 
-from fastkv import LLM, FastKV, FullKV, SamplingParams
+from fastkv import ASL, LLM, AdaKV, FastKV, FullKV, GemFilter, SamplingParams, StructKV
 from fastkv.cache.policy import Policy
 from fastkv.cache.storage import KVStorage
 from fastkv.engine.graph import GraphDecoder
@@ -27,8 +27,8 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch see
 
 ARCHIVE = ROOT / "examples" / "archive" / "model"
 PROMPT = torch.randint(10, 1000, (3000,), generator=torch.Generator().manual_seed(5)).tolist()
-POLICIES = [FullKV(), FastKV(), FastKV(tsp_layer=2, tsp_len=200, kv_len=1000)]  # the last: layers keep differently
-NAMES = ["full", "fastkv", "layers differ"]
+POLICIES = [FullKV(), FastKV(), FastKV(tsp_layer=2, tsp_len=200, kv_len=1000), AdaKV(), GemFilter(), ASL(), StructKV()]
+NAMES = ["full", "fastkv", "layers differ", "heads differ", "gemfilter", "asl", "structkv"]
 # bfloat16 carries 8 bits: two orders of the same sums differ by about this share of a logit
 TOLERANCE = {"float32": 2e-3, "bfloat16": 0.25}
 
@@ -129,7 +129,7 @@ def test_varlen_attention_is_what_runs_and_equals_the_masked_one(wide: LLM) -> N
     assert isinstance(chosen, VarlenSlots), reason
     plain = MaskedSlots(storage)
     for lengths in ([0, 0], [1, 511], [900, 40], [4095, 300]):
-        storage.lengths.copy_(torch.tensor(lengths)[:, None])
+        storage.lengths.copy_(torch.tensor(lengths)[:, None, None])
         chosen.begin()
         for layer, span in ((0, 4096), (1, 512)):
             q = torch.randn(1, 16, 1, 128, dtype=torch.bfloat16, device=wide.device)

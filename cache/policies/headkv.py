@@ -1,0 +1,80 @@
+"""HeadKV: heads that retrieve keep more, by a table that was measured before (arXiv 2410.19258)."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from os import PathLike
+from typing import ClassVar, cast
+
+import torch
+from torch import Tensor
+
+from fastkv.cache.head_table import Budgets, Table, read_table, share_out
+from fastkv.cache.policies.snapkv import SnapKV
+from fastkv.errors import FastKVError, check_number
+
+
+@dataclass(frozen=True)
+class HeadKV(SnapKV):
+    """SnapKV's scores, under a budget of its own for each KV head of the model.
+
+    head_scores: the importance of each head, at least 0: a JSON file of `fastkv-eval head-scores`, or the table itself,
+    a row for each layer and a number for each KV head; the setting then is the table. kv_retention, kv_len, min_tokens:
+    the MEAN budget b of a head. beta: at least 1; of a budget without its window each head keeps (1 - 1 / beta), the
+    rest is pooled over the model and shared in proportion to importance. The others are SnapKV's.
+
+    What differs from the paper: what differs in SnapKV, so that budgets belong to KV heads and not to query heads; what
+    a head cannot use, because the prompt is shorter, goes to the others; and rounding, which makes the total exact and
+    that of a layer a multiple of its heads. Raises FastKVError for a table that cannot be read or is of another model,
+    and for a value out of range.
+    """
+
+    name: ClassVar[str] = "headkv"
+    ragged: ClassVar[bool] = True
+
+    head_scores: str | PathLike[str] | Table | None = None
+    beta: float = 1.35
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_number("beta", self.beta, 1, float("inf"))
+        if self.head_scores is None:
+            raise FastKVError(
+                "headkv needs head_scores, a table of the model's heads; `fastkv-eval head-scores` makes one",
+                setting="head_scores",
+            )
+        # What is compared and told of is what the file said, wherever it was: the same numbers are the same policy.
+        object.__setattr__(self, "head_scores", read_table(self.head_scores))
+
+    @property
+    def table(self) -> Table:
+        """The scores of each layer and KV head."""
+        return cast("Table", self.head_scores)
+
+    def validate(self, n_layers: int, n_kv_heads: int | None = None) -> None:
+        found = (len(self.table), len(self.table[0]))
+        if n_layers != found[0] or n_kv_heads not in (None, found[1]):
+            raise FastKVError(
+                f"head_scores has {found[0]} layers of {found[1]} KV heads, but the model has {n_layers}"
+                + ("" if n_kv_heads is None else f" of {n_kv_heads}"),
+                setting="head_scores",
+            )
+
+    def budget(self, layer: int, n_layers: int, n_tokens: int) -> int:
+        budgets = self._budgets(n_layers, n_tokens)[layer]
+        return self.window + sum(budgets) // len(budgets)
+
+    def head_budgets(self, layer: int, n_layers: int, count: int, scores: Tensor) -> Tensor:
+        budgets = self._budgets(n_layers, scores.shape[2] + self.window)[layer]
+        return self.window + torch.tensor(budgets, device=scores.device).expand(scores.shape[:2])
+
+    def _budgets(self, n_layers: int, n_tokens: int) -> Budgets:
+        """Entries of each layer and head for a prompt of `n_tokens`, the window left out."""
+        mean = super().budget(0, n_layers, n_tokens) - self.window
+        return _budgets_of(self.table, self.beta, mean, n_tokens - self.window)
+
+
+@functools.lru_cache(maxsize=64)
+def _budgets_of(table: Table, beta: float, mean: int, most: int) -> Budgets:
+    return share_out(table, beta, mean, most)

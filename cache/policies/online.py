@@ -1,0 +1,65 @@
+"""What methods share that find their TSP layer during the prefill: FastKV's two decisions, the layer left open."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastkv.cache.policies.compressed import WindowScored
+from fastkv.cache.policy import Stage
+from fastkv.errors import FastKVError, check_integer, check_number
+
+
+class OnlineTSP(WindowScored):
+    """A policy whose fields include these; which layer it is says its `watch`.
+
+    first_layer, tsp_layer: the layers behind which tokens may be dropped at the earliest and at the latest; None means
+    the method's own default. tsp_rate: share of the prompt that goes on, in (0, 1]; 1 turns TSP off. tsp_len: the same
+    as an absolute number of tokens; it wins over the rate, and no floor applies to it.
+    """
+
+    first_layer: int | None
+    tsp_layer: int | None
+    tsp_rate: float
+    tsp_len: int | None
+
+    def check_tsp(self) -> None:
+        """Raise FastKVError for a value out of range."""
+        for name in ("first_layer", "tsp_layer"):
+            if getattr(self, name) is not None:
+                check_integer(name, getattr(self, name), 0)
+        check_number("tsp_rate", self.tsp_rate, 0, 1, above=True)
+        if self.tsp_len is not None:
+            self.check_holds_window("tsp_len", self.tsp_len)
+
+    def default_layers(self, n_layers: int) -> tuple[int, int]:
+        """first_layer and tsp_layer where they are None."""
+        raise NotImplementedError
+
+    def layers_of(self, n_layers: int) -> tuple[int, int]:
+        """first_layer and tsp_layer in a model of `n_layers`, the defaults worked out; first <= latest."""
+        first, latest = self.default_layers(n_layers)
+        if self.tsp_layer is not None:
+            latest = self.tsp_layer
+        return (min(first, latest) if self.first_layer is None else self.first_layer), latest
+
+    def validate(self, n_layers: int, n_kv_heads: int | None = None) -> None:
+        first, latest = self.layers_of(n_layers)
+        if latest >= n_layers:
+            raise FastKVError(
+                f"tsp_layer must be below the model's number of layers ({n_layers}), not {latest}", setting="tsp_layer"
+            )
+        if first > latest:
+            raise FastKVError(
+                f"first_layer must be at most tsp_layer, the latest ({latest}), not {first}", setting="first_layer"
+            )
+
+    def settings(self, n_layers: int) -> dict[str, Any]:
+        first, latest = self.layers_of(n_layers)
+        return super().settings(n_layers) | {"first_layer": first, "tsp_layer": latest}
+
+    def stages(self, n_layers: int, n_tokens: int) -> list[Stage]:
+        keep = self.count(self.tsp_len, self.tsp_rate, n_tokens)
+        latest = self.layers_of(n_layers)[1]
+        if keep >= n_tokens or latest + 1 >= n_layers:
+            return [Stage(range(n_layers))]
+        return [Stage(range(latest + 1), keep), Stage(range(latest + 1, n_layers))]

@@ -1,0 +1,98 @@
+"""StructKV: what many layers attend to goes on, from the layer where attention changes most (arXiv 2604.06746)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from fastkv.cache.policies.online import OnlineTSP
+from fastkv.errors import check_number
+
+_WEIGHTS = (0.2, 0.3, 0.5)  # of the changes in entropy, sparsity and variance: the paper's
+
+
+@dataclass(frozen=True)
+class StructKV(OnlineTSP):
+    """FastKV whose TSP scores are summed over the layers up to a pivot, S = sum of score_decay**(pivot - l) * S_l.
+
+    The pivot is where the scores of a layer differ most from those of the layer before, by the changes in their
+    entropy, sparsity and variance. It is known once the next layer differs less, and behind that one tokens are
+    dropped. What a layer keeps in its cache, it chooses by its own scores, as in FastKV.
+
+    first_layer: the earliest pivot; None means a quarter of the way up. tsp_layer: the layer behind which tokens are
+    dropped at the latest, by the pivot so far; None means max(1, L // 2 - 1) of L layers. score_decay: in (0, 1]. The
+    others are FastKV's.
+
+    What differs from the paper: how a change is measured (all three figures of the votes as a distribution over the
+    tokens, between 0 and 1: entropy as a share of the largest; sparsity, the share of tokens below the mean; variance
+    as a share of the largest, by its root) and when it counts as the largest are our reading. Texts that are prefilled
+    as one batch decide together, by their mean. Raises FastKVError for a value out of range.
+    """
+
+    name: ClassVar[str] = "structkv"
+
+    first_layer: int | None = None
+    tsp_layer: int | None = None
+    score_decay: float = 0.9
+    tsp_rate: float = 0.2
+    kv_retention: float = 0.1
+    tsp_len: int | None = None
+    kv_len: int | None = None
+    window: int = 8
+    kernel: int = 7
+    pooling: str = "max"
+    min_tokens: int = 128
+
+    def __post_init__(self) -> None:
+        self.check_scoring()
+        self.check_budget()
+        self.check_tsp()
+        check_number("score_decay", self.score_decay, 0, 1, above=True)
+
+    def default_layers(self, n_layers: int) -> tuple[int, int]:
+        return n_layers // 4, min(n_layers - 1, max(1, n_layers // 2 - 1))
+
+    def watch(self, n_layers: int, n_tokens: int) -> _Pivot:
+        return _Pivot(self.score_decay, *self.layers_of(n_layers))
+
+
+class _Pivot:
+    """The sum of the scores so far, and as it was at the layer of the largest change."""
+
+    def __init__(self, decay: float, first: int, latest: int) -> None:
+        self._decay, self._first, self._latest = decay, first, latest
+        self._sum: Tensor | None = None
+        self._figures: Tensor | None = None
+        self._largest = -1.0
+        self._at_pivot: Tensor | None = None
+
+    def __call__(self, layer: int, scores: Tensor) -> Tensor | None:
+        self._sum = scores.clone() if self._sum is None else self._sum.mul_(self._decay).add_(scores)
+        change = self._change(scores)
+        passed = self._at_pivot is not None and change < self._largest
+        if layer >= self._first and change > self._largest:
+            self._largest, self._at_pivot = change, self._sum.clone()
+        if layer >= self._latest or passed:
+            return self._sum if self._at_pivot is None else self._at_pivot
+        return None
+
+    def _change(self, scores: Tensor) -> float:
+        """How much the figures of a layer differ from those of the layer before; 0 for the first."""
+        figures = figures_of(scores.sum(dim=1)).mean(dim=0)
+        before, self._figures = self._figures, figures
+        if before is None:
+            return 0.0
+        return float((figures - before).abs() @ torch.tensor(_WEIGHTS, device=scores.device))
+
+
+def figures_of(votes: Tensor) -> Tensor:
+    """Entropy, sparsity and variance of votes [B, n], each between 0 and 1: float32 [B, 3]."""
+    n_tokens = votes.shape[-1]
+    shares = votes / votes.sum(dim=-1, keepdim=True)
+    entropy = torch.special.entr(shares).sum(dim=-1) / torch.tensor(float(max(2, n_tokens))).log()
+    sparsity = (shares < 1 / n_tokens).float().mean(dim=-1)
+    spread = (shares.square().sum(dim=-1) - 1 / n_tokens).clamp_min(0).sqrt()
+    return torch.stack((entropy, sparsity, spread), dim=-1)
