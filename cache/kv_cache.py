@@ -104,10 +104,9 @@ class KVCache:
         """Store what the prefill keeps of k and v [B, Hkv, T, D]: the `entries` int64 [B, Hkv, n], or all (None)."""
         assert entries is None or isinstance(entries, Tensor), "ragged entries belong into a RaggedKVCache"
         count = (k if entries is None else entries).shape[2]
-        for buffer in (self.k[layer], self.v[layer]):
-            buffer[:, :, count : self.kept[layer]] = (
-                0  # of a text before, where this one has fewer entries than planned
-            )
+        spare = slice(count, self.kept[layer])  # planned for entries, so it was not cleared
+        self.k[layer][:, :, spare].zero_()
+        self.v[layer][:, :, spare].zero_()
         self.kept[layer] = count
         if entries is None:
             self.k[layer][:, :, :count] = k

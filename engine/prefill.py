@@ -123,7 +123,6 @@ class LayerRun:
 
     def start(self, ids: Tensor) -> tuple[TokenState, Rope]:
         """Embedding and rotation of texts that are read from their beginning: ids int64 [B, N]."""
-        self.idle_hidden = "hidden, too"
         shape = (*ids.shape, self.model.config.hidden_size)
         hidden = self.workspace.take("hidden", shape, like=self.model.embed_tokens.weight)
         return TokenState.start(ids, self.model.embed(ids, out=hidden)), self.model.rope_of_first(ids.shape[1])

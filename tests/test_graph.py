@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from fastkv import LLM, AdaKV, FastKV, FastKVError, FullKV, SamplingParams
+from fastkv import LLM, AdaKV, FastKV, FastKVError, FullKV, SamplingParams, SnapKV
 from fastkv.cache.policy import Policy
 from fastkv.cache.storage import KVStorage
 from fastkv.engine import graph
@@ -81,6 +81,14 @@ CHOICES: list[dict[str, Any]] = [
     {"temperature": 1.2, "seed": 4, "top_k": 40, "top_p": 0.9, "min_p": 0.01, "repetition_penalty": 1.3},
     {"repetition_penalty": 2.0},
 ]
+
+
+def test_heads_of_other_lengths_leave_nothing_to_the_next_text(tiny_llm: LLM, recorder: Recorder) -> None:
+    """The same slots and spans, for heads that differ and for heads that do not."""
+    params = SamplingParams(max_tokens=8, ignore_eos=True)
+    policies = [FullKV(), SnapKV(kv_len=116), AdaKV(kv_len=52), SnapKV(kv_len=116)]
+    found = [tiny_llm.generate(PROMPT, params, policy).token_ids for policy in policies]
+    assert found == [eager(tiny_llm, PROMPT, params, policy) for policy in policies]
 
 
 @pytest.mark.parametrize("policy", POLICIES, ids=["full", "fastkv", "layers differ", "heads differ"])

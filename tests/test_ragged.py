@@ -1,0 +1,276 @@
+"""Heads that keep different numbers of entries: which ones, where they lie, and what they cost."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from fastkv import LLM, AdaKV, FastKVError, HeadKV, SamplingParams, SnapKV
+from fastkv.cache.head_table import read_table, share_out
+from fastkv.cache.kv_cache import KVCache
+from fastkv.cache.ragged import RaggedEntries, RaggedKVCache, select_ragged
+from fastkv.cache.storage import KVStorage
+from fastkv.engine import slot_attention as slots
+from fastkv.engine.attention import decode_attention
+from fastkv.engine.slot_attention import MaskedSlots, VarlenSlots
+
+PROMPT = torch.randint(3, 256, (1, 300), generator=torch.Generator().manual_seed(1))
+TABLE = [[0.0, 1.0], [0.5, 0.5], [0.0, 0.0], [0.2, 0.7], [3.0, 0.1], [0.0, 0.4]]
+
+
+def cache_of(kept: list[int], storage: KVStorage | None = None, batch: int = 1) -> RaggedKVCache:
+    return RaggedKVCache(
+        kept,
+        4,
+        batch=batch,
+        n_kv_heads=2,
+        head_dim=3,
+        position=100,
+        position_limit=1000,
+        dtype=torch.float32,
+        device=torch.device("cpu"),
+        storage=storage,
+    )
+
+
+def test_each_head_keeps_its_best_and_the_window() -> None:
+    scores = torch.tensor([[[5.0, 1, 4, 2], [1, 3, 3, 3]], [[1, 1, 1, 2], [9, 8, 7, 6]]])
+    found = select_ragged(scores, torch.tensor([[4, 2], [3, 3]]), window=1)
+    positions = found.positions(torch.arange(10, 15).expand(2, -1))
+    assert positions[0].tolist() == [[10, 12, 13, 14], [11, 14, -1, -1]]  # of equals the first
+    assert positions[1].tolist() == [[10, 13, 14, -1], [10, 11, 14, -1]]
+    assert found.index[0].tolist() == [0, 2, 3, 4, 6, 9]
+
+
+def test_heads_lie_one_behind_the_other_with_room_for_the_answer() -> None:
+    cache = cache_of([3])
+    k = torch.arange(2 * 5 * 3.0).view(1, 2, 5, 3) + 1
+    cache.load(0, k, -k, RaggedEntries(torch.tensor([[1, 5]]), torch.tensor([[2, 5, 6, 7, 8, 9]]), 5))
+    assert cache.storage.starts[0].tolist() == [[0, 5]]  # one entry and four tokens to come
+    assert cache.lengths[0].tolist() == [[1, 5]]
+    assert torch.equal(cache.k[0][0, [0, 5, 6, 7, 8, 9]], k.flatten(1, 2)[0, [2, 5, 6, 7, 8, 9]])
+    for step in range(4):
+        new = torch.full((1, 2, 1, 3), 100.0 + step)
+        heads = cache.append_to_heads(0, new, -new)
+        for (keys, values), count in zip(heads[0], (1, 5), strict=True):
+            assert keys.shape == (1, 1, count + step + 1, 3)
+            assert (keys[0, 0, -1] == 100 + step).all()
+            assert torch.equal(values, -keys)
+        cache.advance()
+    assert cache.lengths[0].tolist() == [[5, 9]]
+    assert torch.equal(heads[0][1][0][0, 0, :5], k[0, 1])  # no head has written over another
+
+
+def test_a_ragged_cache_takes_no_more_than_an_even_one() -> None:
+    even = KVCache(
+        [40, 5],
+        4,
+        batch=2,
+        n_kv_heads=2,
+        head_dim=3,
+        position=100,
+        position_limit=1000,
+        dtype=torch.float32,
+        device=torch.device("cpu"),
+    )
+    assert cache_of([40, 5], batch=2).nbytes == even.nbytes == even.storage.nbytes
+
+
+def test_in_used_storage_nothing_of_old_is_left() -> None:
+    storage = KVStorage.allocate([96], 1, 2, 3, dtype=torch.float32, device=torch.device("cpu"))
+    for buffer in (storage.k[0], storage.v[0]):
+        buffer.fill_(float("inf"))
+    cache = cache_of([3], storage)
+    cache.load(0, torch.ones(1, 2, 3, 3), torch.ones(1, 2, 3, 3), None)
+    assert storage.k[0].isfinite().all()
+    assert storage.v[0].isfinite().all()
+    assert cache.counts == [[[3, 3]]]
+
+
+def ragged_storage() -> KVStorage:
+    """Two texts of two heads, whose heads begin and end anywhere."""
+    torch.manual_seed(0)
+    made = KVStorage.allocate([96, 64], 2, 2, 8, dtype=torch.float32, device=torch.device("cpu"))
+    for buffer in [*made.k, *made.v]:
+        buffer.normal_()
+    made.starts.copy_(torch.tensor([[[0, 20], [0, 150]], [[0, 100], [0, 7]]]))
+    made.lengths.copy_(torch.tensor([[[15, 130], [140, 30]], [[90, 3], [0, 110]]]))
+    return made
+
+
+@pytest.mark.parametrize("layer", [0, 1])
+def test_masked_slots_find_each_head(layer: int) -> None:
+    storage = ragged_storage()
+    q = torch.randn(2, 6, 1, 8)
+    found = MaskedSlots(storage, ragged=True)(layer, q, 160, None)
+    flat_k, flat_v = storage.flat(layer)
+    for text in range(2):
+        for head in range(2):
+            start = int(storage.starts[layer, text, head])
+            live = slice(start, start + int(storage.lengths[layer, text, head]) + 1)
+            group = slice(3 * head, 3 * head + 3)
+            expected = decode_attention(
+                q[[text], group], flat_k[text, live][None, None], flat_v[text, live][None, None]
+            )
+            torch.testing.assert_close(found[[text], group], expected)
+
+
+def test_varlen_slots_find_each_head(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the kernel is handed, by a slow function with its documented meaning."""
+
+    def kernel(q: Any, k: Any, v: Any, starts_q: Any, starts_k: Any, *most: int, seqused_k: Any) -> torch.Tensor:
+        out = torch.empty_like(q)
+        for index, (first, count) in enumerate(zip(starts_k[:-1].tolist(), seqused_k.tolist(), strict=True)):
+            keys, values = (rows[None, None, first : first + count, 0] for rows in (k, v))
+            out[index] = decode_attention(q[index][None, :, None], keys, values)[0, :, 0]
+        return out
+
+    monkeypatch.setattr(slots, "_varlen_function", lambda: kernel)
+    storage = ragged_storage()
+    varlen, masked = VarlenSlots(storage), MaskedSlots(storage, ragged=True)
+    for _ in range(2):
+        varlen.begin()
+        for layer in range(2):
+            q = torch.randn(2, 6, 1, 8)
+            torch.testing.assert_close(varlen(layer, q, 192, None), masked(layer, q, 192, None))
+        storage.lengths.add_(1)
+
+
+# --- AdaKV ---
+
+
+def test_all_heads_compete_for_what_is_beyond_the_floor() -> None:
+    scores = torch.tensor([[[9.0, 8, 7, 6, 5], [4, 3, 2, 1, 0]]])
+    policy = AdaKV(kv_len=3, window=1, kernel=1, min_tokens=1, head_floor=0)
+    assert policy.head_budgets(0, 1, 3, scores).tolist() == [
+        [5, 1]
+    ]  # four entries in front of the window, all of head 0
+    halves = AdaKV(kv_len=3, window=1, kernel=1, min_tokens=1, head_floor=0.5)
+    assert halves.head_budgets(0, 1, 3, scores).tolist() == [[4, 2]]
+
+
+def test_adakv_with_nothing_to_compete_for_is_snapkv(tiny_llm: LLM) -> None:
+    even = tiny_llm.prefill(PROMPT, SnapKV(kv_len=40, pooling="avg"))
+    ragged = tiny_llm.prefill(PROMPT, AdaKV(kv_len=40, pooling="avg", head_floor=1.0))
+    assert all(torch.equal(a, b) for a, b in zip(even.kept, ragged.kept, strict=True))
+
+
+def test_adakv_keeps_the_best_of_the_layer_and_no_more_memory(tiny_llm: LLM) -> None:
+    seen: list[torch.Tensor] = []
+    score = AdaKV.score
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(AdaKV, "score", lambda self, observed: seen.append(score(self, observed)) or seen[-1])
+        pre = tiny_llm.prefill(PROMPT, AdaKV(kv_len=40, head_floor=0))
+    lengths = set()
+    for scores, kept in zip(seen, pre.kept, strict=True):
+        in_front = [of_head[(of_head >= 0) & (of_head < 292)] for of_head in kept[0]]
+        found = torch.cat([of_head[chosen] for of_head, chosen in zip(scores[0], in_front, strict=True)])
+        best = scores.flatten().topk(64).values  # ties may fall either way, values may not
+        torch.testing.assert_close(found.sort().values, best.sort().values)
+        lengths |= {len(chosen) for chosen in in_front}
+    assert len(lengths) > 2, "no head has more than another"
+    assert pre.cache.nbytes == tiny_llm.prefill(PROMPT, SnapKV(kv_len=40)).cache.nbytes
+    assert pre.cache.storage.nbytes == pre.cache.nbytes
+
+
+# --- HeadKV ---
+
+
+@pytest.mark.parametrize("beta", [1.0, 1.35, 2.0, 100.0])
+@pytest.mark.parametrize(("mean", "most"), [(32, 292), (1, 292), (100, 120), (119, 120), (0, 50)])
+def test_budgets_add_up_and_fit(beta: float, mean: int, most: int) -> None:
+    budgets = share_out(read_table(TABLE), beta, mean, most)
+    assert sum(map(sum, budgets)) == mean * 12
+    assert all(0 <= budget <= most for layer in budgets for budget in layer)
+    assert all(sum(layer) % 2 == 0 for layer in budgets)
+
+
+def test_budgets_follow_the_table() -> None:
+    assert share_out(((1.0, 3.0), (0.0, 0.0)), 2.0, 100, 1000) == ((100, 200), (50, 50))
+    assert share_out(((1.0, 3.0), (0.0, 0.0)), 1.0, 100, 1000) == ((100, 300), (0, 0))
+    # What does not fit into a head goes to the others: in proportion first, and alike where the table is silent.
+    assert share_out(((1.0, 3.0), (0.0, 0.0)), 1.0, 100, 220) == ((180, 220), (0, 0))
+    assert share_out(((0.0, 3.0), (0.0, 0.0)), 1.0, 100, 190) == ((70, 190), (70, 70))
+    assert share_out(((1.0, 3.0), (0.0, 0.0)), 2.0, 100, 100) == ((100, 100), (100, 100))
+
+
+def test_headkv_keeps_what_the_table_gives(tiny_llm: LLM) -> None:
+    pre = tiny_llm.prefill(PROMPT, HeadKV(kv_len=40, head_scores=TABLE))
+    found = [(kept >= 0).sum(dim=2)[0].tolist() for kept in pre.kept]
+    expected = share_out(read_table(TABLE), 1.35, 32, 292)
+    assert found == [[8 + budget for budget in layer] for layer in expected]
+    assert max(map(max, found)) > 5 * min(map(min, found))
+    alike = tiny_llm.prefill(PROMPT, HeadKV(kv_len=40, pooling="avg", head_scores=[[1, 1]] * 6))
+    even = tiny_llm.prefill(PROMPT, SnapKV(kv_len=40, pooling="avg"))
+    assert all(torch.equal(a, b) for a, b in zip(even.kept, alike.kept, strict=True))
+
+
+def test_a_table_may_be_a_file(tmp_path: Path, tiny_llm: LLM) -> None:
+    path = tmp_path / "heads.json"
+    path.write_text(json.dumps({"kind": "fastkv-head-scores", "scores": TABLE}))
+    policy = HeadKV(kv_len=40, head_scores=path)
+    assert policy == HeadKV(kv_len=40, head_scores=TABLE) == HeadKV(kv_len=40, head_scores=str(path))
+    assert len({policy, HeadKV(kv_len=40, head_scores=TABLE)}) == 1
+    out = tiny_llm.generate(PROMPT[0].tolist(), SamplingParams(max_tokens=3, ignore_eos=True), policy)
+    assert out.metrics.kv_tokens == 40
+    json.dumps(policy.settings(6))
+
+
+@pytest.mark.parametrize(
+    ("table", "reason"),
+    [
+        (None, "fastkv-eval head-scores"),
+        ("no/such/file.json", "cannot be read"),
+        ([], "a list for each layer"),
+        ([1, 2], "a list for each layer"),
+        ([[1.0], []], "a list for each layer"),
+        ([[1.0], [1.0, 2.0]], "differ in their number"),
+        ([[1.0, -0.1]], "at least 0, not -0.1"),
+        ([[1.0, float("nan")]], "not nan"),
+        ([[1.0, float("inf")]], "not inf"),
+        ([[1.0, True]], "not True"),
+        ([[1.0, "2"]], "not '2'"),
+        ([[0.0, 0.0]], "all scores are 0"),
+    ],
+)
+def test_a_bad_table_is_refused(table: Any, reason: str) -> None:
+    with pytest.raises(FastKVError, match=reason) as caught:
+        HeadKV(head_scores=table)
+    assert caught.value.setting == "head_scores"
+
+
+@pytest.mark.parametrize("text", ["", "[]", '{"scores": 3}', "{", "[" * 100_000, "\udcff"])
+def test_a_bad_file_is_refused(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "heads.json"
+    path.write_text(text, encoding="utf-8", errors="surrogateescape")
+    with pytest.raises(FastKVError, match=r"heads\.json"):
+        HeadKV(head_scores=path)
+
+
+def test_a_table_of_another_model_is_refused(tiny_llm: LLM) -> None:
+    for table in (TABLE[:5], [[*row, 1.0] for row in TABLE]):
+        with pytest.raises(FastKVError, match="but the model has 6 of 2"):
+            tiny_llm.prefill(PROMPT, HeadKV(head_scores=table))
+
+
+@pytest.mark.parametrize("policy", [AdaKV(kv_len=40), HeadKV(kv_len=40, head_scores=TABLE)], ids=["adakv", "headkv"])
+def test_rows_that_others_used_before(tiny_llm: LLM, policy: AdaKV) -> None:
+    """Short and long prompts, even and ragged, in the slots of one another."""
+    params = SamplingParams(max_tokens=6, ignore_eos=True)
+    prompts = [PROMPT[0, :count].tolist() for count in (300, 120, 30, 250, 299)]
+    tiny_llm.free_buffers()
+    alone = []
+    for prompt in prompts:
+        alone.append(tiny_llm.generate(prompt, params, policy).token_ids)
+        tiny_llm.free_buffers()
+    tiny_llm.generate(prompts, params, SnapKV(kv_len=60), batch_size=2)
+    together = tiny_llm.generate(prompts, params, policy, batch_size=2)
+    assert [output.token_ids for output in together] == alone
+    again = tiny_llm.generate(prompts, params, SnapKV(kv_len=60), batch_size=2)
+    tiny_llm.free_buffers()
+    fresh = tiny_llm.generate(prompts, params, SnapKV(kv_len=60), batch_size=2)
+    assert [output.token_ids for output in again] == [output.token_ids for output in fresh]
