@@ -1,9 +1,9 @@
-"""The choices that the engine makes by what was measured: how a matrix lies in memory, who attends at the TSP layer.
+"""The choices that the engine makes by what was measured: who multiplies float32, who attends at the TSP layer.
 
     python benchmarks/choices.py
 
-Prints medians for this machine's CPU. Where another machine disagrees, `_reads_faster_by_columns` (models/weights.py)
-and `_narrow_pays` (engine/prefill.py) are where the choice is made.
+Prints medians for this machine's CPU. Where another machine disagrees, `linear` (models/linear.py) and `_narrow_pays`
+(engine/prefill.py) are where the choice is made.
 """
 
 from __future__ import annotations
@@ -17,8 +17,12 @@ import torch
 import torch.nn.functional as F
 
 from fastkv.engine.attention import attend_from, causal_attention, take_rows
+from fastkv.models.linear import Product, onednn_product
 
-SHAPES = ((4096, 768), (768, 2048), (1280, 768), (32_000, 768))  # rows, columns: those of the 100M preset
+# Rows, columns: matrices of the 100M preset, then smaller ones, where a call begins to cost more than it gains.
+SHAPES = ((4096, 768), (768, 2048), (1280, 768), (32_000, 768), (512, 256), (256, 256), (128, 128))
+FEW, MANY = (1, 8, 32), 4096  # rows of input: of texts that decode together, and of a prefill's chunk
+BYTES = 2**28  # of matrices that no cache holds together
 TOKENS, SURVIVORS = 8192, 1638
 HEADS, KV_HEADS, HEAD_DIM = 12, 4, 64
 
@@ -34,22 +38,31 @@ def median(work: Callable[[], object], runs: int) -> float:
     return statistics.median(times)
 
 
-def multiply(matrices: list[torch.Tensor]) -> None:
-    """One row times each."""
-    row = matrices[0].new_ones(1, matrices[0].shape[1])
+def multiply(product: Product, x: torch.Tensor, matrices: list[torch.Tensor]) -> None:
+    """x times each."""
     for matrix in matrices:
-        F.linear(row, matrix)
+        product(x, matrix, None)
 
 
-def layouts(dtype: torch.dtype) -> None:
-    """GB/s at which one row is multiplied with matrices that no cache holds together."""
+def products() -> None:
+    """How fast a few rows are multiplied with many matrices, and many rows with one, in float32."""
+    onednn = onednn_product()
+    if onednn is None:
+        print("torch.float32: no product by oneDNN here")
+        return
     for rows, columns in SHAPES:
-        count = max(1, 2**28 // (rows * columns * dtype.itemsize))
-        by_rows = [torch.randn(rows, columns).to(dtype) for _ in range(count)]
-        by_columns = [matrix.t().contiguous().t() for matrix in by_rows]
-        size = count * by_rows[0].nbytes / 1e9
-        speeds = [size / median(partial(multiply, stored), 15) for stored in (by_rows, by_columns)]
-        print(f"{dtype} [{rows}, {columns}]: by rows {speeds[0]:.1f} GB/s, by columns {speeds[1]:.1f} GB/s")
+        matrices = [torch.randn(rows, columns) for _ in range(max(1, BYTES // (4 * rows * columns)))]
+        for n in FEW:
+            compare(onednn, torch.randn(n, columns), matrices, sum(matrix.nbytes for matrix in matrices), "GB/s")
+        if rows <= MANY:  # the head only ever sees the last tokens
+            compare(onednn, torch.randn(MANY, columns), matrices[:1], 2 * MANY * rows * columns, "GFLOP/s")
+
+
+def compare(onednn: Product, x: torch.Tensor, matrices: list[torch.Tensor], work: int, unit: str) -> None:
+    """Print how fast x times each of the matrices, which is `work` in all, is made by F.linear and by oneDNN."""
+    theirs, ours = (work / 1e9 / median(partial(multiply, way, x, matrices), 15) for way in (F.linear, onednn))
+    shape = f"{len(x)} x {list(matrices[0].shape)}"
+    print(f"{x.dtype} {shape}: F.linear {theirs:.1f} {unit}, oneDNN {ours:.1f} {unit}")
 
 
 def survivors(dtype: torch.dtype) -> None:
@@ -63,9 +76,14 @@ def survivors(dtype: torch.dtype) -> None:
     print(f"{dtype} {SURVIVORS} of {TOKENS} tokens: all attend {everybody:.2f} s, survivors alone {alone:.2f} s")
 
 
-if __name__ == "__main__":
+@torch.inference_mode()
+def main() -> None:
     torch.manual_seed(0)
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads")
+    products()
     for kind in (torch.float32, torch.bfloat16):
-        layouts(kind)
         survivors(kind)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,7 +1,7 @@
 """What is timed: this engine under a policy, one prompt or several at a time, and the peer. Knows no table.
 
-One prompt goes through `LLM.generate`, as a user's would. Several go through `LLM.prefill` and greedy `LLM.decode`
-steps, and the peer takes the same path for any number of them: tokens stay on the device, which is waited for behind
+Ours go through `LLM.generate`, as a user's would: each prompt is prefilled on its own, then all decode together. The
+peer takes all prompts at a time through its own model, greedily: tokens stay on the device, which is waited for behind
 the first token and at the end.
 """
 
@@ -16,10 +16,11 @@ import torch
 from cost import wait_for
 from torch import Tensor
 
-from fastkv import LLM, Prefill, SamplingParams
+from fastkv import LLM, FastKVError, SamplingParams
 from fastkv.cache.policies import POLICIES
 from fastkv.cache.policy import Policy
 from fastkv.engine.memory import explain_out_of_memory, peak_bytes, start_peak
+from fastkv.engine.output import Metrics
 
 State = TypeVar("State")
 
@@ -40,34 +41,26 @@ class Sample:
 Contestant = Callable[[Tensor, int], Sample]  # prompts int64 [B, N] on the host, tokens to generate for each
 
 
-def one_at_a_time(llm: LLM, policy: Policy) -> Contestant:
-    """A policy of this engine, on one prompt."""
+def engine(llm: LLM, policy: Policy) -> Contestant:
+    """A policy of this engine. Raises FastKVError where memory is too short for all prompts at a time."""
 
     def run(ids: Tensor, new_tokens: int) -> Sample:
         params = SamplingParams(max_tokens=new_tokens, ignore_eos=True)
-        figures = llm.generate(ids[0].tolist(), params, policy).metrics
-        assert figures.decode_tokens_per_s is not None
-        total = figures.ttft_s + (new_tokens - 1) / figures.decode_tokens_per_s
-        return Sample(figures.ttft_s, figures.decode_tokens_per_s, total, figures.kv_bytes, figures.peak_bytes)
+        return together([each.metrics for each in llm.generate(ids.tolist(), params, policy, batch_size=len(ids))])
 
     return run
 
 
-def together(llm: LLM, policy: Policy) -> Contestant:
-    """A policy of this engine, on several prompts of one length."""
-
-    def run(ids: Tensor, new_tokens: int) -> Sample:
-        def start() -> tuple[Tensor, Prefill]:
-            begun = llm.prefill(ids, policy, max_tokens=new_tokens)
-            return begun.logits.argmax(-1), begun
-
-        def step(state: tuple[Tensor, Prefill]) -> tuple[Tensor, Prefill]:
-            token, begun = state
-            return llm.decode(begun.cache, token).argmax(-1), begun
-
-        return greedy(start, step, llm.device, len(ids), new_tokens, lambda state: state[1].cache.nbytes)
-
-    return run
+def together(each: Sequence[Metrics]) -> Sample:
+    """The figures of prompts that were given in one call, all decoding together."""
+    decoding = [(one.new_tokens - 1) / one.decode_tokens_per_s for one in each if one.decode_tokens_per_s is not None]
+    begun = max(one.ttft_s for one in each)
+    ended = [one.ttft_s + seconds for one, seconds in zip(each, decoding, strict=True)]
+    if min(ended) < begun:
+        raise FastKVError(f"--batch {len(each)}: not all of these prompts fit into memory at a time; take fewer")
+    speed = sum(one.new_tokens - 1 for one in each) / (max(ended) - begun)
+    peaks = [one.peak_bytes for one in each if one.peak_bytes is not None]
+    return Sample(begun, speed, max(ended), sum(one.kv_bytes for one in each), max(peaks, default=None))
 
 
 def transformers(llm: LLM) -> Contestant:
@@ -84,12 +77,7 @@ def transformers(llm: LLM) -> Contestant:
 
 
 def greedy(
-    start: Callable[[], State],
-    step: Callable[[State], State],
-    device: torch.device,
-    batch: int,
-    new_tokens: int,
-    kv_bytes: Callable[[State], int] | None = None,
+    start: Callable[[], State], step: Callable[[State], State], device: torch.device, batch: int, new_tokens: int
 ) -> Sample:
     """Time `start`, which gives every prompt its first token, and a `step` for each of the other new_tokens - 1."""
     start_peak(device)
@@ -102,14 +90,12 @@ def greedy(
     wait_for(device)
     ended = time.perf_counter()
     speed = batch * (new_tokens - 1) / (ended - first)
-    size = None if kv_bytes is None else kv_bytes(state)
-    return Sample(first - begun, speed, ended - begun, size, peak_bytes(device))
+    return Sample(first - begun, speed, ended - begun, peak_bytes=peak_bytes(device))
 
 
-def contestants(llm: LLM, policies: Sequence[str], peer: Contestant | None, batch: int) -> dict[str, Contestant]:
+def contestants(llm: LLM, policies: Sequence[str], peer: Contestant | None) -> dict[str, Contestant]:
     """Everyone that is compared, by name."""
-    ours = one_at_a_time if batch == 1 else together
-    found = {name: ours(llm, POLICIES[name]()) for name in policies}
+    found = {name: engine(llm, POLICIES[name]()) for name in policies}
     return found if peer is None else {**found, "transformers": peer}
 
 

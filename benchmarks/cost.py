@@ -11,7 +11,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
+
+from fastkv.models.linear import linear
 
 
 @dataclass(frozen=True)
@@ -22,16 +23,17 @@ class Ceilings:
     bandwidth: float
 
 
+@torch.inference_mode()
 def measure_ceilings(device: torch.device, dtype: torch.dtype) -> Ceilings:
     """The best of several large products, and of several passes over more memory than any cache holds."""
     size = 8192 if device.type == "cuda" else 2048
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-    flops = 2.0 * size**3 / _best(lambda: a @ b, device)
+    flops = 2.0 * size**3 / min(_best(lambda: a @ b, device), _best(lambda: linear(a, b, None), device))
     # Read as decoding reads: one row times a large matrix, stored by rows or by columns, whichever is faster here.
     values = (2**32 if device.type == "cuda" else 2**29) // dtype.itemsize
     matrix = torch.ones(values // 4096, 4096, dtype=dtype, device=device)
     row = torch.ones(1, 4096, dtype=dtype, device=device)
-    by_rows = _best(lambda: F.linear(row, matrix), device)
+    by_rows = _best(lambda: linear(row, matrix, None), device)
     turned = matrix.view(4096, -1)
     by_columns = _best(lambda: row @ turned, device)
     return Ceilings(flops, matrix.nbytes / min(by_rows, by_columns))

@@ -37,7 +37,9 @@ def parser() -> argparse.ArgumentParser:
     )
     made.add_argument("--model", default="llama-100m", help="a preset (random weights), a model folder or a hub id")
     made.add_argument("--context", type=int, nargs="+", default=[4096], metavar="N", help="prompt lengths (4096)")
-    made.add_argument("--batch", type=int, nargs="+", default=[1], metavar="N", help="prompts at a time (1)")
+    made.add_argument(
+        "--batch", type=int, nargs="+", default=[1], metavar="N", help="prompts at a time, fewest first (1)"
+    )
     made.add_argument(
         "--policy", nargs="+", default=["full", "fastkv"], metavar="NAME", help="to compare (full fastkv)"
     )
@@ -110,15 +112,18 @@ def load(args: argparse.Namespace) -> tuple[LLM, str]:
 def rows_of(args: argparse.Namespace, llm: LLM, ceilings: Ceilings) -> Iterator[list[dict[str, Any]]]:
     """Measure: the rows of one context and batch after the other."""
     from contestants import contestants, measure, random_prompts, transformers
-    from table import summarise
+    from table import compare_with_one, summarise
 
-    peer = transformers(llm) if args.peer else None
+    runs = contestants(llm, args.policy, transformers(llm) if args.peer else None)
     for context in args.context:
-        for batch in args.batch:
-            runs = contestants(llm, args.policy, peer, batch)
+        alone: list[dict[str, Any]] = []
+        for batch in sorted(args.batch):
             prompts = random_prompts(llm.config.vocab_size, context, batch)
             samples = measure(runs, prompts, args.new_tokens, args.rounds, args.warm_ups)
-            yield summarise(samples, llm, ceilings, context, batch, args.new_tokens)
+            rows = summarise(samples, llm, ceilings, context, batch, args.new_tokens)
+            alone = rows if batch == 1 else alone
+            compare_with_one(rows, alone)
+            yield rows
 
 
 def run(argv: Sequence[str]) -> None:

@@ -25,6 +25,7 @@ COLUMNS = (
     "of FLOP ceiling",
     "decode, tokens/s",
     "× full",
+    "× batch 1",
     "of bandwidth",
     "end to end, s",
     "× full",
@@ -55,6 +56,14 @@ def summarise(
             row["decode_to_full"] = row["decode_tokens_per_s"] / full["decode_tokens_per_s"]
             row["total_to_full"] = full["total_s"] / row["total_s"]
     return rows
+
+
+def compare_with_one(rows: list[dict[str, Any]], alone: list[dict[str, Any]]) -> None:
+    """Add to the rows of a batch how many times the tokens/s of one prompt it has; `alone`: those rows, if measured."""
+    ones = {row["name"]: row["decode_tokens_per_s"] for row in alone}
+    for row in rows:
+        if row["name"] in ones:
+            row["decode_to_one"] = row["decode_tokens_per_s"] / ones[row["name"]]
 
 
 def _figures(taken: Sequence[Sample]) -> dict[str, Any]:
@@ -101,6 +110,7 @@ def table_row(row: dict[str, Any]) -> str:
         share("prefill_of_ceiling"),
         median("decode_tokens_per_s", "decode_range", 1),
         ratio("decode_to_full"),
+        ratio("decode_to_one"),
         share("decode_of_ceiling"),
         median("total_s", "total_range", 3),
         ratio("total_to_full"),
@@ -126,9 +136,11 @@ def head(about: dict[str, Any]) -> str:
         (
             "runs",
             f"{about['rounds']} of each, in turn, behind one that is not counted; medians (lowest – highest); fresh "
-            f"random token ids; {about['new_tokens']} new tokens for each prompt; tokens/s of the whole batch",
+            f"random token ids; {about['new_tokens']} new tokens for each prompt",
         ),
+        ("batch", "prompts that decode together; time to the first tokens of all of them, tokens/s of all of them"),
         ("× full", baseline),
+        ("× batch 1", "how many times the tokens/s of one prompt, same context, same run"),
         ("peak", f"during a run, {_peak_of(about)}"),
     )
     return "\n".join(f"- {label}: {text}" for label, text in lines)

@@ -9,11 +9,11 @@ from collections.abc import Callable, Sequence
 from typing import cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastkv.models.config import ModelConfig
 from fastkv.models.layers import MLP, RMSNorm, Rope, RotaryEmbedding
+from fastkv.models.linear import Linear, linear
 
 # (q [B, Hq, T, D], k [B, Hkv, T, D], v [B, Hkv, T, D]), q and k rotated -> [B, Hq, T, D]
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -29,8 +29,8 @@ class Attention(nn.Module):
         super().__init__()
         self.head_dim = config.head_dim
         self.heads = (config.n_heads, config.n_kv_heads, config.n_kv_heads)
-        self.qkv_proj = nn.Linear(config.hidden_size, sum(self.heads) * self.head_dim, bias=config.qkv_bias)
-        self.o_proj = nn.Linear(config.n_heads * self.head_dim, config.hidden_size, bias=config.o_bias)
+        self.qkv_proj = Linear(config.hidden_size, sum(self.heads) * self.head_dim, bias=config.qkv_bias)
+        self.o_proj = Linear(config.n_heads * self.head_dim, config.hidden_size, bias=config.o_bias)
         if config.qk_norm:
             self.q_norm: nn.Module = RMSNorm(self.head_dim, config.rms_norm_eps)
             self.k_norm: nn.Module = RMSNorm(self.head_dim, config.rms_norm_eps)
@@ -80,7 +80,7 @@ class Attention(nn.Module):
         """The product with the heads first … end - 1 of the one matrix."""
         part = slice(first * self.head_dim, end * self.head_dim)
         bias = None if self.qkv_proj.bias is None else self.qkv_proj.bias[part]
-        return F.linear(hidden, self.qkv_proj.weight[part], bias)
+        return linear(hidden, self.qkv_proj.weight[part], bias)
 
     def _split(self, heads: Tensor) -> Tensor:
         """[B, T, H * D] -> [B, H, T, D]."""
@@ -137,7 +137,7 @@ class Llama(nn.Module):
         self.embed_tokens = nn.Embedding.from_pretrained(table, freeze=False)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.n_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
         self.rotary = RotaryEmbedding(config.rope, config.head_dim)
         self.tie()
 

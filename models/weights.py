@@ -85,7 +85,7 @@ def load_weights(
 
 
 def random_weights(config: ModelConfig, dtype: torch.dtype, device: torch.device, seed: int = 0) -> Llama:
-    """A model of this architecture with random values, laid out as a loaded one: for measuring speed.
+    """A model of this architecture with random values, for measuring speed.
 
     Matrices are normal with deviation 1 / sqrt(columns), norms are 1, biases 0. The same seed gives the same values on
     the same kind of device.
@@ -93,7 +93,7 @@ def random_weights(config: ModelConfig, dtype: torch.dtype, device: torch.device
     generator = torch.Generator(device).manual_seed(seed)
     model = meta_model(config)
     for name, parameter in list(model.named_parameters()):
-        value = _empty(name, tuple(parameter.shape), dtype, device)
+        value = torch.empty(parameter.shape, dtype=dtype, device=device)
         if value.dim() == 2:
             value.normal_(0, value.shape[1] ** -0.5, generator=generator)
         else:
@@ -147,32 +147,14 @@ def _some(names: list[str]) -> str:
 
 
 def _read(checkpoint: Checkpoint, target: Target, dtype: torch.dtype, device: torch.device) -> Tensor:
+    first = target.sources[0]
+    if len(target.sources) == 1:
+        return checkpoint.read(first.name).to(device=device, dtype=dtype)
     rows = [source.shape[0] for source in target.sources]
-    shape = (sum(rows), *target.sources[0].shape[1:])
-    if len(rows) == 1 and not _reads_faster_by_columns(target.name, shape, dtype, device):
-        return checkpoint.read(target.sources[0].name).to(device=device, dtype=dtype)
-    fused = _empty(target.name, shape, dtype, device)
+    fused = torch.empty((sum(rows), *first.shape[1:]), dtype=dtype, device=device)
     for source, piece in zip(target.sources, fused.split(rows), strict=True):
         piece.copy_(checkpoint.read(source.name))
     return fused
-
-
-def _empty(name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Memory for the parameter `name`, in the layout that reads fastest."""
-    by_columns = _reads_faster_by_columns(name, shape, dtype, device)
-    value = torch.empty(shape[::-1] if by_columns else shape, dtype=dtype, device=device)
-    return value.t() if by_columns else value
-
-
-def _reads_faster_by_columns(name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether a matrix is stored column by column in memory; its shape, and what it computes, stay the same.
-
-    A decode step on a CPU reads each matrix once for a single row of input, as fast as memory gives it: float32
-    matrices with more rows than columns 1.3 to 1.9 times as fast by columns, all others about as fast or slower so
-    (benchmarks/choices.py, 2 cores). The embedding is looked up by rows.
-    """
-    wide = len(shape) == 2 and shape[0] > shape[1]
-    return wide and dtype == torch.float32 and device.type == "cpu" and not name.startswith("embed_tokens")
 
 
 def _ready(model: Llama, device: torch.device) -> Llama:

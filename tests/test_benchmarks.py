@@ -7,7 +7,7 @@ import json
 import re
 import struct
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,12 +18,26 @@ import torch
 from places import ROOT
 from torch.utils.flop_counter import FlopCounterMode
 
-from fastkv import LLM, FastKV, FastKVError, FullKV
+from fastkv import LLM, FastKV, FastKVError, FullKV, SamplingParams
 from fastkv.cache.policy import LayerPlan, plan_layers
 from fastkv.engine.cost import decode_bytes, prefill_flops
+from fastkv.engine.decoders import EagerDecoder
+from fastkv.models import linear
 from fastkv.models.presets import PRESETS
 
-MODULES = ("command", "contestants", "cost", "kernels", "latency", "machine", "peer", "plot", "selection", "table")
+MODULES = (
+    "choices",
+    "command",
+    "contestants",
+    "cost",
+    "kernels",
+    "latency",
+    "machine",
+    "peer",
+    "plot",
+    "selection",
+    "table",
+)
 
 
 @pytest.fixture
@@ -63,8 +77,14 @@ def test_bytes_of_a_decode_step_of_llama_31(benchmarks: Any) -> None:
 
 
 @pytest.mark.parametrize("batch", [1, 3])
-def test_operations_of_a_prefill_are_those_that_torch_counts(benchmarks: Any, dummy: LLM, batch: int) -> None:
-    """All but those of attention, which torch does not count on a CPU: half a square a layer, one row in the last."""
+def test_operations_of_a_prefill_are_those_that_torch_counts(
+    benchmarks: Any, dummy: LLM, batch: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All but those of attention, which torch does not count on a CPU: half a square a layer, one row in the last.
+
+    Nor does it count products by oneDNN, so there are none here.
+    """
+    monkeypatch.setattr(linear, "onednn_product", lambda: None)
     ids = torch.arange(3, 503).expand(batch, -1)
     with FlopCounterMode(display=False) as counter:
         dummy.prefill(ids, FullKV())
@@ -137,22 +157,62 @@ def test_greedy_counts_the_tokens_of_all_rows(benchmarks: Any, monkeypatch: pyte
         clock.now += seconds
         return result
 
-    sample = benchmarks.contestants.greedy(
-        lambda: work(5, 1), lambda state: work(2, 10 * state), torch.device("cpu"), 7, 4, lambda state: state
-    )
+    states = []
+
+    def step(state: int) -> int:
+        states.append(state)
+        return work(2, 10 * state)
+
+    sample = benchmarks.contestants.greedy(lambda: work(5, 1), step, torch.device("cpu"), 7, 4)
     assert (sample.ttft_s, sample.decode_tokens_per_s, sample.total_s) == (5, 7 * 3 / 6, 11)
-    assert sample.kv_bytes == 1000
+    assert states == [1, 10, 100]
+
+
+def figures(ttft: float, seconds: float, **others: Any) -> SimpleNamespace:
+    """The metrics of a prompt that got 4 tokens, the last three of them in `seconds`."""
+    return SimpleNamespace(ttft_s=ttft, decode_tokens_per_s=3 / seconds, new_tokens=4, **others)
+
+
+def test_texts_that_decode_together_are_counted_from_the_last_first_token(benchmarks: Any) -> None:
+    """First tokens after 5, 5.25 and 5.5 s, and the last ones after 11, 11.25 and 11.5 s: 9 tokens in 6 s."""
+    each = [
+        figures(ttft, 6.0, kv_bytes=size, peak_bytes=peak)
+        for ttft, size, peak in ((5.0, 100, 900), (5.5, 30, 950), (5.25, 7, None))
+    ]
+    sample = benchmarks.contestants.together(each)
+    assert (sample.ttft_s, sample.decode_tokens_per_s, sample.total_s) == (5.5, 9 / 6, 11.5)
+    assert (sample.kv_bytes, sample.peak_bytes) == (137, 950)
+
+
+def test_texts_that_did_not_fit_together_are_not_passed_off_as_a_batch(benchmarks: Any) -> None:
+    with pytest.raises(FastKVError, match=r"--batch 2: not all .* take fewer"):
+        benchmarks.contestants.together([figures(1.0, 2.0), figures(3.5, 2.0)])
+
+
+def test_a_batch_is_what_users_get(benchmarks: Any, dummy: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All prompts at a time, each prefilled on its own: a decode step is of as many texts as there are."""
+    seen: list[int] = []
+    step = EagerDecoder.step
+
+    def counted(self: EagerDecoder, rows: Sequence[int]) -> None:
+        seen.append(len(rows))
+        step(self, rows)
+
+    monkeypatch.setattr(EagerDecoder, "step", counted)
+    sample = benchmarks.contestants.engine(dummy, FullKV())(torch.arange(3, 123).view(12, 10), 5)
+    assert seen == [12] * 4
+    assert sample.kv_bytes == 12 * dummy.generate(list(range(3, 13)), SamplingParams(max_tokens=5)).metrics.kv_bytes
 
 
 def test_every_context_and_batch_has_its_rows(
     run: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert run("--context", 200, 300, "--batch", 1, 3, "--json", tmp_path / "out.json") == 0
+    assert run("--context", 200, 300, "--batch", 3, 1, "--json", tmp_path / "out.json") == 0
     printed = capsys.readouterr().out
     table = [line.strip("| ").split(" | ") for line in printed.splitlines() if line.startswith("| ")]
     order = [[n, b, name] for n in ("200", "300") for b in ("1", "3") for name in ("full", "fastkv")]
     assert [cells[:3] for cells in table[1:]] == order
-    assert {len(cells) for cells in table} == {13}
+    assert {len(cells) for cells in table} == {14}
     written = json.loads((tmp_path / "out.json").read_text())
     rows = {(row["context"], row["batch"], row["name"]): row for row in written["rows"]}
     assert len(rows) == 8
@@ -163,6 +223,8 @@ def test_every_context_and_batch_has_its_rows(
         assert row["total_to_full"] == full["total_s"] / row["total_s"]
         assert row["prefill_to_full"] == full["ttft_s"] / row["ttft_s"]
         assert row["decode_to_full"] == row["decode_tokens_per_s"] / full["decode_tokens_per_s"]
+        alone = rows[context, 1, name]
+        assert row["decode_to_one"] == row["decode_tokens_per_s"] / alone["decode_tokens_per_s"]
         assert len(row["samples"]) == 2
         for key, span in (
             ("ttft_s", "ttft_range"),
@@ -174,8 +236,16 @@ def test_every_context_and_batch_has_its_rows(
         for sample in row["samples"]:
             decoding = batch * 3 / sample["decode_tokens_per_s"]
             assert sample["total_s"] == pytest.approx(sample["ttft_s"] + decoding, rel=1e-9)
-    assert "--context 200 300 --batch 1 3" in written["command"]
+    assert "--context 200 300 --batch 3 1" in written["command"]
     assert (written["rounds"], written["new_tokens"], written["weights"]) == (2, 4, "stored")
+
+
+def test_a_batch_without_one_prompt_to_compare_with(
+    run: Callable[..., int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run("--context", 200, "--batch", 2, "--policy", "fastkv") == 0
+    cells = capsys.readouterr().out.splitlines()[-1].strip("| ").split(" | ")
+    assert cells[8] == "–"
 
 
 def test_shares_of_the_ceilings(benchmarks: Any, dummy: LLM) -> None:
@@ -437,3 +507,23 @@ def test_what_choosing_costs(benchmarks: Any, archive_folder: Path, capsys: pyte
     assert "400 tokens: selection " in out
     select, layer = (float(word) for word in re.findall(r"([0-9.]+) ms", out))
     assert 0 < select < layer
+
+
+def test_who_multiplies(benchmarks: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Few rows with every matrix, many rows with those of a prefill; and one line where there is no choice."""
+    choices = benchmarks.choices
+    monkeypatch.setattr(choices, "SHAPES", ((32, 24), (80, 24)))
+    monkeypatch.setattr(choices, "BYTES", 2**14)
+    monkeypatch.setattr(choices, "MANY", 64)
+    monkeypatch.setattr(choices, "onednn_product", lambda: lambda x, weight, bias: x @ weight.T)
+    choices.products()
+    lines = capsys.readouterr().out.splitlines()
+    measured = [re.fullmatch(r"torch.float32 (.*): F.linear [\d.]+ (\S+), oneDNN [\d.]+ \2", line) for line in lines]
+    expected = [(f"{n} x [32, 24]", "GB/s") for n in (1, 8, 32)] + [("64 x [32, 24]", "GFLOP/s")]
+    assert [match.groups() for match in measured if match] == [
+        *expected,
+        *((f"{n} x [80, 24]", "GB/s") for n in (1, 8, 32)),
+    ]
+    monkeypatch.setattr(choices, "onednn_product", lambda: None)
+    choices.products()
+    assert len(capsys.readouterr().out.splitlines()) == 1

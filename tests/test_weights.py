@@ -624,10 +624,9 @@ def test_parameters_that_stand_alone_are_the_mapped_file(tmp_path: Path) -> None
     file = _write(tmp_path, _tensors()) / SINGLE
     model = _load(tmp_path)
     parameters = dict(model.named_parameters())
-    # Put together from pieces, or (the head, a wide matrix in float32) stored by columns.
-    own = {name for name in parameters if "qkv_proj" in name or "gate_up_proj" in name or "lm_head" in name}
-    assert len(own) == 5
-    assert {name for name, parameter in parameters.items() if not _mapped(file, parameter)} == own
+    fused = {name for name in parameters if "qkv_proj" in name or "gate_up_proj" in name}
+    assert len(fused) == 4
+    assert {name for name, parameter in parameters.items() if not _mapped(file, parameter)} == fused
     converted = _load(tmp_path, torch.bfloat16)
     assert not any(_mapped(file, parameter) for parameter in converted.parameters())
 
@@ -723,20 +722,3 @@ def test_building_the_network_imports_no_symbolic_mathematics() -> None:
     done = subprocess.run([sys.executable, "-c", STARTUP], capture_output=True, text=True, check=True, timeout=60)
     before, after = done.stdout.split()
     assert after == before
-
-
-def test_wide_float32_matrices_are_stored_by_columns(tmp_path: Path) -> None:
-    """For the speed of decoding on a CPU; what they hold is the same, and nothing else is turned."""
-    _write(tmp_path, _tensors())
-    turned, straight = _load(tmp_path), _load(tmp_path, torch.bfloat16)
-    others = dict(straight.named_parameters())
-    by_columns = set()
-    for name, parameter in turned.named_parameters():
-        torch.testing.assert_close(parameter, others[name].float(), atol=0.05, rtol=0.01)
-        assert others[name].is_contiguous()
-        if not parameter.is_contiguous():
-            by_columns.add(name)
-            assert parameter.t().is_contiguous()
-    wide = {name for name, parameter in others.items() if parameter.dim() == 2 and len(parameter) > parameter.shape[1]}
-    assert by_columns == wide - {"embed_tokens.weight"}
-    assert any("gate_up_proj" in name for name in by_columns)
