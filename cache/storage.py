@@ -18,6 +18,8 @@ class KVStorage:
     Hkv * C_l slots that a layer has for a text: h * C_l for head h, unless heads differ in length and lie one behind
     the other. next_position: int64 [B], where the next token of each text stands.
     All of them keep their addresses for as long as the storage lives.
+
+    whole, first: what these are rows of, and from which one on (`rows`); None for a storage of its own.
     """
 
     k: list[Tensor]
@@ -25,6 +27,8 @@ class KVStorage:
     lengths: Tensor
     starts: Tensor
     next_position: Tensor
+    whole: KVStorage | None = None
+    first: int = 0
 
     @classmethod
     def allocate(
@@ -77,7 +81,13 @@ class KVStorage:
             self.lengths[:, first:end],
             self.starts[:, first:end],
             self.next_position[first:end],
+            self if self.whole is None else self.whole,
+            self.first + first,
         )
+
+    def is_followed_by(self, other: KVStorage) -> bool:
+        """Whether the two are rows of one storage, side by side."""
+        return self.whole is not None and self.whole is other.whole and self.first + self.batch == other.first
 
     def holds(self, capacities: list[int], batch: int) -> bool:
         """Whether caches of that size find room here."""

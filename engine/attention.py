@@ -112,11 +112,12 @@ def take_rows(attended: Tensor, rows: Tensor) -> Tensor:
     return attended.gather(2, index)
 
 
-def decode_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def decode_attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None = None) -> Tensor:
     """One query for each head, q [B, Hq, 1, D], over all n entries k, v [B, Hkv, n, D]. -> [B, Hq, 1, D].
 
-    The query heads of a KV head become the rows of one product, so that K and V are read once.
+    visible: bool [B, 1, 1, n], the entries that there are (None: all). The query heads of a KV head become the rows of
+    one product, so that K and V are read once.
     """
     rows = q.unflatten(1, (k.shape[1], -1)).squeeze(3)  # [B, Hkv, G, D]
     with without_cudnn(q.device):
-        return F.scaled_dot_product_attention(rows, k, v).flatten(1, 2).unsqueeze(2)
+        return F.scaled_dot_product_attention(rows, k, v, attn_mask=visible).flatten(1, 2).unsqueeze(2)

@@ -24,6 +24,7 @@ from fastkv.engine.attention import AUTO, attend_from, causal_attention, take_ro
 from fastkv.engine.tsp import TokenState
 from fastkv.engine.workspace import Workspace
 from fastkv.models.layers import Rope
+from fastkv.models.linear import BLOCK
 from fastkv.models.llama import Llama
 
 # Tokens that projections and MLP work on at a time: the widest activation is a chunk's, not the prompt's.
@@ -270,6 +271,13 @@ def _of_every_head(positions: Tensor, observed: Observation) -> Tensor:
 
 
 def _chunks(hidden: Tensor) -> Iterator[tuple[int, int]]:
-    """(start, end) of each chunk of the tokens."""
-    n_tokens = hidden.shape[1]
-    return ((start, min(start + CHUNK, n_tokens)) for start in range(0, n_tokens, CHUNK))
+    """(start, end) of each chunk of the tokens: CHUNK of them, then a multiple of BLOCK, then what is left.
+
+    Multiples of BLOCK are what every prompt has in common (models/linear.py).
+    """
+    start, n_tokens = 0, hidden.shape[1]
+    while start < n_tokens:
+        left = n_tokens - start
+        end = start + min(CHUNK, left // BLOCK * BLOCK or left)
+        yield start, end
+        start = end

@@ -9,7 +9,13 @@ import torch
 from torch import Tensor
 
 from fastkv import LLM, FastKV, FastKVError, FullKV
+from fastkv.cache.kv_cache import KVCache
+from fastkv.cache.policy import Policy
+from fastkv.cache.storage import KVStorage
+from fastkv.engine import decode
 from fastkv.engine.attention import decode_attention
+from fastkv.engine.prefill import new_cache, prefill
+from fastkv.engine.workspace import Workspace
 
 POLICY = FastKV(tsp_layer=2, tsp_rate=0.3, kv_retention=0.1, min_tokens=8)
 PROMPT = torch.randint(3, 256, (1, 200), generator=torch.Generator().manual_seed(1))
@@ -55,6 +61,60 @@ def test_a_batch_decodes_as_each_prompt_alone(tiny_llm: LLM) -> None:
         alone = tiny_llm.prefill(ids[row : row + 1], POLICY)
         for step, logits in zip(tokens, steps, strict=True):
             torch.testing.assert_close(logits[row], tiny_llm.decode(alone.cache, step[row : row + 1])[0])
+
+
+def caches_of(llm: LLM, lengths: list[int | None], policy: Policy) -> list[KVCache]:
+    """Caches for prompts of these lengths, in rows of one storage that was used before; None leaves a row empty."""
+    model = llm._model
+    storage = KVStorage.allocate([192] * 6, len(lengths), 2, 16, dtype=torch.float32, device=torch.device("cpu"))
+    for buffer in [*storage.k, *storage.v]:
+        buffer.fill_(float("nan"))
+    made = []
+    for row, length in enumerate(lengths):
+        if length is not None:
+            ids = torch.randint(3, 256, (1, length), generator=torch.Generator().manual_seed(length))
+            cache = new_cache(model, policy, ids, 8, 1000, storage.rows(row, row + 1))
+            prefill(model, ids, policy, cache, Workspace())
+            made.append(cache)
+    return made
+
+
+TOGETHER: list[tuple[list[int | None], int, list[list[int]]]] = [
+    ([150, 150, 150], 6, [[0, 1, 2]]),  # lengths; how many layers are attended to in one call; neighbours
+    ([150, 145, 155], 6, [[0, 1, 2]]),
+    ([150, 20, 160], 0, [[0, 1, 2]]),  # too different
+    ([150, None, 149, 150], 6, [[0], [1, 2]]),
+    ([80, 100], 0, [[0, 1]]),  # the shorter one has 96 slots, and what lies behind them was not cleared
+]
+
+
+@pytest.mark.parametrize(("lengths", "calls", "expected"), TOGETHER)
+@pytest.mark.parametrize("policy", [FullKV(), FastKV(kv_retention=1.0, tsp_rate=0.99, min_tokens=8)])
+def test_rows_that_lie_side_by_side_are_attended_to_together(
+    tiny_llm: LLM,
+    monkeypatch: pytest.MonkeyPatch,
+    policy: Policy,
+    lengths: list[int | None],
+    calls: int,
+    expected: list[list[int]],
+) -> None:
+    """The slow twin takes each cache on its own."""
+    made = caches_of(tiny_llm, lengths, policy)
+    assert [[made.index(cache) for cache in run] for run in decode.neighbours(made)] == expected
+    alone = caches_of(tiny_llm, lengths, policy)
+    counted = []
+    together = decode._attend_together
+    monkeypatch.setattr(
+        decode, "_attend_together", lambda layer, *rest: counted.append(layer) or together(layer, *rest)
+    )
+    for step in range(3):
+        tokens = torch.arange(len(made)) + 7 + step
+        logits = decode.decode_step(tiny_llm._model, made, tokens)
+        assert counted == list(range(calls))
+        counted.clear()
+        for index, cache in enumerate(alone):
+            one = decode.decode_step(tiny_llm._model, [cache], tokens[index : index + 1])
+            torch.testing.assert_close(logits[index : index + 1], one, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
