@@ -1,0 +1,96 @@
+"""The retrieval scores of a model's heads, as a table for people and as the file that policy headkv reads."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from fastkv import __version__
+from fastkv.engine.files import write_atomically
+from fastkv.errors import FastKVError
+from fastkv.eval.header import fingerprint
+from fastkv.eval.layer_table import markdown
+
+if TYPE_CHECKING:
+    from fastkv.engine.llm import LLM
+    from fastkv.eval.head_retrieval import HeadScores
+    from fastkv.eval.runner import Plan
+
+KIND = "fastkv-head-scores"
+SHOWN = 10  # rows of the table, at most
+RETRIEVAL_HEAD = 0.1  # a query head with a score above this is a retrieval head in arXiv 2404.15574
+
+
+def table(scores: HeadScores) -> str:
+    """The KV heads with the highest scores, highest first, and how much of all scores is theirs: some are above 0."""
+    n_kv_heads = scores.kv_heads.shape[1]
+    flat = scores.kv_heads.flatten()
+    order = flat.argsort(descending=True, stable=True).tolist()
+    of_groups = scores.query_heads.unflatten(1, (n_kv_heads, -1)).flatten(0, 1).tolist()  # [L * Hkv][G]
+    rows = [
+        [
+            *map(str, divmod(head, n_kv_heads)),
+            f"{flat[head]:.3f}",
+            " ".join(f"{score:.3f}" for score in of_groups[head]),
+            f"{100 * flat[order[: rank + 1]].sum() / flat.sum():.1f} %",
+        ]
+        for rank, head in enumerate(order[:SHOWN])
+        if flat[head] > 0
+    ]
+    retrieval = int((scores.query_heads > RETRIEVAL_HEAD).sum())
+    nothing = int((flat == 0).sum())
+    return (
+        f"{markdown(['layer', 'KV head', 'score', 'of its query heads', 'of all scores, up to here'], rows)}\n"
+        "score: the share of the copied tokens to which a head attended more than to any other token, while they were\n"
+        "being copied; of a KV head the mean over its query heads. Means over the examples.\n"
+        f"Of {scores.query_heads.numel()} query heads {retrieval} have a score above {RETRIEVAL_HEAD}; "
+        f"of {len(flat)} KV heads {nothing} have none.\n"
+        f"Given those before it, {100 * scores.said:.1f} % of these tokens were the model's own choice.\n"
+    )
+
+
+def left_out_line(left_out: int, total: int) -> str:
+    """Which examples are missing in the means, and why."""
+    return (
+        f"{left_out} of {total} examples were left out: their answer's tokens do not stand in the prompt exactly once."
+    )
+
+
+def content(
+    llm: LLM, folder: Path, name: str, plan: Plan, chat: bool, scores: HeadScores, measured: int, left_out: int
+) -> dict[str, Any]:
+    """The JSON object. Nothing in it changes from one run of the same command on the same machine to the next.
+
+    scores: [[Hkv] x L] in [0, 1]; query_heads: [[Hq] x L]. examples: of each task, length and depth; measured: in all.
+    """
+    return {
+        "kind": KIND,
+        "model": name,
+        "files": fingerprint(folder),
+        "tasks": [task.name for task in plan.tasks],
+        "lengths": list(plan.lengths),
+        "depths": list(plan.depths),
+        "examples": plan.examples,
+        "seed": plan.seed,
+        "chat": chat,
+        "measured": measured,
+        "left_out": left_out,
+        "said": scores.said,
+        "fastkv": __version__,
+        "torch": torch.__version__,
+        "device": torch.cuda.get_device_name(llm.device) if llm.device.type == "cuda" else str(llm.device),
+        "dtype": str(llm.dtype).removeprefix("torch."),
+        "scores": scores.kv_heads.tolist(),
+        "query_heads": scores.query_heads.tolist(),
+    }
+
+
+def write_scores(path: Path, content: dict[str, Any]) -> None:
+    """Put the file there, whole. FastKVError where that cannot be done."""
+    try:
+        write_atomically(path, (json.dumps(content) + "\n").encode())
+    except OSError as error:
+        raise FastKVError(f"--output {path}: cannot be written ({error.strerror})") from None

@@ -1,0 +1,175 @@
+"""fastkv-eval head-scores: the table of retrieval-head scores that policy headkv reads.
+
+It has the model copy answers out of generated texts, counts how often each head looks at the token that is being copied
+(head_retrieval.py), prints the strongest heads (head_report.py) and writes the table as JSON. Heavy imports wait until
+the flags are good.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from fastkv.cli_flags import DONE, add_machine_flags
+from fastkv.errors import FastKVError, check_choice, check_integer, check_number
+from fastkv.eval.cli import Parser
+from fastkv.eval.cli_tasks import DEFAULT_DEPTHS, DEFAULT_EXAMPLES, DEFAULT_LENGTHS
+from fastkv.eval.tasks import NAMES, build_tasks
+from fastkv.eval.tasks.longbench import is_longbench
+
+if TYPE_CHECKING:
+    from fastkv.engine.llm import LLM
+    from fastkv.eval.head_retrieval import Needle
+    from fastkv.eval.runner import Plan
+
+COPYING = ("niah_single", "niah_multikey", "archive")  # one answer, which always stands in the text word for word
+
+
+def build_parser() -> Parser:
+    parser = Parser(
+        prog="fastkv-eval head-scores",
+        description="Find the heads that copy from the prompt, and write their scores for policy headkv.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--model", required=True, metavar="PATH_OR_ID", help="model folder, or hub id like org/name")
+    parser.add_argument("--output", type=Path, required=True, metavar="FILE.json", help="write the scores there")
+    parser.add_argument(
+        "--task",
+        nargs="+",
+        default=["niah_single"],
+        metavar="NAME",
+        help=f"what is to be copied: {', '.join(COPYING)} (default niah_single)",
+    )
+    parser.add_argument("--length", type=int, nargs="+", metavar="N", help="tokens (default 1024 2048 4096, as fits)")
+    parser.add_argument(
+        "--depth", type=float, nargs="+", default=DEFAULT_DEPTHS, metavar="D", help="0 to 1 (0 0.25 0.5 0.75 1)"
+    )
+    parser.add_argument(
+        "--examples",
+        type=int,
+        default=DEFAULT_EXAMPLES,
+        metavar="N",
+        help=f"of each task, length and depth ({DEFAULT_EXAMPLES})",
+    )
+    parser.add_argument("--seed", type=int, default=0, metavar="S", help="fixes every text (0)")
+    parser.add_argument("--chat", action="store_true", help="put prompts into the model's chat template")
+    machine = parser.add_argument_group("machine")
+    add_machine_flags(machine)
+    machine.add_argument("--quiet", action="store_true", help="no progress line")
+    return parser
+
+
+def main(argv: list[str]) -> int:
+    """Run the command; its exit status. Raises FastKVError, as eval/cli.py expects, for a user's mistake."""
+    args = build_parser().parse_args(argv)
+    _check(args)
+
+    import torch
+
+    from fastkv.engine.llm import LLM
+    from fastkv.eval.head_report import content, left_out_line, table, write_scores
+    from fastkv.eval.head_retrieval import head_scores, watch_copying
+    from fastkv.eval.layer_progress import Progress
+    from fastkv.models.hub import model_folder
+
+    if args.threads is not None:
+        torch.set_num_threads(args.threads)
+    folder = model_folder(args.model, args.revision)
+    llm = LLM(folder, dtype=args.dtype, device=args.device)
+    plan = _plan(args, llm.config.context_length)
+    with Progress(None if args.quiet else sys.stderr) as progress:
+        needles, left_out = _needles(llm, plan, args.chat, progress.show)
+        parts = []
+        for done, needle in enumerate(needles):
+            progress.show("copying", done, len(needles))
+            parts.append(watch_copying(llm, needle))
+    scores = head_scores(parts, llm.config.n_kv_heads)
+    if not scores.kv_heads.any():
+        raise FastKVError(
+            f"in {len(needles)} examples no head ever attended most to the token being copied, so there is nothing to "
+            f"tell heads apart by, and {args.output} was not written; try shorter texts or another task"
+        )
+    counts = len(needles), left_out
+    write_scores(args.output, content(llm, folder, _name(args.model), plan, args.chat, scores, *counts))
+    print(table(scores), end="")
+    if left_out:
+        print(left_out_line(left_out, sum(counts)))
+    return DONE
+
+
+def _check(args: argparse.Namespace) -> None:
+    for name in args.task:
+        if name in (set(NAMES) - set(COPYING)) or is_longbench(name):
+            raise FastKVError(
+                f"{name} has no single answer that always stands in its text word for word, to be copied; "
+                f"take {', '.join(COPYING)}",
+                setting="task",
+            )
+        check_choice("task", name, COPYING)
+    for length in args.length or []:
+        check_integer("length", length, 1)
+    for depth in args.depth:
+        check_number("depth", depth, 0, 1)
+    check_integer("examples", args.examples, 1)
+    if args.threads is not None:
+        check_integer("threads", args.threads, 1, 4096)
+    _check_output(args.output)
+
+
+def _check_output(path: Path) -> None:
+    """Before hours of work: whether a file can be put there. What is there and is no file must not be replaced."""
+    if not path.parent.is_dir():
+        raise FastKVError(f"--output {path}: there is no folder {path.parent}")
+    if path.exists() and not path.is_file():
+        raise FastKVError(f"--output {path}: is there already, and is no file; name another one")
+    if not os.access(path.parent, os.W_OK):
+        raise FastKVError(f"--output {path}: the folder {path.parent} cannot be written to")
+
+
+def _plan(args: argparse.Namespace, context: int) -> Plan:
+    from fastkv.eval.runner import Plan
+
+    tasks = build_tasks(args.task)
+    answer = max(task.max_new_tokens for task in tasks)
+    lengths = args.length or [length for length in DEFAULT_LENGTHS if length + answer <= context]
+    if not lengths:
+        raise FastKVError(f"the context is {context} tokens; say what fits it", setting="length")
+    return Plan(tuple(tasks), tuple(sorted(set(lengths))), tuple(sorted(set(args.depth))), args.examples, args.seed)
+
+
+def _needles(llm: LLM, plan: Plan, chat: bool, show: Callable[[str, int, int], None]) -> tuple[list[Needle], int]:
+    """The examples of a plan, and how many of them had to be left out. All is checked before the model runs."""
+    from fastkv.cache.policies import FullKV
+    from fastkv.eval.contenders import Contender
+    from fastkv.eval.head_retrieval import find_needle
+    from fastkv.eval.prompts import Prompts
+    from fastkv.eval.runner import Runner
+
+    prompts = Prompts(llm, chat)
+    runner = Runner(llm, plan, [Contender("full", FullKV())], prompts)
+    slots = plan.slots()
+    found = []
+    for done, slot in enumerate(slots):
+        show("writing", done, len(slots))
+        draft = runner.draft(slot)
+        continued = replace(draft, lead=f"{draft.lead} {draft.answers[0]}")
+        found.append(find_needle(prompts.ids(draft), prompts.ids(continued)))
+    needles = [needle for needle in found if needle is not None]
+    if not needles:
+        raise FastKVError(
+            f"in none of the {len(slots)} examples do the answer's tokens stand in the prompt exactly once, so none "
+            "can be copied: this model's tokenizer writes an answer otherwise behind the prompt than inside it; take "
+            "another task" + (", or leave --chat out" if chat else "")
+        )
+    return needles, len(slots) - len(needles)
+
+
+def _name(model: str) -> str:
+    """A folder's name, or a hub id as it is."""
+    folder = os.path.expanduser(model)
+    return os.path.basename(os.path.abspath(folder)) if os.path.isdir(folder) else model
