@@ -12,8 +12,8 @@ from cost import Ceilings
 
 from fastkv import LLM
 from fastkv.cache.policies import POLICIES
-from fastkv.cache.policy import plan_layers
-from fastkv.engine.cost import decode_bytes, prefill_flops
+from fastkv.cache.policy import Policy, plan_layers
+from fastkv.engine.cost import decode_bytes, first_pass_flops, prefill_flops
 
 BASELINE = "full"
 COLUMNS = (
@@ -43,11 +43,7 @@ def summarise(
     for name, taken in samples.items():
         row: dict[str, Any] = {"context": context, "batch": batch, "name": name, **_figures(taken)}
         if name in POLICIES:
-            plans = plan_layers(POLICIES[name](), llm.config.n_layers, context)
-            steps_per_s = row["decode_tokens_per_s"] / batch
-            read = decode_bytes(llm.config, plans, new_tokens / 2, llm.dtype.itemsize, batch)
-            row["prefill_of_ceiling"] = prefill_flops(llm.config, plans, batch) / row["ttft_s"] / ceilings.flops
-            row["decode_of_ceiling"] = read * steps_per_s / ceilings.bandwidth
+            row |= _shares_of_ceilings(row, POLICIES[name](), llm, ceilings, new_tokens)
         rows.append(row)
     full = next((row for row in rows if row["name"] == BASELINE), None)
     if full is not None:
@@ -56,6 +52,22 @@ def summarise(
             row["decode_to_full"] = row["decode_tokens_per_s"] / full["decode_tokens_per_s"]
             row["total_to_full"] = full["total_s"] / row["total_s"]
     return rows
+
+
+def _shares_of_ceilings(
+    row: dict[str, Any], policy: Policy, llm: LLM, ceilings: Ceilings, new_tokens: int
+) -> dict[str, float]:
+    """Products and bytes that the policy cannot avoid, as shares of what the machine can do in the time it took."""
+    config, context, batch = llm.config, row["context"], row["batch"]
+    plans = plan_layers(policy, config.n_layers, context)
+    read = decode_bytes(config, plans, new_tokens / 2, llm.dtype.itemsize, batch)
+    shares = {"decode_of_ceiling": read * row["decode_tokens_per_s"] / batch / ceilings.bandwidth}
+    if policy.watch(config.n_layers, context) is None:  # else the plan is no more than an upper bound
+        first = policy.first_pass(config.n_layers, context)
+        flops = prefill_flops(config, plans, batch)
+        flops += first_pass_flops(config, first.layer, context, batch) if first is not None else 0
+        shares["prefill_of_ceiling"] = flops / row["ttft_s"] / ceilings.flops
+    return shares
 
 
 def compare_with_one(rows: list[dict[str, Any]], alone: list[dict[str, Any]]) -> None:

@@ -32,6 +32,13 @@ def prefill_flops(config: ModelConfig, plans: Sequence[LayerPlan], batch: int = 
     return batch * total
 
 
+def first_pass_flops(config: ModelConfig, layer: int, n_tokens: int, batch: int = 1) -> float:
+    """What choosing tokens adds (Policy.first_pass): all layers in front of `layer`, and its keys for every token."""
+    keys, queries, mlp = layer_weights(config)
+    attention = 2.0 * n_tokens * config.n_heads * config.head_dim
+    return batch * n_tokens * (layer * (2.0 * (keys + queries + mlp) + attention) + 2.0 * keys)
+
+
 def decode_bytes(
     config: ModelConfig, plans: Sequence[LayerPlan], new_tokens: float, itemsize: int, batch: int = 1
 ) -> float:

@@ -18,9 +18,9 @@ import torch
 from places import ROOT
 from torch.utils.flop_counter import FlopCounterMode
 
-from fastkv import LLM, FastKV, FastKVError, FullKV, SamplingParams
+from fastkv import LLM, FastKV, FastKVError, FullKV, GemFilter, SamplingParams
 from fastkv.cache.policy import LayerPlan, plan_layers
-from fastkv.engine.cost import decode_bytes, prefill_flops
+from fastkv.engine.cost import decode_bytes, first_pass_flops, prefill_flops
 from fastkv.engine.decoders import EagerDecoder
 from fastkv.models import linear
 from fastkv.models.presets import PRESETS
@@ -92,6 +92,17 @@ def test_operations_of_a_prefill_are_those_that_torch_counts(
     expected = prefill_flops(config, plan_layers(FullKV(), config.n_layers, ids.shape[1]), batch)
     attention = batch * 4 * config.n_heads * config.head_dim * (7 * 500 * 250 + 500)
     assert counter.get_total_flops() == pytest.approx(expected - attention, rel=1e-4)
+
+
+def test_operations_of_a_first_pass_are_those_that_torch_counts(dummy: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(linear, "onednn_product", lambda: None)
+    config, policy = dummy.config, GemFilter(filter_layer=3, kv_len=50)
+    with FlopCounterMode(display=False) as counter:
+        dummy.prefill(list(range(3, 503)), policy)
+    expected = prefill_flops(config, plan_layers(policy, config.n_layers, 500)) + first_pass_flops(config, 3, 500)
+    attention = 4 * config.n_heads * config.head_dim * (3 * 500 * 250 + 7 * 50 * 25 + 50)
+    query = 2 * config.hidden_size * config.n_heads * config.head_dim + 2 * config.n_heads * config.head_dim * 500
+    assert counter.get_total_flops() == pytest.approx(expected - attention + query, rel=1e-4)
 
 
 def test_the_cost_of_two_layers_counted_by_hand(benchmarks: Any) -> None:

@@ -168,24 +168,22 @@ def test_figures_of_votes() -> None:
     torch.testing.assert_close(figures_of(5 * even), figures_of(even))
 
 
-def test_the_pivot_is_the_layer_of_the_largest_change() -> None:
-    """Its scores, and those before it with less weight; what comes behind it has no say."""
+def test_the_pivot_is_where_the_largest_change_is_known() -> None:
+    """Scores up to it, the earlier the less they weigh."""
     even, peaked = torch.ones(1, 2, 100), torch.ones(1, 2, 100)
     peaked[..., 7] = 500
     slightly = even.clone()
     slightly[..., 3] = 5
-    layers = [even, slightly, slightly, peaked, slightly * 0 + peaked * 1.01, even, even]
+    layers = [even, slightly, slightly, peaked, 1.01 * peaked, even, even]
     layer, votes = layer_of(StructKV(first_layer=1, tsp_layer=6).watch(8, 108), layers)
-    # the change at layer 1 is a first peak already
-    assert layer == 2
-    torch.testing.assert_close(votes, 0.9 * even + slightly)
+    assert layer == 2  # the change at layer 1 is a peak already
+    torch.testing.assert_close(votes, 0.81 * even + 0.9 * slightly + slightly)
     layer, votes = layer_of(StructKV(first_layer=2, tsp_layer=6).watch(8, 108), layers)
     assert layer == 4
-    torch.testing.assert_close(votes, 0.9**3 * even + 0.9**2 * slightly + 0.9 * slightly + peaked)
+    torch.testing.assert_close(votes, 0.9**4 * even + (0.9**3 + 0.9**2) * slightly + (0.9 + 1.01) * peaked)
     layer, votes = layer_of(StructKV(first_layer=2, tsp_layer=3, score_decay=0.5).watch(8, 108), layers)
     assert layer == 3
     torch.testing.assert_close(votes, 0.125 * even + 0.25 * slightly + 0.5 * slightly + peaked)
-    assert layers[0] is even
     assert (even == 1).all(), "a layer's scores were changed"
 
 

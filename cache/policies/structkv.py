@@ -18,18 +18,18 @@ _WEIGHTS = (0.2, 0.3, 0.5)  # of the changes in entropy, sparsity and variance: 
 class StructKV(OnlineTSP):
     """FastKV whose TSP scores are summed over the layers up to a pivot, S = sum of score_decay**(pivot - l) * S_l.
 
-    The pivot is where the scores of a layer differ most from those of the layer before, by the changes in their
-    entropy, sparsity and variance. It is known once the next layer differs less, and behind that one tokens are
+    The scores of a layer differ from those of the layer before in their entropy, sparsity and variance. That a change
+    was the largest is known once the next layer changes less; this next layer is the pivot, behind which tokens are
     dropped. What a layer keeps in its cache, it chooses by its own scores, as in FastKV.
 
-    first_layer: the earliest pivot; None means a quarter of the way up. tsp_layer: the layer behind which tokens are
-    dropped at the latest, by the pivot so far; None means max(1, L // 2 - 1) of L layers. score_decay: in (0, 1]. The
-    others are FastKV's.
+    first_layer: the earliest whose change counts; None means a quarter of the way up. tsp_layer: the pivot if none came
+    before; None means max(1, L // 2 - 1) of L layers. score_decay: in (0, 1]. The others are FastKV's.
 
     What differs from the paper: how a change is measured (all three figures of the votes as a distribution over the
     tokens, between 0 and 1: entropy as a share of the largest; sparsity, the share of tokens below the mean; variance
-    as a share of the largest, by its root) and when it counts as the largest are our reading. Texts that are prefilled
-    as one batch decide together, by their mean. Raises FastKVError for a value out of range.
+    as a share of the largest, by its root), and that the pivot is the layer at which the largest change is known,
+    whose scores are there by then, are our reading. Texts that are prefilled as one batch decide together, by their
+    mean. Raises FastKVError for a value out of range.
     """
 
     name: ClassVar[str] = "structkv"
@@ -60,23 +60,21 @@ class StructKV(OnlineTSP):
 
 
 class _Pivot:
-    """The sum of the scores so far, and as it was at the layer of the largest change."""
+    """The sum of the scores so far, and the largest change."""
 
     def __init__(self, decay: float, first: int, latest: int) -> None:
         self._decay, self._first, self._latest = decay, first, latest
         self._sum: Tensor | None = None
         self._figures: Tensor | None = None
-        self._largest = -1.0
-        self._at_pivot: Tensor | None = None
+        self._largest: float | None = None
 
     def __call__(self, layer: int, scores: Tensor) -> Tensor | None:
         self._sum = scores.clone() if self._sum is None else self._sum.mul_(self._decay).add_(scores)
         change = self._change(scores)
-        passed = self._at_pivot is not None and change < self._largest
-        if layer >= self._first and change > self._largest:
-            self._largest, self._at_pivot = change, self._sum.clone()
-        if layer >= self._latest or passed:
-            return self._sum if self._at_pivot is None else self._at_pivot
+        if layer >= self._latest or (self._largest is not None and change < self._largest):
+            return self._sum
+        if layer >= self._first:
+            self._largest = change
         return None
 
     def _change(self, scores: Tensor) -> float:
