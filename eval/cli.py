@@ -36,8 +36,25 @@ def _tsp_layers(argv: list[str]) -> int:
     return main(argv)
 
 
+def _head_scores(argv: list[str]) -> int:
+    from fastkv.eval.head_scores import main
+
+    return main(argv)
+
+
+def _compare(argv: list[str]) -> int:
+    from fastkv.eval.compare import main
+
+    return main(argv)
+
+
 # Each takes the arguments behind its name and returns an exit status. Imported when called: --help answers at once.
-COMMANDS: dict[str, Callable[[list[str]], int]] = {"tasks": _run_tasks, "tsp-layers": _tsp_layers}
+COMMANDS: dict[str, Callable[[list[str]], int]] = {
+    "tasks": _run_tasks,
+    "tsp-layers": _tsp_layers,
+    "head-scores": _head_scores,
+    "compare": _compare,
+}
 
 
 def main(argv: list[str] | None = None) -> int:

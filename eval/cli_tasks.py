@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Iterable
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fastkv.cli_flags import DONE, INTERRUPTED
@@ -21,38 +23,72 @@ from fastkv.eval.example import Task
 from fastkv.eval.tasks import build_tasks
 
 if TYPE_CHECKING:
+    from fastkv.engine.llm import LLM
     from fastkv.eval.results import Results
     from fastkv.eval.runner import Plan
 
 
 def run(args: argparse.Namespace) -> int:
     """Run the tasks and print the tables, also of a run that is interrupted; the exit status."""
-    _check(args)
+    check(args)
     tasks = build_tasks(args.task, args.qa_file, args.longbench)
     _check_lengths(args, tasks)
     contenders = parse_contenders(args.policy or DEFAULT_POLICIES)
 
+    from fastkv.eval.table import render
+
+    llm, folder = load(args)
+    contenders = parse_contenders([contender.label for contender in contenders], llm.config.n_layers)
+    plan = plan_of(args, tasks, llm.config.context_length)
+    results, status = ask(args, llm, folder, plan, contenders)
+    labels = [contender.label for contender in contenders]
+    print(render(results.records, labels), end="", flush=True)
+    say_missing(args, len(plan.slots()) * len(labels) - len(results.records))
+    if args.plots is not None:
+        from fastkv.eval.plots import draw_plots
+
+        say_written(args, draw_plots(results.records, labels, args.plots))
+    return status
+
+
+def load(args: argparse.Namespace) -> tuple[LLM, Path]:
+    """The model that the flags name, and its folder."""
     import torch
 
     from fastkv.engine.llm import LLM
-    from fastkv.eval.header import describe
-    from fastkv.eval.progress import ProgressLine
-    from fastkv.eval.prompts import Prompts
-    from fastkv.eval.results import Results
-    from fastkv.eval.runner import Runner
     from fastkv.models.hub import model_folder
 
     if args.threads is not None:
         torch.set_num_threads(args.threads)
     folder = model_folder(args.model, args.revision)
-    llm = LLM(folder, dtype=args.dtype, device=args.device)
-    contenders = parse_contenders([contender.label for contender in contenders], llm.config.n_layers)
-    plan = _plan(args, tasks, llm.config.context_length)
+    return LLM(folder, dtype=args.dtype, device=args.device), folder
+
+
+def ask(
+    args: argparse.Namespace,
+    llm: LLM,
+    folder: Path,
+    plan: Plan,
+    contenders: list[Contender],
+    notes: Iterable[str] = (),
+) -> tuple[Results, int]:
+    """Put every question to every policy, but for those that --output holds; all answers, and the exit status.
+
+    notes: what to say once nothing can be wrong any more.
+    """
+    from fastkv.eval.header import describe
+    from fastkv.eval.progress import ProgressLine
+    from fastkv.eval.prompts import Prompts
+    from fastkv.eval.results import Results
+    from fastkv.eval.runner import Runner
+
     runner = Runner(llm, plan, contenders, Prompts(llm, args.chat))
     about = {"model": args.model, "revision": args.revision, "chat": args.chat}
     results = Results({**about, **describe(llm, folder, plan, contenders)}, args.output)
     status = DONE
     progress = ProgressLine(None if args.quiet else sys.stderr, results.resumed)
+    for line in () if args.quiet else notes:
+        say(line)
     if results.resumed and not args.quiet:
         say(f"{args.output}: going on behind {results.resumed} records" + " (the last line was cut off)" * results.torn)
     try:
@@ -62,11 +98,11 @@ def run(args: argparse.Namespace) -> int:
     finally:
         progress.clear()
         results.close()
-    _present(args, results, contenders, plan)
-    return status
+    return results, status
 
 
-def _check(args: argparse.Namespace) -> None:
+def check(args: argparse.Namespace) -> None:
+    """FastKVError for a number out of range, and for what could not be written at the end."""
     for length in args.length or []:
         check_integer("length", length, 1)
     for depth in args.depth:
@@ -91,7 +127,8 @@ def _check_lengths(args: argparse.Namespace, tasks: list[Task]) -> None:
         raise FastKVError("is for --task longbench: add it, or leave it out", setting="longbench_tokens")
 
 
-def _plan(args: argparse.Namespace, tasks: list[Task], context: int) -> Plan:
+def plan_of(args: argparse.Namespace, tasks: list[Task], context: int) -> Plan:
+    """The examples that the flags ask for; lengths that are not said are those that fit the context."""
     from fastkv.eval.runner import Plan
 
     answers = [task.max_new_tokens if args.max_tokens is None else args.max_tokens for task in tasks if task.has_length]
@@ -110,24 +147,33 @@ def _plan(args: argparse.Namespace, tasks: list[Task], context: int) -> Plan:
     )
 
 
-def _present(args: argparse.Namespace, results: Results, contenders: list[Contender], plan: Plan) -> None:
-    """Tables to stdout, pictures to their folder, and a word on a run that is not complete."""
-    from fastkv.eval.table import render
-
-    labels = [contender.label for contender in contenders]
-    print(render(results.records, labels), end="", flush=True)
-    missing = len(plan.slots()) * len(labels) - len(results.records)
+def say_missing(args: argparse.Namespace, missing: int) -> None:
+    """A word on a run that is not complete."""
     if missing and not args.quiet:
         kept = (
             f"the same command goes on from {args.output}" if args.output else "nothing was kept, for want of --output"
         )
         say(f"interrupted with {missing} answers to go: {kept}")
-    if args.plots is not None:
-        from fastkv.eval.plots import draw_plots
-
-        for path in draw_plots(results.records, labels, args.plots):
-            if not args.quiet:
-                say(f"wrote {path}")
 
 
-__all__ = ["DEFAULT_DEPTHS", "DEFAULT_EXAMPLES", "DEFAULT_LENGTHS", "DEFAULT_POLICIES", "build_parser", "run"]
+def say_written(args: argparse.Namespace, paths: Iterable[Path]) -> None:
+    """A line for each file that is there now."""
+    for path in paths:
+        if not args.quiet:
+            say(f"wrote {path}")
+
+
+__all__ = [
+    "DEFAULT_DEPTHS",
+    "DEFAULT_EXAMPLES",
+    "DEFAULT_LENGTHS",
+    "DEFAULT_POLICIES",
+    "ask",
+    "build_parser",
+    "check",
+    "load",
+    "plan_of",
+    "run",
+    "say_missing",
+    "say_written",
+]

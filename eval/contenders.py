@@ -1,9 +1,12 @@
-"""The policies of a run, each written as `NAME` or `NAME:setting=value,setting=value`."""
+"""The policies of a run, each written as `NAME` or `NAME:setting=value,setting=value`.
+
+Several values of one setting stand between slashes: `fastkv:tsp_layer=9/15/23,tsp_rate=0.5/0.2/0.1`.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from fastkv.cli import build_policy
 from fastkv.errors import FastKVError
@@ -35,16 +38,22 @@ def parse_contenders(texts: list[str], n_layers: int | None = None) -> list[Cont
     return found
 
 
-def _parse(text: str, n_layers: int | None) -> Contender:
+def read_settings(text: str) -> tuple[str, dict[str, Any]]:
+    """The name and the settings that a policy is written with; neither is checked yet."""
     name, _, settings = text.partition(":")
-    values: dict[str, int | float | str] = {}
+    values: dict[str, Any] = {}
     for part in settings.split(",") if settings else []:
         setting, equals, value = part.partition("=")
         if not equals or not setting.strip():
             raise FastKVError(f"--policy {text}: must be NAME or NAME:setting=value,…; {part!r} is no setting=value")
         values[setting.strip().replace("-", "_")] = _value(value.strip())
+    return name.strip(), values
+
+
+def _parse(text: str, n_layers: int | None) -> Contender:
+    name, values = read_settings(text)
     try:
-        policy = build_policy(name.strip(), values)
+        policy = build_policy(name, values)
         if n_layers is not None:
             policy.validate(n_layers)
     except FastKVError as error:
@@ -52,8 +61,15 @@ def _parse(text: str, n_layers: int | None) -> Contender:
     return Contender(text, policy)
 
 
-def _value(text: str) -> int | float | str:
-    """A number where it is one; the policy itself says whether it fits."""
+def _value(text: str) -> Any:
+    """A number where it is one, a tuple where all parts between slashes are; the policy itself says whether it fits."""
+    parts = [_number(part) for part in text.split("/")]
+    if len(parts) > 1 and not any(isinstance(part, str) for part in parts):
+        return tuple(parts)
+    return _number(text)
+
+
+def _number(text: str) -> int | float | str:
     for kind in (int, float):
         try:
             return kind(text)

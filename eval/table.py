@@ -21,6 +21,7 @@ SCORES_NOTE = (
 COST_NOTE = (
     "Medians over all examples. KV kept: entries of the prompt; KV bytes: allocated, room for the answer included."
 )
+NO_ANSWERS = "No example has been answered by every policy yet.\n"
 
 
 def answered_by_all(records: Sequence[Record], labels: Sequence[str]) -> Answers:
@@ -35,9 +36,9 @@ def render(records: Sequence[Record], labels: Sequence[str]) -> str:
     """Both tables with their notes. `labels`: the policies, the baseline first."""
     answers = answered_by_all(records, labels)
     if not answers:
-        return "No example has been answered by every policy yet.\n"
-    scores = _markdown(_score_header(labels), _score_rows(list(answers.values()), labels))
-    costs = _markdown(_COST_HEADER, [_cost_row(label, list(answers.values())) for label in labels])
+        return NO_ANSWERS
+    scores = markdown(_score_header(labels), _score_rows(list(answers.values()), labels))
+    costs = markdown(_COST_HEADER, [_cost_row(label, list(answers.values())) for label in labels])
     notes = SCORES_NOTE.format(first=labels[0]) + _cut_note(answers)
     return f"{scores}\n{notes}\n\n{costs}\n{COST_NOTE}\n"
 
@@ -98,7 +99,7 @@ def _score_cells(parts: Sequence[Sequence[dict[str, Record]]], labels: Sequence[
         mean_of_means([paired_estimate(scores(part, label), scores(part, labels[0])) for part in parts])
         for label in labels[1:]
     ]
-    return [str(sum(map(len, parts))), *map(_percent, means), *map(_points, differences)]
+    return [str(sum(map(len, parts))), *map(percent, means), *map(points, differences)]
 
 
 _COST_HEADER = ["policy", "first token, s", "decode, tokens/s", "KV kept", "KV bytes"]
@@ -121,21 +122,24 @@ def kept_share(records: Sequence[Record]) -> float:
     return sum(record.kv_entries for record in records) / sum(record.kv_full_entries for record in records)
 
 
-def _percent(estimate: Estimate) -> str:
+def percent(estimate: Estimate) -> str:
+    """A share in %, with its interval."""
     mean, low, high = (f"{round(100 * share, 1) + 0.0:.1f}" for share in (estimate.mean, estimate.low, estimate.high))
     return f"{mean} ({low} – {high})"  # + 0.0: rounding may leave a zero with a sign
 
 
-def _points(estimate: Estimate) -> str:
+def points(estimate: Estimate) -> str:
+    """A difference of shares in points, with its interval."""
     return f"{_signed(estimate.mean)} ({_signed(estimate.low)} to {_signed(estimate.high)})"
 
 
 def _signed(share: float) -> str:
     """Points with their sign, and none for what rounds to zero."""
-    points = round(100 * share, 1)
-    return f"{points:+.1f}".replace("-", "−") if points else "0.0"
+    rounded = round(100 * share, 1)
+    return f"{rounded:+.1f}".replace("-", "−") if rounded else "0.0"
 
 
-def _markdown(header: list[str], rows: list[list[str]]) -> str:
+def markdown(header: list[str], rows: list[list[str]]) -> str:
+    """A table; what would end a cell is replaced."""
     lines = [header, ["---"] * len(header), *rows]
     return "".join(f"| {' | '.join(cell.replace('|', '¦') for cell in line)} |\n" for line in lines)

@@ -139,7 +139,8 @@ def test_a_heat_map_shows_one_task_by_depth_and_length() -> None:
     records = made_up(["full", "fastkv"], n=1)
     records = [replace(one, score=(one.depth or 0) / 2 + one.length / 2048) for one in records]
     records += [replace(one, id="niah" + one.id, task="niah_single", score=0.0) for one in records]
-    figure = plots._heat_maps(answered_by_all(records, ["full", "fastkv"]), ["full", "fastkv"], "archive")
+    names = {"full": "full", "fastkv": "fastkv"}
+    figure = plots.heat_maps(answered_by_all(records, list(names)), names, "archive")
     for axes in figure.axes[:2]:
         assert axes.images[0].get_array().tolist() == [[25.0, 50.0], [75.0, 100.0]]
         assert [label.get_text() for label in axes.get_xticklabels()] == ["512", "1,024"]

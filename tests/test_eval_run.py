@@ -36,7 +36,7 @@ class Scripted:
             raise KeyboardInterrupt
         assert params.max_tokens is not None
         self.asked.append((ids, policy, params.max_tokens))
-        metrics = Metrics(len(ids), 2, 0.1, 50.0, 10, 40, 400, 1000, 9000, 10, None)
+        metrics = Metrics(len(ids), 2, 0.1, 50.0, 10, 40, 400, 1000, 9000, 10, (), None)
         return Output(f" {len(self.asked)}", [1, 2], "length", metrics)
 
 

@@ -1,0 +1,177 @@
+"""Which settings make a policy keep as many entries as the others: int(R * N) a layer and KV head, in the mean.
+
+Every policy of POLICIES that has a budget gets it from `kv_retention`, with one and the same floor. PyramidInfer has no
+budget but a decay, which is found by its plan. A policy that cannot keep that many takes no part, and says why.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from fastkv.cache.policies import POLICIES, FullKV, PyramidInfer
+from fastkv.cache.policies.compressed import Compressed
+from fastkv.cache.policy import Policy, plan_layers
+from fastkv.cli import build_policy
+from fastkv.errors import FastKVError
+from fastkv.eval.contenders import Contender, read_settings
+
+FLOOR = 8  # the min_tokens of all: the least that a window of eight tokens allows
+NEAR = 0.05  # how far from the others a policy without a budget may be
+EQUAL = ("kv_retention", "kv_len", "min_tokens", "decay")  # what makes the entries equal is nobody's own setting
+STEPS = 100_000  # decays from 0 to 1 that are tried
+
+
+@dataclass(frozen=True)
+class Terms:
+    """What all policies of a comparison share: the model's size, the lengths of the prompts, HeadKV's table."""
+
+    n_layers: int
+    n_kv_heads: int
+    lengths: tuple[int, ...]
+    head_scores: Path | None = None
+
+
+@dataclass(frozen=True)
+class Entrant:
+    """A policy of the comparison: `name` as the tables have it, `contender` with the settings that it runs under.
+
+    retention: the share of the prompt that it keeps; None for the full cache.
+    """
+
+    name: str
+    contender: Contender
+    retention: float | None = None
+
+    @property
+    def label(self) -> str:
+        return self.contender.label
+
+
+class _UnequalError(FastKVError):
+    """A policy that cannot keep as many entries as the others."""
+
+
+def wanted(retention: float, n_tokens: int) -> int:
+    """Entries that every policy is to keep of a prompt, for each layer and KV head, in the mean."""
+    return min(max(int(retention * n_tokens), FLOOR), n_tokens)
+
+
+def off_by(policy: Policy, retention: float, terms: Terms) -> float:
+    """How much more than wanted `policy` plans to keep, as a share of it: the mean over the prompts' lengths."""
+
+    def mean_kept(n_tokens: int) -> float:
+        return fmean(plan.kept for plan in plan_layers(policy, terms.n_layers, n_tokens))
+
+    return fmean(mean_kept(length) / wanted(retention, length) - 1 for length in terms.lengths)
+
+
+def entrants(texts: Sequence[str] | None, retentions: Sequence[float], terms: Terms) -> tuple[list[Entrant], list[str]]:
+    """The full cache, then every policy at each retention; and a line for each that takes no part.
+
+    texts: the policies, as `NAME` or `NAME:setting=value,…`; None means all there are, and only of these one may be
+    missing. Raises FastKVError for a mistake in them, for one named twice, and where none is left.
+    """
+    found, missing = [Entrant(FullKV.name, Contender(FullKV.name, FullKV()))], []
+    for retention in retentions:
+        for text in POLICIES if texts is None else texts:
+            if text == FullKV.name:
+                continue
+            try:
+                entrant = _entrant(text, retention, terms)
+            except _UnequalError as error:
+                if texts is not None:
+                    raise FastKVError(f"--policy {text}: {error}") from None
+                missing.append(f"{text} is left out: {error}")
+                continue
+            except FastKVError as error:
+                raise FastKVError(f"--policy {text}: {error}") from None
+            _check_twin(entrant, found)
+            found.append(entrant)
+    if len(found) == 1:
+        raise FastKVError("--policy: there is nothing to compare with the full cache; name another policy")
+    return found, list(dict.fromkeys(missing))
+
+
+def check_names(texts: Sequence[str] | None, head_scores: Path | None) -> None:
+    """FastKVError for a policy that there is not, and for a file that none of them reads."""
+    names = list(POLICIES) if texts is None else [read_settings(text)[0] for text in texts]
+    for name, text in zip(names, texts or names, strict=True):
+        if name not in POLICIES:
+            raise FastKVError(f"--policy {text}: policy must be one of {', '.join(POLICIES)}, not {name!r}")
+    if head_scores is not None and not any("head_scores" in _defaults(name) for name in names):
+        raise FastKVError("--head-scores is for a policy that reads them, and none of these does; leave it out")
+
+
+def nearest_decay(policy: PyramidInfer, retention: float, terms: Terms) -> float:
+    """The decay with which `policy` keeps most nearly what is wanted, in the mean over layers and lengths."""
+
+    def off(decay: float) -> float:
+        return off_by(dataclasses.replace(policy, decay=decay), retention, terms)
+
+    low, high = 1, STEPS
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if off(middle / STEPS) < 0 else (low, middle)
+    return min((low / STEPS, high / STEPS), key=lambda decay: abs(off(decay)))
+
+
+def _entrant(text: str, retention: float, terms: Terms) -> Entrant:
+    name, own = read_settings(text)
+    for setting in own:
+        if setting in EQUAL:
+            raise FastKVError(f"{setting} is what makes the policies keep the same; --kv-retention sets it for all")
+    settings = {**own, **_equal_settings(name, own, retention, terms.head_scores)}
+    policy = build_policy(name, settings)
+    policy.validate(terms.n_layers, terms.n_kv_heads)
+    if isinstance(policy, PyramidInfer):
+        settings["decay"] = nearest_decay(policy, retention, terms)
+        policy = dataclasses.replace(policy, decay=settings["decay"])
+    off = off_by(policy, retention, terms)
+    if abs(off) > NEAR or (off != 0 and not isinstance(policy, PyramidInfer)):
+        more, share = ("more" if off > 0 else "less"), 100 * abs(off)
+        raise _UnequalError(f"it keeps {share:.1f} % {more} than the others at --kv-retention {retention:g}")
+    label = f"{name}:{','.join(f'{setting}={_written(value)}' for setting, value in settings.items())}"
+    return Entrant(text, Contender(label, policy), retention)
+
+
+def _equal_settings(name: str, own: dict[str, Any], retention: float, head_scores: Path | None) -> dict[str, Any]:
+    """The settings of a policy that make the entries equal. Raises _UnequalError where it has none."""
+    defaults = _defaults(name)
+    settings: dict[str, Any] = {}
+    if "head_scores" in defaults and "head_scores" not in own:
+        if head_scores is None:
+            raise _UnequalError("it needs --head-scores FILE")
+        settings["head_scores"] = str(head_scores)
+    if POLICIES[name] is PyramidInfer:
+        # It falls from the first layer on, and no further than to half of the mean: the upper layers keep a share, too.
+        pyramid = {"first_layer": 0, "floor": retention / 2}
+        settings |= {setting: value for setting, value in pyramid.items() if setting not in own}
+    elif issubclass(POLICIES[name], Compressed):
+        settings["kv_retention"] = retention
+        if "tsp_rate" in defaults and not {"tsp_rate", "tsp_len"} & own.keys() and retention > defaults["tsp_rate"]:
+            settings["tsp_rate"] = retention  # a layer cannot keep more than reaches it
+    else:
+        raise _UnequalError("it has no budget that could be made equal")
+    window = own.get("window")
+    return {**settings, "min_tokens": max(FLOOR, window) if isinstance(window, int) else FLOOR}
+
+
+def _check_twin(entrant: Entrant, others: Sequence[Entrant]) -> None:
+    for other in others:
+        if other.contender.policy == entrant.contender.policy:
+            raise FastKVError(f"--policy {entrant.name}: is the same policy as {other.name}; leave one of them out")
+
+
+def _defaults(name: str) -> dict[str, Any]:
+    """The settings of a policy, with their defaults."""
+    return {field.name: field.default for field in dataclasses.fields(POLICIES[name])}  # type: ignore[arg-type]
+
+
+def _written(value: Any) -> str:
+    """A setting's value as `--policy` reads it."""
+    return "/".join(map(str, value)) if isinstance(value, tuple) else str(value)

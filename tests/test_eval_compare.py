@@ -1,0 +1,419 @@
+"""fastkv-eval compare: every policy there is, with the same number of entries, and what the tables say of them."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import pytest
+from places import ROOT
+
+from fastkv import LLM, FastKV, FastKVError, FullKV
+from fastkv.cache.policies import POLICIES, PyramidInfer
+from fastkv.cache.policy import plan_layers
+from fastkv.eval import cli
+from fastkv.eval.compare_page import BEGIN, END, check_page, page_part, write_page
+from fastkv.eval.compare_settings import Entrant, Terms, entrants, nearest_decay, off_by, wanted
+from fastkv.eval.compare_table import render
+from fastkv.eval.contenders import Contender, parse_contenders
+from fastkv.eval.plots import style
+from fastkv.eval.results import Record
+
+MODEL = str(ROOT / "examples" / "archive" / "model")
+
+
+@pytest.fixture
+def heads(tmp_path: Path) -> Path:
+    """A table of heads for a model of 8 layers and 2 KV heads, no two of them alike."""
+    path = tmp_path / "heads.json"
+    path.write_text(json.dumps({"scores": [[layer / 10, 1 / (1 + layer)] for layer in range(8)]}))
+    return path
+
+
+# Settings
+
+
+@pytest.mark.parametrize("retention", [0.05, 0.1, 0.2, 0.3, 0.45])
+@pytest.mark.parametrize("lengths", [(512,), (1000, 2047, 8192)])
+def test_every_policy_plans_the_same_number_of_entries(heads: Path, retention: float, lengths: tuple[int, ...]) -> None:
+    """A policy that joins POLICIES is in the comparison, and is held to this."""
+    found, left_out = entrants(None, [retention], Terms(8, 2, lengths, heads))
+    assert ({one.name for one in found}, left_out) == (set(POLICIES), [])
+    assert (found[0].name, found[0].retention) == ("full", None)
+    for entrant in found[1:]:
+        for n_tokens in lengths:
+            kept = sum(plan.kept for plan in plan_layers(entrant.contender.policy, 8, n_tokens))
+            if entrant.name == "pyramidinfer":
+                assert kept == pytest.approx(8 * int(retention * n_tokens), rel=0.01)
+            else:
+                assert kept == 8 * int(retention * n_tokens), entrant.label
+
+
+def test_short_prompts_keep_the_same_floor(heads: Path) -> None:
+    found, _ = entrants(None, [0.1], Terms(8, 2, (60,), heads))
+    assert (wanted(0.1, 60), wanted(0.1, 5), wanted(0.1, 99)) == (8, 5, 9)
+    for entrant in found[1:]:
+        assert sum(plan.kept for plan in plan_layers(entrant.contender.policy, 8, 60)) == 8 * 8, entrant.label
+
+
+@pytest.mark.parametrize(("n_layers", "retention"), [(8, 0.1), (8, 0.4), (32, 0.1), (32, 0.05), (2, 0.2)])
+def test_no_decay_comes_nearer(n_layers: int, retention: float) -> None:
+    terms = Terms(n_layers, 2, (700, 3000))
+    policy = PyramidInfer(first_layer=0, floor=retention / 2, min_tokens=8)
+    decay = nearest_decay(policy, retention, terms)
+    off = off_by(replace(policy, decay=decay), retention, terms)
+    kept = [[p.kept for p in plan_layers(replace(policy, decay=decay), n_layers, n)] for n in terms.lengths]
+    assert off == pytest.approx(
+        fmean(fmean(k) / int(retention * n) for k, n in zip(kept, terms.lengths, strict=True)) - 1
+    )
+    assert abs(off) < 0.005
+    others = [replace(policy, decay=decay + step * 1e-5) for step in (*range(-9, 10), -200, 200)]
+    assert abs(off) <= min(abs(off_by(other, retention, terms)) for other in others)
+
+
+def test_a_label_is_what_policy_takes(heads: Path) -> None:
+    """Each one, given to fastkv-eval, is that policy again."""
+    texts = ["fastkv:tsp_layer=1/3/5,tsp_rate=0.5/0.3/0.2", *POLICIES]
+    found, _ = entrants(texts, [0.1, 0.2], Terms(8, 2, (900,), heads))
+    assert len(found) == 1 + 2 * len(POLICIES)
+    again = parse_contenders([one.label for one in found], 8)
+    assert [one.policy for one in again] == [one.contender.policy for one in found]
+
+
+def test_several_values_stand_between_slashes() -> None:
+    (several,) = parse_contenders(["fastkv:tsp_layer=9/15/23, tsp_rate=0.5/0.2/0.1"], 32)
+    assert several.policy == FastKV(tsp_layer=(9, 15, 23), tsp_rate=(0.5, 0.2, 0.1))
+    with pytest.raises(FastKVError, match="pooling must be one of max, avg, not '1/max'"):  # a text, as any other
+        parse_contenders(["fastkv:pooling=1/max"])
+    with pytest.raises(FastKVError, match=r"--policy fastkv:tsp_layer=1/2: tsp_rate must have a value for each"):
+        parse_contenders(["fastkv:tsp_layer=1/2"])
+
+
+def test_what_reaches_a_layer_is_enough_for_it() -> None:
+    """Above the default rate of TSP, as many go on as are kept; a rate of one's own is left alone."""
+    terms = Terms(8, 2, (1000,))
+    found, _ = entrants(["fastkv", "fastkv:tsp_rate=0.5"], [0.1, 0.3], terms)
+    assert [one.contender.policy for one in found[1:]] == [
+        FastKV(kv_retention=0.1, min_tokens=8),
+        FastKV(kv_retention=0.1, min_tokens=8, tsp_rate=0.5),
+        FastKV(kv_retention=0.3, min_tokens=8, tsp_rate=0.3),
+        FastKV(kv_retention=0.3, min_tokens=8, tsp_rate=0.5),
+    ]
+    (_, wide), _ = entrants(["snapkv:window=32"], [0.1], terms)
+    assert wide.contender.policy == POLICIES["snapkv"](window=32, kv_retention=0.1, min_tokens=32)  # type: ignore[call-arg]
+
+
+def test_who_cannot_keep_as_much_takes_no_part() -> None:
+    """Left out with a line where all were asked for, and a mistake where it was named."""
+    found, left_out = entrants(None, [0.1, 0.7], Terms(8, 2, (1000,)))
+    assert left_out[0] == "headkv is left out: it needs --head-scores FILE"
+    assert left_out[1].startswith("pyramidkv is left out: it keeps ")
+    assert left_out[1].endswith(" % less than the others at --kv-retention 0.7")
+    assert len(left_out) == 2
+    assert {one.name for one in found if one.retention == 0.7} == set(POLICIES) - {"full", "headkv", "pyramidkv"}
+
+
+@pytest.mark.parametrize(
+    ("texts", "says"),
+    [
+        (["headkv"], "--policy headkv: it needs --head-scores FILE"),
+        (["fastkv:tsp_rate=0.05"], "--policy fastkv:tsp_rate=0.05: it keeps 25.0 % less than the others"),
+        (["fastkv:kv_retention=0.2"], "--policy fastkv:kv_retention=0.2: kv_retention is what makes the policies keep"),
+        (["snapkv:min-tokens=64"], "min_tokens is what makes the policies keep the same"),
+        (["pyramidinfer:decay=0.5"], "decay is what makes the policies keep the same"),
+        (["pyramidinfer:first_layer=4"], "% more than the others at --kv-retention 0.1"),
+        (["full:kv_len=3"], "kv_len is what makes"),
+        (["fastkv", "fastkv:kernel=7"], "--policy fastkv:kernel=7: is the same policy as fastkv"),
+        (["fastkv:tsp_layer=8"], "--policy fastkv:tsp_layer=8: tsp_layer must be below"),
+        (["full"], "nothing to compare with the full cache"),
+    ],
+)
+def test_policies_that_cannot_be_compared(texts: list[str], says: str) -> None:
+    with pytest.raises(FastKVError) as complaint:
+        entrants(texts, [0.1], Terms(8, 2, (1000,)))
+    assert says in str(complaint.value)
+
+
+# Tables
+
+
+def rival(name: str, retention: float | None = 0.1) -> Entrant:
+    label = name if retention is None else f"{name}:kv_retention={retention:g}"
+    return Entrant(name, Contender(label, FullKV() if retention is None else FastKV(kv_retention=retention)), retention)
+
+
+def record(entrant: Entrant, index: int, length: int = 500, **changes: Any) -> Record:
+    """Four layers of two KV heads."""
+    kept = length if entrant.retention is None else int(entrant.retention * length)
+    one = Record(
+        *(f"archive/{length}/{index}", entrant.label, "archive", length, 0.5, index, "", length, 7, ("1",), "1"),
+        *(1.0, 0.4, 100.0, 3 << 20, 6 << 20, 8 * kept, 8 * length),
+    )
+    return replace(one, **changes)
+
+
+def rows(text: str) -> list[list[str]]:
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line.startswith("|")]
+
+
+def test_a_row_for_each_policy() -> None:
+    """Medians, gains on the same example, and bytes of the entries that were kept."""
+    full, half = rival("full", None), rival("half", 0.5)
+    base = [record(full, index, ttft_s=ttft) for index, ttft in enumerate((0.2, 0.4, 0.9))]
+    times = ((0.1, 0.0), (0.1, 1.0), (0.9, 1.0))
+    ours = [record(half, i, ttft_s=t, score=s, decode_tokens_per_s=150.0 + i) for i, (t, s) in enumerate(times)]
+    text = render([*base, *ours], [full, half], entry_bytes=256)
+    assert text.startswith("### archive, 50 % of the KV cache: 3 examples\n\n| policy | score | − full |")
+    first, second = rows(text)[2:]
+    full_mib, half_mib = 8 * 500 * 256 / 2**20, 8 * 250 * 256 / 2**20
+    assert first[2:] == ["", "0.400", "1.00", "100.0", "1.00", "100.00 %", f"{full_mib:.3f}", "3.000"]
+    assert second[0] == "half"
+    assert second[1].startswith("66.7 (")
+    assert second[2].startswith("−33.3 (−")
+    assert second[3:] == ["0.100", "2.00", "151.0", "1.51", "50.00 %", f"{half_mib:.3f}", "3.000"]
+    assert "Counted in every prompt: every policy but full kept int(0.5 · N) entries" in text
+    assert "`full`, `half:kv_retention=0.5`." in text
+    assert len(rows(text)) == 4  # one length needs no table by length
+
+
+def test_scores_and_gains_by_length() -> None:
+    full, tenth = rival("full", None), rival("tenth")
+    records = [record(full, 0, length) for length in (500, 2000)]
+    records += [record(tenth, 0, 500, score=0.0, ttft_s=0.8), record(tenth, 0, 2000, ttft_s=0.1)]
+    table = rows(render(records, [full, tenth], 256))[4:]
+    assert table[0] == ["score", "500 tokens", "2,000 tokens"]
+    assert [cell.split(" ")[0] for cell in table[3]] == ["tenth", "0.0", "100.0"]
+    assert table[4] == ["first token, × full", "500 tokens", "2,000 tokens"]
+    assert table[7] == ["tenth", "0.50", "4.00"]
+
+
+def test_a_table_for_each_retention() -> None:
+    full, tenth, fifth = rival("full", None), rival("one", 0.1), rival("one", 0.2)
+    records = [record(entrant, 0) for entrant in (full, tenth, fifth)]
+    text = render(records, [full, tenth, fifth], 256, ["two is left out: why"])
+    titles = [line for line in text.splitlines() if line.startswith("###")]
+    assert titles == [f"### archive, {share} % of the KV cache: 1 example" for share in (10, 20)]
+    assert [row[7] for row in rows(text) if row[0] == "one"] == ["10.00 %", "20.00 %"]
+    assert text.endswith("\n\ntwo is left out: why\n")
+
+
+def test_entries_that_were_not_equal_are_named() -> None:
+    """One policy kept two entries too many of one of two prompts; the other one all that it should."""
+    full, good, bad = rival("full", None), rival("good"), replace(rival("bad"), contender=Contender("bad", FastKV()))
+    records = [record(one, index) for index in (0, 1) for one in (full, good, bad)]
+    records[-1] = replace(records[-1], kv_entries=records[-1].kv_entries + 2)
+    text = render(records, [full, good, bad], 256)
+    assert "every policy but full and those named here kept int(0.1 · N) entries" in text
+    assert "of single prompts: bad +0.25 % (+0.00 % to +0.50 %).\n" in text
+
+
+def test_nothing_to_tell_yet() -> None:
+    full, tenth = rival("full", None), rival("tenth")
+    assert render([record(full, 0)], [full, tenth], 256) == "No example has been answered by every policy yet.\n"
+    single = [record(one, 0, decode_tokens_per_s=None) for one in (full, tenth)]
+    assert [row[5:7] for row in rows(render(single, [full, tenth], 256))[2:]] == [["–", "–"]] * 2
+
+
+# Pictures
+
+
+def test_thirty_policies_look_different() -> None:
+    looks = [style(index) for index in range(30)]
+    assert len(set(looks)) == 30
+    assert len({colour for colour, _ in looks[:12]}) == len({marker for _, marker in looks[:12]}) == 12
+
+
+@pytest.mark.parametrize("retentions", [(0.1,), (0.05, 0.1, 0.2)])
+def test_pictures(tmp_path: Path, retentions: tuple[float, ...]) -> None:
+    """A heat map for each retention; all PNG files, and none of them blank."""
+    image = pytest.importorskip("matplotlib.image")
+    from fastkv.eval.compare_plots import draw, rows
+
+    names = [f"policy{index}" for index in range(12)]
+    rivals = [rival("full", None), *(rival(name, share) for share in retentions for name in names)]
+    records = [
+        record(one, 0, length, depth=depth, id=f"{length}/{depth}", ttft_s=0.1 + place / 100)
+        for place, one in enumerate(rivals)
+        for length in (500, 2000)
+        for depth in (0.0, 1.0)
+    ]
+    paths = draw(records, rivals, 256, tmp_path / "new")
+    maps = ["needle-archive.png"] if len(retentions) == 1 else [f"needle-archive-{r}.png" for r in (5, 10, 20)]
+    assert [path.name for path in paths] == ["comparison-archive.png", "accuracy-archive.png", *maps]
+    assert all(image.imread(path)[..., :3].std() > 0.02 for path in paths)
+    assert draw([], rivals, 256, tmp_path / "nothing") == []
+    answers = {"x": {one.label: record(one, 0, ttft_s=0.1 + place / 100) for place, one in enumerate(rivals)}}
+    figure = rows(answers, rivals, 256)
+    assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == ["full", *names]
+    at = [line.get_ydata()[0] for line in figure.axes[1].get_lines() if line.get_marker() == "o"]
+    assert [round(row) for row in at] == [0, *list(range(1, 13)) * len(retentions)]
+    assert len(set(at)) == len(at)
+    first = [line.get_xdata()[0] for line in figure.axes[1].get_lines() if line.get_marker() == "o"]
+    assert first == pytest.approx([0.1 + place / 100 for place in range(len(rivals))])
+    kept = {round(line.get_xdata()[0], 6) for line in figure.axes[3].get_lines() if line.get_marker() == "o"}
+    assert kept == {round(8 * int(share * 500) * 256 / 2**20, 6) for share in (1, *retentions)}
+
+
+# The page
+
+
+def test_a_page_of_its_own_and_again(tmp_path: Path) -> None:
+    path = tmp_path / "page.md"
+    write_page(path, "first\n")
+    assert path.read_text() == f"# Every policy at equal kept bytes\n\n{BEGIN}\n\nfirst\n\n{END}\n"
+    write_page(path, "second")
+    assert path.read_text() == f"# Every policy at equal kept bytes\n\n{BEGIN}\n\nsecond\n\n{END}\n"
+
+
+def test_what_is_around_the_marks_stays(tmp_path: Path) -> None:
+    path = tmp_path / "page.md"
+    path.write_bytes(f"Größe\r\n{BEGIN} old {END} behind".encode())
+    check_page(path)
+    write_page(path, "new")
+    assert path.read_bytes() == f"Größe\r\n{BEGIN}\n\nnew\n\n{END} behind".encode()
+
+
+@pytest.mark.parametrize("content", ["", "text", BEGIN, f"{END}{BEGIN}", f"{BEGIN}{BEGIN}{END}", f"{BEGIN}{END}{END}"])
+def test_a_page_without_marks_is_not_overwritten(tmp_path: Path, content: str) -> None:
+    path = tmp_path / "page.md"
+    path.write_text(content)
+    with pytest.raises(FastKVError, match=r"--page .*page\.md: is there already, without one <!-- results -->"):
+        check_page(path)
+    assert path.read_text() == content
+
+
+def test_what_the_page_tells_of_the_run(tmp_path: Path) -> None:
+    """Links go from the page to the pictures, and the command can be run again as it stands."""
+    header = {"date": "2026-01-02", "model": "m", "device": "cpu", "dtype": "float32", "threads": 1}
+    header |= {"fastkv": "0.1.0", "torch": "2.13.0"}
+    argv = ["--model", "a model", "--length", "512", "1024", *(f"--policy=p{index}" for index in range(20)), "--quiet"]
+    text = page_part(header, argv, "| t |\n", [tmp_path / "pictures of it" / "a.png"], tmp_path / "docs" / "page.md")
+    assert text.startswith("Measured on 2026-01-02: m on cpu, float32, 1 thread, fastkv 0.1.0, torch 2.13.0.\n\n```\n")
+    assert text.endswith("```\n\n![a](../pictures%20of%20it/a.png)\n\n| t |")
+    command = text.split("```")[1]
+    assert shlex.split(command.replace("\\\n", " ")) == ["fastkv-eval", "compare", *argv]
+    assert max(map(len, command.splitlines())) <= 113
+    assert "--length 512 1024" in command
+
+
+def test_the_page_of_the_repository_has_its_marks() -> None:
+    check_page(ROOT / "docs" / "comparison.md")
+
+
+# The command
+
+
+@pytest.fixture
+def command(capfd: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+    """Runs `fastkv-eval compare …`; exit status, stdout and stderr. {model} is the bundled model."""
+
+    def run(line: str, **places: Any) -> tuple[int, str, str]:
+        try:
+            status: Any = cli.main(["compare", *line.format(model=MODEL, **places).split()])
+        except SystemExit as left:  # the parser's own complaints
+            status = left.code
+        return (status, *capfd.readouterr())
+
+    return run
+
+
+SMALL = "--model {model} --dtype float32 --task archive --length 400 --depth 0.5 --examples 1"
+
+
+def test_the_bundled_model(command: Callable[..., tuple[int, str, str]], tmp_path: Path) -> None:
+    """Entries counted in the caches are equal; the page and the pictures are there; again, nothing is asked."""
+    pytest.importorskip("matplotlib")
+    line = SMALL + " --policy fastkv --policy adakv --policy pyramidinfer --kv-retention 0.1 0.2"
+    line += " --output {at}/run.jsonl --plots {at}/plots --page {at}/page.md"
+    status, out, err = command(line, at=tmp_path)
+    assert status == 0
+    assert err.splitlines()[-1] == f"wrote {tmp_path}/page.md"
+    header, *records = map(json.loads, (tmp_path / "run.jsonl").read_text().splitlines())
+    assert [policy["name"] for policy in header["policies"]] == ["full", *["fastkv", "adakv", "pyramidinfer"] * 2]
+    n_tokens = records[0]["prompt_tokens"]
+    entries = [record["kv_entries"] for record in records]
+    assert entries[0] == 16 * n_tokens
+    for place, share in ((1, 0.1), (4, 0.2)):
+        assert entries[place] == entries[place + 1] == 16 * int(share * n_tokens)
+        assert entries[place + 2] == pytest.approx(16 * int(share * n_tokens), rel=0.02)
+    page = (tmp_path / "page.md").read_text()
+    assert out.strip() in page
+    assert "![comparison-archive](plots/comparison-archive.png)" in page
+    before = (tmp_path / "run.jsonl").read_bytes()
+    again = command(line, at=tmp_path)
+    assert again[:2] == (0, out)
+    assert "going on behind 7 records" in again[2]
+    assert ((tmp_path / "run.jsonl").read_bytes(), (tmp_path / "page.md").read_text()) == (before, page)
+
+
+def test_all_policies_without_a_table_of_heads(command: Callable[..., tuple[int, str, str]]) -> None:
+    """headkv is left out with one line, on stderr and below the tables."""
+    status, out, err = command(SMALL)
+    assert (status, err) == (0, "headkv is left out: it needs --head-scores FILE\n")
+    named = [row[0] for row in rows(out)[2:]]
+    assert named == ["full", *(name for name in POLICIES if name not in ("full", "headkv"))]
+    assert out.endswith(err)
+
+
+def test_a_run_that_is_interrupted_writes_no_page(
+    command: Callable[..., tuple[int, str, str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*args: Any, **kwargs: Any) -> Any:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(LLM, "generate", interrupted)
+    status, out, err = command(SMALL + " --policy fastkv --page {at}/page.md --output {at}/run.jsonl", at=tmp_path)
+    assert (status, out) == (130, "No example has been answered by every policy yet.\n")
+    assert err.startswith("interrupted with 2 answers to go: the same command goes on from ")
+    assert not (tmp_path / "page.md").exists()
+
+
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [
+        ("--task archive", "--model"),
+        ("--model {model} --task archiv", "--task: task must be one of"),
+        ("--model {model} --task longbench", "--task: task must be one of"),
+        ("--model {model} --task archive --kv-retention 0", "--kv-retention 0: must be above 0 and below 1"),
+        ("--model {model} --task archive --kv-retention 0.1 1", "--kv-retention 1: must be above 0 and below 1"),
+        ("--model {model} --task archive --kv-retention nan", "--kv-retention nan: must be"),
+        ("--model {model} --task archive --policy snap", "--policy snap: policy must be one of fastkv"),
+        ("--model {model} --task archive --policy fastkv:a", "--policy fastkv:a: must be NAME or NAME:setting=value"),
+        ("--model {model} --task archive --policy fastkv --head-scores x", "--head-scores is for a policy that reads"),
+        (
+            "--model {model} --task archive --head-scores no/such",
+            "--policy headkv: head_scores no/such: cannot be read",
+        ),
+        ("--model {model} --task archive --policy full", "--policy: there is nothing to compare"),
+        ("--model {model} --task archive --policy fastkv:kv_len=9", "kv_len is what makes the policies keep the same"),
+        ("--model {model} --task archive --page no/such/page.md", "--page no/such/page.md: there is no folder"),
+        ("--model {model} --task archive --page README.md", "--page README.md: is there already, without one"),
+        ("--model {model} --task archive --page {model}/model.safetensors", "model.safetensors: is not UTF-8"),
+        ("--model {model} --task archive --page {model}", "cannot be read (Is a directory)"),
+        ("--model {model} --task archive --output no/such/run.jsonl", "--output no/such/run.jsonl: there is no folder"),
+        ("--model {model} --task archive --examples 0", "--examples: examples must be"),
+        ("--model {model} --task archive --length 8190", "--length: 8190 tokens and an answer of 8"),
+        ("--model {model} --task vt --qa-file x", "--qa-file is for --task qa"),
+        ("--model no/such/folder", "no/such/folder"),
+    ],
+)
+def test_a_mistake_is_one_line(
+    command: Callable[..., tuple[int, str, str]], monkeypatch: pytest.MonkeyPatch, line: str, says: str
+) -> None:
+    monkeypatch.chdir(ROOT)
+    status, out, err = command(line)
+    assert (status, out, len(err.splitlines())) == (2, "", 1), err
+    assert err.startswith("fastkv-eval: error: ")
+    assert says in err
+
+
+def test_help_loads_no_torch() -> None:
+    code = "import sys; from fastkv.eval.compare import build_parser; build_parser(); assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
