@@ -42,6 +42,7 @@ from fastkv.errors import FastKVError, check_choice, check_integer
 from fastkv.models.checkpoint import stored_dtype
 from fastkv.models.config import ModelConfig
 from fastkv.models.hub import model_folder
+from fastkv.models.llama import Llama
 from fastkv.models.presets import PRESETS
 from fastkv.models.tokenizer import Tokenizer
 from fastkv.models.weights import load_weights, model_bytes, random_weights
@@ -114,6 +115,11 @@ class LLM:
     @policy.setter
     def policy(self, policy: Policy) -> None:
         self._policy = self._checked_policy(policy)
+
+    @property
+    def model(self) -> Llama:
+        """The network itself, for whoever wants to look into it."""
+        return self._model
 
     @property
     def device(self) -> torch.device:

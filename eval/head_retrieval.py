@@ -109,7 +109,7 @@ def _read(llm: LLM, cache: KVCache, token: int) -> tuple[Tensor, Tensor]:
         strongest.append(out_of_sight + strongest_entry(q, keys))  # in a full cache, entry i is position i
         return decode_attention(q, keys, values)
 
-    logits = one_token(llm._model, torch.tensor([token], device=llm.device), cache.next_position, attend)
+    logits = one_token(llm.model, torch.tensor([token], device=llm.device), cache.next_position, attend)
     cache.advance()
     return torch.stack(strongest), logits[0]
 
