@@ -3,7 +3,7 @@
     python benchmarks/kernels.py --model llama-100m --context 4096 --policy fastkv
 
 On a GPU these are its kernels, and what the device spent between them is idle; on a CPU, torch's operations without
-those that they call.
+those that they call. The steps of several prompts (`--batch`) are run eagerly, without graphs.
 """
 
 from __future__ import annotations
@@ -20,6 +20,9 @@ from fastkv.errors import check_choice, check_integer
 
 if TYPE_CHECKING:
     import torch
+
+    from fastkv import LLM, SamplingParams
+    from fastkv.cache.policy import Policy
 
 
 @dataclass(frozen=True)
@@ -68,13 +71,14 @@ def run(argv: Sequence[str]) -> None:
     parser = Parser(prog="kernels.py", description="Where the time of prefill and decoding goes.", allow_abbrev=False)
     parser.add_argument("--model", default="llama-100m", help="a preset, with random weights")
     parser.add_argument("--context", type=int, default=4096, metavar="N", help="prompt length (4096)")
+    parser.add_argument("--batch", type=int, default=1, metavar="N", help="prompts that decode together (1)")
     parser.add_argument("--policy", default="fastkv", metavar="NAME")
     parser.add_argument("--new-tokens", type=int, default=17, metavar="N", help="tokens to generate (17)")
     parser.add_argument("--top", type=int, default=20, metavar="N", help="operations to show (20)")
     parser.add_argument("--dtype", default="auto", metavar="T")
     parser.add_argument("--device", default="auto", metavar="D")
     args = parser.parse_args(argv)
-    for name, low in (("context", 1), ("new_tokens", 2), ("top", 1)):
+    for name, low in (("context", 1), ("batch", 1), ("new_tokens", 2), ("top", 1)):
         check_integer("--" + name.replace("_", "-"), getattr(args, name), low)
 
     import torch
@@ -86,22 +90,38 @@ def run(argv: Sequence[str]) -> None:
     check_choice("--policy", args.policy, POLICIES)
     llm = LLM(args.model, dtype=args.dtype, device=args.device, load_format="dummy")
     policy = POLICIES[args.policy]()
-    ids = torch.randint(llm.config.vocab_size, (args.context,), generator=torch.Generator().manual_seed(0)).tolist()
+    shape = (args.batch, args.context)
+    ids = torch.randint(llm.config.vocab_size, shape, generator=torch.Generator().manual_seed(0))
     params = SamplingParams(max_tokens=args.new_tokens, ignore_eos=True)
-    llm.generate(ids, params, policy)  # warm up, and capture where there is something to capture
+    llm.generate(ids[0].tolist(), params, policy)  # warm up, and capture where there is something to capture
 
     about = machine(llm)
-    print(f"{args.model}, {args.policy}, {args.context:,} tokens, {about['dtype']}, on {about['device']}")
+    texts = f"{args.context:,} tokens" if args.batch == 1 else f"{args.batch} x {args.context:,} tokens"
+    print(f"{args.model}, {args.policy}, {texts}, {about['dtype']}, on {about['device']}; torch {about['torch']}")
     print("\n".join(lines("prefill", *profiled(lambda: llm.prefill(ids, policy), llm.device), args.top)))
-    stream = llm.stream(ids, params, policy)
-    next(stream)
+    step = one_step(llm, ids, params, policy)
+    step()
     half = (args.new_tokens - 1) // 2  # profiled() works twice
 
     def decode() -> None:
         for _ in range(half):
-            next(stream)
+            step()
 
     print("\n".join(lines(f"{half} decode steps", *profiled(decode, llm.device), args.top)))
+
+
+def one_step(llm: LLM, ids: torch.Tensor, params: SamplingParams, policy: Policy) -> Callable[[], object]:
+    """What makes the next token of each prompt, ids int64 [B, N]."""
+    if ids.shape[0] == 1:
+        stream = llm.stream(ids[0].tolist(), params, policy)
+        return lambda: next(stream)
+    before = llm.prefill(ids, policy, max_tokens=params.max_tokens or 1)
+    tokens = before.logits.argmax(-1)
+
+    def step() -> None:
+        tokens.copy_(llm.decode(before.cache, tokens).argmax(-1))
+
+    return step
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -497,11 +497,15 @@ def test_warm_ups_run_and_do_not_count(benchmarks: Any, warm_ups: int) -> None:
     assert torch.equal(seen[0], again)
 
 
-def test_where_the_time_goes(benchmarks: Any, archive_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(("more", "texts"), [([], "fastkv, 300 tokens"), (["--batch", "3"], "fastkv, 3 x 300 tokens")])
+def test_where_the_time_goes(
+    more: list[str], texts: str, benchmarks: Any, archive_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     argv = ["--model", str(archive_folder), "--context", "300", "--new-tokens", "5", "--top", "3", "--device", "cpu"]
+    argv += more
     assert benchmarks.kernels.main(argv) == 0
     out = capsys.readouterr().out
-    assert "fastkv, 300 tokens" in out
+    assert texts in out
     assert "\nprefill: " in out
     assert "\n2 decode steps: " in out
     rows = [line for line in out.splitlines() if line.startswith("| ") and " % | " in line]
