@@ -73,10 +73,7 @@ def _run(args: argparse.Namespace) -> int:
     if sys.stdout is None:
         raise OSError("standard output is closed")
     jobs = _jobs(args)
-    if args.report is not None:
-        from fastkv.report.target import check_writable
-
-        check_writable(args.report)
+    _check_targets(args)
 
     import torch
 
@@ -88,6 +85,22 @@ def _run(args: argparse.Namespace) -> int:
         torch.set_num_threads(args.threads)
     llm = _load(args, policy)
     return _run_one(args, llm, jobs[0], params) if args.output is None else _run_many(args, llm, jobs, params)
+
+
+def _check_targets(args: argparse.Namespace) -> None:
+    """FastKVError unless what is to be written can be."""
+    from fastkv.engine.files import check_writable
+
+    for name in ("report", "output"):
+        path = getattr(args, name)
+        if path is not None:
+            check_writable(path, name)
+    if args.report is not None and any(_is_same_file(args.report, prompt) for prompt in args.prompt):
+        raise FastKVError(f"--report: {args.report}: is the prompt, which it would overwrite; take another file")
+
+
+def _is_same_file(one: str, other: str) -> bool:
+    return os.path.exists(one) and os.path.exists(other) and os.path.samefile(one, other)
 
 
 def _load(args: argparse.Namespace, policy: Policy) -> LLM:
@@ -111,10 +124,19 @@ def _jobs(args: argparse.Namespace) -> list[Job]:
 
     if bool(args.prompt) == (args.prompts is not None):
         raise FastKVError("the following arguments are required: --prompt or --prompts, one of the two")
-    jobs = read_jobs(args.prompts) if args.prompts else [Job(name, read_prompt(name)) for name in args.prompt]
-    check_names(jobs)
+    for flag in ("prompts", "output", "report"):
+        if getattr(args, flag) in ("", "-"):
+            raise FastKVError(f"{flag_of(flag)} takes the name of a file, not {getattr(args, flag)!r}")
+    if args.prompts is None:
+        jobs = [Job(name, read_prompt(name)) for name in args.prompt]
+        check_names(jobs, "prompt")
+    else:
+        jobs = read_jobs(args.prompts)
+    for name in ("batch_size", "kv_memory"):
+        if getattr(args, name) is not None:
+            check_integer(name, getattr(args, name), 1)
     if args.output is None:
-        if args.prompts or len(jobs) > 1:
+        if args.prompts is not None or len(jobs) > 1:
             raise FastKVError("several prompts need --output FILE, where their answers go")
         for name in ("batch_size", "kv_memory"):
             if getattr(args, name) is not None:
@@ -142,13 +164,17 @@ def _run_many(args: argparse.Namespace, llm: LLM, jobs: list[Job], params: Sampl
 
     limits: dict[str, Any] = {} if args.batch_size is None else {"batch_size": args.batch_size}
     if args.kv_memory is not None:
-        check_integer("kv_memory", args.kv_memory, 1)
         limits["kv_memory"] = args.kv_memory * 2**20
     about = {"model": args.model, "chat": args.chat, "system": args.system}
-    line = run_jobs(llm, jobs, lambda job: _prompt(args, llm, job), params, args.output, about, limits)
+    try:
+        line = run_jobs(llm, jobs, lambda job: _prompt(args, llm, job), params, args.output, about, limits)
+    except KeyboardInterrupt:
+        status, line = INTERRUPTED, f"stopped; the same command goes on behind the answers that are in {args.output}"
+    else:
+        status = DONE
     if not args.quiet:
         say(line)
-    return DONE
+    return status
 
 
 def read_prompt(name: str) -> str:

@@ -12,13 +12,14 @@ class FastKVError(ValueError):
     """A mistake of the user's. Its message is the one line that the command prints.
 
     `setting` names the library setting at fault (`"kv_retention"`), where there is one, so that the command can
-    name its flag (`--kv-retention`).
+    name its flag (`--kv-retention`). `prompt` is the index of the prompt at fault in a list of them.
     """
 
-    def __init__(self, message: str, *, setting: str | None = None) -> None:
+    def __init__(self, message: str, *, setting: str | None = None, prompt: int | None = None) -> None:
         # Names from a model's files may hold anything: the message stays one line, and harmless on a terminal.
         super().__init__("".join(character if character.isprintable() else " " for character in message))
         self.setting = setting
+        self.prompt = prompt
 
 
 def check_integer(name: str, value: Any, low: int, high: int | None = None) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 
 from fastkv.cache.storage import bucket
 from fastkv.engine.answer import Answer
-from fastkv.engine.memory import available_bytes, explain_out_of_memory, peak_bytes, size_text
+from fastkv.engine.memory import available_bytes, explain_out_of_memory, peak_bytes
 from fastkv.engine.output import Output
 from fastkv.engine.request import Request
 from fastkv.engine.rows import Rows, slots_of_all
@@ -71,8 +71,8 @@ def rows_that_fit(runtime: Runtime, requests: Sequence[Request], batch_size: int
         return max(1, min(batch_size, len(requests), limit))
     if one > kv_memory:
         raise FastKVError(
-            f"kv_memory must be at least {size_text(one)} for the largest of these prompts and its answer, not "
-            f"{size_text(kv_memory)}",
+            f"kv_memory must be at least {one:,} bytes ({-(-one // 2**20):,} MiB) for the largest of these prompts and "
+            f"its answer, not {kv_memory:,}",
             setting="kv_memory",
         )
     return min(batch_size, len(requests), kv_memory // one)

@@ -168,7 +168,10 @@ class LLM:
         and a text where the model has no tokenizer.
         """
         if not is_batch(prompt):
-            return _finish(self.stream(prompt, params, policy))
+            stream = self.stream(prompt, params, policy)
+            if batch_size != DEFAULT_BATCH_SIZE or kv_memory is not None:
+                raise FastKVError("batch_size and kv_memory are for a list of prompts")
+            return _finish(stream)
         each = self.generate_each(prompt, params, policy, batch_size=batch_size, kv_memory=kv_memory)
         return [output for _, output in sorted(each, key=lambda done: done[0])]
 
@@ -187,15 +190,16 @@ class LLM:
         stop rules and sampling settings, and whoever is done makes room for the next. kv_memory: bytes that their KV
         caches may take together (None: what the device has left); fewer decode together where they do not fit.
 
-        Raises FastKVError as `generate` does, before anything runs.
+        Raises FastKVError as `generate` does, before anything runs; its `prompt` is the index of the one at fault.
         """
+        if not isinstance(prompts, Sequence) or isinstance(prompts, (str, bytes)):
+            raise FastKVError(f"prompts must be a list of prompts, not {type(prompts).__name__}")
         check_integer("batch_size", batch_size, 1)
         if kv_memory is not None:
             check_integer("kv_memory", kv_memory, 1)
-        requests = [
-            self._request(prompt, chosen, policy)
-            for prompt, chosen in zip(prompts, params_of_each(params, len(prompts)), strict=True)
-        ]
+        policy = self.policy if policy is None else self._checked_policy(policy)
+        each = zip(prompts, params_of_each(params, len(prompts)), strict=True)
+        requests = [self._request_of(index, prompt, chosen, policy) for index, (prompt, chosen) in enumerate(each)]
         if not requests:
             return iter(())
         n_rows = rows_that_fit(self._runtime, requests, batch_size, kv_memory)
@@ -266,6 +270,14 @@ class LLM:
         reusable = self._runtime.pool.idle_bytes
         check_cache_fits(self.config, policy, len(ids), max_tokens, self.dtype, self.device, reusable=reusable)
         return Request(ids, params, policy, max_tokens, limit, self._eos_ids(params))
+
+    def _request_of(self, index: int, prompt: Any, params: Any, policy: Policy) -> Request:
+        """A request of a list: what is wrong with it is told with its place there."""
+        try:
+            return self._request(prompt, params, policy)
+        except FastKVError as error:
+            message = f"prompt {index} of the list: {error}"
+            raise FastKVError(message, setting=error.setting, prompt=index) from error
 
     def _token_ids(self, prompt: str | list[int]) -> list[int]:
         if isinstance(prompt, str):

@@ -29,6 +29,10 @@ def figures(llm: LLM, metrics: Metrics) -> list[tuple[str, str]]:
     rows = [
         ("policy", f"{llm.policy.name}, on {llm.device} in {_dtype_of(llm)}"),
         ("prompt", _tokens(metrics.prompt_tokens)),
+    ]
+    if not metrics.new_tokens:  # interrupted before there was anything to measure
+        return [*rows, ("decode", _tokens(0))]
+    rows += [
         ("first token", f"{metrics.ttft_s:.3f} s"),
         ("decode", _tokens(metrics.new_tokens) + ("" if speed is None else f", {speed:,.1f} tokens/s")),
         (

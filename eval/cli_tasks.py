@@ -92,6 +92,8 @@ def ask(
     if results.resumed and not args.quiet:
         say(f"{args.output}: going on behind {results.resumed} records" + " (the last line was cut off)" * results.torn)
     try:
+        if len(results.records) < len(plan.slots()) * len(contenders):
+            runner.warm_up()
         runner.run(results, progress.show)
     except KeyboardInterrupt:
         status = INTERRUPTED
@@ -113,9 +115,10 @@ def check(args: argparse.Namespace) -> None:
     if args.output is not None and not args.output.parent.is_dir():
         raise FastKVError(f"--output {args.output}: there is no folder {args.output.parent}")
     if args.plots is not None:
-        from fastkv.eval.plots import check_matplotlib
+        from fastkv.eval.plots import check_folder, check_matplotlib
 
         check_matplotlib()
+        check_folder(args.plots)
 
 
 def _check_lengths(args: argparse.Namespace, tasks: list[Task]) -> None:

@@ -21,6 +21,8 @@ def check_page(path: Path) -> None:
     """FastKVError unless the results can go there: into a new file, or between the markers of one that has them."""
     if not path.parent.is_dir():
         raise FastKVError(f"--page {path}: there is no folder {path.parent}")
+    if not os.access(path.parent, os.W_OK):
+        raise FastKVError(f"--page {path}: the folder {path.parent} cannot be written to")
     if path.exists():
         _around(path)
 
@@ -45,6 +47,8 @@ def page_part(header: dict[str, Any], argv: Sequence[str], tables: str, pictures
 
 def _around(path: Path) -> tuple[str, str]:
     """The page's text in front of the markers, and behind them."""
+    if not path.is_file():  # reading a device or a pipe might never end
+        raise FastKVError(f"--page {path}: is there already, and is no file; name another one")
     try:
         text = path.read_bytes().decode()
     except OSError as error:

@@ -79,7 +79,7 @@ def entrants(texts: Sequence[str] | None, retentions: Sequence[float], terms: Te
     found, missing = [Entrant(FullKV.name, Contender(FullKV.name, FullKV()))], []
     for retention in retentions:
         for text in POLICIES if texts is None else texts:
-            if text == FullKV.name:
+            if read_settings(text) == (FullKV.name, {}):
                 continue
             try:
                 entrant = _entrant(text, retention, terms)
@@ -164,7 +164,10 @@ def _equal_settings(name: str, own: dict[str, Any], retention: float, head_score
 def _check_twin(entrant: Entrant, others: Sequence[Entrant]) -> None:
     for other in others:
         if other.contender.policy == entrant.contender.policy:
-            raise FastKVError(f"--policy {entrant.name}: is the same policy as {other.name}; leave one of them out")
+            raise FastKVError(
+                f"--policy {entrant.name}: is the same policy as {other.name} at --kv-retention "
+                f"{entrant.retention:g}; leave one of them out"
+            )
 
 
 def _defaults(name: str) -> dict[str, Any]:

@@ -46,7 +46,10 @@ def read_settings(text: str) -> tuple[str, dict[str, Any]]:
         setting, equals, value = part.partition("=")
         if not equals or not setting.strip():
             raise FastKVError(f"--policy {text}: must be NAME or NAME:setting=value,…; {part!r} is no setting=value")
-        values[setting.strip().replace("-", "_")] = _value(value.strip())
+        key = setting.strip().replace("-", "_")
+        if key in values:
+            raise FastKVError(f"--policy {text}: has {key} twice; several values of one setting stand between slashes")
+        values[key] = _value(value.strip())
     return name.strip(), values
 
 

@@ -127,8 +127,22 @@ def _check_output(path: Path) -> None:
         raise FastKVError(f"--output {path}: there is no folder {path.parent}")
     if path.exists() and not path.is_file():
         raise FastKVError(f"--output {path}: is there already, and is no file; name another one")
+    if path.exists() and not _may_be_replaced(path):
+        raise FastKVError(f"--output {path}: is there already, and is none of this command's; name another one")
     if not os.access(path.parent, os.W_OK):
         raise FastKVError(f"--output {path}: the folder {path.parent} cannot be written to")
+
+
+def _may_be_replaced(path: Path) -> bool:
+    """Whether a file is empty or of this command, whose files begin with their kind; another one may be dear."""
+    from fastkv.eval.head_report import KIND
+
+    try:
+        with path.open("rb") as file:
+            beginning = file.read(100)
+    except OSError as error:
+        raise FastKVError(f"--output {path}: cannot be read ({error.strerror})") from None
+    return not beginning or KIND.encode() in beginning
 
 
 def _plan(args: argparse.Namespace, context: int) -> Plan:

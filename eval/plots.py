@@ -6,6 +6,7 @@ policy has answered.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean, median
@@ -39,6 +40,15 @@ def check_matplotlib() -> None:
         import matplotlib.figure  # noqa: F401
     except ImportError:
         raise FastKVError('--plots needs matplotlib: pip install "fastkv[eval]"') from None
+
+
+def check_folder(folder: Path) -> None:
+    """FastKVError unless pictures can be put there: found out before a long run, too."""
+    there = next(path for path in (folder, *folder.parents) if path.exists())
+    if not there.is_dir():
+        raise FastKVError(f"--plots {folder}: {there} is no folder; name another one")
+    if not os.access(there, os.W_OK):
+        raise FastKVError(f"--plots {folder}: the folder {there} cannot be written to")
 
 
 def draw_plots(records: Sequence[Record], labels: Sequence[str], folder: Path) -> list[Path]:

@@ -19,6 +19,7 @@ from fastkv.errors import FastKVError
 
 FORMAT = "fastkv-eval 1"
 _NOT_COMPARED = ("date",)  # when a run began decides nothing
+LONGEST = 80  # characters that are shown of a value
 
 
 @dataclass(frozen=True)
@@ -78,6 +79,8 @@ class Results:
             self._file = None
 
     def _open(self, path: Path) -> BinaryIO:
+        if path.exists() and not path.is_file():  # a device would be replaced by a file
+            raise FastKVError(f"--output {path}: cannot be written, for it is no file; name another one")
         try:
             if not path.exists() or path.stat().st_size == 0:
                 write_atomically(path, _line(self.header))
@@ -100,16 +103,24 @@ class Results:
         self._compare(path, lines[0])
         self.header = lines[0]
         known = {field.name for field in fields(Record)}
+        there: set[tuple[str, str]] = set()
         for number, line in enumerate(lines[1:], start=2):
             if set(line) != known:
                 raise FastKVError(f"--output {path}, line {number}: is no record of a run; name another file")
-            self.records.append(Record(**{**line, "answers": tuple(line["answers"])}))
+            record = Record(**{**line, "answers": tuple(line["answers"])})
+            if (record.id, record.policy) in there:
+                raise FastKVError(
+                    f"--output {path}, line {number}: has the same example and policy as a line before; did two runs "
+                    "write to it at once? Name another file"
+                )
+            there.add((record.id, record.policy))
+            self.records.append(record)
         return whole
 
     def _compare(self, path: Path, stored: dict[str, Any]) -> None:
         keys = [key for key in {**stored, **self.header} if key not in _NOT_COMPARED]
         other = [
-            f"{key} {_brief(stored.get(key))}, not {_brief(self.header.get(key))}"
+            f"{key} {_difference(stored.get(key), self.header.get(key))}"
             for key in keys
             if stored.get(key) != self.header.get(key)
         ]
@@ -132,6 +143,14 @@ def _line(value: dict[str, Any]) -> bytes:
     return json.dumps(value).encode() + b"\n"
 
 
-def _brief(value: Any) -> str:
-    text = json.dumps(value)
-    return text if len(text) <= 80 else text[:77] + "..."
+def _difference(stored: Any, wanted: Any) -> str:
+    """Both values; of long ones the part that begins shortly before they differ."""
+    texts = [json.dumps(value) for value in (stored, wanted)]
+    same = next((at for at, (one, other) in enumerate(zip(*texts, strict=False)) if one != other), 0)
+    start = max(0, same - 20) if max(map(len, texts)) > LONGEST else 0
+    return ", not ".join(_brief(text, start) for text in texts)
+
+
+def _brief(text: str, start: int) -> str:
+    end = start + LONGEST
+    return f"{'…' * (start > 0)}{text[start:end]}{'…' * (len(text) > end)}"

@@ -29,6 +29,11 @@ def check_room(config: ModelConfig, policy: Policy, length: int, answer: int, ta
         limit = position_limit(config, policy, length)
     except FastKVError as error:
         raise FastKVError(str(error), setting=setting) from None
+    if answer >= limit:
+        raise FastKVError(
+            f"an answer of {answer} tokens leaves no room for a prompt in the {limit} that the model reads",
+            setting="max_tokens",
+        )
     if length + answer > limit:
         raise FastKVError(
             f"{length} tokens and an answer of {answer} for task {task} are more than the {limit} that the model reads "

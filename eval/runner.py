@@ -90,14 +90,20 @@ class Runner:
         prompts, room = self._prompts, 0 if task.has_length else self._room(task)
         return task.write(Draw(slot, self._plan.seed, prompts.count, prompts.bare, prompts.text, room))
 
+    def warm_up(self) -> None:
+        """An answer that nobody sees: the first one of a process takes longer than it would later on."""
+        slot = self._plan.slots()[0]
+        draft = self.draft(slot)
+        self._answer(slot, draft, self._prompts.ids(draft), self._contenders[0])
+
     def run(self, results: Results, report: Report = lambda record, done, total: None) -> None:
         """Add the records that `results` lacks, in order. Texts are drawn as they are needed."""
         slots = self._plan.slots()
         there = {(record.id, record.policy) for record in results.records}
         texts = {record.id: record.prompt_sha256 for record in results.records}
         done, total = len(results.records), len(slots) * len(self._contenders)
-        for slot in slots:
-            missing = [one for one in self._contenders if (slot.id, one.label) not in there]
+        for number, slot in enumerate(slots):
+            missing = [one for one in self._in_turn(number) if (slot.id, one.label) not in there]
             if not missing:
                 continue
             draft = self.draft(slot)
@@ -109,6 +115,11 @@ class Runner:
                 results.add(record)
                 done += 1
                 report(record, done, total)
+
+    def _in_turn(self, number: int) -> list[Contender]:
+        """The contenders, each time another one first: whoever comes first at a new text is a little slower."""
+        turn = number % len(self._contenders)
+        return self._contenders[turn:] + self._contenders[:turn]
 
     def _answer(self, slot: Slot, draft: Draft, ids: list[int], contender: Contender) -> Record:
         task = self._plan.task(slot.task)

@@ -19,8 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastkv.engine.files import unwritable
 from fastkv.report.data import Report
-from fastkv.report.target import unwritable
 
 SCRIPTS = ("model.js", "text.js", "overview.js", "token.js", "page.js")  # one after another, in one scope
 
@@ -33,7 +33,7 @@ def write_report(path: str | Path, report: Report) -> None:
     try:
         Path(path).write_bytes(render(report).encode("utf-8"))
     except OSError as error:
-        raise unwritable(path, error) from None
+        raise unwritable(path, error, "report") from None
 
 
 def render(report: Report) -> str:

@@ -138,7 +138,9 @@ def test_the_memory_allowed_limits_how_many_are_at_work(tiny_llm: LLM, monkeypat
             assert idle is not None
             assert idle.storage is not None
             assert idle.storage.nbytes <= memory
-    with pytest.raises(FastKVError, match=r"kv_memory must be at least .* for the largest of these prompts"):
+    with pytest.raises(
+        FastKVError, match=rf"kv_memory must be at least {row:,} bytes \({-(-row // 2**20)} MiB\) for the"
+    ):
         tiny_llm.generate(PROMPTS, params, FullKV(), kv_memory=row - 1)
     monkeypatch.setattr("fastkv.engine.batch.available_bytes", lambda device: 2 * row + 5)
     tiny_llm.free_buffers()
@@ -155,8 +157,19 @@ def test_mistakes_are_told_before_the_first_prompt_runs(tiny_llm: LLM) -> None:
     ):
         with pytest.raises(FastKVError, match=named):
             tiny_llm.generate_each(PROMPTS, **arguments)  # type: ignore[arg-type]
-    with pytest.raises(FastKVError, match="outside the model's vocabulary"):
+    with pytest.raises(
+        FastKVError, match="prompt 9 of the list: token id 9999 is outside the model's vocabulary"
+    ) as told:
         tiny_llm.generate_each([*PROMPTS, [9999]])
+    assert told.value.prompt == 9
+    for no_list in ("abc", None, iter(PROMPTS)):
+        with pytest.raises(FastKVError, match="prompts must be a list of prompts, not"):
+            tiny_llm.generate_each(no_list)  # type: ignore[arg-type]
+    for limit in ({"batch_size": 2}, {"kv_memory": 1}):
+        with pytest.raises(FastKVError, match="batch_size and kv_memory are for a list of prompts"):
+            tiny_llm.generate(PROMPTS[0], **limit)  # type: ignore[call-overload]
+        with pytest.raises(FastKVError, match="the prompt is empty"):
+            tiny_llm.generate([], **limit)  # type: ignore[call-overload]
     assert list(tiny_llm.generate_each([])) == []
 
 

@@ -467,6 +467,18 @@ def test_ctrl_c_before_the_first_token(run: Run, monkeypatch: pytest.MonkeyPatch
     assert run("a", status=130) == (130, "", "")
 
 
+def test_ctrl_c_while_reading_the_prompt(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing has been measured or kept by then, and no figure says so."""
+
+    def interrupted(*args: Any) -> None:
+        signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr("fastkv.engine.rows.prefill", interrupted)
+    result = run("a", "--policy", "gemfilter", "--kv-len", "1", status=130)
+    assert result.out == ""
+    assert [line[:13].strip() for line in result.err.splitlines()] == ["policy", "prompt", "decode"]
+
+
 def test_a_terminal_gets_its_figures_on_a_line_of_their_own(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without a newline in stdout, which stays the text alone."""
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
 import subprocess
 import sys
@@ -130,9 +131,11 @@ def test_who_cannot_keep_as_much_takes_no_part() -> None:
         (["pyramidinfer:decay=0.5"], "decay is what makes the policies keep the same"),
         (["pyramidinfer:first_layer=4"], "% more than the others at --kv-retention 0.1"),
         (["full:kv_len=3"], "kv_len is what makes"),
-        (["fastkv", "fastkv:kernel=7"], "--policy fastkv:kernel=7: is the same policy as fastkv"),
+        (["fastkv", "fastkv:kernel=7"], "--policy fastkv:kernel=7: is the same policy as fastkv at --kv-retention 0.1"),
+        (["fastkv:kernel=7,kernel=9"], "--policy fastkv:kernel=7,kernel=9: has kernel twice"),
         (["fastkv:tsp_layer=8"], "--policy fastkv:tsp_layer=8: tsp_layer must be below"),
         (["full"], "nothing to compare with the full cache"),
+        ([" full", "full:"], "nothing to compare with the full cache"),
     ],
 )
 def test_policies_that_cannot_be_compared(texts: list[str], says: str) -> None:
@@ -289,6 +292,20 @@ def test_a_page_without_marks_is_not_overwritten(tmp_path: Path, content: str) -
     assert path.read_text() == content
 
 
+def test_a_pipe_is_no_page(tmp_path: Path) -> None:
+    """Reading one would wait for ever, and reading a device may never end."""
+    os.mkfifo(tmp_path / "pipe.md")
+    with pytest.raises(FastKVError, match=r"--page .*pipe\.md: is there already, and is no file"):
+        check_page(tmp_path / "pipe.md")
+
+
+def test_a_page_that_could_not_be_written_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before hours of work; os.access is asked, because root may write anywhere."""
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    with pytest.raises(FastKVError, match=r"page\.md: the folder .* cannot be written to"):
+        check_page(tmp_path / "page.md")
+
+
 def test_what_the_page_tells_of_the_run(tmp_path: Path) -> None:
     """Links go from the page to the pictures, and the command can be run again as it stands."""
     header = {"date": "2026-01-02", "model": "m", "device": "cpu", "dtype": "float32", "threads": 1}
@@ -396,9 +413,12 @@ def test_a_run_that_is_interrupted_writes_no_page(
         ("--model {model} --task archive --page no/such/page.md", "--page no/such/page.md: there is no folder"),
         ("--model {model} --task archive --page README.md", "--page README.md: is there already, without one"),
         ("--model {model} --task archive --page {model}/model.safetensors", "model.safetensors: is not UTF-8"),
-        ("--model {model} --task archive --page {model}", "cannot be read (Is a directory)"),
+        ("--model {model} --task archive --page {model}", "is there already, and is no file; name another one"),
         ("--model {model} --task archive --output no/such/run.jsonl", "--output no/such/run.jsonl: there is no folder"),
+        ("--model {model} --task archive --plots README.md", "--plots README.md: README.md is no folder"),
+        ("--model {model} --task archive --plots README.md/new", "--plots README.md/new: README.md is no folder"),
         ("--model {model} --task archive --examples 0", "--examples: examples must be"),
+        ("--model {model} --task archive --length 256 --max-tokens 9000", "--max-tokens: an answer of 9000 tokens"),
         ("--model {model} --task archive --length 8190", "--length: 8190 tokens and an answer of 8"),
         ("--model {model} --task vt --qa-file x", "--qa-file is for --task qa"),
         ("--model no/such/folder", "no/such/folder"),

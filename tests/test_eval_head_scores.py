@@ -402,6 +402,22 @@ def test_a_folder_that_cannot_be_written_to_is_refused_before_anything_runs(
     assert "cannot be written to" in err
 
 
+@pytest.mark.parametrize(
+    ("content", "replaced"),
+    [(b"", True), (b'{"kind": "fastkv-head-scores", "model": "m"}\n', True), (b'{"format": "fastkv-eval 1"}\n', False)],
+)
+def test_only_files_of_this_command_are_replaced(tmp_path: Path, content: bytes, replaced: bool) -> None:
+    """The answers of a long run must not be lost to a wrong --output."""
+    path = tmp_path / "file"
+    path.write_bytes(content)
+    if replaced:
+        head_scores._check_output(path)
+    else:
+        with pytest.raises(FastKVError, match="file: is there already, and is none of this command's"):
+            head_scores._check_output(path)
+    assert path.read_bytes() == content
+
+
 def test_a_write_that_fails_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from fastkv.eval import head_report
 

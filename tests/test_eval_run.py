@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -61,9 +62,10 @@ def test_every_policy_reads_the_same_ids_in_turn(runner: Runner, scripted: Scrip
     for i in range(0, len(scripted.asked), 2):
         (ids, first, tokens), (others, second, _) = scripted.asked[i : i + 2]
         assert ids == others
-        assert (first.name, second.name) == ("full", "fastkv")
+        in_turn = slice(None) if i % 4 == 0 else slice(None, None, -1)  # the one goes first, then the other
+        assert [first.name, second.name] == ["full", "fastkv"][in_turn]
         assert tokens == GENERATED[results.records[i].task].max_new_tokens
-        assert [record.policy for record in results.records[i : i + 2]] == LABELS
+        assert [record.policy for record in results.records[i : i + 2]] == LABELS[in_turn]
         assert {record.prompt_sha256 for record in results.records[i : i + 2]} == {checksum(ids)}
         assert results.records[i].prompt_tokens == len(ids) <= results.records[i].length
     assert len({record.id for record in results.records}) == N_EXAMPLES
@@ -176,6 +178,36 @@ def test_a_file_that_is_no_result_file(tmp_path: Path, content: bytes) -> None:
     assert path.read_bytes() == content
 
 
+def test_what_is_no_file_stays_what_it_is(tmp_path: Path) -> None:
+    """`--output /dev/null`, run by root, once made a file of the device."""
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(FastKVError, match=r"--output .*pipe: cannot be written, for it is no file"):
+        Results(HEADER, tmp_path / "pipe")
+    assert (tmp_path / "pipe").is_fifo()
+
+
+def test_of_long_values_the_part_that_differs_is_shown(tmp_path: Path) -> None:
+    policies = [{"label": f"fastkv:window={window}"} for window in range(20, 40)]
+    path = tmp_path / "run.jsonl"
+    Results({**HEADER, "policies": policies}, path).close()
+    with pytest.raises(FastKVError, match=r"with policies ….*window=39\"}\], not ….*window=50\"}\]; name") as complaint:
+        Results({**HEADER, "policies": [*policies[:-1], {"label": "fastkv:window=50"}]}, path)
+    assert len(str(complaint.value)) < 300 + len(str(path))
+
+
+def test_the_same_example_twice(runner: Runner, scripted: Scripted, tmp_path: Path) -> None:
+    """Two runs that wrote to one file at once."""
+    path = tmp_path / "run.jsonl"
+    scripted.stop_after = 3
+    results = Results(HEADER, path)
+    with pytest.raises(KeyboardInterrupt):
+        runner.run(results)
+    results.close()
+    path.write_bytes(path.read_bytes() + path.read_bytes().splitlines(keepends=True)[2])
+    with pytest.raises(FastKVError, match="line 5: has the same example and policy as a line before"):
+        Results(HEADER, path)
+
+
 def test_an_example_whose_text_has_changed(runner: Runner, scripted: Scripted, tmp_path: Path) -> None:
     """Half of its policies read the old text: the other half must not read another one."""
     path = tmp_path / "run.jsonl"
@@ -198,6 +230,7 @@ def test_an_example_whose_text_has_changed(runner: Runner, scripted: Scripted, t
         ({"lengths": (9000,)}, "9000 tokens, but the model's context"),
         ({"lengths": (8190,)}, "ask for at most 8184"),
         ({"lengths": (400,), "max_tokens": 8000}, "an answer of 8000"),
+        ({"lengths": (400,), "max_tokens": 8192}, "an answer of 8192 tokens leaves no room for a prompt in the 8192"),
         ({"lengths": (60,)}, "60 tokens are too short"),
         ({"tasks": (replace(GENERATED["archive"], most=1),)}, "1 examples in all, not 2"),
     ],
@@ -226,6 +259,7 @@ def build(archive_llm: LLM) -> Callable[[Plan], Runner]:
         (["fastkv:kv_retention"], "'kv_retention' is no setting=value"),
         (["fastkv:=1"], "'=1' is no setting=value"),
         (["fastkv:tsp_layer=8"], "tsp_layer must be below"),
+        (["fastkv:tsp_layer=2, tsp-layer=3"], "has tsp_layer twice"),
         (["fastkv", "fastkv:kv_retention=0.1"], "is the same policy as fastkv"),
     ],
 )

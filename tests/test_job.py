@@ -110,7 +110,9 @@ def test_ctrl_c_keeps_what_is_done(run: Run, monkeypatch: pytest.MonkeyPatch) ->
             signal.raise_signal(signal.SIGINT)
 
     monkeypatch.setattr(Records, "append", interrupted)
-    assert run(*files(), "--output", "out.jsonl")[0] == 130
+    status, out, err = run(*files(), "--output", "out.jsonl")
+    assert (status, out) == (130, "")
+    assert err == "stopped; the same command goes on behind the answers that are in out.jsonl\n"
     assert len(records()) == 2
 
 
@@ -145,6 +147,11 @@ def test_chat_prompts_of_several(run: Run, archive_llm: LLM, monkeypatch: pytest
         (["--prompt", "one.txt", "--output", "."], "--output: .: cannot be written"),
         ([*files(), "--output", "o", "--batch-size", "0"], "--batch-size:"),
         ([*files(), "--output", "o", "--kv-memory", "0"], "--kv-memory:"),
+        (["--prompts", ""], "--prompts takes the name of a file, not ''"),
+        (["--prompts", "-", "--output", "o"], "--prompts takes the name of a file, not '-'"),
+        (["--prompt", "one.txt", "--output", "-"], "--output takes the name of a file, not '-'"),
+        (["--prompt", "one.txt", "--output", "/dev/null"], "--output: /dev/null: is no ordinary file"),
+        (["--prompt", "one.txt", "--report", "./one.txt"], "--report: ./one.txt: is the prompt, which it would overwr"),
         (["--prompts", "missing.jsonl", "--output", "o"], "--prompts: missing.jsonl: cannot be read"),
         (["--prompts", "one.txt", "--output", "o"], "--prompts: one.txt, line 1: is not JSON"),
     ],
@@ -165,11 +172,17 @@ def test_mistakes(run: Run, argv: list[str], named: str) -> None:
         ('{"prompt": "a"}\n["b"]\n', "line 2: needs an object with a text as prompt"),
         ('{"prompt": ""}\n', "line 1: needs an object with a text as prompt"),
         ('{"prompt": 7}\n', "line 1: needs an object with a text as prompt"),
+        ('{"prompt": "a", "id": null}\n', "line 1: id must be a text or a whole number, not null"),
+        ('{"prompt": "a", "id": [1]}\n', "line 1: id must be a text or a whole number, not [1]"),
+        ('{"prompt": "a", "id": true}\n', "line 1: id must be a text or a whole number, not true"),
+        ('{"prompt": "a\\ud800"}\n', "line 1: holds half of a surrogate pair"),
+        ('{"prompt": "a", "id": "\\udfff"}\n', "line 1: holds half of a surrogate pair"),
+        ("[" * 100_000, "line 1: is not JSON"),
         ('{"prompt": "a", "max_tokens": 3}\n', "line 1: max_tokens is neither prompt nor id"),
         ('{"prompt": "a", "id": 2}\n{"prompt": "b"}\n', "two prompts of the name 2"),
         (b"\xff\xfe", "is not UTF-8"),
     ],
-    ids=str,
+    ids=lambda value: str(value)[:40],
 )
 def test_broken_lists_of_prompts(run: Run, text: str | bytes, named: str) -> None:
     Path("p.jsonl").write_bytes(text if isinstance(text, bytes) else text.encode())
@@ -197,6 +210,70 @@ def test_the_output_of_another_run_is_refused(run: Run, change: list[str], named
     assert status == 2
     assert f"--output: out.jsonl, line 1: was made with {named}; take another file" in err
     assert Path("out.jsonl").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "My only copy of a note",
+        '{"prompt": "a"}',
+        '{"id": "one.txt", "prompt": "a"}',
+        '{"id": ["one.txt"], "prompt_sha256": "0"}\n',
+        "[" * 100_000,
+        b"\x00\xff",
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_what_is_no_record_stays_as_it_is(run: Run, text: str | bytes) -> None:
+    """Only the beginning of a record is cut off: a file named by mistake may be the only copy."""
+    Path("out.jsonl").write_bytes(text if isinstance(text, bytes) else text.encode())
+    before = Path("out.jsonl").read_bytes()
+    status, _, err = run(*files(), "--output", "out.jsonl")
+    assert status == 2
+    assert err == "fastkv-run: error: --output: out.jsonl, line 1: is no record of such a run; take another file\n"
+    assert Path("out.jsonl").read_bytes() == before
+
+
+@pytest.mark.parametrize("end", [3, 12, None])
+def test_a_last_record_without_its_end_is_asked_again(run: Run, end: int | None) -> None:
+    assert run(*files(), "--output", "out.jsonl")[0] == 0
+    last = Path("out.jsonl").read_text().splitlines()[-1]
+    Path("out.jsonl").write_text(last[:end])
+    assert run(*files(), "--output", "out.jsonl")[0] == 0
+    assert set(records()) == set(TEXTS)
+
+
+def test_a_complaint_names_the_prompt(run: Run) -> None:
+    """By its id, which its place among those that are still to be asked is not."""
+    assert run("--prompt", "three.txt", "--output", "out.jsonl")[0] == 0
+    prompts = {"three.txt": TEXTS["three.txt"], "short": "code " * 10, "long": "code " * 9000}
+    lines = [{"id": name, "prompt": text} for name, text in prompts.items()]
+    Path("p.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    status, _, err = run("--prompts", "p.jsonl", "--output", "out.jsonl")
+    assert status == 2
+    assert err.startswith("fastkv-run: error: prompt long: the prompt has ")
+    status, _, err = run("--prompts", "p.jsonl", "--output", "b.jsonl", "--max-tokens", "8190")
+    assert status == 2
+    assert err.startswith("fastkv-run: error: --max-tokens: prompt three.txt: max_tokens must be at most ")
+
+
+@pytest.mark.parametrize("flags", [["--batch-size", "0"], ["--kv-memory", "0"], ["--output", "no/such/o"]], ids=str)
+def test_mistakes_in_flags_are_told_before_the_model_is_looked_for(run: Run, flags: list[str]) -> None:
+    status, _, err = run(*files(), "--output", "o", *flags, "--model", "no/such/model")
+    assert status == 2
+    assert err.startswith(f"fastkv-run: error: {flags[0]}: ")
+
+
+def test_a_long_setting_is_not_spelt_out(run: Run) -> None:
+    for name, score in (("a.json", 1), ("b.json", 2)):
+        Path(name).write_text(json.dumps({"scores": [[score / 3, 0.123456789]] * 8}))
+    headkv = ["--policy", "headkv", "--output", "out.jsonl", "--head-scores"]
+    assert run(*files(), *headkv, "a.json")[0] == 0
+    status, _, err = run(*files(), *headkv, "b.json")
+    assert status == 2
+    assert err == (
+        "fastkv-run: error: --output: out.jsonl, line 1: was made with another policy head_scores; take another file\n"
+    )
 
 
 def test_the_output_for_another_text_is_refused(run: Run) -> None:

@@ -15,10 +15,10 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from fastkv import LLM, FastKV, FastKVError, SamplingParams
+from fastkv.engine.files import check_writable
 from fastkv.report.data import Report, report_of
 from fastkv.report.echoes import MOST, echoes
 from fastkv.report.page import as_script_data, render, write_report
-from fastkv.report.target import check_writable
 from fastkv.report.texts import token_texts
 
 EVIL = (
@@ -195,21 +195,23 @@ def test_the_page_names_no_other_file_and_no_dangerous_function() -> None:
 
 def test_writing(tmp_path: Path) -> None:
     path = tmp_path / "out.html"
-    check_writable(path)
+    check_writable(path, "report")
     assert not path.exists()
     write_report(path, a_report(["é", "x"]))
     before = path.read_bytes()
     assert "é".encode() in before
-    check_writable(path)
+    check_writable(path, "report")
     assert path.read_bytes() == before
     link = tmp_path / "link.html"
     link.symlink_to(tmp_path / "later.html")
-    check_writable(link)
+    check_writable(link, "report")
     assert link.is_symlink()
     assert not link.exists()
 
 
-@pytest.mark.parametrize("act", [check_writable, lambda path: write_report(path, a_report(["x"]))])
+@pytest.mark.parametrize(
+    "act", [lambda path: check_writable(path, "report"), lambda path: write_report(path, a_report(["x"]))]
+)
 @pytest.mark.parametrize(
     ("name", "why"),
     [
