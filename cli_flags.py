@@ -28,7 +28,8 @@ def _one_or_more(kind: Callable[[str], Any], name: str) -> Callable[[str], Any]:
 POLICY_FLAGS: dict[str, tuple[Callable[[str], Any], str]] = {
     "tsp_layer": (
         _one_or_more(int, "int"),
-        "layer behind whose attention tokens are dropped (default: half way up), or several: I,I,…",
+        "layer behind whose attention tokens are dropped (default: half way up), or several: I,I,…; asl, structkv: the "
+        "latest (default: last but one; half way up)",
     ),
     "tsp_rate": (
         _one_or_more(float, "float"),
@@ -38,7 +39,7 @@ POLICY_FLAGS: dict[str, tuple[Callable[[str], Any], str]] = {
     "tsp_len": (_one_or_more(int, "int"), "tokens that go on, in place of --tsp-rate"),
     "kv_len": (int, "entries that each layer keeps, in place of --kv-retention"),
     "window": (int, "last tokens, always kept, whose queries score the others (default 8)"),
-    "kernel": (int, "width of the pooling of scores, odd (default 7)"),
+    "kernel": (int, "width of the pooling of scores, odd (default 7; gemfilter 5)"),
     "pooling": (str, "max or avg (default max)"),
     "min_tokens": (int, "the rates never keep fewer tokens than this (default 128)"),
     "sinks": (int, "streamingllm: first tokens that are always kept (default 4)"),
@@ -49,7 +50,8 @@ POLICY_FLAGS: dict[str, tuple[Callable[[str], Any], str]] = {
     "filter_layer": (int, "gemfilter: layer that chooses what the model reads anew (default: below half way up)"),
     "first_layer": (
         int,
-        "asl, structkv, pyramidinfer: first layer that may drop tokens (default: 10 of 32; a quarter of the way up)",
+        "asl, structkv, pyramidinfer: first layer that may drop tokens (default: asl 10 of 32, the others a quarter of "
+        "the way up)",
     ),
     "tau": (float, "asl: tokens are dropped where ranks vary less than this, 1 being random (default 0.3)"),
     "lookback": (int, "asl: layers over which ranks are compared (default 3)"),

@@ -36,7 +36,7 @@ def check_number(name: str, value: Any, low: float, high: float, *, above: bool 
     number = _as_float(value)
     if abs(number) < math.inf and number <= high and (number > low if above else number >= low):
         return
-    lower = f"above {low:g}" if above else f"at least {low:g}"
+    lower = f"above {low:g}" if above else f"of at least {low:g}"
     upper = "" if math.isinf(high) else f" and at most {high:g}"
     raise FastKVError(f"{name} must be a number {lower}{upper}, not {value!r}", setting=name)
 

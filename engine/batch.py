@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 
@@ -20,13 +19,13 @@ DEFAULT_BATCH_SIZE = 8
 
 
 def run_batch(
-    runtime: Runtime, tokenizer: Tokenizer | None, requests: Sequence[Request], n_rows: int
+    runtime: Runtime, tokenizer: Tokenizer | None, requests: Sequence[Request], n_rows: int, called_at: float
 ) -> Iterator[tuple[int, Output]]:
     """(index, output) of each request, as it is done; `n_rows` of them are at work at a time.
 
-    Each prompt is prefilled on its own, as soon as there is a row for it. Leaving the iterator early ends all of them.
+    called_at: time.perf_counter() when the user asked. Each prompt is prefilled on its own, as soon as there is a row
+    for it. Leaving the iterator early ends all of them.
     """
-    called_at = time.perf_counter()
     config, dtype = runtime.model.config, runtime.model.dtype
     answers = [Answer(config, dtype, tokenizer, request, called_at) for request in requests]
     with explain_out_of_memory():

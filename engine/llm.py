@@ -192,6 +192,7 @@ class LLM:
 
         Raises FastKVError as `generate` does, before anything runs; its `prompt` is the index of the one at fault.
         """
+        called_at = time.perf_counter()
         if not isinstance(prompts, Sequence) or isinstance(prompts, (str, bytes)):
             raise FastKVError(f"prompts must be a list of prompts, not {type(prompts).__name__}")
         check_integer("batch_size", batch_size, 1)
@@ -203,7 +204,7 @@ class LLM:
         if not requests:
             return iter(())
         n_rows = rows_that_fit(self._runtime, requests, batch_size, kv_memory)
-        return run_batch(self._runtime, self.tokenizer, requests, n_rows)
+        return run_batch(self._runtime, self.tokenizer, requests, n_rows, called_at)
 
     def stream(
         self,

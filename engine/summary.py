@@ -9,6 +9,8 @@ from typing import Any
 from fastkv.engine.llm import LLM
 from fastkv.engine.output import Metrics, Output
 
+MOST_STAGES = 4  # reductions that are told one by one
+
 
 def as_json(llm: LLM, output: Output) -> dict[str, Any]:
     """The object that `--json` prints."""
@@ -55,11 +57,14 @@ def _reductions(llm: LLM, metrics: Metrics) -> list[tuple[str, str]]:
     if first is not None:
         share = _percent(first.keep, metrics.prompt_tokens)
         rows.append(("first pass", f"{_tokens(first.keep)} ({share}) chosen at layer {first.layer}, then read anew"))
-    for layer, (seen, goes_on) in enumerate(itertools.pairwise(metrics.layer_tokens)):
-        if goes_on < seen:
-            share = _percent(goes_on, metrics.prompt_tokens)
-            rows.append(("TSP", f"{_tokens(goes_on)} ({share}) go on behind layer {layer}"))
-    return rows
+    stages = [
+        f"{_tokens(goes_on)} ({_percent(goes_on, metrics.prompt_tokens)}) go on behind layer {layer}"
+        for layer, (seen, goes_on) in enumerate(itertools.pairwise(metrics.layer_tokens))
+        if goes_on < seen
+    ]
+    if len(stages) > MOST_STAGES:
+        return [*rows, ("tokens", f"{stages[0]}, fewer from layer to layer, {stages[-1]}")]
+    return rows + [("TSP", stage) for stage in stages]
 
 
 def _dtype_of(llm: LLM) -> str:

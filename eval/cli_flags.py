@@ -34,7 +34,8 @@ tasks:
 
 policies:
   --policy full --policy fastkv:kv_retention=0.05,tsp_rate=1
-  The first one is the baseline of the differences. Settings are those of fastkv-run, and so are their defaults. FastKV
+  The first one is the baseline of the differences. Settings are those of fastkv-run, and so are their defaults; several
+  values of one stand between slashes, as in fastkv:tsp_layer=2/4,tsp_rate=0.5/0.2. FastKV
   keeps 128 tokens at the least, so a short prompt keeps more than its 10 %: fastkv:min_tokens=8 makes 10 % mean 10 %.
 
 --output FILE.jsonl keeps every answer. The same command with the same file goes on where it was stopped.

@@ -24,6 +24,10 @@ SHOWN = 10  # rows of the table, at most
 RETRIEVAL_HEAD = 0.1  # a query head with a score above this is a retrieval head in arXiv 2404.15574
 
 
+FEW = 0.5  # of the copied tokens
+TOO_FEW = "A model that chooses so few of them itself hardly shows how it copies: take shorter texts or another task.\n"
+
+
 def table(scores: HeadScores) -> str:
     """The KV heads with the highest scores, highest first, and how much of all scores is theirs: some are above 0."""
     n_kv_heads = scores.kv_heads.shape[1]
@@ -49,6 +53,7 @@ def table(scores: HeadScores) -> str:
         f"Of {scores.query_heads.numel()} query heads {retrieval} have a score above {RETRIEVAL_HEAD}; "
         f"of {len(flat)} KV heads {nothing} have none.\n"
         f"Given those before it, {100 * scores.said:.1f} % of these tokens were the model's own choice.\n"
+        + (TOO_FEW if scores.said < FEW else "")
     )
 
 

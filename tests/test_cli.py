@@ -23,6 +23,7 @@ from fastkv import FastKV
 from fastkv.cli import main, read_prompt
 from fastkv.cli_flags import build_parser
 from fastkv.engine import decoders as engine_decoders
+from fastkv.engine import summary
 from fastkv.engine.output import Metrics
 
 # A model that recites: behind each character comes the next one of this list, behind the last the end of the text.
@@ -154,6 +155,15 @@ def test_figures(run: Run) -> None:
     assert figures["TSP"] == "500 tokens (50.0 %) go on behind layer 1"
     assert "MiB" in figures["peak memory"]
     assert len(figures) == 7
+
+
+def test_figures_of_many_reductions_are_one_line(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(summary, "MOST_STAGES", 1)
+    settings = ["--first-layer", "0", "--decay", "0.5", "--floor", "0.1", "--min-tokens", "8"]
+    err = run("x" * 1000, "--policy", "pyramidinfer", *settings).err
+    (line,) = (line for line in err.splitlines() if " go on " in line)
+    assert line.startswith("tokens       500 tokens (50.0 %) go on behind layer 0, fewer from layer to layer, ")
+    assert line.endswith(f" go on behind layer {N_LAYERS - 2}")
 
 
 def test_figures_of_a_single_token_have_no_speed(run: Run) -> None:

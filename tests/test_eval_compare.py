@@ -292,6 +292,13 @@ def test_a_page_without_marks_is_not_overwritten(tmp_path: Path, content: str) -
     assert path.read_text() == content
 
 
+def test_a_link_to_a_page_stays_a_link(tmp_path: Path) -> None:
+    (tmp_path / "link.md").symlink_to(tmp_path / "page.md")
+    write_page(tmp_path / "link.md", "first")
+    assert (tmp_path / "link.md").is_symlink()
+    assert "first" in (tmp_path / "page.md").read_text()
+
+
 def test_a_pipe_is_no_page(tmp_path: Path) -> None:
     """Reading one would wait for ever, and reading a device may never end."""
     os.mkfifo(tmp_path / "pipe.md")

@@ -205,6 +205,8 @@ def test_the_table_by_hand() -> None:
     assert lines[2:5] == ["| 0 | 0 | 0.300 | 0.500 0.100 | 75.0 % |", "| 1 | 1 | 0.100 | 0.000 0.250 | 100.0 % |", ""]
     assert lines[-2] == "Of 8 query heads 2 have a score above 0.1; of 4 KV heads 2 have none."
     assert lines[-1] == "Given those before it, 62.5 % of these tokens were the model's own choice."
+    unable = table(HeadScores(query_heads, kv_heads, 0.4)).splitlines()
+    assert unable[-1].startswith("A model that chooses so few of them itself hardly shows how it copies: ")
     many = torch.arange(1.0, 25.0).view(12, 2).double()
     assert table(HeadScores(many, many, 0)).count("\n| ") == 11  # a rule and ten heads
 

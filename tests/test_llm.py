@@ -86,6 +86,9 @@ def test_times_of_a_list_count_from_the_call(tiny_llm: LLM) -> None:
     times = [out.metrics.ttft_s for out in outs]
     assert times == sorted(times)
     assert 3 * times[0] / 2 < times[-1] <= time.perf_counter() - started
+    each = tiny_llm.generate_each([[5, 6]], SamplingParams(max_tokens=1))
+    time.sleep(0.2)  # the caller is in no hurry to look
+    assert next(each)[1].metrics.ttft_s >= 0.2
 
 
 def test_token_ids_get_no_bos(stories: LLM) -> None:
