@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import math
+import sys
 from collections.abc import Sequence
 from numbers import Real
 from os import PathLike
@@ -31,7 +31,7 @@ def read_table(source: str | PathLike[str] | Sequence[Sequence[float]]) -> Table
         raise FastKVError(f"{where}: its layers differ in their number of heads", setting="head_scores")
     wrong = next((score for row in rows for score in row if not _is_score(score)), None)
     if wrong is not None:
-        raise FastKVError(f"{where}: scores must be numbers of at least 0, not {wrong!r}", setting="head_scores")
+        raise FastKVError(f"{where}: scores must be numbers of at least 0, not {wrong!r:.40}", setting="head_scores")
     if not any(map(any, rows)):
         raise FastKVError(f"{where}: all scores are 0, so no head matters more than another", setting="head_scores")
     return tuple(tuple(float(score) for score in row) for row in rows)
@@ -39,14 +39,18 @@ def read_table(source: str | PathLike[str] | Sequence[Sequence[float]]) -> Table
 
 def _from_file(path: Path, where: str) -> Any:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise FastKVError(f"{where}: cannot be read ({error.strerror})", setting="head_scores") from None
     except (ValueError, RecursionError):
-        raise FastKVError(f"{where}: is no JSON", setting="head_scores") from None
+        raise _no_table(f"{where}: is no JSON") from None
     if not isinstance(content, dict) or "scores" not in content:
-        raise FastKVError(f"{where}: has no scores; `fastkv-eval head-scores` makes such a file", setting="head_scores")
+        raise _no_table(f"{where}: has no scores")
     return content["scores"]
+
+
+def _no_table(why: str) -> FastKVError:
+    return FastKVError(f"{why}; `fastkv-eval head-scores` makes such a file", setting="head_scores")
 
 
 def _is_list(value: Any) -> bool:
@@ -54,7 +58,7 @@ def _is_list(value: Any) -> bool:
 
 
 def _is_score(value: Any) -> bool:
-    return isinstance(value, Real) and not isinstance(value, bool) and 0 <= float(value) < math.inf
+    return isinstance(value, Real) and not isinstance(value, bool) and not value < 0 and value <= sys.float_info.max
 
 
 def share_out(table: Table, beta: float, mean: int, most: int) -> Budgets:
@@ -68,7 +72,8 @@ def share_out(table: Table, beta: float, mean: int, most: int) -> Budgets:
         return ((most,) * n_heads,) * len(table)
     base = (1 - 1 / beta) * mean
     pool = mean / beta * len(table) * n_heads
-    shares = _fill(pool, [score for row in table for score in row], most - base)
+    largest = max(map(max, table))  # in relation to it, so that no sum of scores overflows
+    shares = _fill(pool, [score / largest for row in table for score in row], most - base)
     budgets = [[base + share for share in shares[i : i + n_heads]] for i in range(0, len(shares), n_heads)]
     layers = _whole([sum(row) / n_heads for row in budgets], mean * len(table), most)
     return tuple(tuple(_whole(row, n_heads * of_layer, most)) for row, of_layer in zip(budgets, layers, strict=True))
@@ -87,7 +92,8 @@ def _fill(pool: float, weights: list[float], room: float) -> list[float]:
             weights = [1.0] * len(weights)
         total, wanted = sum(weights[i] for i in open_), pool
         for i in open_:
-            share = min(wanted * weights[i] / total, room - given[i])
+            # The quotient first: a pool times a very small weight could be zero, and nothing would ever be given.
+            share = min(wanted * (weights[i] / total), room - given[i])
             given[i] += share
             pool -= share
     return given

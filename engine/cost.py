@@ -19,7 +19,8 @@ def prefill_flops(config: ModelConfig, plans: Sequence[LayerPlan], batch: int = 
     """Operations that a prefill of `batch` prompts cannot avoid, a multiply-add being two of them.
 
     K and V for every token that a layer sees; queries, attention, output and MLP for every token that leaves it, which
-    is one token at the last layer. A token attends to half of what the layer saw, on average over the tokens.
+    is one token at the last layer. A token attends to half of what the layer saw, on average over the tokens. Sliding
+    windows, which spare some of that, are not looked at.
     """
     keys, queries, mlp = layer_weights(config)
     total = 2.0 * config.vocab_size * config.hidden_size
@@ -44,7 +45,7 @@ def decode_bytes(
 ) -> float:
     """Bytes that one decode step of `batch` texts reads when `new_tokens` have been appended to each.
 
-    All matrices once, whatever the batch is, and the live cache of every text.
+    All matrices once, whatever the batch is, and the live cache of every text, sliding windows not looked at.
     """
     weights = config.n_layers * sum(layer_weights(config)) + config.vocab_size * config.hidden_size
     entries = batch * sum(plan.kept + new_tokens for plan in plans)

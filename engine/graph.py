@@ -51,6 +51,7 @@ class GraphDecoder:
         _, self.slow_because = slot_attention(storage, model.config.n_heads)
         self.tokens = torch.zeros(n_rows, dtype=torch.int64, device=device)
         self.texts: dict[int, tuple[KVCache, Sampler]] = {}
+        self._clean: dict[int, list[int]] = {}  # of each of them the slots of every layer that it filled or cleared
         self._logits = torch.zeros(n_rows, model.config.vocab_size, device=device)
         self._stepping = torch.zeros(n_rows, dtype=torch.int64, device=device)  # 1 for the rows of this step
         self._stepping_rows: tuple[int, ...] = ()
@@ -69,6 +70,7 @@ class GraphDecoder:
         sampler, self._choices[row] = self._samplers[key]
         sampler.start(prompt, params.seed)
         self.texts[row] = (cache, sampler)
+        self._clean[row] = [bucket(span) for span in cache.spans]
 
     @torch.inference_mode()
     def first(self, row: int, logits: Tensor) -> None:
@@ -95,7 +97,7 @@ class GraphDecoder:
 
     def stop(self, row: int) -> None:
         """The text has ended."""
-        del self.texts[row], self._choices[row]
+        del self.texts[row], self._choices[row], self._clean[row]
         self._storage.lengths[:, row] = 0  # what computes along has nothing to attend to
 
     def _mark(self, rows: tuple[int, ...]) -> None:
@@ -113,12 +115,25 @@ class GraphDecoder:
         rows = min(1 << (n_rows - 1).bit_length(), self._storage.batch)
         caches = [cache for cache, _ in self.texts.values()]
         spans = [bucket(max(layer)) for layer in zip(*(cache.spans for cache in caches), strict=True)]
+        self._clean_up_to(spans)
         ragged = any(cache.ragged for cache in caches)
         key = (rows, ragged, *spans)
         if key not in self._steps:
             _make_room(self._steps, _STEPS)
             self._steps[key] = self._recorded_step(self._storage.rows(0, rows), spans, ragged)
         return self._steps[key][0]
+
+    def _clean_up_to(self, spans: list[int]) -> None:
+        """Zeros in the slots that a text beside it makes a step read, of every text at work.
+
+        What an earlier text left there could be infinite, and a weight of zero would not hide it.
+        """
+        for row, clean in self._clean.items():
+            for layer, (first, end) in enumerate(zip(clean, spans, strict=True)):
+                if first < end:
+                    self._storage.k[layer][row, :, first:end].zero_()
+                    self._storage.v[layer][row, :, first:end].zero_()
+                    clean[layer] = end
 
     def _recorded_step(self, storage: KVStorage, spans: list[int], ragged: bool) -> tuple[Replay, SlotAttention]:
         """The attention comes along: the graph reads its tensors, which must live as long."""

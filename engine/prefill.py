@@ -142,6 +142,8 @@ class LayerRun:
 
         Returns those tokens, their rotation, and the positions that the cache keeps.
         """
+        if plan.propagated == state.ids.shape[1]:
+            plan = replace(plan, propagated=None)  # the watch has dropped the others before
         last = layer == self.model.config.n_layers - 1
         may_drop = plan.propagated is not None or self.watch is not None
         if last or (may_drop and _narrow_pays(self.model.device)):

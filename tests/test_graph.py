@@ -92,6 +92,26 @@ def test_heads_of_other_lengths_leave_nothing_to_the_next_text(tiny_llm: LLM, re
 
 
 @pytest.mark.parametrize("policy", POLICIES, ids=["full", "fastkv", "layers differ", "heads differ"])
+def test_a_text_beside_a_longer_one_reads_nothing_of_earlier_texts(
+    tiny_llm: LLM, recorder: Recorder, monkeypatch: pytest.MonkeyPatch, policy: Policy
+) -> None:
+    """A step reads as many slots of every row as the longest one has; what overflowed before would be NaN there."""
+    params = SamplingParams(max_tokens=8, ignore_eos=True)
+    alone = [eager(tiny_llm, prompt, params, policy) for prompt in (PROMPT[:40], PROMPT)]
+    allocate = KVStorage.allocate
+
+    def poisoned(*args: Any, **kwargs: Any) -> KVStorage:
+        made = allocate(*args, **kwargs)
+        for buffer in [*made.k, *made.v]:
+            buffer.fill_(torch.nan)
+        return made
+
+    monkeypatch.setattr(KVStorage, "allocate", poisoned)
+    outs = tiny_llm.generate([PROMPT[:40], PROMPT], params, policy)
+    assert [out.token_ids for out in outs] == alone
+
+
+@pytest.mark.parametrize("policy", POLICIES, ids=["full", "fastkv", "layers differ", "heads differ"])
 @pytest.mark.parametrize("choice", CHOICES, ids=str)
 def test_replayed_steps_choose_the_eager_tokens(
     tiny_llm: LLM, recorder: Recorder, policy: Policy, choice: dict[str, Any]

@@ -41,15 +41,17 @@ def shuffled(n: int, seed: int) -> Tensor:
 
 @pytest.mark.parametrize("policy", [ASL, StructKV])
 @pytest.mark.parametrize("at", [1, 3])
+@pytest.mark.parametrize("keep", [90, 8])  # the last: nothing but the window, so that no score is left to be asked for
+@pytest.mark.parametrize("latest", [4, 5])  # the last but one; the last, which would have been too late
 def test_tokens_are_dropped_where_the_watch_says(
-    tiny_llm: LLM, monkeypatch: pytest.MonkeyPatch, policy: type[OnlineTSP], at: int
+    tiny_llm: LLM, monkeypatch: pytest.MonkeyPatch, policy: type[OnlineTSP], at: int, keep: int, latest: int
 ) -> None:
     """Then it is FastKV with that layer as its TSP layer."""
     monkeypatch.setattr(policy, "watch", lambda self, *sizes: lambda layer, scores: scores if layer == at else None)
-    settings = {"tsp_rate": 0.3, "kv_retention": 0.2, "min_tokens": 8}
-    online = tiny_llm.prefill(PROMPT, policy(tsp_layer=4, **settings))
+    settings = {"tsp_rate": keep / 300, "kv_retention": 0.2, "min_tokens": 8}
+    online = tiny_llm.prefill(PROMPT, policy(tsp_layer=latest, **settings))
     fixed = tiny_llm.prefill(PROMPT, FastKV(tsp_layer=at, **settings))
-    assert online.layer_tokens == fixed.layer_tokens == [300] * (at + 1) + [90] * (5 - at)
+    assert online.layer_tokens == fixed.layer_tokens == [300] * (at + 1) + [keep] * (5 - at)
     assert all(torch.equal(a, b) for a, b in zip(online.kept, fixed.kept, strict=True))
     torch.testing.assert_close(online.logits, fixed.logits, atol=1e-5, rtol=1e-5)
 
@@ -93,9 +95,21 @@ def test_every_way_through_a_layer_gives_the_same(
 
 @pytest.mark.parametrize("policy", ONLINE)
 def test_no_reduction_without_a_rate(tiny_llm: LLM, policy: type[OnlineTSP]) -> None:
-    for settings in ({"tsp_rate": 1.0}, {"tsp_len": 300}, {"tsp_layer": 5}, {"min_tokens": 300}):
+    for settings in ({"tsp_rate": 1.0}, {"tsp_len": 300}, {"first_layer": 5, "tsp_layer": 5}, {"min_tokens": 300}):
         assert policy(**settings).stages(6, 300) == [Stage(range(6))]
     assert tiny_llm.prefill(PROMPT, policy(tsp_rate=1.0, kv_len=40)).layer_tokens == [300] * 6
+
+
+@pytest.mark.parametrize("policy", ONLINE)
+def test_nothing_is_dropped_behind_the_last_layer(
+    tiny_llm: LLM, monkeypatch: pytest.MonkeyPatch, policy: type[OnlineTSP]
+) -> None:
+    monkeypatch.setattr(policy, "watch", lambda self, *sizes: lambda layer, scores: scores if layer == 5 else None)
+    online = tiny_llm.prefill(PROMPT, policy(tsp_layer=5, tsp_len=60, kv_len=40))
+    fixed = tiny_llm.prefill(PROMPT, FastKV(tsp_layer=5, tsp_len=60, kv_len=40))
+    assert online.layer_tokens == fixed.layer_tokens == [300] * 6
+    assert all(torch.equal(a, b) for a, b in zip(online.kept, fixed.kept, strict=True))
+    torch.testing.assert_close(online.logits, fixed.logits, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("policy", ONLINE)
@@ -149,6 +163,11 @@ def test_only_the_tokens_that_would_go_on_must_have_settled() -> None:
         layers.append(noise)
     assert layer_of(ASL(first_layer=2, tau=1e-6, tsp_len=108).watch(8, 508), layers)[0] == 2
     assert layer_of(ASL(first_layer=2, tau=1e-6, tsp_len=208).watch(7, 508), layers)[0] == 5  # the latest
+
+
+def test_where_only_the_window_goes_on_the_best_token_must_have_settled() -> None:
+    layers = [shuffled(500, seed) for seed in range(6)] + [shuffled(500, 6)] * 6
+    assert layer_of(ASL(first_layer=2, tau=1e-6, tsp_len=8).watch(14, 508), layers)[0] == 8
 
 
 def test_the_defaults_are_the_papers_in_proportion() -> None:

@@ -198,6 +198,15 @@ def test_budgets_follow_the_table() -> None:
     assert share_out(((1.0, 3.0), (0.0, 0.0)), 2.0, 100, 100) == ((100, 100), (100, 100))
 
 
+@pytest.mark.parametrize(
+    ("scores", "expected"),
+    [([1e308, 1e308, 0.0], (120, 120, 60)), ([1.0, 5e-324], (120, 80))],
+)
+def test_scores_of_any_size_are_shared_out(scores: list[float], expected: tuple[int, ...]) -> None:
+    """Neither does their sum overflow, nor is a share of the pool too small to be given."""
+    assert share_out(read_table([scores]), 1.35, 100, 120) == (expected,)
+
+
 def test_headkv_keeps_what_the_table_gives(tiny_llm: LLM) -> None:
     pre = tiny_llm.prefill(PROMPT, HeadKV(kv_len=40, head_scores=TABLE))
     found = [(kept >= 0).sum(dim=2)[0].tolist() for kept in pre.kept]
@@ -232,6 +241,7 @@ def test_a_table_may_be_a_file(tmp_path: Path, tiny_llm: LLM) -> None:
         ([[1.0, -0.1]], "at least 0, not -0.1"),
         ([[1.0, float("nan")]], "not nan"),
         ([[1.0, float("inf")]], "not inf"),
+        ([[1.0, 10**400]], "not 1000"),
         ([[1.0, True]], "not True"),
         ([[1.0, "2"]], "not '2'"),
         ([[0.0, 0.0]], "all scores are 0"),

@@ -57,7 +57,7 @@ class ASL(OnlineTSP):
 
     def watch(self, n_layers: int, n_tokens: int) -> _Settling:
         keep = self.count(self.tsp_len, self.tsp_rate, n_tokens) - self.window
-        return _Settling(self, *self.layers_of(n_layers), keep)
+        return _Settling(self, *self.layers_of(n_layers), max(1, keep))  # of no tokens, no ranks would settle
 
 
 class _Settling:

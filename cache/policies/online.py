@@ -59,7 +59,7 @@ class OnlineTSP(WindowScored):
 
     def stages(self, n_layers: int, n_tokens: int) -> list[Stage]:
         keep = self.count(self.tsp_len, self.tsp_rate, n_tokens)
-        latest = self.layers_of(n_layers)[1]
-        if keep >= n_tokens or latest + 1 >= n_layers:
+        first, latest = self.layers_of(n_layers)
+        if keep >= n_tokens or first + 1 >= n_layers:  # behind the last layer there is nothing to save
             return [Stage(range(n_layers))]
         return [Stage(range(latest + 1), keep), Stage(range(latest + 1, n_layers))]
