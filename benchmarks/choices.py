@@ -1,9 +1,10 @@
-"""The choices that the engine makes by what was measured: who multiplies float32, who attends at the TSP layer.
+"""The choices that the engine makes by what was measured: who multiplies float32, who attends at the TSP layer, how
+many queries vote at a time where all do.
 
     python benchmarks/choices.py
 
-Prints medians for this machine's CPU. Where another machine disagrees, `linear` (models/linear.py) and `_narrow_pays`
-(engine/prefill.py) are where the choice is made.
+Prints medians for this machine's CPU. Where another machine disagrees, `linear` (models/linear.py), `_narrow_pays`
+(engine/prefill.py) and `_BLOCK_VALUES` (cache/scores.py) are where the choice is made.
 """
 
 from __future__ import annotations
@@ -12,10 +13,12 @@ import statistics
 import time
 from collections.abc import Callable
 from functools import partial
+from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
 
+from fastkv.cache import scores
 from fastkv.engine.attention import attend_from, causal_attention, take_rows
 from fastkv.models.linear import Product, onednn_product
 
@@ -76,6 +79,15 @@ def survivors(dtype: torch.dtype) -> None:
     print(f"{dtype} {SURVIVORS} of {TOKENS} tokens: all attend {everybody:.2f} s, survivors alone {alone:.2f} s")
 
 
+def all_queries_vote() -> None:
+    """Seconds in which all queries of a layer vote, with blocks of several sizes."""
+    q, k = (torch.randn(1, heads, TOKENS, HEAD_DIM) for heads in (HEADS, KV_HEADS))
+    for power in (18, 20, 22, 24):
+        with patch.dict(scores._BLOCK_VALUES, cpu=2**power):
+            seconds = median(lambda: scores.received_attention(q, k), 3)
+        print(f"torch.float32 {TOKENS} tokens, all vote, 2**{power} weights at a time: {seconds:.2f} s")
+
+
 @torch.inference_mode()
 def main() -> None:
     torch.manual_seed(0)
@@ -83,6 +95,7 @@ def main() -> None:
     products()
     for kind in (torch.float32, torch.bfloat16):
         survivors(kind)
+    all_queries_vote()
 
 
 if __name__ == "__main__":

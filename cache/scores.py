@@ -7,7 +7,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 POOLINGS = ("max", "avg")
-_BLOCK_VALUES = 2**24  # attention weights that are held at a time, where all queries vote
+# Attention weights that are held at a time, where all queries vote: what a CPU's cache holds (benchmarks/choices.py). On
+# a GPU not measured: many small blocks would be many launches. Of a long prompt, a few queries at the least.
+_BLOCK_VALUES = {"cpu": 2**20, "cuda": 2**26}
+_LEAST_QUERIES = 8
 
 
 def recent_attention(q: Tensor, k: Tensor, window: int) -> Tensor:
@@ -55,7 +58,7 @@ def received_attention(q: Tensor, k: Tensor) -> Tensor:
     batch, n_kv_heads, n_tokens, head_dim = k.shape
     keys = k.float().transpose(-1, -2)  # [B, Hkv, D, T]
     received = keys.new_zeros(batch, n_kv_heads, n_tokens)
-    block = max(1, _BLOCK_VALUES // (batch * q.shape[1] * n_tokens))
+    block = max(_LEAST_QUERIES, _BLOCK_VALUES[q.device.type] // (batch * q.shape[1] * n_tokens))
     for start in range(0, n_tokens, block):
         end = min(start + block, n_tokens)
         grouped = q[:, :, start:end].unflatten(1, (n_kv_heads, -1)).flatten(2, 3).float()  # [B, Hkv, G * n, D]

@@ -251,10 +251,11 @@ def slow_received(q: Tensor, k: Tensor) -> Tensor:
     return weights.sum(2).unflatten(1, (k.shape[1], -1)).sum(2)
 
 
-@pytest.mark.parametrize("values", [2**24, 700, 1])
-def test_attention_received_is_summed_block_by_block(monkeypatch: pytest.MonkeyPatch, values: int) -> None:
+@pytest.mark.parametrize(("values", "least"), [(2**24, 8), (700, 1), (1, 1), (1, 8)])
+def test_attention_received_is_summed_block_by_block(monkeypatch: pytest.MonkeyPatch, values: int, least: int) -> None:
     torch.manual_seed(0)
-    monkeypatch.setattr("fastkv.cache.scores._BLOCK_VALUES", values)
+    monkeypatch.setattr("fastkv.cache.scores._BLOCK_VALUES", {"cpu": values})
+    monkeypatch.setattr("fastkv.cache.scores._LEAST_QUERIES", least)
     q, k = torch.randn(2, 6, 37, 8), torch.randn(2, 2, 37, 8)
     torch.testing.assert_close(received_attention(q, k), slow_received(q, k), atol=1e-5, rtol=1e-5)
 
