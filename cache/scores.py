@@ -7,10 +7,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 POOLINGS = ("max", "avg")
-# Attention weights that are held at a time, where all queries vote: what a CPU's cache holds (benchmarks/choices.py). On
-# a GPU not measured: many small blocks would be many launches. Of a long prompt, a few queries at the least.
+# Attention weights that are held at a time where all queries vote: what a CPU's cache holds, but of a long prompt some
+# queries at the least (benchmarks/choices.py). On a GPU, where each block costs launches, not measured.
 _BLOCK_VALUES = {"cpu": 2**20, "cuda": 2**26}
-_LEAST_QUERIES = 8
+_LEAST_QUERIES = 16
 
 
 def recent_attention(q: Tensor, k: Tensor, window: int) -> Tensor:
