@@ -32,23 +32,11 @@ class ASL(OnlineTSP):
 
     name: ClassVar[str] = "asl"
 
-    first_layer: int | None = None
-    tsp_layer: int | None = None
     tau: float = 0.3
     lookback: int = 3
-    tsp_rate: float = 0.2
-    kv_retention: float = 0.1
-    tsp_len: int | None = None
-    kv_len: int | None = None
-    window: int = 8
-    kernel: int = 7
-    pooling: str = "max"
-    min_tokens: int = 128
 
     def __post_init__(self) -> None:
-        self.check_scoring()
-        self.check_budget()
-        self.check_tsp()
+        super().__post_init__()
         check_number("tau", self.tau, 0, float("inf"), above=True)
         check_integer("lookback", self.lookback, 2)
 

@@ -2,28 +2,31 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
-from fastkv.cache.policies.compressed import WindowScored
+from fastkv.cache.policies.snapkv import SnapKV
 from fastkv.cache.policy import Stage
 from fastkv.errors import FastKVError, check_integer, check_number
 
 
-class OnlineTSP(WindowScored):
-    """A policy whose fields include these; which layer it is says its `watch`.
+@dataclass(frozen=True)
+class OnlineTSP(SnapKV):
+    """SnapKV's compression, and tokens that are dropped behind a layer which the `watch` of a method finds.
 
     first_layer, tsp_layer: the layers behind which tokens may be dropped at the earliest and at the latest; None means
     the method's own default. tsp_rate: share of the prompt that goes on, in (0, 1]; 1 turns TSP off. tsp_len: the same
-    as an absolute number of tokens; it wins over the rate, and no floor applies to it.
+    as an absolute number of tokens; it wins over the rate, and no floor applies to it. The others are SnapKV's. Raises
+    FastKVError for a value out of range.
     """
 
-    first_layer: int | None
-    tsp_layer: int | None
-    tsp_rate: float
-    tsp_len: int | None
+    first_layer: int | None = None
+    tsp_layer: int | None = None
+    tsp_rate: float = 0.2
+    tsp_len: int | None = None
 
-    def check_tsp(self) -> None:
-        """Raise FastKVError for a value out of range."""
+    def __post_init__(self) -> None:
+        super().__post_init__()
         for name in ("first_layer", "tsp_layer"):
             if getattr(self, name) is not None:
                 check_integer(name, getattr(self, name), 0)

@@ -34,22 +34,10 @@ class StructKV(OnlineTSP):
 
     name: ClassVar[str] = "structkv"
 
-    first_layer: int | None = None
-    tsp_layer: int | None = None
     score_decay: float = 0.9
-    tsp_rate: float = 0.2
-    kv_retention: float = 0.1
-    tsp_len: int | None = None
-    kv_len: int | None = None
-    window: int = 8
-    kernel: int = 7
-    pooling: str = "max"
-    min_tokens: int = 128
 
     def __post_init__(self) -> None:
-        self.check_scoring()
-        self.check_budget()
-        self.check_tsp()
+        super().__post_init__()
         check_number("score_decay", self.score_decay, 0, 1, above=True)
 
     def default_layers(self, n_layers: int) -> tuple[int, int]:
