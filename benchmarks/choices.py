@@ -4,7 +4,7 @@ many queries vote at a time where all do.
     python benchmarks/choices.py
 
 Prints medians for this machine's CPU. Where another machine disagrees, `linear` (models/linear.py), `_narrow_pays`
-(engine/prefill.py) and `_BLOCK_VALUES` (cache/scores.py) are where the choice is made.
+(engine/prefill.py), `_BLOCK_VALUES` and `_LEAST_QUERIES` (cache/scores.py) are where the choice is made.
 """
 
 from __future__ import annotations
@@ -83,10 +83,12 @@ def all_queries_vote() -> None:
     """Seconds in which all queries of a layer vote, with blocks of several sizes."""
     for tokens in (TOKENS // 4, TOKENS):
         q, k = (torch.randn(1, heads, tokens, HEAD_DIM) for heads in (HEADS, KV_HEADS))
-        for power in (18, 20, 22, 24):
-            with patch.dict(scores._BLOCK_VALUES, cpu=2**power):
+        for queries in (4, 16, 42, 128, 512):
+            block = patch.dict(scores._BLOCK_VALUES, cpu=queries * HEADS * tokens)
+            with block, patch.object(scores, "_LEAST_QUERIES", 1):
                 seconds = median(partial(scores.received_attention, q, k), 3)
-            print(f"torch.float32 {tokens} tokens, all vote, 2**{power} weights at a time: {seconds:.3f} s")
+            weights = queries * HEADS * tokens / 2**20
+            print(f"{tokens} tokens, all vote, {queries} at a time, {weights:.1f} Mi weights: {seconds:.3f} s")
 
 
 @torch.inference_mode()

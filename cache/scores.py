@@ -10,7 +10,7 @@ POOLINGS = ("max", "avg")
 # Attention weights that are held at a time where all queries vote: what a CPU's cache holds, but of a long prompt some
 # queries at the least (benchmarks/choices.py). On a GPU, where each block costs launches, not measured.
 _BLOCK_VALUES = {"cpu": 2**20, "cuda": 2**26}
-_LEAST_QUERIES = 16
+_LEAST_QUERIES = 32
 
 
 def recent_attention(q: Tensor, k: Tensor, window: int) -> Tensor:

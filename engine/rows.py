@@ -66,9 +66,9 @@ class Rows:
         storage = self._storage.rows(row, row + 1)
         cache = new_cache(model, policy, prompt, request.max_tokens, request.position_limit, storage)
         self._start(row, cache, request, prompt)
+        self._rows[row] = _Row(request, cache)  # from here on `close` ends it, too
         result = prefill(model, prompt, policy, cache, self._buffers.workspace, self._runtime.attention)
         self._decoder.first(row, result.logits)
-        self._rows[row] = _Row(request, cache)
         self._unread.append(({row: self._rows[row]}, _read_later(self._decoder.tokens)))
         return row, result
 

@@ -32,7 +32,8 @@ class SlotAttention(Protocol):
 class MaskedSlots:
     """Every slot of the span is multiplied, and a mask hides what is not live.
 
-    ragged: heads may begin anywhere, so that their slots are copied together first.
+    ragged: heads may begin anywhere, so that their slots are copied together first, `span` of them for each head: with
+    heads that may take all of a layer's slots, as many times the layer as it has heads.
     """
 
     def __init__(self, storage: KVStorage, ragged: bool = False) -> None:
@@ -70,10 +71,11 @@ class VarlenSlots:
     """Flash attention for sequences of different lengths (torch.nn.attention.varlen).
 
     Each KV head of each text is a sequence of its own, with one token of G query heads and one key head: so the slots
-    need no copy, heads may differ in length, and the kernel splits a long sequence over the GPU.
+    need no copy, heads may differ in length, and the kernel splits a long sequence over the GPU. Layers with a sliding
+    window are left to MaskedSlots, for which `ragged` is.
     """
 
-    def __init__(self, storage: KVStorage) -> None:
+    def __init__(self, storage: KVStorage, ragged: bool = False) -> None:
         self._attend = _varlen_function()
         self._storage = storage
         n_layers, batch, n_kv_heads = storage.lengths.shape
@@ -85,7 +87,7 @@ class VarlenSlots:
         self._starts_of_slots = torch.zeros(n_layers, batch * n_kv_heads + 1, dtype=integer, device=device)
         self._starts_of_slots[:, -1] = self._texts[:, -1]
         self._live = torch.zeros(n_layers, batch * n_kv_heads, dtype=integer, device=device)
-        self._masked = MaskedSlots(storage)
+        self._masked = MaskedSlots(storage, ragged)
 
     def begin(self) -> None:
         per_head = self._storage.lengths.shape  # [L, B, Hkv]
@@ -145,7 +147,7 @@ def slot_attention(storage: KVStorage, n_heads: int, ragged: bool = False) -> tu
     try:
         if not _agree_on_a_sample(storage, n_heads):
             return MaskedSlots(storage, ragged), "varlen attention gives other results here"
-        return VarlenSlots(storage), None
+        return VarlenSlots(storage, ragged), None
     except (ImportError, RuntimeError, TypeError, ValueError) as error:
         return MaskedSlots(storage, ragged), f"no varlen attention ({str(error).splitlines()[0]})"
 

@@ -64,7 +64,8 @@ def _reductions(llm: LLM, metrics: Metrics) -> list[tuple[str, str]]:
     ]
     if len(stages) > MOST_STAGES:
         return [*rows, ("tokens", f"{stages[0]}, fewer from layer to layer, {stages[-1]}")]
-    return rows + [("TSP", stage) for stage in stages]
+    label = "TSP" if hasattr(llm.policy, "tsp_layer") else "tokens"
+    return rows + [(label, stage) for stage in stages]
 
 
 def _dtype_of(llm: LLM) -> str:

@@ -108,4 +108,6 @@ def _check(args: argparse.Namespace) -> None:
     for retention in args.kv_retention:
         if not 0 < retention < 1:
             raise FastKVError(f"--kv-retention {retention:g}: must be above 0 and below 1")
+    if args.page is not None and args.output is not None and args.page.resolve() == args.output.resolve():
+        raise FastKVError(f"--page {args.page}: is the file of --output; name another one")
     check(args)

@@ -22,8 +22,6 @@ if TYPE_CHECKING:
 KIND = "fastkv-head-scores"
 SHOWN = 10  # rows of the table, at most
 RETRIEVAL_HEAD = 0.1  # a query head with a score above this is a retrieval head in arXiv 2404.15574
-
-
 FEW = 0.5  # of the copied tokens
 TOO_FEW = "A model that chooses so few of them itself hardly shows how it copies: take shorter texts or another task.\n"
 

@@ -418,6 +418,7 @@ def test_a_run_that_is_interrupted_writes_no_page(
         ("--model {model} --task archive --policy full", "--policy: there is nothing to compare"),
         ("--model {model} --task archive --policy fastkv:kv_len=9", "kv_len is what makes the policies keep the same"),
         ("--model {model} --task archive --page no/such/page.md", "--page no/such/page.md: there is no folder"),
+        ("--model {model} --task archive --page no.md --output no.md", "is the file of --output"),
         ("--model {model} --task archive --page README.md", "--page README.md: is there already, without one"),
         ("--model {model} --task archive --page {model}/model.safetensors", "model.safetensors: is not UTF-8"),
         ("--model {model} --task archive --page {model}", "is there already, and is no file; name another one"),

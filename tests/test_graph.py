@@ -242,6 +242,21 @@ def test_a_row_that_is_done_has_nothing_to_attend_to(tiny_llm: LLM, recorder: Re
     assert next(each)[0] == 1
 
 
+def test_a_prefill_that_fails_leaves_no_text_behind(
+    tiny_llm: LLM, recorder: Recorder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The buffers go back to the pool: a text that stayed there would widen every later step."""
+
+    def fail(*arguments: Any) -> None:
+        raise FastKVError("no memory")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("fastkv.engine.rows.prefill", fail)
+        with pytest.raises(FastKVError, match="no memory"):
+            tiny_llm.generate([PROMPT, PROMPT], SamplingParams(max_tokens=2), FullKV())
+    assert tiny_llm._runtime.pool._idle.decoder.texts == {}  # type: ignore[union-attr]
+
+
 def test_what_a_graph_reads_lives_as_long_as_the_graph(tiny_llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
     """A capture forgets the function and keeps addresses: lengths and starts that only it had held were freed."""
     alive: list[weakref.ref[object]] = []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -131,12 +132,12 @@ def test_varlen_slots_find_each_head(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(slots, "_varlen_function", lambda: kernel)
     storage = ragged_storage()
-    varlen, masked = VarlenSlots(storage), MaskedSlots(storage, ragged=True)
+    varlen, masked = VarlenSlots(storage, ragged=True), MaskedSlots(storage, ragged=True)
     for _ in range(2):
         varlen.begin()
-        for layer in range(2):
+        for layer, window in product(range(2), (None, 7)):  # with a window it leaves the work to the masked ones
             q = torch.randn(2, 6, 1, 8)
-            torch.testing.assert_close(varlen(layer, q, 192, None), masked(layer, q, 192, None))
+            torch.testing.assert_close(varlen(layer, q, 192, window), masked(layer, q, 192, window))
         storage.lengths.add_(1)
 
 

@@ -25,10 +25,10 @@ class HeadKV(SnapKV):
     rest is pooled over the model and shared in proportion to importance. The others are SnapKV's.
 
     What differs from the paper: the command's table is one of retrieval heads, without the paper's scores of reasoning;
-    what differs in SnapKV, so that budgets belong to KV heads and not to query heads; what
-    a head cannot use, because the prompt is shorter, goes to the others; and rounding, which makes the total exact and
-    that of a layer a multiple of its heads. Raises FastKVError for a table that cannot be read or is of another model,
-    and for a value out of range.
+    what differs in SnapKV, so that budgets belong to KV heads and not to query heads; what a head cannot use, because
+    the prompt is shorter, goes to the others; and rounding, which makes the total exact and that of a layer a multiple
+    of its heads. Raises FastKVError for a table that cannot be read or is of another model, and for a value out of
+    range.
     """
 
     name: ClassVar[str] = "headkv"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -78,7 +79,7 @@ def figures_of(votes: Tensor) -> Tensor:
     """Entropy, sparsity and variance of votes [B, n], each between 0 and 1: float32 [B, 3]."""
     n_tokens = votes.shape[-1]
     shares = votes / votes.sum(dim=-1, keepdim=True)
-    entropy = torch.special.entr(shares).sum(dim=-1) / torch.tensor(float(max(2, n_tokens))).log()
+    entropy = torch.special.entr(shares).sum(dim=-1) / math.log(max(2, n_tokens))
     sparsity = (shares < 1 / n_tokens).float().mean(dim=-1)
     spread = (shares.square().sum(dim=-1) - 1 / n_tokens).clamp_min(0).sqrt()
     return torch.stack((entropy, sparsity, spread), dim=-1)

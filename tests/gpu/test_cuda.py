@@ -42,10 +42,8 @@ def pair(request: pytest.FixtureRequest) -> tuple[LLM, LLM]:
     )
 
 
-@pytest.fixture(scope="module")
-def wide(tmp_path_factory: pytest.TempPathFactory) -> LLM:
+def random_model(folder: Path, **more: Any) -> LLM:
     """Random weights in the proportions of a large model: heads of 128, groups of 4, bfloat16."""
-    folder = tmp_path_factory.mktemp("wide")
     config = {
         "architectures": ["LlamaForCausalLM"],
         "vocab_size": 32_000,
@@ -57,9 +55,15 @@ def wide(tmp_path_factory: pytest.TempPathFactory) -> LLM:
         "head_dim": 128,
         "max_position_embeddings": 65_536,
         "rms_norm_eps": 1e-5,
+        **more,
     }
     (folder / "config.json").write_text(json.dumps(config))
     return LLM(folder, dtype="bfloat16", device="cuda", load_format="dummy")
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory: pytest.TempPathFactory) -> LLM:
+    return random_model(tmp_path_factory.mktemp("wide"))
 
 
 @contextmanager
@@ -98,6 +102,17 @@ def test_logits_of_replayed_steps_are_the_eager_ones(pair: tuple[LLM, LLM], poli
         for token in tokens[:-1]:
             logits = eager.decode(pre.cache, torch.tensor([token]))
         torch.testing.assert_close(decoder_of(graphs)._logits, logits, atol=TOLERANCE[name], rtol=0)
+
+
+@pytest.mark.parametrize("policy", [FullKV(), AdaKV()], ids=["full", "heads differ"])
+def test_layers_with_a_sliding_window_are_replayed(tmp_path: Path, policy: Policy) -> None:
+    llm = random_model(tmp_path, architectures=["MistralForCausalLM"], sliding_window=4096)
+    tokens = llm.generate(PROMPT, SamplingParams(max_tokens=24, ignore_eos=True), policy).token_ids
+    pre = llm.prefill(PROMPT, policy, 24)
+    logits = pre.logits
+    for token in tokens[:-1]:
+        logits = llm.decode(pre.cache, torch.tensor([token]))
+    torch.testing.assert_close(decoder_of(llm)._logits, logits, atol=TOLERANCE["bfloat16"], rtol=0)
 
 
 @pytest.mark.parametrize("policy", POLICIES, ids=NAMES)
