@@ -1,10 +1,11 @@
 """The choices that the engine makes by what was measured: who multiplies float32, who attends at the TSP layer, how
-many queries vote at a time where all do.
+many queries vote at a time where all do, what one query costs where no group shares a KV head.
 
     python benchmarks/choices.py
 
 Prints medians for this machine's CPU. Where another machine disagrees, `linear` (models/linear.py), `_narrow_pays`
-(engine/prefill.py), `_BLOCK_VALUES` and `_LEAST_QUERIES` (cache/scores.py) are where the choice is made.
+(engine/prefill.py), `_two_rows_are_faster` (engine/attention.py), `_BLOCK_VALUES` and `_LEAST_QUERIES`
+(cache/scores.py) are where the choice is made.
 """
 
 from __future__ import annotations
@@ -91,6 +92,16 @@ def all_queries_vote() -> None:
             print(f"{tokens} tokens, all vote, {queries} at a time, {weights:.1f} Mi weights: {seconds:.3f} s")
 
 
+def one_row(dtype: torch.dtype) -> None:
+    """Milliseconds of one decode step's attention in a layer without groups, the one query given once or twice."""
+    q = torch.randn(1, HEADS, 1, HEAD_DIM).to(dtype)
+    k, v = (torch.randn(1, HEADS, TOKENS, HEAD_DIM).to(dtype) for _ in range(2))
+    once, twice = (
+        1e3 * median(partial(F.scaled_dot_product_attention, q.expand(-1, -1, rows, -1), k, v), 15) for rows in (1, 2)
+    )
+    print(f"{dtype} {TOKENS} entries, one query for each head: once {once:.2f} ms, twice {twice:.2f} ms")
+
+
 @torch.inference_mode()
 def main() -> None:
     torch.manual_seed(0)
@@ -99,6 +110,8 @@ def main() -> None:
     for kind in (torch.float32, torch.bfloat16):
         survivors(kind)
     all_queries_vote()
+    for kind in (torch.float32, torch.bfloat16, torch.float16):
+        one_row(kind)
 
 
 if __name__ == "__main__":

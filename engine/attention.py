@@ -118,6 +118,15 @@ def decode_attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None = N
     visible: bool [B, 1, 1, n], the entries that there are (None: all). The query heads of a KV head become the rows of
     one product, so that K and V are read once.
     """
+    n_rows = q.shape[1] // k.shape[1]
     rows = q.unflatten(1, (k.shape[1], -1)).squeeze(3)  # [B, Hkv, G, D]
+    if n_rows == 1 and _two_rows_are_faster(q):
+        rows = rows.expand(-1, -1, 2, -1)
     with without_cudnn(q.device):
-        return F.scaled_dot_product_attention(rows, k, v, attn_mask=visible).flatten(1, 2).unsqueeze(2)
+        attended = F.scaled_dot_product_attention(rows, k, v, attn_mask=visible)
+    return attended[:, :, :n_rows].flatten(1, 2).unsqueeze(2)
+
+
+def _two_rows_are_faster(q: Tensor) -> bool:
+    """Whether attention of one row takes longer than that of the same row twice (benchmarks/choices.py)."""
+    return q.device.type == "cpu" and q.dtype != torch.float32

@@ -117,15 +117,29 @@ def test_rows_that_lie_side_by_side_are_attended_to_together(
             torch.testing.assert_close(logits[index : index + 1], one, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_decode_attention_is_grouped_attention(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("group", [1, 3])
+@pytest.mark.parametrize("hidden", [0, 20])
+def test_decode_attention_is_grouped_attention(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, group: int, hidden: int
+) -> None:
+    """Whatever is hidden, and whether a single query is given once or, where that is faster, twice."""
     torch.manual_seed(0)
-    q, k, v = (torch.randn(2, heads, n, 16, dtype=dtype) for heads, n in ((6, 1), (2, 50), (2, 50)))
+    q, k, v = (torch.randn(2, heads, n, 16, dtype=dtype) for heads, n in ((2 * group, 1), (2, 50), (2, 50)))
+    live = 50 - hidden
     slow = torch.nn.functional.scaled_dot_product_attention(
-        q.float(), k.float().repeat_interleave(3, 1), v.float().repeat_interleave(3, 1)
+        q.float(), *(kept[:, :, :live].float().repeat_interleave(group, 1) for kept in (k, v))
+    )
+    visible = torch.arange(50).expand(2, 1, 1, -1) < live if hidden else None
+    rows: list[int] = []
+    attend = torch.nn.functional.scaled_dot_product_attention
+    monkeypatch.setattr(
+        "torch.nn.functional.scaled_dot_product_attention",
+        lambda q, *others, **more: rows.append(q.shape[2]) or attend(q, *others, **more),
     )
     tolerance = 1e-5 if dtype == torch.float32 else 2e-2
-    torch.testing.assert_close(decode_attention(q, k, v).float(), slow, atol=tolerance, rtol=tolerance)
+    torch.testing.assert_close(decode_attention(q, k, v, visible).float(), slow, atol=tolerance, rtol=tolerance)
+    assert rows == [2 if group == 1 and dtype != torch.float32 else group]
 
 
 def test_the_context_is_the_limit(tiny_llm: LLM) -> None:
