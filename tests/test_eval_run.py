@@ -89,18 +89,23 @@ def test_scores_are_of_the_record_s_own_prediction(runner: Runner, archive_llm: 
     assert {(record.policy, record.score) for record in results.records} == {(LABELS[0], 1.0), (LABELS[1], 0.0)}
 
 
-@pytest.mark.parametrize("stop_after", [0, 1, 7, 2 * N_EXAMPLES - 1])
-def test_a_stopped_run_goes_on(runner: Runner, scripted: Scripted, tmp_path: Path, stop_after: int) -> None:
-    """Nothing is asked twice, nothing is left out, and the order is that of an unbroken run."""
-    path = tmp_path / "run.jsonl"
-    scripted.stop_after = stop_after
+def stopped(runner: Runner, scripted: Scripted, path: Path, after: int) -> Results:
+    """A run that was interrupted behind so many answers; the next one will not be."""
+    scripted.stop_after = after
     results = Results(HEADER, path)
     with pytest.raises(KeyboardInterrupt):
         runner.run(results)
     results.close()
-    assert len(path.read_text().splitlines()) == 1 + stop_after
-
     scripted.stop_after = None
+    return results
+
+
+@pytest.mark.parametrize("stop_after", [0, 1, 7, 2 * N_EXAMPLES - 1])
+def test_a_stopped_run_goes_on(runner: Runner, scripted: Scripted, tmp_path: Path, stop_after: int) -> None:
+    """Nothing is asked twice, nothing is left out, and the order is that of an unbroken run."""
+    path = tmp_path / "run.jsonl"
+    results = stopped(runner, scripted, path, stop_after)
+    assert len(path.read_text().splitlines()) == 1 + stop_after
     again = Results(HEADER, path)
     assert (again.resumed, again.torn, again.records) == (stop_after, False, results.records)
     runner.run(again)
@@ -134,13 +139,8 @@ def check_lines(path: Path, done: int) -> None:
 @pytest.mark.parametrize("torn", [b'{"id": "archive/tok', b"\xff\xfe", b"{" * 100_000], ids=["short", "binary", "long"])
 def test_a_torn_last_line_is_dropped(runner: Runner, scripted: Scripted, tmp_path: Path, torn: bytes) -> None:
     path = tmp_path / "run.jsonl"
-    scripted.stop_after = 5
-    results = Results(HEADER, path)
-    with pytest.raises(KeyboardInterrupt):
-        runner.run(results)
-    results.close()
+    stopped(runner, scripted, path, 5)
     path.write_bytes(path.read_bytes() + torn)
-    scripted.stop_after = None
     again = Results(HEADER, path)
     assert (again.resumed, again.torn) == (5, True)
     runner.run(again)
@@ -198,11 +198,7 @@ def test_of_long_values_the_part_that_differs_is_shown(tmp_path: Path) -> None:
 def test_the_same_example_twice(runner: Runner, scripted: Scripted, tmp_path: Path) -> None:
     """Two runs that wrote to one file at once."""
     path = tmp_path / "run.jsonl"
-    scripted.stop_after = 3
-    results = Results(HEADER, path)
-    with pytest.raises(KeyboardInterrupt):
-        runner.run(results)
-    results.close()
+    stopped(runner, scripted, path, 3)
     path.write_bytes(path.read_bytes() + path.read_bytes().splitlines(keepends=True)[2])
     with pytest.raises(FastKVError, match="line 5: has the same example and policy as a line before"):
         Results(HEADER, path)
@@ -211,15 +207,10 @@ def test_the_same_example_twice(runner: Runner, scripted: Scripted, tmp_path: Pa
 def test_an_example_whose_text_has_changed(runner: Runner, scripted: Scripted, tmp_path: Path) -> None:
     """Half of its policies read the old text: the other half must not read another one."""
     path = tmp_path / "run.jsonl"
-    scripted.stop_after = 1
-    results = Results(HEADER, path)
-    with pytest.raises(KeyboardInterrupt):
-        runner.run(results)
-    results.close()
+    stopped(runner, scripted, path, 1)
     header, record = path.read_text().splitlines()
     changed = {**json.loads(record), "prompt_sha256": "0" * 16}
     path.write_text(f"{header}\n{json.dumps(changed)}\n")
-    scripted.stop_after = None
     with pytest.raises(FastKVError, match="was another text when the run began"):
         runner.run(Results(HEADER, path))
 

@@ -2,27 +2,17 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
+from caches import make_cache
 
 from fastkv import LLM, FastKV, FastKVError, FullKV, SamplingParams
 from fastkv.cache.kv_cache import KVCache
 from fastkv.cache.storage import BLOCK, KVStorage, bucket
 
-
-def make(kept: list[int], max_tokens: int = 4, batch: int = 1, storage: KVStorage | None = None) -> KVCache:
-    return KVCache(
-        kept,
-        max_tokens,
-        batch=batch,
-        n_kv_heads=2,
-        head_dim=3,
-        position=100,
-        position_limit=1000,
-        dtype=torch.float32,
-        device=torch.device("cpu"),
-        storage=storage,
-    )
+make = functools.partial(make_cache, kind=KVCache)
 
 
 def test_capacity_is_rounded_up_to_a_block() -> None:

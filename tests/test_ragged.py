@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from itertools import product
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from caches import make_cache
 
 from fastkv import LLM, AdaKV, FastKVError, HeadKV, SamplingParams, SnapKV
 from fastkv.cache.head_table import read_table, share_out
@@ -23,19 +25,7 @@ PROMPT = torch.randint(3, 256, (1, 300), generator=torch.Generator().manual_seed
 TABLE = [[0.0, 1.0], [0.5, 0.5], [0.0, 0.0], [0.2, 0.7], [3.0, 0.1], [0.0, 0.4]]
 
 
-def cache_of(kept: list[int], storage: KVStorage | None = None, batch: int = 1) -> RaggedKVCache:
-    return RaggedKVCache(
-        kept,
-        4,
-        batch=batch,
-        n_kv_heads=2,
-        head_dim=3,
-        position=100,
-        position_limit=1000,
-        dtype=torch.float32,
-        device=torch.device("cpu"),
-        storage=storage,
-    )
+cache_of = functools.partial(make_cache, kind=RaggedKVCache)
 
 
 def test_each_head_keeps_its_best_and_the_window() -> None:
@@ -67,17 +57,7 @@ def test_heads_lie_one_behind_the_other_with_room_for_the_answer() -> None:
 
 
 def test_a_ragged_cache_takes_no_more_than_an_even_one() -> None:
-    even = KVCache(
-        [40, 5],
-        4,
-        batch=2,
-        n_kv_heads=2,
-        head_dim=3,
-        position=100,
-        position_limit=1000,
-        dtype=torch.float32,
-        device=torch.device("cpu"),
-    )
+    even = make_cache([40, 5], batch=2, kind=KVCache)
     assert cache_of([40, 5], batch=2).nbytes == even.nbytes == even.storage.nbytes
 
 
@@ -85,7 +65,7 @@ def test_in_used_storage_nothing_of_old_is_left() -> None:
     storage = KVStorage.allocate([96], 1, 2, 3, dtype=torch.float32, device=torch.device("cpu"))
     for buffer in (storage.k[0], storage.v[0]):
         buffer.fill_(float("inf"))
-    cache = cache_of([3], storage)
+    cache = cache_of([3], storage=storage)
     cache.load(0, torch.ones(1, 2, 3, 3), torch.ones(1, 2, 3, 3), None)
     assert storage.k[0].isfinite().all()
     assert storage.v[0].isfinite().all()
