@@ -57,7 +57,9 @@ def neighbours(caches: Sequence[KVCache]) -> list[list[KVCache]]:
 
 def _attend_run(model: Llama, layer: int, run: list[KVCache], q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """In one call for all of them where that reads hardly more than each on its own; else one after the other."""
-    if len(run) > 1 and _alike(run, layer, model.config.window_of(layer)):
+    if len(run) == 1:
+        return _attend_one(model, layer, run[0], q, k, v)
+    if _alike(run, layer, model.config.window_of(layer)):
         return _attend_together(layer, run, q, k, v)
     parts = (tensor.split([cache.batch for cache in run]) for tensor in (q, k, v))
     return torch.cat([_attend_one(model, layer, cache, *part) for cache, *part in zip(run, *parts, strict=True)])

@@ -168,7 +168,7 @@ class LLM:
         and a text where the model has no tokenizer.
         """
         if not is_batch(prompt):
-            stream = self.stream(prompt, params, policy)
+            stream = self.stream(prompt, params, policy)  # which refuses an empty list as the empty prompt that it is
             if batch_size != DEFAULT_BATCH_SIZE or kv_memory is not None:
                 raise FastKVError("batch_size and kv_memory are for a list of prompts")
             return _finish(stream)

@@ -69,6 +69,8 @@ def prefill(
     run = LayerRun(model, policy, cache, workspace, attention)
     run.keep = next((plan.propagated for plan in plans if plan.propagated is not None), None)
     run.watch = policy.watch(n_layers, n_tokens) if run.keep is not None else None
+    if run.watch is not None:
+        plans = [replace(plan, propagated=None) for plan in plans]  # it says where tokens are dropped, and not the plan
     model.reserve(cache.prompt_tokens + cache.max_tokens)
     first = policy.first_pass(n_layers, n_tokens)
     origins = None if first is None else run.choose(ids, first)
@@ -142,8 +144,6 @@ class LayerRun:
 
         Returns those tokens, their rotation, and the positions that the cache keeps.
         """
-        if plan.propagated == state.ids.shape[1]:
-            plan = replace(plan, propagated=None)  # the watch has dropped the others before
         last = layer == self.model.config.n_layers - 1
         may_drop = plan.propagated is not None or self.watch is not None
         if last or (may_drop and _narrow_pays(self.model.device)):

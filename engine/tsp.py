@@ -24,10 +24,6 @@ class TokenState:
         """All N tokens of the prompts, at positions 0 … N - 1."""
         return cls(ids, hidden, torch.arange(ids.shape[1], device=ids.device).expand_as(ids))
 
-    def with_hidden(self, hidden: Tensor) -> TokenState:
-        """The same tokens behind one more step of the network."""
-        return TokenState(self.ids, hidden, self.positions)
-
     def take(self, keep: Tensor, out: Tensor | None = None) -> TokenState:
         """Token-Selective Propagation (arXiv 2502.01068): only the tokens at `keep`, int64 [B, n], go on.
 
