@@ -25,7 +25,8 @@ class Parser(argparse.ArgumentParser):
 
 
 def _run_tasks(argv: list[str]) -> int:
-    from fastkv.eval.cli_tasks import build_parser, run
+    from fastkv.eval.cli_flags import build_parser
+    from fastkv.eval.cli_tasks import run
 
     return run(build_parser().parse_args(argv))
 

@@ -51,6 +51,22 @@ class ListTasks(argparse.Action):
         parser.exit()
 
 
+def add_text_flags(group: argparse._ActionsContainer) -> None:
+    """Which texts are drawn: the same for every command that only draws them."""
+    group.add_argument(
+        "--length", type=int, nargs="+", metavar="N", help="prompts of N tokens (default 1024 2048 4096, as fits)"
+    )
+    group.add_argument(
+        "--depth",
+        type=float,
+        nargs="+",
+        default=DEFAULT_DEPTHS,
+        metavar="D",
+        help="where a single needle lies, 0 to 1 (0 0.25 0.5 0.75 1)",
+    )
+    group.add_argument("--seed", type=int, default=0, metavar="S", help="fixes every text (0)")
+
+
 def build_parser() -> Parser:
     parser = Parser(
         prog="fastkv-eval",
@@ -63,24 +79,13 @@ def build_parser() -> Parser:
     parser.add_argument("--task", nargs="+", required=True, metavar="NAME", help="one or more of those below")
     parser.add_argument("--list", action=ListTasks, nargs=0, help="print the tasks and exit")
     parser.add_argument("--policy", action="append", metavar="P", help="repeatable (default: full, then fastkv)")
-    parser.add_argument(
-        "--length", type=int, nargs="+", metavar="N", help="prompts of N tokens (default 1024 2048 4096, as fits)"
-    )
-    parser.add_argument(
-        "--depth",
-        type=float,
-        nargs="+",
-        default=DEFAULT_DEPTHS,
-        metavar="D",
-        help="where a single needle lies, 0 to 1 (0 0.25 0.5 0.75 1)",
-    )
+    add_text_flags(parser)
     parser.add_argument(
         "--examples",
         type=int,
         metavar="N",
         help="of each task, length and depth (5); of a LongBench dataset the first N (all)",
     )
-    parser.add_argument("--seed", type=int, default=0, metavar="S", help="fixes every text (0)")
     parser.add_argument("--max-tokens", type=int, metavar="N", help="of an answer (default: the task's own)")
     parser.add_argument("--qa-file", type=Path, metavar="FILE", help="questions of task qa")
     parser.add_argument("--longbench", type=Path, metavar="FOLDER", help="your copy of LongBench")

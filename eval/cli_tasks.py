@@ -11,13 +11,7 @@ from typing import TYPE_CHECKING
 from fastkv.cli_flags import DONE, INTERRUPTED
 from fastkv.errors import FastKVError, check_integer, check_number
 from fastkv.eval.cli import say
-from fastkv.eval.cli_flags import (
-    DEFAULT_DEPTHS,
-    DEFAULT_EXAMPLES,
-    DEFAULT_LENGTHS,
-    DEFAULT_POLICIES,
-    build_parser,
-)
+from fastkv.eval.cli_flags import DEFAULT_EXAMPLES, DEFAULT_LENGTHS, DEFAULT_POLICIES
 from fastkv.eval.contenders import Contender, parse_contenders
 from fastkv.eval.example import Task
 from fastkv.eval.tasks import build_tasks
@@ -164,19 +158,3 @@ def say_written(args: argparse.Namespace, paths: Iterable[Path]) -> None:
     for path in paths:
         if not args.quiet:
             say(f"wrote {path}")
-
-
-__all__ = [
-    "DEFAULT_DEPTHS",
-    "DEFAULT_EXAMPLES",
-    "DEFAULT_LENGTHS",
-    "DEFAULT_POLICIES",
-    "ask",
-    "build_parser",
-    "check",
-    "load",
-    "plan_of",
-    "run",
-    "say_missing",
-    "say_written",
-]

@@ -13,7 +13,8 @@ from pathlib import Path
 from fastkv.cli_flags import add_machine_flags
 from fastkv.errors import FastKVError, check_choice
 from fastkv.eval.cli import Parser
-from fastkv.eval.cli_tasks import DEFAULT_DEPTHS, DEFAULT_EXAMPLES, ask, check, load, plan_of, say_missing, say_written
+from fastkv.eval.cli_flags import DEFAULT_EXAMPLES, add_text_flags
+from fastkv.eval.cli_tasks import ask, check, load, plan_of, say_missing, say_written
 from fastkv.eval.tasks import NAMES, build_tasks
 
 EPILOG = """\
@@ -45,12 +46,8 @@ def build_parser() -> Parser:
     tasks.add_argument(
         "--task", nargs="+", default=["niah_single"], metavar="NAME", help="of fastkv-eval --list (niah_single)"
     )
-    tasks.add_argument("--length", type=int, nargs="+", metavar="N", help="tokens (default 1024 2048 4096, as fits)")
-    tasks.add_argument(
-        "--depth", type=float, nargs="+", default=DEFAULT_DEPTHS, metavar="D", help="0 to 1 (0 0.25 0.5 0.75 1)"
-    )
+    add_text_flags(tasks)
     tasks.add_argument("--examples", type=int, metavar="N", help=f"of each task, length and depth ({DEFAULT_EXAMPLES})")
-    tasks.add_argument("--seed", type=int, default=0, metavar="S", help="fixes every text (0)")
     tasks.add_argument("--max-tokens", type=int, metavar="N", help="of an answer (default: the task's own)")
     tasks.add_argument("--qa-file", type=Path, metavar="FILE", help="questions of task qa")
     tasks.add_argument("--chat", action="store_true", help="put prompts into the model's chat template")

@@ -12,7 +12,7 @@ from fastkv import __version__
 from fastkv.engine.files import write_atomically
 from fastkv.errors import FastKVError
 from fastkv.eval.header import fingerprint
-from fastkv.eval.layer_table import markdown
+from fastkv.eval.table import markdown
 
 if TYPE_CHECKING:
     from fastkv.engine.llm import LLM

@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING
 from fastkv.cli_flags import DONE, add_machine_flags
 from fastkv.errors import FastKVError, check_choice, check_integer, check_number
 from fastkv.eval.cli import Parser
-from fastkv.eval.cli_tasks import DEFAULT_DEPTHS, DEFAULT_EXAMPLES, DEFAULT_LENGTHS
+from fastkv.eval.cli_flags import DEFAULT_EXAMPLES, add_text_flags
+from fastkv.eval.cli_tasks import load, plan_of
 from fastkv.eval.tasks import NAMES, build_tasks
 from fastkv.eval.tasks.longbench import is_longbench
 
@@ -45,10 +46,7 @@ def build_parser() -> Parser:
         metavar="NAME",
         help=f"what is to be copied: {', '.join(COPYING)} (default niah_single)",
     )
-    parser.add_argument("--length", type=int, nargs="+", metavar="N", help="tokens (default 1024 2048 4096, as fits)")
-    parser.add_argument(
-        "--depth", type=float, nargs="+", default=DEFAULT_DEPTHS, metavar="D", help="0 to 1 (0 0.25 0.5 0.75 1)"
-    )
+    add_text_flags(parser)
     parser.add_argument(
         "--examples",
         type=int,
@@ -56,11 +54,11 @@ def build_parser() -> Parser:
         metavar="N",
         help=f"of each task, length and depth ({DEFAULT_EXAMPLES})",
     )
-    parser.add_argument("--seed", type=int, default=0, metavar="S", help="fixes every text (0)")
     parser.add_argument("--chat", action="store_true", help="put prompts into the model's chat template")
     machine = parser.add_argument_group("machine")
     add_machine_flags(machine)
     machine.add_argument("--quiet", action="store_true", help="no progress line")
+    parser.set_defaults(max_tokens=None, longbench_tokens=None)
     return parser
 
 
@@ -69,19 +67,12 @@ def main(argv: list[str]) -> int:
     args = build_parser().parse_args(argv)
     _check(args)
 
-    import torch
-
-    from fastkv.engine.llm import LLM
     from fastkv.eval.head_report import content, left_out_line, table, write_scores
     from fastkv.eval.head_retrieval import head_scores, watch_copying
     from fastkv.eval.layer_progress import Progress
-    from fastkv.models.hub import model_folder
 
-    if args.threads is not None:
-        torch.set_num_threads(args.threads)
-    folder = model_folder(args.model, args.revision)
-    llm = LLM(folder, dtype=args.dtype, device=args.device)
-    plan = _plan(args, llm.config.context_length)
+    llm, folder = load(args)
+    plan = plan_of(args, build_tasks(args.task), llm.config.context_length)
     with Progress(None if args.quiet else sys.stderr) as progress:
         needles, left_out = _needles(llm, plan, args.chat, progress.show)
         parts = []
@@ -143,17 +134,6 @@ def _may_be_replaced(path: Path) -> bool:
     except OSError as error:
         raise FastKVError(f"--output {path}: cannot be read ({error.strerror})") from None
     return not beginning or KIND.encode() in beginning
-
-
-def _plan(args: argparse.Namespace, context: int) -> Plan:
-    from fastkv.eval.runner import Plan
-
-    tasks = build_tasks(args.task)
-    answer = max(task.max_new_tokens for task in tasks)
-    lengths = args.length or [length for length in DEFAULT_LENGTHS if length + answer <= context]
-    if not lengths:
-        raise FastKVError(f"the context is {context} tokens; say what fits it", setting="length")
-    return Plan(tuple(tasks), tuple(sorted(set(lengths))), tuple(sorted(set(args.depth))), args.examples, args.seed)
 
 
 def _needles(llm: LLM, plan: Plan, chat: bool, show: Callable[[str, int, int], None]) -> tuple[list[Needle], int]:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from fastkv.eval.layer_advice import Setting, settled_layers
 from fastkv.eval.layer_check import Result
 from fastkv.eval.statistics import Estimate, mean_estimate, paired_estimate
+from fastkv.eval.table import markdown
 
 if TYPE_CHECKING:
     from fastkv.eval.layer_importance import Importance
@@ -68,12 +69,6 @@ def check_table(full: Result, checked: Sequence[Checked]) -> str:
         _check_row(one.setting.label, one.setting.work, one.result, default, groups, one.verdict) for one in checked
     ]
     return f"{markdown(header, rows)}\n{CONTINUATIONS if diverging else ANSWERS}{CHECK_NOTE}"
-
-
-def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table."""
-    lines = [header, ["---"] * len(header), *rows]
-    return "".join(f"| {' | '.join(cell.replace('|', '¦') for cell in line)} |\n" for line in lines)
 
 
 def _over_later(importance: Importance, what: str) -> list[list[str]]:

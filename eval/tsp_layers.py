@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 from fastkv.cli_flags import DONE, add_machine_flags
 from fastkv.errors import FastKVError, check_choice, check_integer, check_number
 from fastkv.eval.cli import Parser
-from fastkv.eval.cli_tasks import DEFAULT_DEPTHS, DEFAULT_EXAMPLES, DEFAULT_LENGTHS
+from fastkv.eval.cli_flags import DEFAULT_DEPTHS, DEFAULT_EXAMPLES, DEFAULT_LENGTHS
+from fastkv.eval.cli_tasks import load
 from fastkv.eval.contenders import parse_contenders
 from fastkv.eval.tasks import NAMES, build_tasks
 
@@ -71,9 +72,6 @@ def main(argv: list[str]) -> int:
     tasks = build_tasks(args.task, args.qa_file) if args.task else []
     policy = _policy(args)
 
-    import torch
-
-    from fastkv.engine.llm import LLM
     from fastkv.eval.layer_advice import RULE, candidates, default_setting
     from fastkv.eval.layer_importance import mean, measure
     from fastkv.eval.layer_progress import Progress
@@ -81,9 +79,7 @@ def main(argv: list[str]) -> int:
     from fastkv.eval.layer_search import search
     from fastkv.eval.layer_table import check_table, importance_tables
 
-    if args.threads is not None:
-        torch.set_num_threads(args.threads)
-    llm = LLM(args.model, dtype=args.dtype, device=args.device, revision=args.revision)
+    llm, _ = load(args)
     policy = _policy(args, llm.config.n_layers)
     if llm.config.n_layers < 2:
         raise FastKVError("the model has one layer: there is none behind it to save work in", setting="model")
