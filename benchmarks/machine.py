@@ -15,14 +15,18 @@ from fastkv import LLM
 
 def machine(llm: LLM) -> dict[str, Any]:
     """Date, device, dtype and versions, as they go into a result."""
-    on_gpu = llm.device.type == "cuda"
+    return {**device_and_versions(llm.device), "dtype": str(llm.dtype).removeprefix("torch.")}
+
+
+def device_and_versions(device: torch.device) -> dict[str, Any]:
+    """The same where there is no model."""
+    on_gpu = device.type == "cuda"
     threads = torch.get_num_threads()
     on_cpu = f"{_cpu_name()}, {threads} thread{'s' if threads > 1 else ''}"
     return {
         "date": date.today().isoformat(),
-        "device": torch.cuda.get_device_name(llm.device) if on_gpu else on_cpu,
+        "device": torch.cuda.get_device_name(device) if on_gpu else on_cpu,
         "on_gpu": on_gpu,
-        "dtype": str(llm.dtype).removeprefix("torch."),
         "fastkv": fastkv.__version__,
         "torch": torch.__version__,
         "python": platform.python_version(),

@@ -30,12 +30,17 @@ MODULES = (
     "command",
     "contestants",
     "cost",
+    "device_ceilings",
+    "gpu_suite",
     "kernels",
     "latency",
     "machine",
     "peer",
     "plot",
     "selection",
+    "suite_record",
+    "suite_steps",
+    "synthetic",
     "table",
 )
 
@@ -553,3 +558,63 @@ def test_who_multiplies(benchmarks: Any, monkeypatch: pytest.MonkeyPatch, capsys
     monkeypatch.setattr(choices, "onednn_product", lambda: None)
     choices.products()
     assert len(capsys.readouterr().out.splitlines()) == 1
+
+
+SUITE = ["--device", "cpu", "--scale", "0.001", "--model"]
+
+
+def test_the_suite_for_a_gpu_runs_anywhere(
+    benchmarks: Any,
+    archive_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Each figure says what ran; a case that fails, or that has no time left, is told and ends nothing."""
+    argv = ["--out", str(tmp_path), *SUITE, str(archive_folder), "--steps"]
+    steps = ["ceilings", "decode", "first", "profiles", "million"]
+    shares = [benchmarks.kernels.Share("mm", 3, 1.0), benchmarks.kernels.Share("add", 5, 0.5)]
+    monkeypatch.setattr(benchmarks.suite_steps, "profiled", lambda work, device: (work(), (2.0, shares))[1])
+    before = list(sys.path)
+    assert benchmarks.gpu_suite.main([*argv, *steps]) == 0
+    assert sys.path == before
+    printed = capsys.readouterr().out
+    (saved,) = (json.loads(path.read_text()) for path in tmp_path.glob("*-gpu-suite.json"))
+    assert (saved["torch"], saved["weights"]) == (torch.__version__, "random")
+    assert "--steps ceilings decode" in saved["command"]
+    figures = {(each["step"], each["case"]): each for each in saved["figures"]}
+    assert {step for step, _ in figures} == set(steps)
+    several = figures["decode", "fastkv 128K x 4"]
+    assert (several["status"], several["batch"], several["context"], several["graphs"]) == ("done", 4, 131, False)
+    assert len(several["intervals_ms"]) == 48
+    assert several["tokens_per_s"] == pytest.approx(4e3 / several["step_ms"])
+    copy = figures["ceilings", "copy"]["bytes_per_s"]
+    assert several["of_copy"] == pytest.approx(several["gb_per_s"] * 1e9 / copy)
+    assert figures["first", "full 8K auto"]["attention"].startswith("flash_attention x ")
+    assert (figures["first", "full 8K cudnn"]["status"], figures["million", "512K"]["status"]) == ("failed", "skipped")
+    profile = figures["profiles", "prefill fastkv 8K"]
+    assert (profile["idle_share"], profile["calls"], len(profile["kernels"])) == (0.25, 8, 2)
+    assert "million | 1,000 first token | running: ttft_s" in printed
+    assert printed.splitlines()[-1].startswith("done after ")
+
+    assert benchmarks.gpu_suite.main([*argv, "ceilings", "--deadline", "0"]) == 0
+    (saved,) = (json.loads(path.read_text()) for path in tmp_path.glob("*-gpu-suite.json"))
+    assert {each["status"] for each in saved["figures"]} == {"skipped"}
+    assert benchmarks.gpu_suite.main([*argv, "everything"]) == 2
+    assert "a step must be one of tests, ceilings" in capsys.readouterr().err
+
+
+def test_random_caches_are_as_long_as_a_prefill_leaves_them(benchmarks: Any, dummy: LLM) -> None:
+    """Entries, positions and tokens to come: all but the values is what the engine itself would decode on."""
+    for policy in (FullKV(), FastKV()):
+        with benchmarks.synthetic.Texts(dummy, policy, 400, 1, 3) as texts:
+            (state,) = texts._rows._rows.values()
+            real = dummy.prefill(list(range(3, 403)), policy, max_tokens=4).cache
+            assert torch.equal(state.cache.lengths, real.lengths)
+            assert torch.equal(state.cache.next_position, real.next_position)
+            assert [buffer.shape for buffer in state.cache.k] == [buffer.shape for buffer in real.k]
+            texts.step()
+            assert torch.equal(state.cache.lengths, real.lengths + 1)
+            assert state.cache.k[0][:, :, : real.kept[0]].std() > 0.9
+    out = dummy.generate(list(range(3, 403)), SamplingParams(max_tokens=2), FullKV())  # the engine is as it was
+    assert out.metrics.kv_entries == out.metrics.kv_full_entries

@@ -1,0 +1,413 @@
+"""The steps of gpu_suite.py: names, cases, how long each is expected to take on an H100, and what it measures.
+
+A case is what is guarded, skipped and recorded on its own. Estimates, in seconds, are for an 8B model on an H100; a
+step's first case carries what the step begins with.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from argparse import Namespace
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import device_ceilings
+import synthetic
+import torch
+from contestants import Contestant, engine, measure, random_prompts, transformers
+from cost import wait_for
+from kernels import lines, profiled
+from selection import timed
+from suite_record import Record
+
+from fastkv import LLM, SamplingParams
+from fastkv.cache.policies import POLICIES
+from fastkv.cache.policy import Policy, plan_layers
+from fastkv.engine.cost import decode_bytes
+from fastkv.engine.device import resolve_dtype
+from fastkv.models.config import ModelConfig
+from fastkv.models.presets import PRESETS
+
+K = 1024
+ROOT = Path(__file__).resolve().parent.parent
+SHORTEST = 64  # tokens of a context, however small the scale is
+
+
+@dataclass(frozen=True)
+class Case:
+    """One figure or several that belong together. seconds: the estimate."""
+
+    name: str
+    seconds: float
+    run: Callable[[], dict[str, Any]]
+
+
+class Suite:
+    """What the cases share: the settings, the record, the time that is left, and a model once somebody asks for it."""
+
+    def __init__(self, args: Namespace, device: torch.device, record: Record, ends_at: float) -> None:
+        self.args, self.device, self.record = args, device, record
+        self._ends_at = ends_at
+        self._llm: LLM | None = None
+
+    @property
+    def llm(self) -> LLM:
+        if self._llm is None:
+            self._llm = LLM(self.args.model, device=self.device, dtype=self.args.dtype, load_format="dummy")
+            wait_for(self.device)
+        return self._llm
+
+    @property
+    def config(self) -> ModelConfig:
+        known = self.args.model in PRESETS
+        return PRESETS[self.args.model] if known else ModelConfig.from_pretrained(Path(self.args.model))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return resolve_dtype(self.args.dtype, self.config.dtype or "float32", self.device)
+
+    @property
+    def left(self) -> float:
+        """Seconds before the deadline."""
+        return self._ends_at - time.monotonic()
+
+    def tokens(self, context: int) -> int:
+        """That many, scaled as the command says."""
+        return max(SHORTEST, round(context * self.args.scale))
+
+    def clean(self) -> None:
+        """No buffers of an earlier case, so that a peak belongs to one case alone."""
+        if self._llm is not None:
+            self._llm.free_buffers()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def child(self, argv: list[str], limit: float) -> tuple[int | None, str]:
+        """Run another Python for at most `limit` seconds: its exit status (None: it was ended) and what it printed."""
+        self.clean()
+        with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as output:
+            process = subprocess.Popen(
+                [sys.executable, *argv], cwd=ROOT, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
+            )
+            try:
+                status: int | None = process.wait(limit)
+            except subprocess.TimeoutExpired:
+                status = None
+            finally:
+                if process.poll() is None:
+                    os.killpg(process.pid, signal.SIGKILL)  # with the compilers that it has started
+                    process.wait()
+            output.seek(0)
+            return status, output.read()
+
+
+class NotNeededError(Exception):
+    """A case has nothing left to tell."""
+
+
+def gpu_tests(suite: Suite) -> dict[str, Any]:
+    """The tests that only a GPU can run, in a process of their own; the whole output goes into a file."""
+    argv = ["-m", "pytest", "-q", "-rfE", "--tb=short", "--durations=8", "-p", "no:cacheprovider", "tests/gpu"]
+    status, output = suite.child(argv, max(5.0, min(120.0, suite.left)))
+    name = f"{suite.record.about['date']}-gpu-tests.txt"
+    (suite.record.folder / name).write_text(output, encoding="utf-8")
+    kept = [line for line in output.splitlines() if line.startswith(("FAILED", "ERROR")) or " passed" in line]
+    said = kept or output.splitlines()[-3:]
+    for line in said:
+        suite.record.say(f"    {line}")
+    return {"exit_status": status, "summary": said, "output": name}
+
+
+def load(suite: Suite) -> dict[str, Any]:
+    """How long random weights take."""
+    started = time.perf_counter()
+    llm = suite.llm
+    weights = sum(each.nbytes for each in llm.model.parameters())
+    return {"seconds": time.perf_counter() - started, "weight_bytes": weights}
+
+
+def ceilings(suite: Suite) -> Iterator[Case]:
+    """Copy, product, matrices of one token, and both fast attentions."""
+    config, device, dtype = suite.config, suite.device, suite.dtype
+    yield Case("copy", 2, partial(device_ceilings.copy_bandwidth, device))
+    yield Case("product", 1, partial(device_ceilings.product_speed, device, dtype))
+
+    def one_token(shape: tuple[int, int]) -> dict[str, Any]:
+        return device_ceilings.matrix_vector(
+            shape, device, dtype, suite.record.figure("ceilings", "copy", "bytes_per_s")
+        )
+
+    for name, shape in device_ceilings.matrices_of(config).items():
+        yield Case(f"one token x {name}", 1, partial(one_token, shape))
+    for context, seconds in ((8, 1), (32, 1), (128, 3)):
+        for backend in ("flash", "cudnn"):
+            work = device_ceilings.attention_speed
+            n_tokens = suite.tokens(context * K)
+            yield Case(f"{backend} {context}K", seconds, partial(work, backend, n_tokens, config, device, dtype))
+
+
+def decoding(suite: Suite) -> Iterator[Case]:
+    """Steps on random caches: one text first, then several."""
+    shapes = [(context, 1) for context in (1, 8, 32, 128)] + [(32, 4), (128, 4), (32, 8)]
+    for context, batch in shapes:
+        for name in ("full", "fastkv"):
+            seconds = 1.5 + context * batch / 128
+            case = f"{name} {context}K x {batch}"
+            yield Case(case, seconds, partial(decode, suite, name, context * K, batch))
+
+
+def decode(suite: Suite, name: str, context: int, batch: int, cuda_graph: bool | None = None) -> dict[str, Any]:
+    """One of them."""
+    n_tokens, llm, policy = suite.tokens(context), suite.llm, POLICIES[name]()
+    with synthetic.switched(llm, cuda_graph=cuda_graph):
+        result = synthetic.decode(llm, policy, n_tokens, batch)
+    copy = suite.record.figure("ceilings", "copy", "bytes_per_s")
+    return decoded_figures(result, llm, policy, n_tokens, batch, copy)
+
+
+def decoded_figures(
+    result: synthetic.Decoded, llm: LLM, policy: Policy, context: int, batch: int, copy: float | None
+) -> dict[str, Any]:
+    """Speed, what had to be read for it, and what ran. copy: bytes/s of a copy, None where it is not known."""
+    step = statistics.median(result.intervals)
+    plans = plan_layers(policy, llm.config.n_layers, context)
+    read = decode_bytes(llm.config, plans, len(result.intervals) / 2, llm.dtype.itemsize, batch) / step
+    return {
+        "context": context,
+        "batch": batch,
+        "step_ms": 1e3 * step,
+        "tokens_per_s": batch / step,
+        "gb_per_s": read / 1e9,
+        **({} if copy is None else {"of_copy": read / copy}),
+        "slowest_step_ms": 1e3 * max(result.intervals),
+        "graphs": result.graphs,
+        "attention": result.attention,
+        "capture_s": result.capture_s,
+        "kv_gib": result.kv_bytes / 2**30,
+        "peak_bytes": result.peak_bytes,
+        "intervals_ms": [round(1e3 * each, 3) for each in result.intervals],
+    }
+
+
+def first_tokens(suite: Suite, attentions: tuple[str, ...], contexts: tuple[int, ...] = (32, 8)) -> Iterator[Case]:
+    """Shorter prompts, with the kernels that are named."""
+    for context in contexts:
+        for attention in attentions:
+            for name in ("fastkv", "full"):
+                case = f"{name} {context}K {attention}"
+                yield Case(case, 0.16 * context, partial(first_token, suite, name, context * K, attention, 2))
+
+
+def first_token(suite: Suite, name: str, context: int, attention: str, rounds: int) -> dict[str, Any]:
+    """Seconds to the first token: the median of `rounds` behind one run in which torch's choice of kernels is read."""
+    llm, policy, n_tokens = suite.llm, POLICIES[name](), suite.tokens(context)
+    params = SamplingParams(max_tokens=1, ignore_eos=True)
+    prompts = random_prompts(llm.config.vocab_size, n_tokens, 1)
+    with synthetic.switched(llm, attention=attention):
+        suite.clean()
+        with synthetic.attention_kernels() as seen:
+            warm_up = llm.generate(next(prompts)[0].tolist(), params, policy).metrics
+        runs = [llm.generate(next(prompts)[0].tolist(), params, policy).metrics for _ in range(rounds)]
+    return {
+        "context": n_tokens,
+        "ttft_s": statistics.median(run.ttft_s for run in runs),
+        "warm_up_s": warm_up.ttft_s,
+        "attention": ", ".join(f"{kernel} x {count}" for kernel, count in seen.items()),
+        "kv_bytes": runs[-1].kv_bytes,
+        "peak_bytes": runs[-1].peak_bytes,
+        "runs_s": [run.ttft_s for run in runs],
+    }
+
+
+def profile_decoding(suite: Suite) -> dict[str, Any]:
+    """The kernels of 16 steps behind a prompt of 1K."""
+    suite.clean()
+    llm, policy = suite.llm, POLICIES["fastkv"]()
+    with synthetic.switched(llm), synthetic.Texts(llm, policy, suite.tokens(K), 1, 48) as texts:
+        for _ in range(4):
+            texts.step()
+
+        def work() -> None:
+            for _ in range(16):
+                texts.step()
+
+        return profile(suite, "16 decode steps", work)
+
+
+def profile_prefill(suite: Suite, context: int) -> dict[str, Any]:
+    """The kernels of one prefill."""
+    suite.clean()
+    llm, policy = suite.llm, POLICIES["fastkv"]()
+    ids = next(random_prompts(llm.config.vocab_size, suite.tokens(context), 1))
+    if context < 128 * K:
+        llm.prefill(ids, policy)
+    return profile(suite, f"prefill of {ids.shape[1]:,} tokens", lambda: llm.prefill(ids, policy))
+
+
+def profile(suite: Suite, title: str, work: Callable[[], object]) -> dict[str, Any]:
+    """Print and return the costly kernels, and how much of the time the device did nothing."""
+    seconds, shares = profiled(work, suite.device)
+    busy = sum(share.seconds for share in shares)
+    for line in "\n".join(lines(title, seconds, shares, 20)).splitlines():
+        suite.record.say(line)
+    return {
+        "seconds": seconds,
+        "busy_s": busy,
+        "idle_share": 1 - busy / seconds,
+        "calls": sum(share.count for share in shares),
+        "kernels": [{"name": share.name, "calls": share.count, "seconds": share.seconds} for share in shares[:20]],
+    }
+
+
+def end_to_end(suite: Suite) -> Iterator[Case]:
+    """A prompt of 8K and 33 new tokens, through this engine and through the peer."""
+
+    def ours(name: str) -> Contestant:
+        return engine(suite.llm, POLICIES[name]())
+
+    makers: dict[str, Callable[[], Contestant]] = {
+        "fastkv": lambda: ours("fastkv"),
+        "full": lambda: ours("full"),
+        "transformers": lambda: transformers(suite.llm),
+    }
+    for name, seconds in (("fastkv", 4), ("full", 4), ("transformers", 20)):
+        yield Case(f"{name} 8K + 33", seconds, partial(answer, suite, makers[name]))
+
+
+def answer(suite: Suite, make: Callable[[], Contestant]) -> dict[str, Any]:
+    """Medians of two rounds behind one that does not count."""
+    suite.clean()
+    n_tokens = suite.tokens(8 * K)
+    prompts = random_prompts(suite.llm.config.vocab_size, n_tokens, 1)
+    samples = measure({"": make()}, prompts, 33, rounds=2, warm_ups=1)[""]
+    keys = ("ttft_s", "decode_tokens_per_s", "total_s")
+    medians = {key: statistics.median(getattr(sample, key) for sample in samples) for key in keys}
+    return {"context": n_tokens, **medians, "peak_bytes": samples[-1].peak_bytes}
+
+
+def compiled(suite: Suite) -> dict[str, Any]:
+    """Decoding by a model whose layers are compiled, in a process of its own: whatever it does, the run goes on."""
+    args, copy = suite.args, suite.record.figure("ceilings", "copy", "bytes_per_s")
+    model = args.model if args.model in PRESETS else str(Path(args.model).resolve())
+    argv = [str(ROOT / "benchmarks" / "compiled_decode.py"), model, "--device", str(suite.device)]
+    argv += ["--dtype", args.dtype, "--context", *(str(suite.tokens(context * K)) for context in (1, 128))]
+    argv += [] if copy is None else ["--copy", str(copy)]
+    status, output = suite.child(argv, max(5.0, min(150.0, suite.left)))
+    figures = [json.loads(line) for line in output.splitlines() if line.startswith("{")]
+    for each in figures:
+        suite.record.add("compiled", each.pop("case"), "done", **each)
+    if status != 0:
+        end = "ran out of time" if status is None else f"exit status {status}"
+        raise RuntimeError(f"{end}; {len(figures)} figures; last lines: " + " / ".join(output.splitlines()[-4:]))
+    return {"exit_status": status, "count": len(figures)}
+
+
+def selection(suite: Suite, context: int) -> dict[str, Any]:
+    """What choosing costs beside its layer."""
+    suite.clean()
+    select, layer = timed(suite.llm, suite.tokens(context), 1)
+    return {"selection_ms": 1e3 * select, "layer_ms": 1e3 * layer, "share": select / layer}
+
+
+def long_prompt(suite: Suite, context: int) -> dict[str, Any]:
+    """First token and decoding behind a very long prompt, told layer by layer; a shorter one only if none was done."""
+    done = [each for each in suite.record.entries if each["step"] == "million" and each["status"] == "done"]
+    if done:
+        raise NotNeededError("the longer one was measured")
+    suite.clean()
+    llm, n_tokens = suite.llm, suite.tokens(context)
+    ids = next(random_prompts(llm.config.vocab_size, n_tokens, 1))[0].tolist()
+    params, intervals = SamplingParams(max_tokens=33, ignore_eos=True), []
+
+    def tell(layer: int, seconds: float) -> None:
+        suite.record.say(f"    {n_tokens:,} tokens, layer {layer}: {seconds:.2f} s")
+
+    with synthetic.attention_kernels() as seen, synthetic.layer_times(llm, tell):
+        stream = llm.stream(ids, params, POLICIES["fastkv"]())
+        next(stream)
+        ttft = stream.output().metrics.ttft_s
+        suite.record.add("million", f"{n_tokens:,} first token", "running", ttft_s=ttft)
+        before = time.perf_counter()
+        for _ in stream:
+            now = time.perf_counter()
+            intervals.append(now - before)
+            before = now
+    metrics, step = stream.output().metrics, statistics.median(intervals)
+    return {
+        "context": n_tokens,
+        "ttft_s": ttft,
+        "step_ms": 1e3 * step,
+        "tokens_per_s": 1 / step,
+        "attention": ", ".join(f"{kernel} x {count}" for kernel, count in seen.items()),
+        "kv_bytes": metrics.kv_bytes,
+        "peak_bytes": metrics.peak_bytes,
+        "intervals_ms": [round(1e3 * each, 3) for each in intervals],
+    }
+
+
+def variants(suite: Suite) -> Iterator[Case]:
+    """8K in other ways: decoding without graphs, prefill with each attention."""
+    for name in ("full", "fastkv"):
+        yield Case(f"{name} 8K no graphs", 3, partial(decode, suite, name, 8 * K, 1, cuda_graph=False))
+    yield from first_tokens(suite, ("flash", "cudnn"), (8,))
+
+
+def tests(suite: Suite) -> Iterator[Case]:
+    yield Case("tests/gpu", 75, partial(gpu_tests, suite))
+
+
+def model(suite: Suite) -> Iterator[Case]:
+    yield Case("random weights", 12, partial(load, suite))
+
+
+def first_128k(suite: Suite) -> Iterator[Case]:
+    for name, seconds in (("fastkv", 18), ("full", 32)):
+        yield Case(f"{name} 128K auto", seconds, partial(first_token, suite, name, 128 * K, "auto", 1))
+
+
+def profiles(suite: Suite) -> Iterator[Case]:
+    yield Case("decode fastkv 1K", 6, partial(profile_decoding, suite))
+    for context, seconds in ((8, 4), (128, 20)):
+        yield Case(f"prefill fastkv {context}K", seconds, partial(profile_prefill, suite, context * K))
+
+
+def compiling(suite: Suite) -> Iterator[Case]:
+    yield Case("decode, torch.compile", 70, partial(compiled, suite))
+
+
+def selections(suite: Suite) -> Iterator[Case]:
+    for context, seconds in ((8, 2), (32, 5)):
+        yield Case(f"{context}K", seconds, partial(selection, suite, context * K))
+
+
+def million(suite: Suite) -> Iterator[Case]:
+    yield Case("1,000,000", 340, partial(long_prompt, suite, 1_000_000))
+    yield Case("512K", 110, partial(long_prompt, suite, 512 * K))
+
+
+# In the order in which they run
+STEPS: dict[str, Callable[[Suite], Iterator[Case]]] = {
+    "tests": tests,
+    "ceilings": ceilings,
+    "model": model,
+    "decode": decoding,
+    "first-128k": first_128k,
+    "first": partial(first_tokens, attentions=("auto", "cudnn")),
+    "profiles": profiles,
+    "peer": end_to_end,
+    "compiled": compiling,
+    "selection": selections,
+    "million": million,
+    "variants": variants,
+}
+ONLY_BY_NAME = ("variants",)
