@@ -573,6 +573,7 @@ def test_the_suite_for_a_gpu_runs_anywhere(
     """Each figure says what ran; a case that fails, or that has no time left, is told and ends nothing."""
     argv = ["--out", str(tmp_path), *SUITE, str(archive_folder), "--steps"]
     steps = ["ceilings", "decode", "first", "profiles", "million"]
+    monkeypatch.setattr(benchmarks.gpu_suite, "gc", SimpleNamespace(collect=lambda: None))  # slow among so many tests
     shares = [benchmarks.kernels.Share("mm", 3, 1.0), benchmarks.kernels.Share("add", 5, 0.5)]
     monkeypatch.setattr(benchmarks.suite_steps, "profiled", lambda work, device: (work(), (2.0, shares))[1])
     before = list(sys.path)
