@@ -106,7 +106,7 @@ def about_run(args: argparse.Namespace, argv: Sequence[str], device: Any) -> dic
         **device_and_versions(device),
         "cuda": torch.version.cuda,
         "cudnn": torch.backends.cudnn.version(),
-        "command": shlex.join(["python3", "benchmarks/gpu_suite.py", *argv]),
+        "command": shlex.join(["python3", "benchmarks/gpu_suite.py", *hidden_folder(argv)]),
         "model": args.model,
         "weights": "random",
         "scale": args.scale,
@@ -118,6 +118,11 @@ def about_run(args: argparse.Namespace, argv: Sequence[str], device: Any) -> dic
         with suppress(subprocess.TimeoutExpired):
             about["nvidia_smi"] = subprocess.run(query, capture_output=True, text=True, timeout=20).stdout.strip()
     return about
+
+
+def hidden_folder(argv: Sequence[str]) -> list[str]:
+    """The arguments, without where this machine keeps its results."""
+    return ["FOLDER" if before == "--out" else each for before, each in zip(["", *argv], argv, strict=False)]
 
 
 def measure(suite: Suite, step: str, case: Case) -> None:

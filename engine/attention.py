@@ -22,9 +22,10 @@ BACKENDS = {
     "math": SDPBackend.MATH,
 }
 AUTO = "auto"
-# On a GPU, cuDNN is reported to be the faster for long prompts, but prepares itself for every new shape (0.4 s, by
-# reports): worth it from about here on. Not measured.
-_CUDNN_FROM = 65_536  # tokens
+# On a GPU, cuDNN is the faster one (on an H200 1.9 times at 8K and 32K, 1.7 times at 128K), but prepares itself for
+# every new length: 0.03 to 0.2 s a prompt, which is more than it saves at 8K and less at 32K
+# (benchmarks/results/2026-11-27-gpu-h200-before.txt).
+_CUDNN_FROM = 16_384  # tokens
 _WITHOUT_CUDNN = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 _QUERY_BLOCK = 512  # queries whose mask is held at a time, where attention needs one
