@@ -1,143 +1,165 @@
-"""The KV cache of one request: every layer's slots, preallocated for the kept entries and the tokens to come.
-
-A slot is a place in a buffer; a position is a token's place in the text. Keys are stored rotated by their position,
-so the order of the slots means nothing.
-"""
+"""KVCache: the handle of a sequence in a pool. It may outlive the request that filled it, and go on, or back."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from fastkv.cache.storage import KVStorage, bucket, round_up
+from fastkv.cache.layer import Kept, KVLayer, Part
+from fastkv.cache.pool import KVPool, round_up
 from fastkv.errors import FastKVError
-
-if TYPE_CHECKING:
-    from fastkv.cache.ragged import RaggedEntries
 
 
 class KVCache:
-    """Keys and values of L layers, `k[l]` and `v[l]`: [B, Hkv, C_l, D] with C_l slots, zeros where unused.
+    """What B sequences of one length have left behind: their slots in a pool, and where they have come to.
 
-    Filled by `load` (once a layer, at the prefill), then by `append` (each layer) and `advance` (once) a decode step.
-    `kept[l]` is the number of entries that layer l loaded and `appended` the steps since: the live length on the host.
-    `lengths` int64 [L, B, Hkv] and `next_position` int64 [B] say the same on the device.
+    position: the next token's, an int; the device has it too (KVPool.next_position). Positions from `position_limit`
+    on are beyond what the model can tell apart. room: tokens that can still be appended.
+    whole_from: the position from which on every layer holds every token; what stands before it was chosen by a policy.
 
-    The slots are its own, or the first ones of a `storage` that holds at least `capacities(kept, max_tokens)`. What is
-    loaded may be less than the `kept` that it was made for. Heads of different lengths are a RaggedKVCache's.
+    Filled by a prefill: `begin`, for each layer `store` or `extend`, then `end`. Each decode step then appends to every
+    layer and calls `advance`.
     """
 
-    ragged: ClassVar[bool] = False
-
-    def __init__(
-        self,
-        kept: list[int],
-        max_tokens: int,
-        *,
-        batch: int,
-        n_kv_heads: int,
-        head_dim: int,
-        position: int,
-        position_limit: int,
-        dtype: torch.dtype,
-        device: torch.device,
-        storage: KVStorage | None = None,
-    ) -> None:
-        self.kept = list(kept)
-        self.n_kv_heads, self.head_dim = n_kv_heads, head_dim
-        self.appended = 0
-        self.max_tokens = max_tokens
-        self.prompt_tokens = position
-        self.position_limit = position_limit  # positions from here on are beyond what the model can tell apart
-        slots = self.capacities(kept, max_tokens)
-        if storage is None:
-            storage = KVStorage.allocate(slots, batch, n_kv_heads, head_dim, dtype=dtype, device=device)
-        self.storage = storage
-        storage.start(kept, [bucket(count) for count in slots], position)
-        self.k = [buffer[:, :, :count] for buffer, count in zip(storage.k, slots, strict=True)]
-        self.v = [buffer[:, :, :count] for buffer, count in zip(storage.v, slots, strict=True)]
-
-    @property
-    def lengths(self) -> Tensor:
-        return self.storage.lengths
-
-    @property
-    def next_position(self) -> Tensor:
-        return self.storage.next_position
+    def __init__(self, pool: KVPool, slots: range, room: int, position_limit: int) -> None:
+        self.pool, self.slots = pool, slots
+        self.room, self.position_limit = room, position_limit
+        self.position = self.whole_from = 0
+        self._chosen: list[Tensor | None] = [None] * len(pool.layers)  # int64 [B, Hkv, n], before whole_from
+        self._unfinished, self._whole = False, True
 
     @property
     def batch(self) -> int:
-        return self.next_position.shape[0]
+        return len(self.slots)
+
+    @property
+    def layers(self) -> Sequence[KVLayer]:
+        return self.pool.layers
 
     @property
     def nbytes(self) -> int:
         """Bytes of its slots for keys and values."""
-        return sum(buffer.nbytes for buffer in [*self.k, *self.v])
-
-    @staticmethod
-    def capacities(kept: list[int], max_tokens: int) -> list[int]:
-        """Slots of each layer: for the entries kept and the tokens to come, rounded up."""
-        return [round_up(entries + max_tokens) for entries in kept]
-
-    @staticmethod
-    def size_of(kept: list[int], max_tokens: int, n_kv_heads: int, head_dim: int) -> int:
-        """Values that a cache for one prompt holds room for, K and V over all layers."""
-        return sum(2 * n_kv_heads * slots * head_dim for slots in KVCache.capacities(kept, max_tokens))
+        return self.pool.nbytes // self.pool.n_slots * self.batch
 
     @property
-    def spans(self) -> list[int]:
-        """For each layer a number of slots that no head exceeds, the same for every text of this size."""
-        return [buffer.shape[2] for buffer in self.k]
+    def next_position(self) -> Tensor:
+        """int64 [B], on the device."""
+        return self.pool.next_position[self.slots.start : self.slots.stop]
+
+    @property
+    def lengths(self) -> Tensor:
+        """int64 [L, B, Hkv], on the device: live entries of each head."""
+        return self.pool.lengths[:, self.slots.start : self.slots.stop]
+
+    def count(self, layer: int) -> int:
+        """Live entries of the longest head of a layer."""
+        return self.layers[layer].count(self.slots[0])
 
     @property
     def entries(self) -> int:
-        """Entries of the prompt that were kept of each text, over all layers and heads."""
-        return self.n_kv_heads * sum(self.kept)
+        """Live entries of each sequence, over all layers and heads."""
+        return sum(layer.entries(self.slots[0]) for layer in self.layers)
 
-    def length(self, layer: int) -> int:
-        """Entries that `layer` holds for each KV head."""
-        return self.kept[layer] + self.appended
+    def positions(self, layer: int) -> Tensor:
+        """The positions of the live entries of a layer: int64 [B, Hkv, n], ascending.
 
-    def load(self, layer: int, k: Tensor, v: Tensor, entries: Tensor | RaggedEntries | None) -> None:
-        """Store what the prefill keeps of k and v [B, Hkv, T, D]: the `entries` int64 [B, Hkv, n], or all (None)."""
-        assert entries is None or isinstance(entries, Tensor), "ragged entries belong into a RaggedKVCache"
-        count = (k if entries is None else entries).shape[2]
-        spare = slice(count, self.kept[layer])  # planned for entries, so it was not cleared
-        self.k[layer][:, :, spare].zero_()
-        self.v[layer][:, :, spare].zero_()
-        self.kept[layer] = count
-        if entries is None:
-            self.k[layer][:, :, :count] = k
-            self.v[layer][:, :, :count] = v
-        else:
-            index = entries.unsqueeze(-1).expand(-1, -1, -1, k.shape[-1])
-            self.k[layer][:, :, :count] = k.gather(2, index)
-            self.v[layer][:, :, :count] = v.gather(2, index)
-        self.lengths[layer] = count
-
-    def check_room(self) -> None:
-        """Raise FastKVError unless one more token fits into the buffers and into the model's context."""
-        if self.appended >= self.max_tokens:
-            raise FastKVError(
-                f"the cache is full: it has room for max_tokens={self.max_tokens} tokens behind the prompt"
-            )
-        if self.prompt_tokens + self.appended >= self.position_limit:
-            raise FastKVError(f"the text has reached the limit of {self.position_limit} tokens")
-
-    def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Write one token's k and v [B, Hkv, 1, D] into the next slot of `layer`.
-
-        Returns views on all of the layer's live entries, the new one included: [B, Hkv, n, D] each.
+        Where heads keep different numbers, -1 stands after the chosen ones of a shorter head.
         """
-        slot = self.length(layer)
-        self.k[layer][:, :, slot : slot + 1] = k
-        self.v[layer][:, :, slot : slot + 1] = v
-        return self.k[layer][:, :, : slot + 1], self.v[layer][:, :, : slot + 1]
+        heads = self.pool.shape.n_kv_heads
+        whole = torch.arange(self.whole_from, self.position, device=self.pool.device).expand(self.batch, heads, -1)
+        chosen = self._chosen[layer]
+        return whole if chosen is None else torch.cat((chosen, whole), dim=2)
 
-    def advance(self) -> None:
-        """End a decode step: every layer has appended its token."""
-        self.appended += 1
-        self.storage.lengths.add_(1)
-        self.storage.next_position.add_(1)
+    def read(self, layer: int) -> list[Part]:
+        """The live entries of a layer: see KVLayer.read."""
+        return self.layers[layer].read(self.slots)
+
+    # --- a prefill ---
+
+    def check_usable(self) -> None:
+        """Raise FastKVError if a prefill of this cache was never finished: its layers do not belong together."""
+        if self._unfinished:
+            raise FastKVError("the cache was left by a prefill that failed; start with a new one")
+
+    def begin(self, whole: bool) -> None:
+        """A prefill begins: until `end` the layers do not belong together. whole: each will keep every new token."""
+        self._unfinished, self._whole = True, whole
+
+    def store(self, layer: int, k: Tensor, v: Tensor, kept: Kept, positions: Tensor) -> None:
+        """Replace a layer's entries by the `kept` of k and v [B, Hkv, T, D], which stand at `positions` [B, Hkv, n]."""
+        self.layers[layer].store(self.slots, k, v, kept, self.room)
+        if not self._whole:
+            self._chosen[layer] = positions
+
+    def extend(self, layer: int, k: Tensor, v: Tensor, positions: Tensor) -> None:
+        """Add the entries k and v [B, Hkv, T, D], at `positions` int64 [B, T], to a layer."""
+        if not self._whole:
+            before = self.positions(layer)
+            new = positions.unsqueeze(1).expand(-1, before.shape[1], -1)
+            self._chosen[layer] = torch.cat((before, new), dim=2)
+        self.layers[layer].extend(self.slots, k, v, self.pool.places(self.slots, k.shape[2])[layer])
+
+    def end(self, position: int, room: int) -> None:
+        """The prefill is done: the next token stands at `position`, and there is `room` for more."""
+        if not self._whole:
+            self.whole_from = position
+        self.position, self.room = position, room
+        self.next_position.fill_(position)
+        self._unfinished = False
+
+    # --- decode steps ---
+
+    def check_room(self, count: int = 1) -> None:
+        """Raise FastKVError unless `count` more tokens fit into the buffers and into the model's context."""
+        if count > self.room:
+            raise FastKVError(
+                f"the cache is full: it has room for {self.room} more tokens, not {count}; prefill with more max_tokens"
+            )
+        if self.position + count > self.position_limit:
+            raise FastKVError(f"the sequence has reached the limit of {self.position_limit} tokens")
+
+    def advance(self, count: int = 1, on_device: bool = True) -> None:
+        """End a step of `count` tokens. on_device: False where a graph has counted there itself."""
+        self.position += count
+        self.room -= count
+        if on_device:
+            self.pool.advance(self.slots, count)
+        else:
+            self.pool.count_on_host(self.slots, count)
+
+    def truncate(self, count: int) -> None:
+        """Forget the last `count` tokens, as if they had never been.
+
+        Raises FastKVError where a policy has chosen among them: what it dropped for them cannot come back.
+        """
+        if not 0 <= count <= self.position - self.whole_from:
+            raise FastKVError(
+                f"the cache can forget its last {self.position - self.whole_from} tokens, not {count}: "
+                "what stands before them was compressed, or never there"
+            )
+        for layer in self.layers:
+            layer.truncate(self.slots, count)
+        self.position -= count
+        self.room += count
+        self.next_position.fill_(self.position)
+
+    def make_room(self, capacities: Sequence[int], new: int) -> None:
+        """Let each layer have room for `capacities` entries, and each head for `new` tokens after its own.
+
+        Where the pool is too small, the entries move to a new one, which is this cache's alone.
+        """
+        fits = all(wanted <= there for wanted, there in zip(capacities, self.pool.capacities, strict=True))
+        if fits and new <= self.room:
+            return
+        old = self.pool
+        counts = [layer.count(self.slots[0]) for layer in old.layers]
+        sizes = [max(wanted, round_up(count)) for wanted, count in zip(capacities, counts, strict=True)]
+        self.pool = KVPool(old.layout, sizes, self.batch, old.shape, old.device)
+        slots = self.pool.take_all()
+        for layer, before in zip(self.pool.layers, old.layers, strict=True):
+            for slot, old_slot in zip(slots, self.slots, strict=True):
+                layer.restore(slot, before.state(old_slot), new)
+        self.slots = slots
+        self.next_position.fill_(self.position)

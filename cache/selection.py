@@ -1,13 +1,15 @@
-"""From scores to indices: which tokens stay. Indices count within the tokens that a layer saw, ascending."""
+"""From scores to indices: which entries and tokens stay. Indices count within what a layer saw, ascending."""
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 
 def select_entries(scores: Tensor, count: int, window: int) -> Tensor:
-    """The `count` tokens that each KV head keeps: its best-scored ones and the last `window`.
+    """The `count` entries that each KV head keeps: its best-scored ones and the last `window`.
 
     scores: [B, Hkv, T - window]; window <= count < T. Returns int64 [B, Hkv, count].
     """
@@ -15,7 +17,7 @@ def select_entries(scores: Tensor, count: int, window: int) -> Tensor:
 
 
 def select_tokens(scores: Tensor, count: int, window: int) -> Tensor:
-    """The `count` tokens that go on to later layers: the best by the sum over KV heads, and the last `window`.
+    """The `count` tokens that are propagated to later layers: the best by the sum over heads, and the last `window`.
 
     scores: [B, Hkv, T - window]; window <= count < T. Returns int64 [B, count].
     """
@@ -23,9 +25,66 @@ def select_tokens(scores: Tensor, count: int, window: int) -> Tensor:
 
 
 def _best_and_window(scores: Tensor, count: int, window: int) -> Tensor:
-    # Exactly topk over the columns in front of the window: pooling makes ties, and this is how they fall in the
-    # paper's implementation on the same device.
+    # Exactly topk over the columns before the window: pooling makes ties, and this is how they fall in the paper's
+    # implementation on the same device.
     best = scores.topk(count - window, dim=-1).indices
     before = scores.shape[-1]
     recent = torch.arange(before, before + window, device=scores.device).expand(*best.shape[:-1], window)
     return torch.cat((best.sort(dim=-1).values, recent), dim=-1)
+
+
+@dataclass(frozen=True)
+class PerHead:
+    """Which of the T tokens that a layer saw each KV head keeps, where heads keep different numbers.
+
+    counts: int64 [B, Hkv], entries of each head. index: int64 [B, M], head * T + token, ascending: the entries of a
+    head follow one another, and every sequence has M in all.
+    """
+
+    counts: Tensor
+    index: Tensor
+    n_tokens: int
+
+    @classmethod
+    def everything(cls, k: Tensor) -> PerHead:
+        """All tokens of k [B, Hkv, T, D] in each head."""
+        batch, n_heads, n_tokens, _ = k.shape
+        counts = torch.full((batch, n_heads), n_tokens, dtype=torch.int64, device=k.device)
+        return cls(counts, torch.arange(n_heads * n_tokens, device=k.device).expand(batch, -1), n_tokens)
+
+    @property
+    def heads(self) -> Tensor:
+        """int64 [B, M]: the head of each entry."""
+        return self.index // self.n_tokens
+
+    @property
+    def before(self) -> Tensor:
+        """int64 [B, Hkv]: entries of the heads before each."""
+        return self.counts.cumsum(1) - self.counts
+
+    def positions(self, positions: Tensor) -> Tensor:
+        """What is kept of tokens at `positions`, int64 [B, T]: int64 [B, Hkv, n], n being the longest head's number.
+
+        After the last of a shorter head stand -1.
+        """
+        batch, n_heads = self.counts.shape
+        longest = int(self.counts.max())
+        ranks = torch.arange(self.index.shape[1], device=self.index.device) - self.before.gather(1, self.heads)
+        kept = torch.full((batch, n_heads * longest), -1, dtype=torch.int64, device=positions.device)
+        kept.scatter_(1, self.heads * longest + ranks, positions.gather(1, self.index % self.n_tokens))
+        return kept.view(batch, n_heads, longest)
+
+
+def select_per_head(scores: Tensor, counts: Tensor, window: int) -> PerHead:
+    """Each KV head keeps as many entries as `counts` says: its best-scored ones and the last `window`.
+
+    scores: [B, Hkv, T - window]. counts: int64 [B, Hkv], each from `window` to T, with the same sum for every sequence.
+    """
+    batch, n_heads, before = scores.shape
+    # Sorted and not topk: of equal scores the first tokens win, whatever the longest head or other sequences ask for.
+    best = scores.argsort(dim=-1, descending=True, stable=True)
+    chosen = torch.arange(before, device=scores.device) < (counts - window).unsqueeze(-1)
+    kept = torch.ones(batch, n_heads, before + window, dtype=torch.bool, device=scores.device)
+    kept.scatter_(2, best, chosen)
+    index = kept.flatten(1).nonzero()[:, 1].view(batch, -1)
+    return PerHead(counts, index, before + window)

@@ -1,18 +1,22 @@
-"""The attentions of the engine: causal (within a sliding window or not), of some rows only, and of one new query.
+"""The attentions of the engine: causal (within a sliding window or not), of some tokens only, and of one new query.
 
-All are grouped-query: q [B, Hq, T, D], k and v [B, Hkv, T, D], and K/V are never repeated to the query heads.
+All are grouped-query: q [B, Hq, T, D], k and v [B, Hkv, n, D]. K/V are repeated to the query heads only where a GPU has
+no fast kernel that shares them.
 """
 
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.bias import causal_lower_right
 
+from fastkv.cache.layer import Part
 from fastkv.errors import FastKVError, check_choice
 
 BACKENDS = {
@@ -37,15 +41,12 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, window: int | None = None,
     backend: the kernels for attention without a window, "auto" or a name in BACKENDS.
     """
     n_tokens = q.shape[2]
-    if window is None or window >= n_tokens:
-        with _kernels(backend, n_tokens, q.device):
-            return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-    blocks = []
-    for start in range(0, n_tokens, _QUERY_BLOCK):
-        end = min(start + _QUERY_BLOCK, n_tokens)
-        rows = torch.arange(start, end, device=q.device).unsqueeze(0)
-        blocks.append(_masked(rows, q[:, :, start:end], k, v, max(0, start - window + 1), end, window))
-    return torch.cat(blocks, dim=2)
+    if window is not None and window < n_tokens:
+        return _in_blocks(None, q, k, v, window)
+    if backend == AUTO:
+        k, v = _repeated_if_slow(q, k, v)
+    with _kernels(backend, n_tokens, q.device):
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
 
 
 def check_backend(
@@ -77,57 +78,141 @@ def without_cudnn(device: torch.device) -> AbstractContextManager[None]:
     return sdpa_kernel(_WITHOUT_CUDNN, set_priority=True) if device.type == "cuda" else nullcontext()
 
 
-def attend_from(rows: Tensor, q: Tensor, k: Tensor, v: Tensor, window: int | None = None) -> Tensor:
-    """Causal attention of some tokens over the keys of all: what `causal_attention` gives at these rows.
+def attend_last(q: Tensor, k: Tensor, v: Tensor, window: int | None = None, live: Tensor | None = None) -> Tensor:
+    """The queries of the last T of n entries attend causally to all entries before and to one another.
 
-    rows: int64 [B, n], ascending, the places of the queries q [B, Hq, n, D] among the T tokens of k and v. A block of
-    queries attends to the keys up to its last row, so that about half of the products are never computed.
+    q: [B, Hq, T, D], k and v: [B, Hkv, n, D]. live: int64 [B, Hkv, 1, 1], entries that there are of each head, the
+    last T of them being those of the queries (None: all n). window: of these each query sees only the nearest.
+    -> [B, Hq, T, D].
     """
-    if rows.shape[1] == 1:  # the last token, which sees everything (within the window)
+    n_new, n_entries = q.shape[2], k.shape[2]
+    if live is None and window is not None and n_entries > window + n_new - 1:
+        first = n_entries - window - n_new + 1
+        k, v, n_entries = k[:, :, first:], v[:, :, first:], window + n_new - 1
+    if n_new == 1:
+        return decode_attention(q, k, v, None if live is None else _visible(live, n_entries, window))
+    if live is None and n_new == n_entries:
+        return causal_attention(q, k, v, window)
+    if live is None and window is None and q.device.type == "cuda" and q.dtype != torch.float32:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=causal_lower_right(n_new, n_entries), enable_gqa=True)
+    if live is None:
+        return _in_blocks(n_entries - n_new, q, k, v, window)
+    steps = [  # a few tokens of sequences of different lengths: one after the other
+        decode_attention(q[:, :, index : index + 1], k, v, _visible(live - (n_new - 1 - index), n_entries, window))
+        for index in range(n_new)
+    ]
+    return torch.cat(steps, dim=2)
+
+
+def _visible(live: Tensor, n_entries: int, window: int | None) -> Tensor:
+    """Which of n entries there are, and near enough: live int64 [B, Hkv, 1, 1] -> bool [B, Hkv, 1, n]."""
+    entries = torch.arange(n_entries, device=live.device)
+    visible = entries < live
+    return visible if window is None else visible & (entries >= live - window)
+
+
+def attend_from(indices: Tensor, q: Tensor, k: Tensor, v: Tensor, window: int | None = None) -> Tensor:
+    """Causal attention of some tokens over the keys of all: what `causal_attention` gives at these tokens.
+
+    indices: int64 [B, n], ascending, the places of the queries q [B, Hq, n, D] among the T entries of k and v. A block
+    of queries attends to the keys up to its last one, so that about half of the products are never computed.
+    """
+    if indices.shape[1] == 1:  # the last token, which sees everything (within the window)
         keys = slice(None) if window is None else slice(-window, None)
         return decode_attention(q, k[:, :, keys], v[:, :, keys])
     blocks = []
-    for start in range(0, rows.shape[1], _QUERY_BLOCK):
-        part = rows[:, start : start + _QUERY_BLOCK]
+    for start in range(0, indices.shape[1], _QUERY_BLOCK):
+        part = indices[:, start : start + _QUERY_BLOCK]
         end = int(part[:, -1].max()) + 1
         blocks.append(_masked(part, q[:, :, start : start + _QUERY_BLOCK], k, v, 0, end, window))
     return torch.cat(blocks, dim=2)
 
 
-def _masked(rows: Tensor, q: Tensor, k: Tensor, v: Tensor, first: int, end: int, window: int | None) -> Tensor:
-    """The queries at `rows`, int64 [B or 1, n], over the keys first … end - 1: all that any of them can see."""
-    queries = rows.unsqueeze(-1)
+def _in_blocks(first: int | None, q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
+    """Queries that follow one another, from entry `first` on (None: the first), a block at a time under a mask."""
+    blocks, offset = [], first or 0
+    for start in range(0, q.shape[2], _QUERY_BLOCK):
+        part = q[:, :, start : start + _QUERY_BLOCK]
+        begin, end = offset + start, offset + start + part.shape[2]
+        indices = torch.arange(begin, end, device=q.device).unsqueeze(0)
+        blocks.append(_masked(indices, part, k, v, 0 if window is None else max(0, begin - window + 1), end, window))
+    return torch.cat(blocks, dim=2)
+
+
+def _masked(indices: Tensor, q: Tensor, k: Tensor, v: Tensor, first: int, end: int, window: int | None) -> Tensor:
+    """The queries at `indices`, int64 [B or 1, n], over the keys first … end - 1: all that any of them can see."""
+    queries = indices.unsqueeze(-1)
     keys = torch.arange(first, end, device=k.device)
     visible = keys <= queries  # [B or 1, n, end - first]
     if window is not None:
         visible &= keys > queries - window
+    k, v = _repeated_if_slow(q, k[:, :, first:end], v[:, :, first:end], masked=True)
     with without_cudnn(q.device):
-        return F.scaled_dot_product_attention(
-            q, k[:, :, first:end], v[:, :, first:end], attn_mask=visible.unsqueeze(1), enable_gqa=True
-        )
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=visible.unsqueeze(1), enable_gqa=True)
 
 
-def take_rows(attended: Tensor, rows: Tensor) -> Tensor:
-    """The rows int64 [B, n] of attended [B, Hq, T, D]: [B, Hq, n, D]."""
-    index = rows[:, None, :, None].expand(-1, attended.shape[1], -1, attended.shape[-1])
+def _repeated_if_slow(q: Tensor, k: Tensor, v: Tensor, masked: bool = False) -> tuple[Tensor, Tensor]:
+    """K and V for each query head where a GPU needs that: else it falls back to a kernel that holds all weights.
+
+    On a GPU the kernels for float32 and for masks know no groups (torch 2.11).
+    """
+    group = q.shape[1] // k.shape[1]
+    if group == 1 or q.device.type != "cuda" or not (masked or q.dtype == torch.float32):
+        return k, v
+    return k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
+
+
+def take_tokens(attended: Tensor, indices: Tensor) -> Tensor:
+    """The tokens at int64 [B, n] of attended [B, Hq, T, D]: [B, Hq, n, D]."""
+    index = indices[:, None, :, None].expand(-1, attended.shape[1], -1, attended.shape[-1])
     return attended.gather(2, index)
+
+
+def attend_parts(
+    parts: Sequence[Part], q: Tensor, window: int | None = None, indices: Tensor | None = None, n_new: int | None = None
+) -> Tensor:
+    """Attention over what a layer's storage gave out, part by part: q [B, Hq, T, D] -> the same shape.
+
+    The queries are those of the last T entries of every head; or, of the last `n_new`, those at `indices` int64 [B, T].
+    """
+    if len(parts) == 1:
+        return _attend_part(parts[0], q, window, indices, n_new)
+    group = q.shape[1] // max(part.heads.stop or part.k.shape[1] for part in parts)
+    attended = torch.empty_like(q)
+    for part in parts:
+        heads = part.heads
+        if heads.start is not None:
+            heads = slice(heads.start * group, heads.stop * group)
+        chosen = None if indices is None else indices[part.sequences]
+        attended[part.sequences, heads] = _attend_part(part, q[part.sequences, heads], window, chosen, n_new)
+    return attended
+
+
+def _attend_part(part: Part, q: Tensor, window: int | None, indices: Tensor | None, n_new: int | None) -> Tensor:
+    if indices is None or n_new is None:
+        return attend_last(q, part.k, part.v, window, part.live)
+    return attend_from(indices + (part.k.shape[2] - n_new), q, part.k, part.v, window)
 
 
 def decode_attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None = None) -> Tensor:
     """One query for each head, q [B, Hq, 1, D], over all n entries k, v [B, Hkv, n, D]. -> [B, Hq, 1, D].
 
-    visible: bool [B, 1, 1, n], the entries that there are (None: all). The query heads of a KV head become the rows of
-    one product, so that K and V are read once.
+    visible: bool [B, Hkv or 1, 1, n], the entries that there are (None: all). The query heads of a KV head become the
+    rows of one product, so that K and V are read once.
     """
     n_rows = q.shape[1] // k.shape[1]
     rows = q.unflatten(1, (k.shape[1], -1)).squeeze(3)  # [B, Hkv, G, D]
-    if n_rows == 1 and _two_rows_are_faster(q):
+    if n_rows == 1 and two_rows_are_faster(q):
         rows = rows.expand(-1, -1, 2, -1)
     with without_cudnn(q.device):
         attended = F.scaled_dot_product_attention(rows, k, v, attn_mask=visible)
     return attended[:, :, :n_rows].flatten(1, 2).unsqueeze(2)
 
 
-def _two_rows_are_faster(q: Tensor) -> bool:
-    """Whether attention of one row takes longer than that of the same row twice (benchmarks/choices.py)."""
-    return q.device.type == "cpu" and q.dtype != torch.float32
+def two_rows_are_faster(q: Tensor) -> bool:
+    """Whether attention of one row takes longer than that of the same row twice.
+
+    On a CPU so for short dtypes (benchmarks/choices.py). On a GPU so, too: flash attention splits the entries over the
+    multiprocessors only where there are several rows for each head.
+    """
+    return q.device.type == "cuda" or q.dtype != torch.float32

@@ -1,0 +1,119 @@
+"""The plain layout: all heads of a sequence are equally long, and lie in [S, Hkv, C, D]."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from fastkv.cache.layer import EntryShape, Kept, LayerMemory, Part
+
+_WASTE = 1.25  # entries that one call may read in relation to those that are live: a call's worth, on a CPU
+
+
+class DenseLayer:
+    """K and V of one layer, [S, Hkv, C, D] each (see KVLayer)."""
+
+    per_head: ClassVar[bool] = False
+
+    def __init__(self, memory: LayerMemory) -> None:
+        self.capacity = memory.capacity
+        self.lengths, self.starts = memory.lengths, memory.starts
+        self._appended = memory.appended
+        n_slots, shape = len(memory.appended), memory.shape
+        self._stored = [0] * n_slots
+        # Zeros, not empty: attention multiplies an unused entry by a weight of zero, and NaN would survive that.
+        size = (n_slots, shape.n_kv_heads, memory.capacity, shape.head_dim)
+        self.k, self.v = (torch.zeros(size, dtype=shape.dtype, device=memory.lengths.device) for _ in range(2))
+
+    @staticmethod
+    def bytes_of(capacity: int, shape: EntryShape) -> int:
+        return 2 * capacity * shape.n_kv_heads * shape.head_dim * shape.dtype.itemsize
+
+    def span(self, slot: int) -> int:
+        return self.capacity
+
+    def count(self, slot: int) -> int:
+        return self._stored[slot] + self._appended[slot]
+
+    def entries(self, slot: int) -> int:
+        return self.count(slot) * self.k.shape[1]
+
+    def store(self, slots: range, k: Tensor, v: Tensor, kept: Kept, room: int) -> None:
+        assert kept is None or isinstance(kept, Tensor), "heads of different lengths belong into a PerHeadLayer"
+        before = max(map(self.count, slots))
+        if kept is not None:
+            index = kept.unsqueeze(-1).expand(-1, -1, -1, k.shape[-1])
+            k, v = k.gather(2, index), v.gather(2, index)
+        count = k.shape[2]
+        self._fill(slots, 0, k, v)
+        self._blank(slots, count, before)
+        self._set_counts(slots, count)
+
+    def extend(self, slots: range, k: Tensor, v: Tensor, places: Tensor) -> None:
+        before = self.count(slots[0])
+        self._fill(slots, before, k, v)
+        self._set_counts(slots, before + k.shape[2])
+
+    def append(self, slots: range, k: Tensor, v: Tensor, places: Tensor) -> None:
+        head_dim = k.shape[3]
+        index = places.flatten(1).unsqueeze(2).expand(-1, -1, head_dim)  # [B, Hkv * T, D]
+        for memory, new in ((self.k, k), (self.v, v)):
+            memory[slots.start : slots.stop].flatten(1, 2).scatter_(1, index, new.flatten(1, 2))
+
+    def read(self, slots: range, new: int = 0) -> list[Part]:
+        counts = [self.count(slot) + new for slot in slots]
+        longest = max(counts)
+        if longest * len(counts) > _WASTE * sum(counts):
+            return [
+                self._part(range(slot, slot + 1), count, slice(index, index + 1))
+                for index, (slot, count) in enumerate(zip(slots, counts, strict=True))
+            ]
+        part = self._part(slots, longest, slice(None))
+        if min(counts) == longest:
+            return [part]
+        live = self.lengths[slots.start : slots.stop, :, None, None] + new  # the device knows: the host need not wait
+        return [Part(part.k, part.v, live=live)]
+
+    def padded(self, slots: range, span: int) -> tuple[Tensor, Tensor]:
+        return self.k[slots.start : slots.stop, :, :span], self.v[slots.start : slots.stop, :, :span]
+
+    def flat(self) -> tuple[Tensor, Tensor] | None:
+        return self.k.flatten(0, 2), self.v.flatten(0, 2)
+
+    def truncate(self, slots: range, count: int) -> None:
+        before = self.count(slots[0])
+        self._blank(slots, before - count, before)
+        self._set_counts(slots, before - count)
+
+    def clear(self, slots: range) -> None:
+        for slot in slots:
+            self._blank(range(slot, slot + 1), 0, self.count(slot) + 1)  # and what a step wrote that nobody counted
+            self._stored[slot] = 0
+        self.lengths[slots.start : slots.stop].zero_()
+
+    def state(self, slot: int) -> dict[str, Tensor]:
+        count = self.count(slot)
+        return {"k": self.k[slot, :, :count].clone(), "v": self.v[slot, :, :count].clone()}
+
+    def restore(self, slot: int, state: dict[str, Tensor], room: int) -> None:
+        self.store(range(slot, slot + 1), state["k"].unsqueeze(0), state["v"].unsqueeze(0), None, room)
+
+    def _part(self, slots: range, count: int, sequences: slice) -> Part:
+        return Part(*self.padded(slots, count), sequences)
+
+    def _fill(self, slots: range, first: int, k: Tensor, v: Tensor) -> None:
+        end = first + k.shape[2]
+        self.k[slots.start : slots.stop, :, first:end] = k
+        self.v[slots.start : slots.stop, :, first:end] = v
+
+    def _blank(self, slots: range, first: int, end: int) -> None:
+        if first < end:
+            self.k[slots.start : slots.stop, :, first:end].zero_()
+            self.v[slots.start : slots.stop, :, first:end].zero_()
+
+    def _set_counts(self, slots: range, count: int) -> None:
+        for slot in slots:
+            self._stored[slot] = count - self._appended[slot]
+        self.lengths[slots.start : slots.stop].fill_(count)

@@ -1,0 +1,149 @@
+"""RequestPlan: what a request will do and take, worked out once when it is accepted, and read by everything after."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from fastkv.cache.dense import DenseLayer
+from fastkv.cache.kv_cache import KVCache
+from fastkv.cache.layer import EntryShape, KVLayer
+from fastkv.cache.per_head import PerHeadLayer
+from fastkv.cache.policy import FirstPass, LayerPlan, Policy, plan_layers
+from fastkv.cache.pool import KVPool, bytes_of, round_up
+from fastkv.errors import FastKVError
+from fastkv.models.config import ModelConfig
+
+
+@dataclass(frozen=True)
+class RequestPlan:
+    """The sizes of a prefill and of what comes after it, for each sequence.
+
+    n_tokens: new tokens. past: entries that each layer already holds (0 where a sequence begins). layers: what each
+    layer sees of the new tokens, keeps in all, and propagates. compresses: whether the policy chooses anything; else
+    every layer keeps every new token. max_tokens: the answer's, for which there is room. position_limit: positions that
+    the sequence may take. capacities: entries of each layer's KV heads. layout, shape: how they are stored.
+    """
+
+    policy: Policy
+    n_tokens: int
+    past: tuple[int, ...]
+    layers: tuple[LayerPlan, ...]
+    first_pass: FirstPass | None
+    compresses: bool
+    max_tokens: int
+    position_limit: int
+    capacities: tuple[int, ...]
+    layout: type[KVLayer]
+    shape: EntryShape
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the cache of one sequence."""
+        return bytes_of(self.layout, self.capacities, self.shape)
+
+    @property
+    def full_nbytes(self) -> int:
+        """Bytes of a full cache for the same sequence."""
+        capacity = round_up(self.n_tokens + max(self.past) + self.max_tokens)
+        return bytes_of(DenseLayer, [capacity] * len(self.layers), self.shape)
+
+    @property
+    def positions(self) -> int:
+        """Positions that prompt and answer take at most, from those of this prefill on."""
+        return self.layers[0].seen + self.max_tokens
+
+    def cache_in(self, pool: KVPool, slots: range) -> KVCache:
+        """An empty cache for this request in these slots of a pool."""
+        return KVCache(pool, slots, self.max_tokens, self.position_limit)
+
+    def new_cache(self, batch: int, device: torch.device) -> KVCache:
+        """An empty cache for `batch` sequences, in memory of its own."""
+        pool = KVPool(self.layout, self.capacities, batch, self.shape, device)
+        return self.cache_in(pool, pool.take_all())
+
+
+def plan_request(
+    config: ModelConfig,
+    policy: Policy,
+    n_tokens: int,
+    max_tokens: int,
+    dtype: torch.dtype,
+    limit: int,
+    cache: KVCache | None = None,
+) -> RequestPlan:
+    """The plan of a prefill of `n_tokens`, from the beginning or from what `cache` holds.
+
+    A sequence that goes on is compressed again by a policy that can (Policy.compresses_again), if there are more new
+    tokens than its observation window. Else the earlier entries stay, and the new tokens are kept whole.
+    """
+    n_layers = config.n_layers
+    shape = EntryShape(config.n_kv_heads, config.head_dim, dtype)
+    past = tuple(0 if cache is None else cache.count(layer) for layer in range(n_layers))
+    if cache is None:
+        layers, first_pass = plan_layers(policy, n_layers, n_tokens), policy.first_pass(n_layers, n_tokens)
+    elif policy.compresses_again and n_tokens > policy.window and not cache.pool.layout.per_head:
+        layers, first_pass = _layers_going_on(policy, past, n_tokens, cache.position + n_tokens), None
+    else:
+        layers, first_pass = [LayerPlan(n_tokens, before + n_tokens, None) for before in past], None
+    seen_at_most = [before + layers[0].seen for before in past]
+    compresses = first_pass is not None or any(
+        plan.kept < most for plan, most in zip(layers, seen_at_most, strict=True)
+    )
+    layout = _layout(policy, compresses) if cache is None else cache.pool.layout
+    capacities = tuple(round_up(plan.kept + max_tokens) for plan in layers)
+    return RequestPlan(
+        policy, n_tokens, past, tuple(layers), first_pass, compresses, max_tokens, limit, capacities, layout, shape
+    )
+
+
+def _layers_going_on(policy: Policy, past: Sequence[int], n_tokens: int, n_in_all: int) -> list[LayerPlan]:
+    """As `plan_layers`, for new tokens after `past` entries of each layer: budgets count from the whole sequence."""
+    plans = plan_layers(policy, len(past), n_tokens)
+    return [
+        LayerPlan(plan.seen, min(policy.budget(layer, len(past), n_in_all), before + plan.seen), plan.propagated)
+        for layer, (plan, before) in enumerate(zip(plans, past, strict=True))
+    ]
+
+
+def _layout(policy: Policy, compresses: bool) -> type[KVLayer]:
+    """How the layers of a new cache store their entries."""
+    if policy.layout is not None:
+        return policy.layout
+    return PerHeadLayer if policy.per_head and compresses else DenseLayer
+
+
+def position_limit(config: ModelConfig, policy: Policy, n_tokens: int, cache: KVCache | None = None) -> int:
+    """The positions that the sequence may take, in tokens; FastKVError if the prompt alone takes more.
+
+    Where a policy drops tokens of a model with a sliding window, that window is the limit: which of the kept entries
+    have left it is not tracked.
+    """
+    limit = config.context_length
+    n_before = 0 if cache is None else cache.position
+    n_in_all = n_before + n_tokens
+    after = f" after the {n_before} before them" if n_before else ""
+    if n_in_all > limit:
+        raise FastKVError(
+            f"the prompt has {n_tokens} tokens{after}, but the model's context (max_position_embeddings) is {limit}; "
+            "shorten it",
+            setting="prompt",
+        )
+    window = config.sliding_window
+    dropped = cache is not None and cache.whole_from > 0
+    if window is None or not (dropped or may_drop(policy, config.n_layers, n_in_all)):
+        return limit
+    if n_in_all > window:
+        raise FastKVError(
+            f"the prompt has {n_tokens} tokens{after}, more than the model's sliding_window of {window}, where policy "
+            f"{policy.name} cannot drop tokens; use policy full, or shorten it",
+            setting="prompt",
+        )
+    return min(limit, window)
+
+
+def may_drop(policy: Policy, n_layers: int, n_tokens: int) -> bool:
+    """Whether any layer may forget any token of a prompt of `n_tokens`."""
+    return any(plan.kept < n_tokens for plan in plan_layers(policy, n_layers, n_tokens))
