@@ -82,7 +82,7 @@ def test_repetition_penalty_divides_positive_and_multiplies_negative_logits() ->
 
 def test_temperature_divides_and_the_best_is_zero_whatever_it_is() -> None:
     logits = torch.tensor([[3.0, 1.0, -math.inf]] * 3)
-    found = apply_temperature(logits, logits.amax(dim=-1), torch.tensor([2.0, 1e-45, 1e30]))
+    found = apply_temperature(logits, logits.amax(dim=-1), torch.tensor([2.0, 0.0, 1e30]))
     assert found[0].tolist() == [0.0, -1.0, -math.inf]
     assert found[1, 0] == 0
     assert found[1, 1] < -1e29

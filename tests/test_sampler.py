@@ -225,6 +225,19 @@ def test_only_active_slots_advance(dtype: torch.dtype) -> None:
     assert found == [tokens[:count] for tokens, count in zip(map(alone, range(COUNT)), steps, strict=True)]
 
 
+def test_only_tokens_of_active_slots_are_seen() -> None:
+    """And no token stands for logits that are not finite: token 0 was marked in its place."""
+    sampler = mixed([2, 6, 2])
+    assert sampler._seen is not None
+    before = sampler._seen.clone()
+    logits = STREAM[0, [2, 6, 2]].clone()
+    logits[2] = math.nan
+    tokens = sampler.sample(logits, torch.tensor([False, True, True]))
+    before[1, tokens[1]] = True
+    assert torch.equal(sampler._seen, before)
+    assert not before[2, 0]
+
+
 def test_some_slots_at_a_time() -> None:
     """Each alone after its prefill, then groups in any order, then all: `sample` and `sample_slots` agree."""
     sampler = mixed(list(range(COUNT)))
@@ -273,6 +286,18 @@ def test_more_features_than_needed_change_nothing() -> None:
         active = torch.tensor([True, False])
         batches = [STREAM[step, [which, 6]] for step in range(len(STREAM))]
         assert [int(sampler.sample(batch, active, Features(*[True] * 5))[0]) for batch in batches] == alone(which)
+
+
+def test_filters_that_are_off_leave_every_bit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A top_p of 1 dropped tokens where the probability of the others was rounded up to 1."""
+    drawn_from: list[Tensor] = []
+    monkeypatch.setattr("fastkv.engine.sampler.draw", lambda logits, u: drawn_from.append(logits) or u.long())
+    sampler = mixed([1, 6])
+    peaked = STREAM[0, [1, 6]] * 20
+    sampler.sample(peaked, torch.tensor([True, True]))
+    assert sampler.features == Features(*[True] * 5)
+    assert torch.equal(drawn_from[0][0], peaked[0] - peaked[0].max())
+    assert drawn_from[0][1].isinf().any()
 
 
 def test_a_slot_is_used_again() -> None:
