@@ -27,7 +27,7 @@ from fastkv.cli_flags import (
     flag_of,
     say,
 )
-from fastkv.errors import FastKVError, check_integer
+from fastkv.errors import FastKVError, FaultError, check_integer
 
 if TYPE_CHECKING:
     from fastkv.cache.policy import Policy
@@ -42,6 +42,9 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command; returns its exit status: 0 done, 1 a fault, 2 a user's mistake, 130 interrupted."""
     try:
         return _run(build_parser().parse_args(argv))
+    except FaultError as error:
+        complain(str(error), error.setting)
+        return FAULT
     except FastKVError as error:
         complain(str(error), error.setting)
         return USER_ERROR

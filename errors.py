@@ -1,4 +1,4 @@
-"""The one exception that a user's mistake raises, and the checks that raise it for settings."""
+"""The exception that a user's mistake raises, the one for a fault, and the checks of settings."""
 
 from __future__ import annotations
 
@@ -20,6 +20,14 @@ class FastKVError(ValueError):
         super().__init__("".join(character if character.isprintable() else " " for character in message))
         self.setting = setting
         self.prompt = prompt
+
+
+class FaultError(FastKVError):
+    """Not a mistake of the user's: something failed at work, such as numbers that overflowed.
+
+    A FastKVError all the same, so that `except FastKVError` catches whatever the package has to say in one line; the
+    commands end with exit status 1 for it, and with 2 for the others.
+    """
 
 
 def check_integer(name: str, value: Any, low: int, high: int | None = None) -> None:

@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from fastkv.cli import main
 from fastkv.cli_flags import build_parser
+from fastkv.engine.sampler import not_finite_error
 
 ARCHIVE = ROOT / "examples" / "archive" / "model"
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -725,6 +726,21 @@ def test_a_temperature_too_small_to_divide_by(prompt: str, capfd: pytest.Capture
     assert greedy.strip()
     assert main([*argv, "--temperature", value, "--seed", "1"]) == 0
     assert capfd.readouterr().out == greedy
+
+
+def test_a_fault_is_no_mistake_of_the_users(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+    """One line as for a mistake, but exit status 1: the command was right, and may work on another machine."""
+
+    def overflow(args: object) -> int:
+        raise not_finite_error(torch.float16)
+
+    monkeypatch.setattr("fastkv.cli._run", overflow)
+    assert main(["--model", "x", "--prompt", "x"]) == 1
+    out, err = capfd.readouterr()
+    assert out == ""
+    assert err.startswith("fastkv-run: error: --dtype: ")
+    assert "float16" in err
+    assert len(err.splitlines()) == 1
 
 
 # --- the machine ------------------------------------------------------------------------------------------------------
