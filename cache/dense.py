@@ -23,6 +23,7 @@ class DenseLayer:
         self._appended = memory.appended
         n_slots, shape = len(memory.appended), memory.shape
         self._stored = [0] * n_slots
+        self._spans = [0] * n_slots
         # Zeros, not empty: attention multiplies an unused entry by a weight of zero, and NaN would survive that.
         size = (n_slots, shape.n_kv_heads, memory.capacity, shape.head_dim)
         self.k, self.v = (torch.zeros(size, dtype=shape.dtype, device=memory.lengths.device) for _ in range(2))
@@ -32,7 +33,7 @@ class DenseLayer:
         return 2 * capacity * shape.n_kv_heads * shape.head_dim * shape.dtype.itemsize
 
     def span(self, slot: int) -> int:
-        return self.capacity
+        return max(self._spans[slot], self.count(slot))
 
     def count(self, slot: int) -> int:
         return self._stored[slot] + self._appended[slot]
@@ -50,6 +51,8 @@ class DenseLayer:
         self._fill(slots, 0, k, v)
         self._blank(slots, count, before)
         self._set_counts(slots, count)
+        for slot in slots:
+            self._spans[slot] = count + room
 
     def extend(self, slots: range, k: Tensor, v: Tensor, places: Tensor) -> None:
         before = self.count(slots[0])
@@ -90,7 +93,7 @@ class DenseLayer:
     def clear(self, slots: range) -> None:
         for slot in slots:
             self._blank(range(slot, slot + 1), 0, self.count(slot) + 1)  # and what a step wrote that nobody counted
-            self._stored[slot] = 0
+            self._stored[slot] = self._spans[slot] = 0
         self.lengths[slots.start : slots.stop].zero_()
 
     def state(self, slot: int) -> dict[str, Tensor]:

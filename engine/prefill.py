@@ -1,34 +1,29 @@
-"""Prefill: THE layer loop. Stages of layers, each layer's KV selection, and the TSP transition between stages.
+"""Prefill: THE layer loop. Stages of layers, each layer's KV selection, and the TSP gather between stages.
 
-A layer first computes K and V of all its tokens, from them its votes, and from these what stays in the cache and which
-tokens go on. Only for the latter does it then compute queries, attention and MLP: a token whose state nobody will read
-costs no more than its key and value. That holds for the TSP layer and for the last one, which only the last token
-leaves. A policy that decides during the prefill where tokens are dropped is asked at each layer (Policy.watch); one
-that has the model read its choice anew runs the lower layers first, and keeps nothing of that (Policy.first_pass).
+A layer computes K and V of all its tokens, from them importance scores, and from these what stays in the cache and
+which tokens are propagated. Only for the latter it then computes attention and MLP where that is faster (`_narrow`): a
+token whose state no later layer reads costs its key and value. So it is at the last layer, which only the last token
+leaves. A sequence may begin here, or go on from what its cache holds: then the new tokens attend to those entries, too.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from fastkv.cache.kv_cache import KVCache
-from fastkv.cache.policy import FirstPass, LayerPlan, Observation, Policy, Watch, drops_tokens, plan_layers
-from fastkv.cache.ragged import RaggedEntries, RaggedKVCache, select_ragged
-from fastkv.cache.selection import select_entries, select_tokens
-from fastkv.cache.storage import KVStorage
-from fastkv.engine.attention import AUTO, attend_from, causal_attention, take_rows
+from fastkv.cache.layer import Kept, Part
+from fastkv.cache.policy import FirstPass, LayerPlan, Observation, OnlineSelector
+from fastkv.cache.selection import PerHead, select_entries, select_per_head, select_tokens
+from fastkv.engine.attention import AUTO, attend_parts, causal_attention, take_tokens
+from fastkv.engine.plan import RequestPlan
+from fastkv.engine.projection import Projection
 from fastkv.engine.tsp import TokenState
 from fastkv.engine.workspace import Workspace
 from fastkv.models.layers import Rope
-from fastkv.models.linear import BLOCK
 from fastkv.models.llama import Llama
-
-# Tokens that projections and MLP work on at a time: the widest activation is a chunk's, not the prompt's.
-CHUNK = 4096
 
 
 @dataclass(frozen=True)
@@ -36,9 +31,10 @@ class Prefill:
     """What a prefill leaves behind.
 
     logits: float32 [B, V], of the last token.
-    tokens: for each layer int64 [B, T], the original positions of what its keys saw (the TSP layer: all N).
+    tokens: for each layer int64 [B, T], the original positions of the new tokens whose keys it computed (the TSP layer:
+    all of them).
     kept: for each layer int64 [B, Hkv, n], the original positions of the entries in its cache, ascending; where heads
-    keep different numbers, -1 stands behind those of the shorter ones.
+    keep different numbers, -1 stands after those of the shorter ones.
     cache: holds those entries, with room for `max_tokens` more.
     """
 
@@ -55,231 +51,181 @@ class Prefill:
 
 @torch.inference_mode()
 def prefill(
-    model: Llama, ids: Tensor, policy: Policy, cache: KVCache, workspace: Workspace, attention: str = AUTO
+    model: Llama, ids: Tensor, plan: RequestPlan, cache: KVCache, workspace: Workspace, attention: str = AUTO
 ) -> Prefill:
-    """Run the prompts `ids`, int64 [B, N], through all layers under `policy`, into the empty `cache`.
+    """Run the new tokens `ids`, int64 [B, N], through all layers, into `cache`, which may hold a sequence already.
 
-    attention: the backend of causal attention.
-
-    Full K/V of one layer at a time is there, in the `workspace`: a layer keeps its share in the cache, and the next
-    one writes over the rest.
+    attention: the backend of causal attention. Full K/V of one layer at a time is there, in the `workspace`: a layer
+    keeps its share in the cache, and the next one writes over the rest.
     """
-    n_layers, n_tokens = model.config.n_layers, ids.shape[1]
-    plans = plan_layers(policy, n_layers, n_tokens)
-    run = LayerRun(model, policy, cache, workspace, attention)
-    run.keep = next((plan.propagated for plan in plans if plan.propagated is not None), None)
-    run.watch = policy.watch(n_layers, n_tokens) if run.keep is not None else None
-    if run.watch is not None:
-        plans = [replace(plan, propagated=None) for plan in plans]  # it says where tokens are dropped, and not the plan
-    model.reserve(cache.prompt_tokens + cache.max_tokens)
-    first = policy.first_pass(n_layers, n_tokens)
-    origins = None if first is None else run.choose(ids, first)
-    state, rope = run.start(ids if origins is None else ids.gather(1, origins))
+    run = LayerRun(model, plan, cache, workspace, attention)
+    start = cache.position
+    model.reserve(start + plan.positions)
+    cache.begin(whole=not plan.compresses)
+    origins = None if plan.first_pass is None else run.choose(ids, plan.first_pass)
+    state, rope = run.start(ids if origins is None else ids.gather(1, origins), start)
     tokens: list[Tensor] = []
     kept: list[Tensor] = []
-    for layer, plan in enumerate(plans):
+    for layer in range(len(plan.layers)):
         tokens.append(state.positions)
-        state, rope, positions = run.layer(layer, plan, state, rope)
-        kept.append(positions)
+        state, rope = run.layer(layer, state, rope)
+        kept.append(run.positions)
+    cache.end(start + plan.layers[0].seen, plan.max_tokens)
     if origins is not None:
         tokens = [origins.gather(1, positions) for positions in tokens]
         kept = [origins.unsqueeze(1).expand(-1, of.shape[1], -1).gather(2, of) for of in kept]
     return Prefill(model.head(state.hidden[:, -1]), tokens, kept, cache)
 
 
-def new_cache(
-    model: Llama, policy: Policy, ids: Tensor, max_tokens: int, position_limit: int, storage: KVStorage | None = None
-) -> KVCache:
-    """An empty cache for what `policy` keeps of the prompts `ids`, int64 [B, N], and `max_tokens` more.
-
-    Its memory is in `storage`, for B texts, or its own (None) for as long as somebody holds it.
-    """
-    config, (batch, n_tokens) = model.config, ids.shape
-    plans = plan_layers(policy, config.n_layers, n_tokens)
-    ragged = policy.ragged and drops_tokens(policy, config.n_layers, n_tokens)
-    return (RaggedKVCache if ragged else KVCache)(
-        [plan.kept for plan in plans],
-        max_tokens,
-        batch=batch,
-        n_kv_heads=config.n_kv_heads,
-        head_dim=config.head_dim,
-        position=plans[0].seen,
-        position_limit=position_limit,
-        dtype=model.dtype,
-        device=model.device,
-        storage=storage,
-    )
-
-
-@dataclass
 class LayerRun:
-    """The prefill of one request, layer by layer."""
+    """One prefill, layer by layer. positions: int64 [B, Hkv, n], what the cache holds of the last layer that ran."""
 
-    model: Llama
-    policy: Policy
-    cache: KVCache
-    workspace: Workspace
-    attention: str
-    watch: Watch | None = None  # who decides where tokens are dropped; None, too, once that is decided
-    keep: int | None = None  # how many tokens then go on
-    idle_hidden: str = "hidden, too"  # of the two buffers for hidden states, the one that is not in use
+    positions: Tensor
 
-    def start(self, ids: Tensor) -> tuple[TokenState, Rope]:
-        """Embedding and rotation of texts that are read from their beginning: ids int64 [B, N]."""
+    def __init__(
+        self, model: Llama, plan: RequestPlan, cache: KVCache, workspace: Workspace, attention: str = AUTO
+    ) -> None:
+        self.model, self.plan, self.cache, self.attention = model, plan, cache, attention
+        self.policy, self.layers = plan.policy, list(plan.layers)
+        self.projection, self.workspace = Projection(model, workspace), workspace
+        self.idle_hidden = "other hidden"  # of the two buffers for hidden states the one that is not in use
+        # A policy may decide during the prefill at which layer tokens are dropped; the plan then says at the latest.
+        self.keep = next((layer.propagated for layer in self.layers if layer.propagated is not None), None)
+        self.selector: OnlineSelector | None = None
+        if self.keep is not None:
+            self.selector = self.policy.online_selector(len(self.layers), plan.n_tokens)
+        if self.selector is not None:
+            self.layers = [replace(layer, propagated=None) for layer in self.layers]
+
+    def start(self, ids: Tensor, position: int = 0) -> tuple[TokenState, Rope]:
+        """Embedding and rotation of new tokens: ids int64 [B, N], the first of them at `position`."""
         shape = (*ids.shape, self.model.config.hidden_size)
         hidden = self.workspace.take("hidden", shape, like=self.model.embed_tokens.weight)
-        return TokenState.start(ids, self.model.embed(ids, out=hidden)), self.model.rope_of_first(ids.shape[1])
+        state = TokenState.start(ids, self.model.embed(ids, out=hidden), position)
+        return state, self.model.rope_of_range(position, ids.shape[1])
 
     def choose(self, ids: Tensor, first: FirstPass) -> Tensor:
         """The tokens that a first pass chooses of ids, int64 [B, N]: int64 [B, first.keep], ascending."""
         state, rope = self.start(ids)
         for layer in range(first.layer):
-            observed = self._project(layer, state.hidden, rope)
-            state = self._all_go_on(layer, state, observed)
-        observed = self._project_keys(first.layer, state.hidden, rope)
-        return select_tokens(self.policy.score(observed), first.keep, self.policy.window)
+            q, k, v = self.projection.everything(layer, state.hidden, rope)
+            self.projection.finish_(layer, state.hidden, self._attend_all(layer, q, [Part(k, v)]))
+        q, k, v = self.projection.keys(first.layer, state.hidden, rope, self._n_queries(ids.shape[1]))
+        return select_tokens(self.policy.score(Observation(first.layer, q, k, v)), first.keep, self.policy.window)
 
-    def layer(self, layer: int, plan: LayerPlan, state: TokenState, rope: Rope) -> tuple[TokenState, Rope, Tensor]:
-        """Keys, selection, then attention and MLP of the tokens that go on.
-
-        Returns those tokens, their rotation, and the positions that the cache keeps.
-        """
-        last = layer == self.model.config.n_layers - 1
-        may_drop = plan.propagated is not None or self.watch is not None
+    def layer(self, layer: int, state: TokenState, rope: Rope) -> tuple[TokenState, Rope]:
+        """Keys, selection, then attention and MLP of the tokens that are propagated: those, and their rotation."""
+        last = layer == len(self.layers) - 1
+        may_drop = self.layers[layer].propagated is not None or self.selector is not None
         if last or (may_drop and _narrow_pays(self.model.device)):
-            return self._narrow(layer, plan, state, rope)
-        observed = self._project(layer, state.hidden, rope)
-        positions, rows = self.select(plan, state, observed)
-        if rows is None:
-            return self._all_go_on(layer, state, observed), rope, positions
-        window = self.model.config.window_of(layer)
-        attended = causal_attention(observed.q, observed.k, observed.v, window, self.attention)
-        state, attended = self._take(state, rows), take_rows(attended, rows)
-        return self._finished(layer, state, attended), self.model.rope(state.positions), positions
+            return self._narrow(layer, state, rope, last)
+        q, k, v = self.projection.everything(layer, state.hidden, rope)
+        parts, chosen = self.select(layer, state, q, k, v)
+        attended = self._attend_all(layer, q, parts)
+        if chosen is not None:
+            state, attended = self._gather(state, chosen), take_tokens(attended, chosen)
+            rope = self.model.rope(state.positions)
+        self.projection.finish_(layer, state.hidden, attended)
+        return state, rope
 
-    def _narrow(self, layer: int, plan: LayerPlan, state: TokenState, rope: Rope) -> tuple[TokenState, Rope, Tensor]:
+    def _narrow(self, layer: int, state: TokenState, rope: Rope, last: bool) -> tuple[TokenState, Rope]:
         """The same for a layer that fewer tokens leave than enter: no queries, attention and MLP of the others."""
-        observed = self._project_keys(layer, state.hidden, rope)
-        positions, rows = self.select(plan, state, observed)
-        if layer == self.model.config.n_layers - 1:
-            rows = state.last_row()
-        if rows is None:  # the watch lets all go on
-            observed = replace(observed, q=self._project_queries(layer, state.hidden, rope))
-            return self._all_go_on(layer, state, observed), rope, positions
-        state = self._take(state, rows)
+        n_tokens = state.ids.shape[1]
+        q, k, v = self.projection.keys(layer, state.hidden, rope, self._n_queries(n_tokens))
+        parts, chosen = self.select(layer, state, q, k, v)
+        if last:
+            chosen = state.last_token()
+        if chosen is None:  # the selector lets all tokens through
+            q = self.projection.queries(layer, state.hidden, rope)
+            self.projection.finish_(layer, state.hidden, self._attend_all(layer, q, parts))
+            return state, rope
+        state = self._gather(state, chosen)
         rope = self.model.rope(state.positions)
         q = self.model.blocks[layer].project_q(state.hidden, rope)
-        attended = attend_from(rows, q, observed.k, observed.v, self.model.config.window_of(layer))
-        return self._finished(layer, state, attended), rope, positions
-
-    def _all_go_on(self, layer: int, state: TokenState, observed: Observation) -> TokenState:
-        """Attention and MLP of every token that the layer saw; q of all of them is in `observed`."""
         window = self.model.config.window_of(layer)
-        return self._finished(
-            layer, state, causal_attention(observed.q, observed.k, observed.v, window, self.attention)
-        )
+        self.projection.finish_(layer, state.hidden, attend_parts(parts, q, window, chosen, n_tokens))
+        return state, rope
 
-    def _finished(self, layer: int, state: TokenState, attended: Tensor) -> TokenState:
-        """Output projection and MLP, chunk by chunk and in place: the hidden states [B, T, E] are ours."""
-        for start, end in _chunks(state.hidden):
-            self.model.blocks[layer].finish_(state.hidden[:, start:end], attended[:, :, start:end])
-        return state
+    def select(
+        self, layer: int, state: TokenState, q: Tensor, k: Tensor, v: Tensor
+    ) -> tuple[list[Part], Tensor | None]:
+        """Let the policy score the tokens, and fill the layer's cache.
 
-    def _take(self, state: TokenState, rows: Tensor) -> TokenState:
-        """The tokens that go on, moved into the other buffer."""
-        out = self.workspace.take(self.idle_hidden, (*rows.shape, state.hidden.shape[-1]), like=state.hidden)
-        self.idle_hidden = "hidden" if self.idle_hidden == "hidden, too" else "hidden, too"
-        return state.take(rows, out)
-
-    def select(self, plan: LayerPlan, state: TokenState, observed: Observation) -> tuple[Tensor, Tensor | None]:
-        """Let the policy vote, and fill the layer's cache.
-
-        Returns the positions kept, int64 [B, Hkv, n], and the rows of the tokens that go on, int64 [B, n] (None: all).
+        q: [B, Hq, n, D] of the last n tokens, k and v: [B, Hkv, T, D] of all. Returns what queries of this layer attend
+        to, and the indices of the tokens that are propagated, int64 [B, n] (None: all).
         """
-        count = min(plan.kept, observed.k.shape[2])
-        drops = count < observed.k.shape[2]
-        if not (drops or plan.propagated is not None or self.watch is not None):
-            self.cache.load(observed.layer, observed.k, observed.v, None)
-            return _of_every_head(state.positions, observed), None
-        scores = self.policy.score(observed)
-        entries = self._select_entries(observed.layer, scores, count) if drops else None
-        self.cache.load(observed.layer, observed.k, observed.v, entries)
-        rows = self._select_tokens(observed.layer, plan, scores)
-        if isinstance(entries, RaggedEntries):
-            return entries.positions(state.positions), rows
-        every_head = _of_every_head(state.positions, observed)
-        return every_head if entries is None else every_head.gather(2, entries), rows
+        plan, past = self.layers[layer], self.plan.past[layer]
+        count = min(plan.kept, past + k.shape[2])
+        drops = count < past + k.shape[2]
+        if not (drops or plan.propagated is not None or self.selector is not None):
+            return self._keep_all(layer, state, k, v), None
+        positions = self._positions_with(layer, state.positions)
+        if past:
+            before = self.cache.read(layer)[0]
+            k, v = self.projection.joined("keys", before.k, k), self.projection.joined("values", before.v, v)
+        scores = self.policy.score(Observation(layer, q, k, v, past))
+        kept = self._entries(layer, scores, count) if drops else None
+        self.positions = _taken(positions, kept)
+        self.cache.store(layer, k, v, kept, self.positions)
+        return [Part(k, v)], self._propagated(layer, plan, scores[..., past:])
 
-    def _select_entries(self, layer: int, scores: Tensor, count: int) -> Tensor | RaggedEntries:
-        if not self.policy.ragged:
+    def _keep_all(self, layer: int, state: TokenState, k: Tensor, v: Tensor) -> list[Part]:
+        self.positions = self._positions_with(layer, state.positions)
+        if not self.plan.past[layer]:
+            self.cache.store(layer, k, v, None, self.positions)
+            return [Part(k, v)]
+        self.cache.extend(layer, k, v, state.positions)
+        return self.cache.read(layer)
+
+    def _entries(self, layer: int, scores: Tensor, count: int) -> Kept:
+        if not self.policy.per_head:
             return select_entries(scores, count, self.policy.window)
-        counts = self.policy.head_budgets(layer, self.model.config.n_layers, count, scores)
-        return select_ragged(scores, counts, self.policy.window)
+        counts = self.policy.head_budgets(layer, len(self.layers), count, scores)
+        return select_per_head(scores, counts, self.policy.window)
 
-    def _select_tokens(self, layer: int, plan: LayerPlan, scores: Tensor) -> Tensor | None:
-        """The rows of the tokens that go on behind this layer, int64 [B, n], or None: all of them."""
-        votes, keep = (scores, plan.propagated) if self.watch is None else (self.watch(layer, scores), self.keep)
-        if votes is None or keep is None:
+    def _propagated(self, layer: int, plan: LayerPlan, scores: Tensor) -> Tensor | None:
+        """The indices of the tokens that are propagated after this layer, int64 [B, n], or None: all of them."""
+        importance, keep = (scores, plan.propagated)
+        if self.selector is not None:
+            importance, keep = self.selector(layer, scores), self.keep
+        if importance is None or keep is None:
             return None
-        self.watch = None
-        return select_tokens(votes, keep, self.policy.window)
+        self.selector = None
+        return select_tokens(importance, keep, self.policy.window)
 
-    def _project(self, layer: int, hidden: Tensor, rope: Rope) -> Observation:
-        """q, k and v of all tokens, in chunks."""
-        block = self.model.blocks[layer]
-        heads = self._room_for_heads(hidden, sum(block.self_attn.heads))
-        for start, end in _chunks(hidden):
-            block.project(hidden[:, start:end], rope.at(start, end), out=heads[:, :, start:end])
-        return Observation(layer, *heads.split(block.self_attn.heads, dim=1))
+    def _gather(self, state: TokenState, chosen: Tensor) -> TokenState:
+        """The tokens that are propagated, moved into the other buffer."""
+        out = self.workspace.take(self.idle_hidden, (*chosen.shape, state.hidden.shape[-1]), like=state.hidden)
+        self.idle_hidden = "hidden" if self.idle_hidden == "other hidden" else "other hidden"
+        return state.take(chosen, out)
 
-    def _project_keys(self, layer: int, hidden: Tensor, rope: Rope) -> Observation:
-        """k and v of all tokens, in chunks, and q of those that the policy looks at."""
-        block = self.model.blocks[layer]
-        heads = self._room_for_heads(hidden, sum(block.self_attn.heads[1:]))
-        for start, end in _chunks(hidden):
-            block.project_kv(hidden[:, start:end], rope.at(start, end), out=heads[:, :, start:end])
-        n_tokens = hidden.shape[1]
-        first = 0 if self.policy.needs_all_queries else max(0, n_tokens - self.policy.window)
-        q = block.project_q(hidden[:, first:], rope.at(first, n_tokens))
-        return Observation(layer, q, *heads.chunk(2, dim=1))
+    def _attend_all(self, layer: int, q: Tensor, parts: list[Part]) -> Tensor:
+        """Attention of all new tokens: q [B, Hq, T, D] -> the same shape."""
+        window = self.model.config.window_of(layer)
+        if len(parts) == 1 and parts[0].k.shape[2] == q.shape[2]:
+            return causal_attention(q, parts[0].k, parts[0].v, window, self.attention)
+        return attend_parts(parts, q, window)
 
-    def _project_queries(self, layer: int, hidden: Tensor, rope: Rope) -> Tensor:
-        """q of all tokens, in chunks."""
-        block = self.model.blocks[layer]
-        config, shape = self.model.config, hidden.shape
-        q = self.workspace.take("queries", (shape[0], config.n_heads, shape[1], config.head_dim), like=hidden)
-        for start, end in _chunks(hidden):
-            q[:, :, start:end] = block.project_q(hidden[:, start:end], rope.at(start, end))
-        return q
+    def _n_queries(self, n_tokens: int) -> int:
+        """How many of the last queries the policy looks at."""
+        return n_tokens if self.policy.needs_all_queries else self.policy.window
 
-    def _room_for_heads(self, hidden: Tensor, heads: int) -> Tensor:
-        """[B, heads, T, D]."""
-        shape = (hidden.shape[0], heads, hidden.shape[1], self.model.config.head_dim)
-        return self.workspace.take("heads", shape, like=hidden)
+    def _positions_with(self, layer: int, new: Tensor) -> Tensor:
+        """The positions of what the cache holds of a layer and of new tokens, int64 [B, T]: [B, Hkv, n + T]."""
+        every_head = new.unsqueeze(1).expand(-1, self.model.config.n_kv_heads, -1)
+        return torch.cat((self.cache.positions(layer), every_head), dim=2) if self.plan.past[layer] else every_head
+
+
+def _taken(positions: Tensor, kept: Kept) -> Tensor:
+    """Those of positions int64 [B, Hkv, n] that are kept."""
+    if isinstance(kept, PerHead):
+        return kept.positions(positions[:, 0])
+    return positions if kept is None else positions.gather(2, kept)
 
 
 def _narrow_pays(device: torch.device) -> bool:
-    """Whether attention of the survivors alone, which needs a mask, is faster than that of all tokens, which does not.
+    """Whether attention of the propagated tokens alone, which needs a mask, is faster than that of all tokens.
 
-    Measured on a CPU (benchmarks/choices.py). On a GPU not measured: masked attention over grouped heads may leave the
-    fast kernels there.
+    Measured on a CPU (benchmarks/choices.py). On a GPU not: masked attention leaves the fast kernels there.
     """
     return device.type == "cpu"
-
-
-def _of_every_head(positions: Tensor, observed: Observation) -> Tensor:
-    """positions int64 [B, T] -> [B, Hkv, T]."""
-    return positions.unsqueeze(1).expand(-1, observed.k.shape[1], -1)
-
-
-def _chunks(hidden: Tensor) -> Iterator[tuple[int, int]]:
-    """(start, end) of each chunk of the tokens: CHUNK of them, then a multiple of BLOCK, then what is left.
-
-    Multiples of BLOCK are what every prompt has in common (models/linear.py).
-    """
-    start, n_tokens = 0, hidden.shape[1]
-    while start < n_tokens:
-        left = n_tokens - start
-        end = start + min(CHUNK, left // BLOCK * BLOCK or left)
-        yield start, end
-        start = end

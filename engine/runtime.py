@@ -5,9 +5,9 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass, field
 
-from fastkv.engine.decoders import Decoder, EagerDecoder
-from fastkv.engine.graph import GraphDecoder, GraphError
-from fastkv.engine.workspace import BufferPool, Buffers
+from fastkv.engine.buffers import BufferPool, Buffers
+from fastkv.engine.graph import GraphError, GraphStepper
+from fastkv.engine.step import EagerStepper, SlotState, Stepper
 from fastkv.models.llama import Llama
 
 _log = logging.getLogger(__name__)
@@ -23,7 +23,7 @@ class Runtime:
     model: Llama
     cuda_graph: bool
     attention: str
-    pool: BufferPool = field(default_factory=BufferPool)
+    buffers: BufferPool = field(default_factory=BufferPool)
     _said_slow: bool = False
 
     @property
@@ -31,28 +31,24 @@ class Runtime:
         """Whether a step is launched before the tokens of the last one are read: a GPU works on meanwhile."""
         return self.model.device.type == "cuda"
 
-    def decoder(self, buffers: Buffers) -> Decoder:
-        """The decoder for texts whose caches lie in the storage of these buffers."""
-        assert buffers.storage is not None, "the storage comes first"
+    def stepper(self, buffers: Buffers) -> Stepper:
+        """What makes the steps of the sequences in the slots of these buffers."""
+        assert buffers.state is not None, "the slots come first"
         if not self.cuda_graph:
-            return EagerDecoder(self.model, buffers.storage.batch)
-        if buffers.decoder is None:
-            buffers.decoder = GraphDecoder(self.model, buffers.storage)
-            self._say_if_slow(buffers.decoder)
-        return buffers.decoder
+            return EagerStepper(self.model, buffers.state)
+        if buffers.stepper is None:
+            stepper = GraphStepper(self.model, buffers.state)
+            self._say_if_slow(stepper.slow_because)
+            buffers.stepper = stepper
+        return buffers.stepper
 
-    def eagerly(self, decoder: Decoder, error: GraphError) -> Decoder:
-        """What goes on in place of a decoder that could not be captured, with the texts that it has."""
-        assert isinstance(decoder, GraphDecoder), "only graphs are captured"
+    def eagerly(self, state: SlotState, error: GraphError) -> Stepper:
+        """What continues in place of a stepper that could not be captured."""
         self.cuda_graph = False
         _log.warning("CUDA graphs are off, decoding is slower: %s", error)
-        eager = EagerDecoder(self.model, len(decoder.tokens))
-        eager.tokens.copy_(decoder.tokens)
-        for row, (cache, sampler) in decoder.texts.items():
-            eager.take_over(row, cache, sampler)
-        return eager
+        return EagerStepper(self.model, state)
 
-    def _say_if_slow(self, decoder: GraphDecoder) -> None:
-        if decoder.slow_because is not None and not self._said_slow:
+    def _say_if_slow(self, reason: str | None) -> None:
+        if reason is not None and not self._said_slow:
             self._said_slow = True
-            _log.warning("decoding attends with a mask, which is slow for long texts: %s", decoder.slow_because)
+            _log.warning("decoding attends with a mask, which is slow for long sequences: %s", reason)

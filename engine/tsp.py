@@ -12,7 +12,7 @@ from torch import Tensor
 class TokenState:
     """T tokens of B prompts: ids int64 [B, T], hidden [B, T, E], positions int64 [B, T] (original, ascending).
 
-    The network itself reads no ids; they ride along for whoever asks which tokens these are.
+    The network itself reads no ids; they ride along for those who ask which tokens these are.
     """
 
     ids: Tensor
@@ -20,19 +20,19 @@ class TokenState:
     positions: Tensor
 
     @classmethod
-    def start(cls, ids: Tensor, hidden: Tensor) -> TokenState:
-        """All N tokens of the prompts, at positions 0 … N - 1."""
-        return cls(ids, hidden, torch.arange(ids.shape[1], device=ids.device).expand_as(ids))
+    def start(cls, ids: Tensor, hidden: Tensor, position: int = 0) -> TokenState:
+        """All N tokens, at positions position … position + N - 1."""
+        return cls(ids, hidden, torch.arange(position, position + ids.shape[1], device=ids.device).expand_as(ids))
 
     def take(self, keep: Tensor, out: Tensor | None = None) -> TokenState:
-        """Token-Selective Propagation (arXiv 2502.01068): only the tokens at `keep`, int64 [B, n], go on.
+        """Token-Selective Propagation (arXiv 2502.01068): only the tokens at `keep`, int64 [B, n], are propagated.
 
         Their hidden states go into `out` [B, n, E], if there is one.
         """
-        rows = keep.unsqueeze(-1).expand(-1, -1, self.hidden.shape[-1])
-        hidden = torch.gather(self.hidden, 1, rows, out=out)
+        index = keep.unsqueeze(-1).expand(-1, -1, self.hidden.shape[-1])
+        hidden = torch.gather(self.hidden, 1, index, out=out)
         return TokenState(self.ids.gather(1, keep), hidden, self.positions.gather(1, keep))
 
-    def last_row(self) -> Tensor:
+    def last_token(self) -> Tensor:
         """Where the last token stands, for `take`: int64 [B, 1]."""
         return torch.full_like(self.ids[:, :1], self.ids.shape[1] - 1)

@@ -1,0 +1,74 @@
+"""What one request leaves for the next to use again: activations, slots, and the graphs that are bound to them."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+
+from fastkv.cache.pool import KVPool
+from fastkv.engine.plan import RequestPlan
+from fastkv.engine.step import SlotState, Stepper
+from fastkv.engine.workspace import Workspace
+from fastkv.models.llama import Llama
+
+
+class Buffers:
+    """All that some running requests need and the next ones can use again."""
+
+    def __init__(self) -> None:
+        self.workspace = Workspace()
+        self.state: SlotState | None = None
+        self.stepper: Stepper | None = None  # bound to the state
+
+    @property
+    def nbytes(self) -> int:
+        return self.workspace.nbytes + (self.state.pool.nbytes if self.state is not None else 0)
+
+    def state_for(self, plan: RequestPlan, capacities: Sequence[int], n_slots: int, model: Llama) -> SlotState:
+        """Slots for `n_slots` sequences and at least `capacities` entries a layer: those there are, or larger ones.
+
+        plan: of any of the requests; their layout and the shape of an entry are the same.
+        """
+        known = self.state
+        layouts_alike = known is not None and known.pool.layout is plan.layout
+        if known is not None and known.pool.holds(plan.layout, capacities, n_slots):
+            return known
+        if known is not None and layouts_alike and n_slots == known.pool.n_slots:
+            # Sequences grow longer: be ready for both.
+            capacities = [max(pair) for pair in zip(capacities, known.pool.capacities, strict=True)]
+        del known
+        self.stepper = self.state = None  # the old slots go first, and with them the graphs that are bound to them
+        pool = KVPool(plan.layout, capacities, n_slots, plan.shape, model.device)
+        self.state = SlotState.of(pool, model.config.vocab_size)
+        return self.state
+
+
+class BufferPool:
+    """The buffers that no request is using. One set is kept: requests usually come one after another."""
+
+    def __init__(self) -> None:
+        self._idle: Buffers | None = None
+        self._lock = threading.Lock()
+
+    @property
+    def idle_bytes(self) -> int:
+        """What the next request can use without asking the system for it."""
+        idle = self._idle
+        return idle.nbytes if idle is not None else 0
+
+    def lease(self) -> Buffers:
+        """Buffers for one caller alone. A second one at the same time gets new ones."""
+        with self._lock:
+            buffers, self._idle = self._idle, None
+        return Buffers() if buffers is None else buffers
+
+    def give_back(self, buffers: Buffers) -> None:
+        """Keep them for the next request; of two sets, the larger."""
+        with self._lock:
+            if self._idle is None or self._idle.nbytes <= buffers.nbytes:
+                self._idle = buffers
+
+    def clear(self) -> None:
+        """Let the idle memory go."""
+        with self._lock:
+            self._idle = None

@@ -1,0 +1,142 @@
+"""Sequences that decode together. Each has a slot of the pool, its own position and its own way to choose tokens.
+
+Knows no text and no stop rules: the caller, who reads the tokens, says when a sequence is done.
+
+Where the device works on its own, a step is launched before the tokens of the one before it are read: the host looks at
+tokens n while the device makes tokens n + 1. What was launched for a sequence that then ends is never read.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fastkv.cache.kv_cache import KVCache
+from fastkv.cache.pool import bucket
+from fastkv.engine.graph import GraphError
+from fastkv.engine.memory import start_peak
+from fastkv.engine.prefill import Prefill, prefill
+from fastkv.engine.request import Request
+from fastkv.engine.runtime import Runtime
+from fastkv.engine.sampler import NOT_FINITE, not_finite_error
+
+
+@dataclass
+class _Sequence:
+    """A request at work. launched: tokens that have been asked of the device, read or not."""
+
+    request: Request
+    cache: KVCache
+    launched: int = 1
+
+
+class DecodeBatch:
+    """Room for `n_slots` requests at a time, of those `to_come`; `close` when they are done.
+
+    Prefill happens in `admit`, one request at a time: no padding goes through it.
+    """
+
+    def __init__(self, runtime: Runtime, to_come: Sequence[Request], n_slots: int = 1) -> None:
+        start_peak(runtime.model.device)
+        self._runtime = runtime
+        self._buffers = runtime.buffers.lease()
+        plans = [request.plan for request in to_come]
+        self._state = self._buffers.state_for(plans[0], capacities_of(to_come), n_slots, runtime.model)
+        self._stepper = runtime.stepper(self._buffers)
+        self._at_work: dict[int, _Sequence] = {}
+        self._free = n_slots
+        self._unread: deque[tuple[dict[int, _Sequence], Callable[[], list[int]]]] = deque()
+
+    @property
+    def has_room(self) -> bool:
+        """Whether another request can be admitted."""
+        return self._free > 0
+
+    def admit(self, request: Request) -> tuple[int, Prefill]:
+        """Prefill a request into a free slot, and launch its first token: the slot, and what the prefill left."""
+        model, state = self._runtime.model, self._state
+        slot = state.pool.take()
+        self._free -= 1
+        cache = request.plan.cache_in(state.pool, range(slot, slot + 1))
+        self._at_work[slot] = _Sequence(request, cache)  # from here on `close` ends it, too
+        prompt = torch.tensor([request.prompt], device=model.device)
+        state.sampler.start(slot, request.params, prompt)
+        result = prefill(model, prompt, request.plan, cache, self._buffers.workspace, self._runtime.attention)
+        state.first(slot, result.logits)
+        self._unread.append(({slot: self._at_work[slot]}, _read_later(state.tokens)))
+        return slot, result
+
+    def release(self, slot: int) -> None:
+        """A request is done: its slot is free for another one, and what was launched for it is never read."""
+        del self._at_work[slot]
+        self._state.sampler.stop(slot)
+        self._state.pool.release(range(slot, slot + 1))
+        self._free += 1
+
+    def launch_as_needed(self) -> None:
+        """See to it that there is something to read, and something under way meanwhile."""
+        wanted = 2 if self._runtime.ahead else 1
+        while len(self._unread) < wanted and self._launch():
+            pass
+
+    def read(self) -> list[tuple[int, int]]:
+        """Wait for the oldest tokens that are unread: (slot, token id) of each request that is still at work.
+
+        Raises FaultError where the model's logits were NaN or infinite.
+        """
+        sequences, tokens = self._unread.popleft()
+        values = tokens()
+        found = [(slot, values[slot]) for slot, each in sequences.items() if self._at_work.get(slot) is each]
+        if any(token == NOT_FINITE for _, token in found):
+            raise not_finite_error(self._runtime.model.dtype)
+        return found
+
+    def close(self) -> None:
+        """Hand the memory to the next requests; those still at work end."""
+        for slot in list(self._at_work):
+            self.release(slot)
+        self._runtime.buffers.give_back(self._buffers)
+
+    def _launch(self) -> bool:
+        """One more token for each request that may have one; whether there is such a request."""
+        going = {slot: each for slot, each in self._at_work.items() if each.launched < each.request.max_tokens}
+        if not going:
+            return False
+        self._step({slot: going[slot].cache for slot in sorted(going)})
+        for each in going.values():
+            each.launched += 1
+        self._unread.append((going, _read_later(self._state.tokens)))
+        return True
+
+    def _step(self, caches: dict[int, KVCache]) -> None:
+        try:
+            self._stepper.step(caches)
+        except GraphError as error:
+            self._stepper = self._runtime.eagerly(self._state, error)
+            self._stepper.step(caches)
+
+
+def capacities_of(requests: Sequence[Request]) -> list[int]:
+    """The entries of each layer that suffice for any of the requests."""
+    return [bucket(max(layer)) for layer in zip(*(request.plan.capacities for request in requests), strict=True)]
+
+
+def _read_later(tokens: Tensor) -> Callable[[], list[int]]:
+    """Begin to fetch token ids, int64 [S]; the result waits for them."""
+    if tokens.device.type != "cuda":
+        values = tokens.tolist()
+        return lambda: values
+    copy = torch.empty(tokens.shape, dtype=torch.int64, pin_memory=True)
+    copy.copy_(tokens, non_blocking=True)
+    copied = torch.cuda.Event()
+    copied.record(torch.cuda.current_stream(tokens.device))
+
+    def read() -> list[int]:
+        copied.synchronize()
+        return copy.tolist()
+
+    return read
