@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastkv.cache.layer import Kept, KVLayer, Part
+from fastkv.cache.layer import EntryShape, Kept, KVLayer, Part
 from fastkv.cache.pool import KVPool, round_up
 from fastkv.errors import FastKVError
 
@@ -163,3 +164,12 @@ class KVCache:
                 layer.restore(slot, before.state(old_slot), new)
         self.slots = slots
         self.next_position.fill_(self.position)
+
+
+def check_cache(cache: Any, n_layers: int, shape: EntryShape, device: torch.device) -> None:
+    """Raise FastKVError unless this is a usable cache of a model of that many layers and that shape of entries."""
+    if not isinstance(cache, KVCache):
+        raise FastKVError(f"a cache is what a prefill has left (pre.cache), not {type(cache).__name__}")
+    if (len(cache.layers), cache.pool.shape, cache.pool.device) != (n_layers, shape, device):
+        raise FastKVError("this cache is of another model, dtype or device than the one that goes on with it")
+    cache.check_usable()

@@ -8,7 +8,7 @@ The device's is a tensor for each slot and head: it is what a captured CUDA grap
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Protocol
+from typing import ClassVar, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -27,8 +27,7 @@ class EntryShape:
     dtype: torch.dtype
 
 
-@dataclass(frozen=True)
-class Part:
+class Part(NamedTuple):
     """What some heads of some sequences attend to: k and v [b, h, n, D], entries in the order of their positions.
 
     sequences, heads: which ones of those that were asked for, and which KV heads. live: int64 [b, h, 1, 1] on the

@@ -44,9 +44,10 @@ class Observation:
     q: Tensor
     k: Tensor
     v: Tensor
+    n_past: int = 0
 
 
-class Watch(Protocol):
+class OnlineSelector(Protocol):
     """Follows the layers of one prefill, and says behind which of them tokens are dropped."""
 
     def __call__(self, layer: int, scores: Tensor) -> Tensor | None:
@@ -63,7 +64,9 @@ class Policy:
     name: ClassVar[str]
     window: int = 0  # the last tokens, which are kept whatever the scores say
     needs_all_queries: ClassVar[bool] = False  # of a layer, for its scores; not those of the window alone
-    ragged: ClassVar[bool] = False  # the KV heads of a layer keep different numbers of entries (`head_budgets`)
+    per_head: ClassVar[bool] = False
+    compresses_again: ClassVar[bool] = False
+    layout: ClassVar[Any] = None  # the KV heads of a layer keep different numbers of entries (`head_budgets`)
 
     def validate(self, n_layers: int, n_kv_heads: int | None = None) -> None:
         """Raise FastKVError if a setting does not fit a model of `n_layers` and `n_kv_heads` (None: not checked)."""
@@ -79,7 +82,7 @@ class Policy:
         """
         return [Stage(range(n_layers))]
 
-    def watch(self, n_layers: int, n_tokens: int) -> Watch | None:
+    def online_selector(self, n_layers: int, n_tokens: int) -> OnlineSelector | None:
         """Whoever decides during a prefill where tokens are dropped; None: `stages` has said it."""
         return None
 
@@ -135,5 +138,9 @@ def plan_layers(policy: Policy, n_layers: int, n_tokens: int) -> list[LayerPlan]
 
 
 def drops_tokens(policy: Policy, n_layers: int, n_tokens: int) -> bool:
-    """Whether any layer forgets any token of a prompt of `n_tokens`."""
-    return any(plan.kept < n_tokens for plan in plan_layers(policy, n_layers, n_tokens))
+    """Whether any layer may forget any token of a prompt of `n_tokens`.
+
+    A plan's numbers are upper bounds where the policy decides online, so a layer that reduces at all counts.
+    """
+    plans = plan_layers(policy, n_layers, n_tokens)
+    return any(plan.kept < n_tokens or plan.propagated is not None for plan in plans)

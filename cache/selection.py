@@ -88,3 +88,11 @@ def select_per_head(scores: Tensor, counts: Tensor, window: int) -> PerHead:
     kept.scatter_(2, best, chosen)
     index = kept.flatten(1).nonzero()[:, 1].view(batch, -1)
     return PerHead(counts, index, before + window)
+
+
+def positions_of(kept: Tensor | PerHead, positions: Tensor) -> Tensor:
+    """Where what is kept stands, of entries at `positions` int64 [B, Hkv, T], which PerHead has alike in all heads.
+
+    int64 [B, Hkv, n]; see PerHead.positions for heads of different lengths.
+    """
+    return kept.positions(positions[:, 0]) if isinstance(kept, PerHead) else positions.gather(2, kept)

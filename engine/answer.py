@@ -1,41 +1,33 @@
-"""What becomes of one request, token by token: its text, its end, its figures. Knows no tensor and no other request."""
+"""What becomes of one request, token by token: its text, its end, its figures. Knows no other request."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
-
-import torch
-
-from fastkv.cache.kv_cache import KVCache
 from fastkv.engine.output import Metrics, Output, Piece, RunInfo
+from fastkv.engine.prefill import Prefill
 from fastkv.engine.request import Request
 from fastkv.engine.stopping import StopStrings
-from fastkv.models.config import ModelConfig
 from fastkv.models.detokenizer import Detokenizer
+from fastkv.models.llama import Llama
 from fastkv.models.tokenizer import Tokenizer
+
+_CONTEXT = 16  # tokens of the prompt's end: more than the text of the next token can depend on
 
 
 class Answer:
     """Books the tokens of a request as they come, until `take` says that one was the last.
 
-    called_at: time.perf_counter() when the user asked. peak: set by whoever runs the request.
+    called_at: time.perf_counter() when the user asked. peak: bytes, set when the request has run.
     """
 
     peak: int | None = None
 
-    def __init__(
-        self,
-        config: ModelConfig,
-        dtype: torch.dtype,
-        device: torch.device,
-        tokenizer: Tokenizer | None,
-        request: Request,
-        called_at: float,
-    ) -> None:
+    def __init__(self, model: Llama, tokenizer: Tokenizer | None, request: Request, called_at: float) -> None:
         self.request = request
-        self._config, self._dtype, self._device, self._called_at = config, dtype, device, called_at
-        self._detokenizer = Detokenizer(tokenizer.decode if tokenizer else lambda ids: "", request.prompt)
+        self._config, self._called_at = model.config, called_at
+        self._device, self._dtype = str(model.device), str(model.dtype).removeprefix("torch.")
+        last_ids = request.ids[0, -_CONTEXT:].tolist()
+        self._detokenizer = Detokenizer(tokenizer.decode if tokenizer else lambda ids: "", last_ids)
         self._stops = StopStrings(request.params.stop)
         self._kv_bytes = self._kv_entries = 0
         self._layer_tokens: tuple[int, ...] = ()
@@ -44,9 +36,10 @@ class Answer:
         self._times: list[float] = []
         self._finish_reason = "interrupted"
 
-    def prefilled(self, kv_bytes: int, kv_entries: int, layer_tokens: Sequence[int]) -> None:
+    def prefilled(self, result: Prefill) -> None:
         """Book what the prefill has kept, and how many tokens each layer saw."""
-        self._kv_bytes, self._kv_entries, self._layer_tokens = kv_bytes, kv_entries, tuple(layer_tokens)
+        self._kv_bytes, self._kv_entries = self.request.plan.nbytes, result.cache.entries
+        self._layer_tokens = tuple(result.layer_tokens)
 
     def take(self, token_id: int) -> tuple[Piece, bool]:
         """Book a new token; the piece to emit, and whether it is the last one."""
@@ -78,21 +71,19 @@ class Answer:
         return Output(text, token_ids, self._finish_reason, self._metrics(), self._run())
 
     def _run(self) -> RunInfo:
-        policy, n_layers = self.request.policy, self._config.n_layers
-        first = policy.first_pass(n_layers, len(self.request.prompt))
+        policy, first = self.request.policy, self.request.plan.first_pass
         return RunInfo(
             policy=policy.name,
-            settings=policy.settings(n_layers),
-            device=str(self._device),
-            dtype=str(self._dtype).removeprefix("torch."),
+            settings=policy.settings(self._config.n_layers),
+            device=self._device,
+            dtype=self._dtype,
             first_pass_layer=None if first is None else first.layer,
         )
 
     def _metrics(self) -> Metrics:
-        request, config, times = self.request, self._config, self._times
-        n_prompt, n_new = len(request.prompt), len(self._token_ids)
-        heads = config.n_layers * config.n_kv_heads
-        full = KVCache.size_of([n_prompt] * config.n_layers, request.max_tokens, config.n_kv_heads, config.head_dim)
+        plan, times = self.request.plan, self._times
+        n_prompt, n_new = plan.n_tokens, len(self._token_ids)
+        heads = self._config.n_layers * self._config.n_kv_heads
         return Metrics(
             prompt_tokens=n_prompt,
             new_tokens=n_new,
@@ -102,7 +93,7 @@ class Answer:
             kv_entries=self._kv_entries,
             kv_full_entries=n_prompt * heads,
             kv_bytes=self._kv_bytes,
-            kv_full_bytes=full * self._dtype.itemsize,
+            kv_full_bytes=plan.full_nbytes,
             tsp_tokens=self._layer_tokens[-1] if self._layer_tokens else n_prompt,
             layer_tokens=self._layer_tokens,
             peak_bytes=self.peak,

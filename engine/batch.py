@@ -1,16 +1,16 @@
-"""Many requests, decoded together: whoever is done leaves, and whoever waits takes the place (continuous batching)."""
+"""Many requests, decoded together: one that is done leaves its slot to one that waits (continuous batching)."""
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator, Sequence
 
-from fastkv.cache.storage import bucket
+from fastkv.cache.pool import bytes_of
 from fastkv.engine.answer import Answer
+from fastkv.engine.decode_batch import DecodeBatch, capacities_of
 from fastkv.engine.memory import available_bytes, explain_out_of_memory, peak_bytes
 from fastkv.engine.output import Output
 from fastkv.engine.request import Request
-from fastkv.engine.rows import Rows, slots_of_all
 from fastkv.engine.runtime import Runtime
 from fastkv.errors import FastKVError
 from fastkv.models.tokenizer import Tokenizer
@@ -19,54 +19,49 @@ DEFAULT_BATCH_SIZE = 8
 
 
 def run_batch(
-    runtime: Runtime, tokenizer: Tokenizer | None, requests: Sequence[Request], n_rows: int, called_at: float
+    runtime: Runtime, tokenizer: Tokenizer | None, requests: Sequence[Request], n_slots: int, called_at: float
 ) -> Iterator[tuple[int, Output]]:
-    """(index, output) of each request, as it is done; `n_rows` of them are at work at a time.
+    """(index, output) of each request, as it is done; `n_slots` of them are at work at a time.
 
-    called_at: time.perf_counter() when the user asked. Each prompt is prefilled on its own, as soon as there is a row
+    called_at: time.perf_counter() when the user asked. Each prompt is prefilled on its own, as soon as there is a slot
     for it. Leaving the iterator early ends all of them.
     """
-    model = runtime.model
-    answers = [Answer(model.config, model.dtype, model.device, tokenizer, one, called_at) for one in requests]
+    answers = [Answer(runtime.model, tokenizer, request, called_at) for request in requests]
     with explain_out_of_memory():
-        rows = Rows(runtime, requests, n_rows)
+        batch = DecodeBatch(runtime, requests, n_slots)
     waiting, at_work = deque(range(len(requests))), dict[int, int]()
     try:
         while waiting or at_work:
             with explain_out_of_memory():
-                while waiting and rows.has_room:
-                    _admit(rows, at_work, waiting.popleft(), answers)
-                rows.launch_as_needed()
-                tokens = rows.read()
-            for row, token_id in tokens:
-                index = at_work[row]
+                while waiting and batch.has_room:
+                    index = waiting.popleft()
+                    slot, result = batch.admit(requests[index])
+                    answers[index].prefilled(result)
+                    at_work[slot] = index
+                batch.launch_as_needed()
+                tokens = batch.read()
+            for slot, token_id in tokens:
+                index = at_work[slot]
                 if answers[index].take(token_id)[1]:
                     answers[index].peak = peak_bytes(runtime.model.device)
-                    rows.release(row)
-                    del at_work[row]
+                    batch.release(slot)
+                    del at_work[slot]
                     yield index, answers[index].output()
     finally:
-        rows.close()
+        batch.close()
 
 
-def _admit(rows: Rows, at_work: dict[int, int], index: int, answers: Sequence[Answer]) -> None:
-    row, result = rows.admit(answers[index].request)
-    answers[index].prefilled(result.cache.nbytes, result.cache.entries, result.layer_tokens)
-    at_work[row] = index
-
-
-def rows_that_fit(runtime: Runtime, requests: Sequence[Request], batch_size: int, kv_memory: int | None = None) -> int:
+def slots_that_fit(runtime: Runtime, requests: Sequence[Request], batch_size: int, kv_memory: int | None = None) -> int:
     """How many of the requests can be at work at a time: at most `batch_size`, in `kv_memory` bytes of KV cache.
 
-    kv_memory: None means what the device has left. A row has room for the largest request. Raises FastKVError if not
+    kv_memory: None means what the device has left. A slot has room for the largest request. Raises FastKVError if not
     even one fits.
     """
-    model = runtime.model
-    slots = sum(bucket(count) for count in slots_of_all(requests, model.config.n_layers))
-    one = 2 * slots * model.config.n_kv_heads * model.config.head_dim * model.dtype.itemsize
+    plan = requests[0].plan
+    one = bytes_of(plan.layout, capacities_of(requests), plan.shape)
     if kv_memory is None:
-        available = available_bytes(model.device)
-        limit = batch_size if available is None else (available + runtime.pool.idle_bytes) // one
+        available = available_bytes(runtime.model.device)
+        limit = batch_size if available is None else (available + runtime.buffers.idle_bytes) // one
         return max(1, min(batch_size, len(requests), limit))
     if one > kv_memory:
         raise FastKVError(

@@ -5,8 +5,8 @@ from __future__ import annotations
 import threading
 from collections.abc import Sequence
 
+from fastkv.cache.layer import EntryShape, KVLayer
 from fastkv.cache.pool import KVPool
-from fastkv.engine.plan import RequestPlan
 from fastkv.engine.step import SlotState, Stepper
 from fastkv.engine.workspace import Workspace
 from fastkv.models.llama import Llama
@@ -24,22 +24,22 @@ class Buffers:
     def nbytes(self) -> int:
         return self.workspace.nbytes + (self.state.pool.nbytes if self.state is not None else 0)
 
-    def state_for(self, plan: RequestPlan, capacities: Sequence[int], n_slots: int, model: Llama) -> SlotState:
-        """Slots for `n_slots` sequences and at least `capacities` entries a layer: those there are, or larger ones.
-
-        plan: of any of the requests; their layout and the shape of an entry are the same.
-        """
+    def state_for(
+        self, layout: type[KVLayer], capacities: Sequence[int], n_slots: int, model: Llama
+    ) -> SlotState:
+        """Slots for `n_slots` sequences and at least `capacities` entries a layer: those there are, or larger ones."""
         known = self.state
-        layouts_alike = known is not None and known.pool.layout is plan.layout
-        if known is not None and known.pool.holds(plan.layout, capacities, n_slots):
+        if known is not None and known.pool.holds(layout, capacities, n_slots):
             return known
-        if known is not None and layouts_alike and n_slots == known.pool.n_slots:
+        if known is not None and known.pool.layout is layout and n_slots == known.pool.n_slots:
             # Sequences grow longer: be ready for both.
             capacities = [max(pair) for pair in zip(capacities, known.pool.capacities, strict=True)]
         del known
         self.stepper = self.state = None  # the old slots go first, and with them the graphs that are bound to them
-        pool = KVPool(plan.layout, capacities, n_slots, plan.shape, model.device)
-        self.state = SlotState.of(pool, model.config.vocab_size)
+        config = model.config
+        shape = EntryShape(config.n_kv_heads, config.head_dim, model.dtype)
+        pool = KVPool(layout, capacities, n_slots, shape, model.device)
+        self.state = SlotState.of(pool, config.vocab_size)
         return self.state
 
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from fastkv.cache.kv_cache import KVCache
+from fastkv.cache.layer import KVLayer
 from fastkv.cache.pool import bucket
 from fastkv.engine.graph import GraphError
 from fastkv.engine.memory import start_peak
@@ -44,8 +45,7 @@ class DecodeBatch:
         start_peak(runtime.model.device)
         self._runtime = runtime
         self._buffers = runtime.buffers.lease()
-        plans = [request.plan for request in to_come]
-        self._state = self._buffers.state_for(plans[0], capacities_of(to_come), n_slots, runtime.model)
+        self._state = self._buffers.state_for(layout_of(to_come), capacities_of(to_come), n_slots, runtime.model)
         self._stepper = runtime.stepper(self._buffers)
         self._at_work: dict[int, _Sequence] = {}
         self._free = n_slots
@@ -63,7 +63,7 @@ class DecodeBatch:
         self._free -= 1
         cache = request.plan.cache_in(state.pool, range(slot, slot + 1))
         self._at_work[slot] = _Sequence(request, cache)  # from here on `close` ends it, too
-        prompt = torch.tensor([request.prompt], device=model.device)
+        prompt = request.ids.to(model.device)
         state.sampler.start(slot, request.params, prompt)
         result = prefill(model, prompt, request.plan, cache, self._buffers.workspace, self._runtime.attention)
         state.first(slot, result.logits)
@@ -118,6 +118,12 @@ class DecodeBatch:
         except GraphError as error:
             self._stepper = self._runtime.eagerly(self._state, error)
             self._stepper.step(caches)
+
+
+def layout_of(requests: Sequence[Request]) -> type[KVLayer]:
+    """The layout that any of the requests of one policy can be stored in."""
+    # A policy may store a prompt that it leaves whole in a simpler layout.
+    return next((request.plan.layout for request in requests if request.plan.compresses), requests[0].plan.layout)
 
 
 def capacities_of(requests: Sequence[Request]) -> list[int]:

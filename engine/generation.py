@@ -8,10 +8,10 @@ from collections.abc import Iterator
 from torch import Tensor
 
 from fastkv.engine.answer import Answer
+from fastkv.engine.decode_batch import DecodeBatch
 from fastkv.engine.memory import explain_out_of_memory, peak_bytes
 from fastkv.engine.output import Output, Piece
 from fastkv.engine.request import Request
-from fastkv.engine.rows import Rows
 from fastkv.engine.runtime import Runtime
 from fastkv.models.tokenizer import Tokenizer
 
@@ -37,46 +37,45 @@ class Generation(Iterator[Piece]):
         # time.perf_counter() when the user asked, if that was before now
         asked = time.perf_counter() if called_at is None else called_at
         self._runtime = runtime
-        model = runtime.model
-        self._answer = Answer(model.config, model.dtype, model.device, tokenizer, request, asked)
-        self._rows: Rows | None = None
+        self._answer = Answer(runtime.model, tokenizer, request, asked)
+        self._batch: DecodeBatch | None = None
         self._keep_selection = keep_selection
         self._ended = False
 
     @property
     def prompt_ids(self) -> list[int]:
         """The token ids of the prompt."""
-        return list(self._answer.request.prompt)
+        return self._answer.request.ids[0].tolist()
 
     def __next__(self) -> Piece:
         if self._ended:
             raise StopIteration
         with explain_out_of_memory():
-            if self._rows is None:
-                self._rows = self._begin()  # the first token is handed over before anything else is begun
+            if self._batch is None:
+                self._batch = self._begin()  # the first token is handed over before anything else is begun
             else:
-                self._rows.launch_as_needed()
-            ((_, token_id),) = self._rows.read()
+                self._batch.launch_as_needed()
+            ((_, token_id),) = self._batch.read()
         piece, finished = self._answer.take(token_id)
         if finished:
             self._answer.peak = peak_bytes(self._runtime.model.device)
             self.close()
         return piece
 
-    def _begin(self) -> Rows:
-        rows = Rows(self._runtime, [self._answer.request])
-        _, result = rows.admit(self._answer.request)
-        self._answer.prefilled(result.cache.nbytes, result.cache.entries, result.layer_tokens)
+    def _begin(self) -> DecodeBatch:
+        batch = DecodeBatch(self._runtime, [self._answer.request])
+        _, result = batch.admit(self._answer.request)
+        self._answer.prefilled(result)
         if self._keep_selection:
             self.selection = (result.tokens, result.kept)
-        return rows
+        return batch
 
     def close(self) -> None:
         """Generate no more, and let the next request have the memory. `output()` stays."""
         self._ended = True
-        if self._rows is not None:
-            self._rows.close()
-            self._rows = None
+        if self._batch is not None:
+            self._batch.close()
+            self._batch = None
 
     def output(self) -> Output:
         """Text, tokens and figures so far."""

@@ -13,18 +13,20 @@ from typing import Any, overload
 import torch
 from torch import Tensor
 
-from fastkv.cache.kv_cache import KVCache
+from fastkv.cache.kv_cache import KVCache, check_cache
+from fastkv.cache.layer import EntryShape
 from fastkv.cache.policies import FastKV
 from fastkv.cache.policy import Policy
 from fastkv.engine.attention import check_backend
-from fastkv.engine.batch import DEFAULT_BATCH_SIZE, rows_that_fit, run_batch
+from fastkv.engine.batch import DEFAULT_BATCH_SIZE, run_batch, slots_that_fit
 from fastkv.engine.compile import compile_layers
 from fastkv.engine.decode import decode_step
 from fastkv.engine.device import resolve_device, resolve_dtype
 from fastkv.engine.generation import Generation
 from fastkv.engine.memory import check_fits, explain_out_of_memory
 from fastkv.engine.output import Output
-from fastkv.engine.prefill import Prefill, new_cache, prefill
+from fastkv.engine.plan import plan_request, position_limit
+from fastkv.engine.prefill import Prefill, prefill
 from fastkv.engine.progress import ProgressLine, loading
 from fastkv.engine.request import (
     Request,
@@ -33,7 +35,6 @@ from fastkv.engine.request import (
     id_tensor,
     is_batch,
     params_of_each,
-    position_limit,
     step_tensor,
 )
 from fastkv.engine.runtime import Runtime
@@ -131,7 +132,7 @@ class LLM:
 
     def free_buffers(self) -> None:
         """Let go of the memory that requests hand to one another; the next request takes its own again."""
-        self._runtime.pool.clear()
+        self._runtime.buffers.clear()
 
     @overload
     def generate(
@@ -203,8 +204,8 @@ class LLM:
         requests = [self._request_of(index, prompt, chosen, policy) for index, (prompt, chosen) in enumerate(each)]
         if not requests:
             return iter(())
-        n_rows = rows_that_fit(self._runtime, requests, batch_size, kv_memory)
-        return run_batch(self._runtime, self.tokenizer, requests, n_rows, called_at)
+        n_slots = slots_that_fit(self._runtime, requests, batch_size, kv_memory)
+        return run_batch(self._runtime, self.tokenizer, requests, n_slots, called_at)
 
     def stream(
         self,
@@ -231,34 +232,54 @@ class LLM:
         """
         return self._checked_encoding(self._required_tokenizer().encode_chat(messages))
 
-    def prefill(self, token_ids: list[int] | Tensor, policy: Policy | None = None, max_tokens: int = 256) -> Prefill:
-        """Run prompts of one length through the layers and decode nothing.
+    def prefill(
+        self,
+        token_ids: list[int] | Tensor,
+        policy: Policy | None = None,
+        max_tokens: int = 256,
+        *,
+        cache: KVCache | None = None,
+    ) -> Prefill:
+        """Run new tokens through the layers and decode nothing.
 
-        token_ids: list[int], or an integer tensor [B, N]. max_tokens: the room that the cache gets for `decode`.
+        token_ids: list[int], or an integer tensor [B, N], of B sequences that are equally long. max_tokens: the room
+        that the cache gets for `decode`. cache: what an earlier prefill left; the sequence goes on after what it holds,
+        in that very cache. New tokens then attend to every entry kept so far, and causally to one another. A policy that
+        can (Policy.compresses_again) chooses anew among those entries and the new tokens, its budget counting from the
+        whole sequence; else what was kept stays, and the new tokens are kept whole. TSP works on the new tokens.
+
         Returns logits [B, V] float32, the tokens that each layer saw, the entries that it kept, and the cache.
-        Raises FastKVError as `generate` does.
+        Raises FastKVError as `generate` does, and for a cache that is not of this model.
         """
         check_integer("max_tokens", max_tokens, 0)
         ids = id_tensor(token_ids, self.config.vocab_size).to(self.device)
         policy = self.policy if policy is None else self._checked_policy(policy)
-        limit = position_limit(self.config, policy, ids.shape[1])
-        check_cache_fits(self.config, policy, ids.shape[1], max_tokens, self.dtype, self.device, batch=ids.shape[0])
+        if cache is not None:
+            self._check_cache(cache, ids.shape[0])
+        limit = position_limit(self.config, policy, ids.shape[1], cache)
+        plan = plan_request(self.config, policy, ids.shape[1], max_tokens, self.dtype, limit, cache)
+        check_cache_fits(plan, self.device, ids.shape[0], 0 if cache is None else cache.nbytes)
         with explain_out_of_memory():
-            cache = new_cache(self._model, policy, ids, max_tokens, limit)
-            buffers = self._runtime.pool.lease()
-            result = prefill(self._model, ids, policy, cache, buffers.workspace, self._runtime.attention)
-            self._runtime.pool.give_back(buffers)
+            if cache is None:
+                cache = plan.new_cache(*ids.shape[:1], self.device)
+            else:
+                cache.make_room(plan.capacities, 0 if plan.compresses else plan.n_tokens + max_tokens)
+            buffers = self._runtime.buffers.lease()
+            result = prefill(self._model, ids, plan, cache, buffers.workspace, self._runtime.attention)
+            self._runtime.buffers.give_back(buffers)
         return dataclasses.replace(result, logits=result.logits.clone())  # a tensor like any other: writable
 
     def decode(self, cache: KVCache, token_ids: Tensor) -> Tensor:
-        """One step: token_ids int64 [B] -> logits float32 [B, V] of the token after them; appends to `cache`.
+        """Append tokens to the sequences of a cache; logits float32 of the token after each.
 
+        token_ids: int64 [B] -> [B, V], or [B, T], T tokens for each sequence -> [B, T, V].
         Raises FastKVError when the cache or the model's context is full, for the wrong number or kind of tokens, and
-        for a cache that is not of this model.
+        for a cache that is not of this model; nothing has changed then.
         """
         self._check_cache(cache)
         ids = step_tensor(token_ids, cache.batch, self.config.vocab_size).to(self.device)
-        return decode_step(self._model, [cache], ids).clone()
+        logits = decode_step(self._model, cache, ids).clone()
+        return logits if torch.as_tensor(token_ids).dim() == 2 else logits[:, 0]
 
     def _request(self, prompt: str | list[int], params: SamplingParams | None, policy: Policy | None) -> Request:
         params = SamplingParams() if params is None else params
@@ -266,11 +287,11 @@ class LLM:
             raise FastKVError(f"params must be SamplingParams, not {type(params).__name__}")
         ids = self._token_ids(prompt)
         policy = self.policy if policy is None else self._checked_policy(policy)
-        limit = position_limit(self.config, policy, len(ids))
-        max_tokens = answer_length(self.config, params, len(ids), limit)
-        reusable = self._runtime.pool.idle_bytes
-        check_cache_fits(self.config, policy, len(ids), max_tokens, self.dtype, self.device, reusable=reusable)
-        return Request(ids, params, policy, max_tokens, limit, self._eos_ids(params))
+        limit = position_limit(self.config, policy, ids.shape[1])
+        max_tokens = answer_length(self.config, params, ids.shape[1], limit)
+        plan = plan_request(self.config, policy, ids.shape[1], max_tokens, self.dtype, limit)
+        check_cache_fits(plan, self.device, reusable=self._runtime.buffers.idle_bytes)
+        return Request(ids, params, plan, self._eos_ids(params))
 
     def _request_of(self, index: int, prompt: Any, params: Any, policy: Policy) -> Request:
         """A request of a list: what is wrong with it is told with its place there."""
@@ -280,14 +301,15 @@ class LLM:
             message = f"prompt {index} of the list: {error}"
             raise FastKVError(message, setting=error.setting, prompt=index) from error
 
-    def _token_ids(self, prompt: str | list[int]) -> list[int]:
+    def _token_ids(self, prompt: str | list[int] | Tensor) -> Tensor:
+        """int64 [1, N], on the host."""
         if isinstance(prompt, str):
             encoded = self._required_tokenizer().encode(prompt) if prompt else []
-            return self._checked_encoding(encoded)
+            return torch.tensor([self._checked_encoding(encoded)])
         ids = id_tensor(prompt, self.config.vocab_size)
         if ids.shape[0] != 1:
             raise FastKVError("generate and stream take a list of prompts, not a tensor of several; prefill does")
-        return ids[0].tolist()
+        return ids.cpu()
 
     def _required_tokenizer(self) -> Tokenizer:
         if self.tokenizer is None:
@@ -311,13 +333,12 @@ class LLM:
         policy.validate(self.config.n_layers, self.config.n_kv_heads)
         return policy
 
-    def _check_cache(self, cache: KVCache) -> None:
-        if not isinstance(cache, KVCache):
-            raise FastKVError(f"decode takes the cache of a prefill (pre.cache), not {type(cache).__name__}")
-        expected = (self.config.n_layers, self.config.n_kv_heads, self.config.head_dim, self.dtype, self.device)
-        found = (len(cache.k), cache.n_kv_heads, cache.head_dim, cache.k[0].dtype, cache.k[0].device)
-        if found != expected:
-            raise FastKVError("this cache is of another model, dtype or device than the one that decodes")
+    def _check_cache(self, cache: KVCache, batch: int | None = None) -> None:
+        """FastKVError unless it is a whole cache of this model, for `batch` sequences (None: any number)."""
+        shape = EntryShape(self.config.n_kv_heads, self.config.head_dim, self.dtype)
+        check_cache(cache, self.config.n_layers, shape, self.device)
+        if batch is not None and batch != cache.batch:
+            raise FastKVError(f"the cache holds {cache.batch} sequences, but the new tokens are of {batch}")
 
     def _eos_ids(self, params: SamplingParams) -> frozenset[int]:
         if params.ignore_eos:

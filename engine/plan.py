@@ -11,7 +11,7 @@ from fastkv.cache.dense import DenseLayer
 from fastkv.cache.kv_cache import KVCache
 from fastkv.cache.layer import EntryShape, KVLayer
 from fastkv.cache.per_head import PerHeadLayer
-from fastkv.cache.policy import FirstPass, LayerPlan, Policy, plan_layers
+from fastkv.cache.policy import FirstPass, LayerPlan, Policy, drops_tokens, plan_layers
 from fastkv.cache.pool import KVPool, bytes_of, round_up
 from fastkv.errors import FastKVError
 from fastkv.models.config import ModelConfig
@@ -90,7 +90,7 @@ def plan_request(
         layers, first_pass = [LayerPlan(n_tokens, before + n_tokens, None) for before in past], None
     seen_at_most = [before + layers[0].seen for before in past]
     compresses = first_pass is not None or any(
-        plan.kept < most for plan, most in zip(layers, seen_at_most, strict=True)
+        plan.kept < most or plan.propagated is not None for plan, most in zip(layers, seen_at_most, strict=True)
     )
     layout = _layout(policy, compresses) if cache is None else cache.pool.layout
     capacities = tuple(round_up(plan.kept + max_tokens) for plan in layers)
@@ -133,7 +133,7 @@ def position_limit(config: ModelConfig, policy: Policy, n_tokens: int, cache: KV
         )
     window = config.sliding_window
     dropped = cache is not None and cache.whole_from > 0
-    if window is None or not (dropped or may_drop(policy, config.n_layers, n_in_all)):
+    if window is None or not (dropped or drops_tokens(policy, config.n_layers, n_in_all)):
         return limit
     if n_in_all > window:
         raise FastKVError(
@@ -142,8 +142,3 @@ def position_limit(config: ModelConfig, policy: Policy, n_tokens: int, cache: KV
             setting="prompt",
         )
     return min(limit, window)
-
-
-def may_drop(policy: Policy, n_layers: int, n_tokens: int) -> bool:
-    """Whether any layer may forget any token of a prompt of `n_tokens`."""
-    return any(plan.kept < n_tokens for plan in plan_layers(policy, n_layers, n_tokens))

@@ -16,7 +16,7 @@ from torch import Tensor
 from fastkv.cache.kv_cache import KVCache
 from fastkv.cache.layer import Kept, Part
 from fastkv.cache.policy import FirstPass, LayerPlan, Observation, OnlineSelector
-from fastkv.cache.selection import PerHead, select_entries, select_per_head, select_tokens
+from fastkv.cache.selection import positions_of, select_entries, select_per_head, select_tokens
 from fastkv.engine.attention import AUTO, attend_parts, causal_attention, take_tokens
 from fastkv.engine.plan import RequestPlan
 from fastkv.engine.projection import Projection
@@ -165,7 +165,7 @@ class LayerRun:
             k, v = self.projection.joined("keys", before.k, k), self.projection.joined("values", before.v, v)
         scores = self.policy.score(Observation(layer, q, k, v, past))
         kept = self._entries(layer, scores, count) if drops else None
-        self.positions = _taken(positions, kept)
+        self.positions = positions if kept is None else positions_of(kept, positions)
         self.cache.store(layer, k, v, kept, self.positions)
         return [Part(k, v)], self._propagated(layer, plan, scores[..., past:])
 
@@ -214,13 +214,6 @@ class LayerRun:
         """The positions of what the cache holds of a layer and of new tokens, int64 [B, T]: [B, Hkv, n + T]."""
         every_head = new.unsqueeze(1).expand(-1, self.model.config.n_kv_heads, -1)
         return torch.cat((self.cache.positions(layer), every_head), dim=2) if self.plan.past[layer] else every_head
-
-
-def _taken(positions: Tensor, kept: Kept) -> Tensor:
-    """Those of positions int64 [B, Hkv, n] that are kept."""
-    if isinstance(kept, PerHead):
-        return kept.positions(positions[:, 0])
-    return positions if kept is None else positions.gather(2, kept)
 
 
 def _narrow_pays(device: torch.device) -> bool:

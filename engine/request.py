@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastkv.cache.kv_cache import KVCache
-from fastkv.cache.policy import Policy, drops_tokens, plan_layers
+from fastkv.cache.policy import Policy
 from fastkv.engine.memory import check_fits
+from fastkv.engine.plan import RequestPlan
 from fastkv.engine.sampler import SamplingParams
 from fastkv.errors import FastKVError
 from fastkv.models.config import ModelConfig
@@ -21,14 +21,24 @@ DEFAULT_MAX_TOKENS = 256
 
 @dataclass(frozen=True)
 class Request:
-    """A checked request: the prompt fits the model, `max_tokens` fits behind it, `eos_ids` is empty if ignored."""
+    """A checked request: prompt and answer fit the model, as `plan` says. `eos_ids` is empty if ignored.
 
-    prompt: list[int]
+    ids: int64 [1, N], the prompt, on the host.
+    """
+
+    ids: Tensor
     params: SamplingParams
-    policy: Policy
-    max_tokens: int
-    position_limit: int
+    plan: RequestPlan
     eos_ids: frozenset[int]
+
+    @property
+    def policy(self) -> Policy:
+        return self.plan.policy
+
+    @property
+    def max_tokens(self) -> int:
+        """Tokens of the answer at most."""
+        return self.plan.max_tokens
 
 
 def id_tensor(token_ids: Any, vocab_size: int) -> Tensor:
@@ -47,13 +57,14 @@ def id_tensor(token_ids: Any, vocab_size: int) -> Tensor:
 
 
 def step_tensor(token_ids: Any, batch: int, vocab_size: int) -> Tensor:
-    """The tokens of one decode step: integers [B] -> int64 [B], every id inside the vocabulary."""
-    wrong = FastKVError(f"decode takes a token id for each of {batch} prompts, not {_brief(token_ids)}")
+    """The tokens of a decode step: integers [B] or [B, T] -> int64 [B, T], every id inside the vocabulary."""
+    wrong = FastKVError(f"decode takes one token id or several for each of {batch} prompts, not {_brief(token_ids)}")
     try:
         ids = torch.as_tensor(token_ids)
     except (TypeError, ValueError, RuntimeError, OverflowError):
         raise wrong from None
-    if ids.shape != (batch,) or not _is_integer(ids):
+    ids = ids.unsqueeze(1) if ids.dim() == 1 else ids
+    if ids.dim() != 2 or ids.shape[0] != batch or not ids.shape[1] or not _is_integer(ids):
         raise wrong
     return checked_ids(ids, vocab_size)
 
@@ -68,33 +79,8 @@ def checked_ids(ids: Tensor, vocab_size: int) -> Tensor:
     return ids
 
 
-def position_limit(config: ModelConfig, policy: Policy, n_tokens: int) -> int:
-    """The positions that the text may take, in tokens; FastKVError if the prompt alone takes more.
-
-    Where a policy drops tokens of a model with a sliding window, that window is the limit: which of the kept entries
-    have left it is not tracked.
-    """
-    limit = config.context_length
-    if n_tokens > limit:
-        raise FastKVError(
-            f"the prompt has {n_tokens} tokens, but the model's context (max_position_embeddings) is {limit}; "
-            "shorten it",
-            setting="prompt",
-        )
-    window = config.sliding_window
-    if window is None or not drops_tokens(policy, config.n_layers, n_tokens):
-        return limit
-    if n_tokens > window:
-        raise FastKVError(
-            f"the prompt has {n_tokens} tokens, more than the model's sliding_window of {window}, where policy "
-            f"{policy.name} cannot drop tokens; use policy full, or shorten it",
-            setting="prompt",
-        )
-    return min(limit, window)
-
-
 def answer_length(config: ModelConfig, params: SamplingParams, n_tokens: int, limit: int) -> int:
-    """The `max_tokens` that holds; FastKVError if an explicit one does not fit behind the prompt."""
+    """The `max_tokens` that holds; FastKVError if an explicit one does not fit after the prompt."""
     room = limit - n_tokens
     windowed = limit < config.context_length
     what = f"sliding_window of {limit}, where tokens are dropped" if windowed else f"context of {limit}"
@@ -115,33 +101,20 @@ def answer_length(config: ModelConfig, params: SamplingParams, n_tokens: int, li
     return int(params.max_tokens)
 
 
-def check_cache_fits(
-    config: ModelConfig,
-    policy: Policy,
-    n_tokens: int,
-    max_tokens: int,
-    dtype: torch.dtype,
-    device: torch.device,
-    batch: int = 1,
-    reusable: int = 0,
-) -> None:
-    """FastKVError if the KV cache of `batch` prompts is more than the device's memory has left.
+def check_cache_fits(plan: RequestPlan, device: torch.device, batch: int = 1, reusable: int = 0) -> None:
+    """FastKVError if the KV cache of `batch` sequences is more than the device's memory has left.
 
     reusable: bytes that are taken, but by nobody who uses them.
     """
-    kept = [plan.kept for plan in plan_layers(policy, config.n_layers, n_tokens)]
-    values = KVCache.size_of(kept, max_tokens, config.n_kv_heads, config.head_dim)
     advice = "lower kv_retention or max_tokens, or shorten the prompt"
-    check_fits("the KV cache", batch * values * dtype.itemsize, device, advice, reusable)
+    check_fits("the KV cache", batch * plan.nbytes, device, advice, reusable)
 
 
 def is_batch(prompt: Any) -> bool:
-    """Whether this is a list of prompts rather than one prompt."""
-    return (
-        isinstance(prompt, Sequence)
-        and not isinstance(prompt, (str, bytes))
-        and any(isinstance(one, (str, Sequence)) or getattr(one, "ndim", 0) > 0 for one in prompt)
-    )
+    """Whether this is a list of prompts rather than one prompt, by its first element; looks no further."""
+    if not isinstance(prompt, Sequence) or isinstance(prompt, (str, bytes)) or not prompt:
+        return False
+    return isinstance(prompt[0], (str, Sequence)) or getattr(prompt[0], "ndim", 0) > 0
 
 
 def params_of_each(params: Any, count: int) -> Sequence[Any]:

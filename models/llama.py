@@ -174,6 +174,11 @@ class Llama(nn.Module):
         """positions int64 [B, T], the original ones, all reserved -> the rotation of those positions."""
         return self.rotary(positions)
 
+    def rope_of_range(self, first: int, n_tokens: int) -> Rope:
+        """The rotation of the positions first … first + n_tokens - 1."""
+        self.reserve(first + n_tokens)
+        return self.rotary.first(first + n_tokens).at(first, first + n_tokens)
+
     def rope_of_first(self, n_tokens: int) -> Rope:
         """The rotation of the positions 0 … n_tokens - 1."""
         self.reserve(n_tokens)

@@ -25,7 +25,8 @@ class AdaKV(SnapKV):
     """
 
     name: ClassVar[str] = "adakv"
-    ragged: ClassVar[bool] = True
+    compresses_again: ClassVar[bool] = False
+    per_head: ClassVar[bool] = True
 
     head_floor: float = 0.2
 

@@ -43,7 +43,7 @@ class ASL(OnlineTSP):
     def default_layers(self, n_layers: int) -> tuple[int, int]:
         return round(10 / 32 * n_layers), max(0, n_layers - 2)
 
-    def watch(self, n_layers: int, n_tokens: int) -> _Settling:
+    def online_selector(self, n_layers: int, n_tokens: int) -> _Settling:
         keep = self.count(self.tsp_len, self.tsp_rate, n_tokens) - self.window
         return _Settling(self, *self.layers_of(n_layers), max(1, keep))  # of no tokens, no ranks would settle
 

@@ -31,6 +31,7 @@ class FastKV(WindowScored):
     """
 
     name: ClassVar[str] = "fastkv"
+    compresses_again: ClassVar[bool] = True
 
     tsp_layer: int | tuple[int, ...] | None = None
     tsp_rate: float | tuple[float, ...] = 0.2

@@ -32,7 +32,8 @@ class HeadKV(SnapKV):
     """
 
     name: ClassVar[str] = "headkv"
-    ragged: ClassVar[bool] = True
+    compresses_again: ClassVar[bool] = False
+    per_head: ClassVar[bool] = True
 
     head_scores: str | PathLike[str] | Table | None = None
     beta: float = 1.35

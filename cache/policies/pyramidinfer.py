@@ -26,6 +26,7 @@ class PyramidInfer(Policy):
     """
 
     name: ClassVar[str] = "pyramidinfer"
+    compresses_again: ClassVar[bool] = True
 
     first_layer: int | None = None
     decay: float = 0.9

@@ -20,6 +20,7 @@ class SnapKV(WindowScored):
     """
 
     name: ClassVar[str] = "snapkv"
+    compresses_again: ClassVar[bool] = True
 
     kv_retention: float = 0.1
     kv_len: int | None = None

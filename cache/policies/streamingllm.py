@@ -26,6 +26,7 @@ class StreamingLLM(Compressed):
     """
 
     name: ClassVar[str] = "streamingllm"
+    compresses_again: ClassVar[bool] = True
     window: ClassVar[int] = 1  # type: ignore[misc]
 
     kv_retention: float = 0.1

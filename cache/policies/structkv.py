@@ -44,7 +44,7 @@ class StructKV(OnlineTSP):
     def default_layers(self, n_layers: int) -> tuple[int, int]:
         return n_layers // 4, min(n_layers - 1, max(1, n_layers // 2 - 1))
 
-    def watch(self, n_layers: int, n_tokens: int) -> _Pivot:
+    def online_selector(self, n_layers: int, n_tokens: int) -> _Pivot:
         return _Pivot(self.score_decay, *self.layers_of(n_layers))
 
 
