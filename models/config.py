@@ -21,8 +21,8 @@ MAX_LAYERS = 10_000  # each is built before the sizes are known; the deepest pub
 class ModelConfig(NetworkConfig):
     """A supported decoder: its network, and what else its folder says.
 
-    `dtype` is the checkpoint's, None where config.json does not say. `eos_token_ids` are the ids that end a text by
-    config.json and generation_config.json.
+    `dtype` is the checkpoint's, None where config.json does not say. `eos_token_ids` are the ids that end a sequence,
+    by config.json and generation_config.json.
     """
 
     dtype: str | None = None

@@ -440,7 +440,7 @@ def test_zero_in_a_yarn_setting_means_unset(read: Read) -> None:
     assert read(rope_scaling={**YARN, **zeros}).rope == read(rope_scaling=YARN).rope
 
 
-# --- end of text, dtype, windows ---
+# --- end of sequence, dtype, windows ---
 
 
 @pytest.mark.parametrize(
@@ -456,7 +456,7 @@ def test_zero_in_a_yarn_setting_means_unset(read: Read) -> None:
         pytest.param(GONE, {"eos_token_id": 0}, (0,), id="id-zero"),
     ],
 )
-def test_end_of_text(read: Read, stated: Any, generation: dict[str, Any] | None, eos: tuple[int, ...]) -> None:
+def test_end_of_sequence(read: Read, stated: Any, generation: dict[str, Any] | None, eos: tuple[int, ...]) -> None:
     assert read(generation, eos_token_id=stated).eos_token_ids == eos
 
 

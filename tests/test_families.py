@@ -568,7 +568,7 @@ def test_a_batch_gives_each_prompt_its_own_logits(model_type: str, changes: dict
     llm = _load(_saved(model, tmp_path))
     ids = _ids(30 + STEPS, batch=2)
     together = _teacher_forced(llm, ids)
-    alone = torch.cat([_teacher_forced(llm, ids[row : row + 1]) for row in range(2)])
+    alone = torch.cat([_teacher_forced(llm, one[None]) for one in ids])
     torch.testing.assert_close(together, alone, atol=TOLERANCE / 2, rtol=0)
     torch.testing.assert_close(together, _expected(model, ids)[:, 29:], atol=TOLERANCE, rtol=0)
     assert (together[0] - together[1]).abs().max() > 1
