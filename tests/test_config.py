@@ -487,6 +487,8 @@ def test_windows_of_layers(read: Read) -> None:
     assert mixed.sliding_windows == (None, 9, None, 9)
     assert mixed.sliding_window == 9
     assert [mixed.window_of(layer) for layer in range(4)] == [None, 9, None, 9]
+    assert mixed.windows == (None, 9, None, 9)
+    assert read().windows == (None,) * 4
 
 
 def test_no_window_is_none_everywhere(read: Read) -> None:
