@@ -35,7 +35,8 @@ from fastkv.engine.tsp import TokenState
 from fastkv.eval.statistics import mean_estimate, paired_estimate
 from fastkv.eval.tasks.archive_compose import compose, make_prompt
 from fastkv.eval.tasks.archive_text import question
-from fastkv.models.llama import Block, Llama
+from fastkv.models.block import Block
+from fastkv.models.llama import Llama
 
 EXAMPLE = Path(__file__).resolve().parent.parent / "examples" / "archive"
 TOKENS = 1000  # of the texts that `late` and `several` ask about, about

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from fastkv.errors import FastKVError
-from fastkv.models.llama import Block, Llama
+from fastkv.models.block import Block
+from fastkv.models.llama import Llama
 
 
 def compile_layers(model: Llama) -> None:

@@ -2,67 +2,32 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from fastkv.errors import FastKVError
-from fastkv.models import mistral, qwen2, qwen3
+from fastkv.models.catalogue import find_family
 from fastkv.models.family import Family
 from fastkv.models.fields import Fields
-from fastkv.models.rope_config import RopeConfig, read_rope
+from fastkv.models.network_config import NetworkConfig
+from fastkv.models.rope_config import RopeConfig
 
 DTYPES = ("float32", "bfloat16", "float16")
 MAX_LAYERS = 10_000  # each is built before the sizes are known; the deepest published models have some hundred
 
-LLAMA = Family({"llama": "LlamaForCausalLM"}, lambda fields: {}, context_length=2048)
-FAMILIES = (LLAMA, mistral.FAMILY, qwen2.FAMILY, qwen3.FAMILY)
-
 
 @dataclass(frozen=True)
-class ModelConfig:
-    """A Llama-family decoder.
+class ModelConfig(NetworkConfig):
+    """A supported decoder: its network, and what else its folder says.
 
-    `context_length` is in tokens. `sliding_windows` holds one entry a layer: the number of tokens that a query sees,
-    itself included, or None for all of them. `dtype` is the checkpoint's, None where config.json does not say.
-    `eos_token_ids` are the ids that end a text by config.json and generation_config.json.
+    `dtype` is the checkpoint's, None where config.json does not say. `eos_token_ids` are the ids that end a sequence,
+    by config.json and generation_config.json.
     """
 
-    architecture: str
-    vocab_size: int
-    hidden_size: int
-    intermediate_size: int
-    n_layers: int
-    n_heads: int
-    n_kv_heads: int
-    head_dim: int
-    context_length: int
-    rms_norm_eps: float = 1e-6
-    rope: RopeConfig = field(default_factory=RopeConfig)
-    tie_word_embeddings: bool = False
-    qkv_bias: bool = False
-    o_bias: bool = False
-    mlp_bias: bool = False
-    qk_norm: bool = False
-    sliding_windows: tuple[int | None, ...] = ()
     dtype: str | None = None
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
-
-    @property
-    def sliding_window(self) -> int | None:
-        """The smallest window of any layer, in tokens, or None if every layer sees everything."""
-        windows = [window for window in self.sliding_windows if window is not None]
-        return min(windows) if windows else None
-
-    @property
-    def windows(self) -> tuple[int | None, ...]:
-        """The sliding window of each layer, in tokens, or None."""
-        return self.sliding_windows or (None,) * self.n_layers
-
-    def window_of(self, layer: int) -> int | None:
-        """The sliding window of one layer, in tokens, or None."""
-        return self.sliding_windows[layer] if self.sliding_windows else None
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> ModelConfig:
@@ -80,12 +45,13 @@ class ModelConfig:
 
     @classmethod
     def _from_fields(cls, fields: Fields, generation: Fields) -> ModelConfig:
-        family, architecture = _find_family(fields)
-        _reject_unsupported(fields)
+        family, architecture = find_family(fields)
+        _reject_quantised(fields)
+        family.check(fields)
         n_heads = fields.integer("num_attention_heads")
         hidden_size = fields.integer("hidden_size")
         context = fields.integer("max_position_embeddings", family.context_length)
-        rope = read_rope(fields, context)
+        rope = family.rope(fields, context)
         attention_bias = fields.flag("attention_bias", False)
         settings: dict[str, Any] = {
             "architecture": architecture,
@@ -97,7 +63,7 @@ class ModelConfig:
             "n_kv_heads": fields.integer("num_key_value_heads", _default_kv_heads(fields, family, n_heads)),
             "head_dim": fields.integer("head_dim", family.head_dim or max(1, hidden_size // n_heads)),
             "context_length": _context_length(fields, context, rope),
-            "rms_norm_eps": fields.number("rms_norm_eps", 1e-6),
+            "rms_norm_eps": fields.number("rms_norm_eps", family.rms_norm_eps),
             "rope": rope,
             "tie_word_embeddings": fields.flag("tie_word_embeddings", False),
             "qkv_bias": attention_bias,
@@ -112,28 +78,12 @@ class ModelConfig:
         return cls(**settings)
 
 
-def _find_family(fields: Fields) -> tuple[Family, str]:
-    names = fields.get("architectures", [])
-    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise fields.complain("architectures", "a list of names")
-    for family in FAMILIES:
-        for model_type, name in family.architectures.items():
-            if name in names or (not names and fields.get("model_type", None) == model_type):
-                return family, name
-    supported = ", ".join(name for family in FAMILIES for name in family.architectures.values())
-    stated = ", ".join(names) or fields.get("model_type", "none stated")
-    raise FastKVError(f"{fields.source}: architecture {stated} is not supported; supported are {supported}")
-
-
-def _reject_unsupported(fields: Fields) -> None:
+def _reject_quantised(fields: Fields) -> None:
     if "quantization_config" in fields:
         raise FastKVError(
             f"{fields.source}: the checkpoint is quantised (quantization_config), which is not supported; "
             "use the float16, bfloat16 or float32 weights of the same model"
         )
-    activation = fields.get("hidden_act", "silu")
-    if activation not in ("silu", "swish"):
-        raise FastKVError(f"{fields.source}: hidden_act {activation!r} is not supported (only silu)")
 
 
 def _default_kv_heads(fields: Fields, family: Family, n_heads: int) -> int:

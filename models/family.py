@@ -1,56 +1,96 @@
-"""What a model family may change about the Llama architecture. One small file per family fills this in."""
+"""What a model family may change about the Llama architecture: one small file per family overrides what differs.
+
+A family is listed in catalogue.py, and nothing else in this folder knows its name.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+import re
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
+from torch import Tensor, nn
+
+from fastkv.errors import FastKVError
+from fastkv.models.block import Block, PreNormBlock
 from fastkv.models.fields import Fields
+from fastkv.models.layers import RMSNorm
+from fastkv.models.network_config import NetworkConfig
+from fastkv.models.rope_config import RopeConfig, read_rope
+
+_LAYER = re.compile(r"layers\.\d+\.")
 
 
-@dataclass(frozen=True)
 class Family:
-    """A family of checkpoints that differ from Llama only in their configuration.
+    """How a family of checkpoints is read, built and stored. What is not overridden is as in Llama."""
 
-    `architectures`: `model_type` -> the name under `architectures` in config.json. `differences` maps the file's
-    fields to the keyword arguments of ModelConfig in which this family departs from a plain Llama. `n_kv_heads`,
-    `head_dim` and `context_length` are what the family's published configuration class assumes where the file is silent
-    (None: as many KV heads as heads; hidden_size // heads).
-    """
+    # (`model_type`, the name under `architectures`) of config.json
+    architectures: tuple[tuple[str, str], ...] = ()
 
-    architectures: dict[str, str]
-    differences: Callable[[Fields], dict[str, Any]]
+    # --- reading config.json ---
+
+    # What the family's published configuration class assumes where config.json is silent (None: as many KV heads as
+    # heads; hidden_size // heads).
     n_kv_heads: int | None = None
     head_dim: int | None = None
-    context_length: int | None = None
+    context_length: int = 2048
+    rms_norm_eps: float = 1e-6
+    # Names under `hidden_act` of the one activation that the family's blocks apply.
+    activations: tuple[str, ...] = ("silu", "swish")
 
+    def check(self, fields: Fields) -> None:
+        """FastKVError for a setting of config.json that the family's blocks do not follow."""
+        activation = fields.get("hidden_act", self.activations[0])
+        if activation not in self.activations:
+            raise FastKVError(
+                f"{fields.source}: hidden_act {activation!r} is not supported (only {self.activations[0]})"
+            )
 
-def layer_windows(fields: Fields, window: int | None, first: int = 0) -> tuple[int | None, ...]:
-    """Sliding window of each layer, in tokens (None: attends to everything).
+    def rope(self, fields: Fields, context_length: int) -> RopeConfig:
+        """The (first) rotary embedding that config.json states."""
+        return read_rope(fields, context_length)
 
-    An explicit `layer_types` list decides; without one, layers from `first` on are windowed.
-    """
-    n_layers = fields.integer("num_hidden_layers")
-    kinds = fields.get("layer_types", None)
-    if kinds is None:
-        return tuple(window if layer >= first else None for layer in range(n_layers))
-    if not isinstance(kinds, list) or len(kinds) != n_layers:
-        raise fields.complain("layer_types", f"a list of {n_layers} names")
-    for kind in kinds:
-        if kind not in ("full_attention", "sliding_attention"):
-            raise fields.complain("layer_types", "a list of full_attention or sliding_attention")
-    return tuple(window if kind == "sliding_attention" else None for kind in kinds)
+    def differences(self, fields: Fields) -> dict[str, Any]:
+        """The keyword arguments of ModelConfig in which config.json means another thing than in a Llama."""
+        return {}
 
+    # --- building the network ---
 
-def stated_window(fields: Fields) -> int | None:
-    """`sliding_window`: null is none at all, and a missing key is the 4096 that the published classes assume."""
-    if "sliding_window" in fields.values and "sliding_window" not in fields:
-        return None
-    return fields.integer("sliding_window", 4096)
+    def block(self, config: NetworkConfig, layer: int) -> Block:
+        """One decoder layer: its norms, attention and MLP."""
+        return PreNormBlock(config)
 
+    def rotary_embeddings(self, config: NetworkConfig) -> tuple[RopeConfig, ...]:
+        """All rotary embeddings of the model; each block picks one by its index (Attention.rotary)."""
+        return (config.rope,)
 
-def optional_windows(fields: Fields) -> tuple[int | None, ...]:
-    """Sliding windows of the Qwen families: off unless `use_sliding_window`, and then from `max_window_layers` on."""
-    window = stated_window(fields) if fields.flag("use_sliding_window", False) else None
-    return layer_windows(fields, window, fields.integer("max_window_layers", 28, low=0))
+    def embedded_(self, config: NetworkConfig, hidden: Tensor) -> Tensor:
+        """What the first layer gets of the embeddings, hidden [B, T, E]; may write into them."""
+        return hidden
+
+    def final_norm(self, config: NetworkConfig) -> nn.Module:
+        """The norm between the last layer and the head."""
+        return RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def logits_(self, config: NetworkConfig, logits: Tensor) -> Tensor:
+        """The logits of what the head gives, float32 [..., V]; may write into it."""
+        return logits
+
+    # --- where a checkpoint keeps the weights ---
+
+    # Modules of a layer -> the checkpoint's modules, of the same layer, whose rows ours stacks one after another.
+    # A module that is not listed has the same name there.
+    stored: ClassVar[Mapping[str, tuple[str, ...]]] = {
+        "self_attn.qkv_proj": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+        "feed_forward.gate_up_proj": ("mlp.gate_proj", "mlp.up_proj"),
+        "feed_forward.down_proj": ("mlp.down_proj",),
+    }
+
+    def places(self, module: str) -> tuple[str, ...]:
+        """The checkpoint's modules that the model's `module` (like `layers.3.self_attn.qkv_proj`) is stacked from."""
+        if module == "lm_head":
+            return (module,)
+        match = _LAYER.match(module)
+        layer = match.group() if match else ""
+        own = module.removeprefix(layer)
+        return tuple(f"model.{layer}{name}" for name in self.stored.get(own, (own,)))

@@ -1,18 +1,21 @@
-"""The parts that every layer shares: RMS norm, gated MLP, rotary embedding with its scalings."""
+"""The parts that layers are built from: RMS norm, gated MLP, rotary embedding."""
 
 from __future__ import annotations
 
-import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastkv.models.linear import Linear
+from fastkv.models.linear import Linear, Stacked
 from fastkv.models.rope_config import RopeConfig
+from fastkv.models.rope_frequencies import attention_factor, inverse_frequencies
 
 _SMALLEST_TABLE = 4096  # positions
+
+Activation = Callable[[Tensor], Tensor]  # of each value alone
 
 
 class RMSNorm(nn.Module):
@@ -28,20 +31,21 @@ class RMSNorm(nn.Module):
 
 
 class MLP(nn.Module):
-    """Gated MLP (SwiGLU, arXiv 2002.05202). Gate and up are one matrix: rows [gate; up]."""
+    """Gated MLP (SwiGLU with the SiLU activation, arXiv 2002.05202). Gate and up are one matrix: rows [gate; up]."""
 
-    def __init__(self, hidden_size: int, intermediate_size: int, bias: bool) -> None:
+    def __init__(self, hidden_size: int, intermediate_size: int, bias: bool, activation: Activation = F.silu) -> None:
         super().__init__()
-        self.gate_up_proj = Linear(hidden_size, 2 * intermediate_size, bias=bias)
+        self.activation = activation
+        self.gate_up_proj = Stacked(hidden_size, (intermediate_size, intermediate_size), bias=bias)
         self.down_proj = Linear(intermediate_size, hidden_size, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
         gate, up = self.gate_up_proj(x).chunk(2, dim=-1)  # [B, T, I] each
-        return self.down_proj(F.silu(gate) * up)
+        return self.down_proj(self.activation(gate) * up)
 
 
 @dataclass(frozen=True)
-class Rope:
+class Rotation:
     """The rotation of a set of positions, broadcast over heads: cos and sin [B, 1, T, D].
 
     Both halves of D turn by the same angles; the first half of `sin` carries the minus of the rotation.
@@ -50,18 +54,31 @@ class Rope:
     cos: Tensor
     sin: Tensor
 
-    def at(self, start: int, end: int) -> Rope:
+    def at(self, start: int, end: int) -> Rotation:
         """The rotation of the tokens start … end - 1 alone."""
-        return Rope(self.cos[:, :, start:end], self.sin[:, :, start:end])
+        return Rotation(self.cos[:, :, start:end], self.sin[:, :, start:end])
 
     def rotate(self, x: Tensor, out: Tensor | None = None) -> Tensor:
         """Turn x [B, H, T, D], value i being paired with value i + D/2; the result goes into `out` if there is one."""
         low, high = x.chunk(2, dim=-1)
-        return torch.mul(x, self.cos, out=out).addcmul_(torch.cat((high, low), dim=-1), self.sin)
+        # No `out=`: torch.compile cannot follow it into a tensor with gaps.
+        turned = torch.mul(x, self.cos) if out is None else out.copy_(x).mul_(self.cos)
+        return turned.addcmul_(torch.cat((high, low), dim=-1), self.sin)
+
+
+@dataclass(frozen=True)
+class Rope:
+    """The rotations of a set of positions by each of the model's rotary embeddings. A layer uses one of them."""
+
+    rotations: tuple[Rotation, ...]
+
+    def at(self, start: int, end: int) -> Rope:
+        """The rotations of the tokens start … end - 1 alone."""
+        return Rope(tuple(rotation.at(start, end) for rotation in self.rotations))
 
 
 class RotaryEmbedding(nn.Module):
-    """Positions -> Rope (arXiv 2104.09864), looked up in a table that is computed once.
+    """Positions -> Rotation (arXiv 2104.09864), looked up in a table that is computed once.
 
     Angles are float32 whatever the model's dtype. The table grows when `reserve` asks for more positions; a lookup
     never does, so that it needs no look at the positions themselves.
@@ -93,68 +110,41 @@ class RotaryEmbedding(nn.Module):
             cos, sin = ((values * self.scale).to(dtype) for values in (angles.cos(), angles.sin()))
             self._table = torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
 
-    def forward(self, positions: Tensor) -> Rope:
+    def forward(self, positions: Tensor) -> Rotation:
         """positions: int64 [B, T], the tokens' original positions, all of them reserved."""
         assert self._table is not None, "reserve comes first"
         cos, sin = self._table
-        return Rope(cos[positions].unsqueeze(1), sin[positions].unsqueeze(1))
+        return Rotation(cos[positions].unsqueeze(1), sin[positions].unsqueeze(1))
 
-    def first(self, n_tokens: int) -> Rope:
-        """The rotation of the positions 0 … n_tokens - 1: a view of the table, [1, 1, T, D]."""
+    def range(self, start: int, end: int) -> Rotation:
+        """The rotation of the positions start … end - 1, all of them reserved: a view of the table, [1, 1, T, D]."""
         assert self._table is not None, "reserve comes first"
         cos, sin = self._table
-        return Rope(cos[None, None, :n_tokens], sin[None, None, :n_tokens])
+        return Rotation(cos[None, None, start:end], sin[None, None, start:end])
 
 
-def inverse_frequencies(config: RopeConfig, head_dim: int) -> Tensor:
-    """Radians per position of each pair: float32 [head_dim // 2], stretched as `config.scaling` says."""
-    exponents = torch.arange(0, head_dim, 2, dtype=torch.float32, device="cpu") / head_dim
-    inv_freq = 1.0 / config.theta**exponents
-    if config.scaling == "linear":
-        return inv_freq / config.factor
-    if config.scaling == "llama3":
-        return _llama3_frequencies(config, inv_freq)
-    if config.scaling == "yarn":
-        return _yarn_frequencies(config, inv_freq, head_dim)
-    return inv_freq
+class RotaryEmbeddings(nn.Module):
+    """Positions -> Rope: all rotary embeddings of a model, whose tables grow together."""
 
+    def __init__(self, configs: Sequence[RopeConfig], head_dim: int) -> None:
+        super().__init__()
+        self._each = [RotaryEmbedding(config, head_dim) for config in configs]
+        self.embeddings = nn.ModuleList(self._each)
 
-def attention_factor(config: RopeConfig) -> float:
-    """What cosines and sines are multiplied by: 1 but for yarn (arXiv 2309.00071, §3.4)."""
-    if config.scaling != "yarn":
-        return 1.0
-    if config.attention_factor is not None:
-        return config.attention_factor
+    @property
+    def reserved(self) -> int:
+        """Positions that the tables cover: 0 … reserved - 1."""
+        return self._each[0].reserved
 
-    def temperature(weight: float) -> float:
-        return 0.1 * weight * math.log(config.factor) + 1.0 if config.factor > 1 else 1.0
+    def reserve(self, n_positions: int, dtype: torch.dtype) -> None:
+        """Let the tables cover the positions below `n_positions`, in `dtype`."""
+        for embedding in self._each:
+            embedding.reserve(n_positions, dtype)
 
-    if config.mscale is not None and config.mscale_all_dim is not None:
-        return temperature(config.mscale) / temperature(config.mscale_all_dim)
-    return temperature(1.0)
+    def forward(self, positions: Tensor) -> Rope:
+        """positions: int64 [B, T], the tokens' original positions, all of them reserved."""
+        return Rope(tuple(embedding(positions) for embedding in self._each))
 
-
-def _llama3_frequencies(config: RopeConfig, inv_freq: Tensor) -> Tensor:
-    """Llama 3.1: slow pairs are divided by `factor`, fast ones kept, and those between are blended."""
-    # In this order of operations: at position 131 071 another rounding of a frequency can be seen in the angle.
-    turns = config.original_context / (2 * math.pi / inv_freq)  # full turns over the original length
-    share = (turns - config.low_freq_factor) / (config.high_freq_factor - config.low_freq_factor)
-    kept = share.clamp(0, 1)
-    return (1 - kept) * inv_freq / config.factor + kept * inv_freq
-
-
-def _yarn_frequencies(config: RopeConfig, inv_freq: Tensor, head_dim: int) -> Tensor:
-    """Yarn's "NTK by parts": a linear ramp over the pairs, from kept (fast) to divided by `factor` (slow)."""
-
-    def pair_turning(turns: float) -> float:
-        # The (fractional) pair that makes so many turns over the original length.
-        wavelength = config.original_context / (turns * 2 * math.pi)
-        return head_dim * math.log(wavelength) / (2 * math.log(config.theta))
-
-    low, high = pair_turning(config.beta_fast), pair_turning(config.beta_slow)
-    if config.truncate:
-        low, high = math.floor(low), math.ceil(high)
-    low, high = max(low, 0), min(high, head_dim - 1)
-    ramp = (torch.arange(head_dim // 2, dtype=torch.float32, device="cpu") - low) / max(high - low, 0.001)
-    slow = ramp.clamp(0, 1)
-    return slow * inv_freq / config.factor + (1 - slow) * inv_freq
+    def range(self, start: int, end: int) -> Rope:
+        """The rotations of the positions start … end - 1, all of them reserved: views of the tables."""
+        return Rope(tuple(embedding.range(start, end) for embedding in self._each))

@@ -6,7 +6,7 @@ it is relied on, and F.linear, which is right everywhere, takes over where it is
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any
 
@@ -20,7 +20,8 @@ Product = Callable[[Tensor, Tensor, "Tensor | None"], Tensor]
 # With fewer values than this a call gains little, or costs more than it gains (benchmarks/choices.py).
 SMALLEST = 2**17
 # oneDNN compiles a kernel for every shape that it meets and keeps it: more than half a megabyte each. So it only gets
-# numbers of rows that come again and again: those of texts that decode together, and multiples of this in a prefill.
+# numbers of rows that come again and again: those of sequences that decode together, and multiples of this in a
+# prefill.
 MOST_TOGETHER, BLOCK = 32, 1024
 
 
@@ -29,6 +30,19 @@ class Linear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         return linear(x, self.weight, self.bias)
+
+
+class Stacked(Linear):
+    """Several matrices that read the same input, as one. rows: the outputs of each, stacked in this order."""
+
+    def __init__(self, in_features: int, rows: Sequence[int], bias: bool) -> None:
+        super().__init__(in_features, sum(rows), bias=bias)
+        self.rows = tuple(rows)
+
+    def part(self, x: Tensor, first: int, end: int) -> Tensor:
+        """The product with the matrices first … end - 1 alone."""
+        part = slice(sum(self.rows[:first]), sum(self.rows[:end]))
+        return linear(x, self.weight[part], None if self.bias is None else self.bias[part])
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

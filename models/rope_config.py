@@ -37,6 +37,11 @@ def read_rope(fields: Fields, context_length: int) -> RopeConfig:
     section = _section(fields)
     if any(isinstance(value, dict) for value in section.values.values()):
         raise FastKVError(f"{section.source}: a rotary embedding per layer type is not supported")
+    return read_rope_section(section, fields, context_length)
+
+
+def read_rope_section(section: Fields, fields: Fields, context_length: int) -> RopeConfig:
+    """The rotary settings of one section of a config.json; what it leaves out may stand beside it, in `fields`."""
     _reject_unsupported(fields)
     _reject_unsupported(section)
     theta = section.number("rope_theta", fields.number("rope_theta", 10_000.0))

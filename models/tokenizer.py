@@ -31,7 +31,7 @@ class Vocabulary(Protocol):
     def token_of(self, token_id: int) -> str | None: ...
 
     def template_ends(self, bos: int | None, eos: int | None) -> tuple[bool, bool]:
-        """Whether the tokenizer's own file puts BOS before, and EOS behind, a text."""
+        """Whether the tokenizer's own file puts BOS before, and EOS after, a text."""
         ...
 
 

@@ -16,7 +16,7 @@ class SentencePieceVocabulary:
     """A Vocabulary (tokenizer.py) read from tokenizer.model.
 
     sentencepiece itself never finds a special token inside a text, so the text is cut at them first. `legacy` in
-    tokenizer_config.json says whether a piece of text behind a special token gets a leading space, as the first does.
+    tokenizer_config.json says whether a piece of text after a special token gets a leading space, as the first does.
     """
 
     def __init__(self, path: Path, fields: Fields) -> None:
@@ -50,7 +50,7 @@ class SentencePieceVocabulary:
     def _encode_plain(self, text: str, first: bool) -> list[int]:
         if not text or first or self._legacy:
             return self._pieces.encode(text) if text else []
-        # Behind some other text it keeps its spaces as they are; the other text goes again.
+        # After some other text it keeps its spaces as they are; the other text is cut off again.
         return self._pieces.encode(_GUARD + text)[len(self._guard) :]
 
     def decode(self, ids: list[int]) -> str:

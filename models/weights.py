@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from fastkv.errors import FastKVError
 from fastkv.models.checkpoint import Checkpoint
 from fastkv.models.config import ModelConfig
+from fastkv.models.linear import Stacked
 from fastkv.models.llama import Llama
 
 # Checkpoints may carry these beyond what the model needs: a table that is computed, and a head that is the embedding.
@@ -59,7 +60,7 @@ def model_bytes(config: ModelConfig, dtype: torch.dtype) -> int:
 
 def targets(model: Llama) -> list[Target]:
     """Every parameter with its checkpoint tensors, in the order of the layers. A tied head has none of its own."""
-    return [Target(name, _sources(model.config, name, parameter)) for name, parameter in model.named_parameters()]
+    return [Target(name, _sources(model, name, parameter)) for name, parameter in model.named_parameters()]
 
 
 def load_weights(
@@ -112,18 +113,16 @@ def checkpoint_tensors(model: Llama) -> dict[str, Tensor]:
     return tensors
 
 
-def _sources(config: ModelConfig, name: str, parameter: Tensor) -> tuple[Source, ...]:
-    rest = tuple(parameter.shape[1:])
-    prefix = "" if name.startswith("lm_head.") else "model."
-    stored = prefix + name.replace(".feed_forward.", ".mlp.")
-    if ".qkv_proj." in name:
-        rows = [heads * config.head_dim for heads in (config.n_heads, config.n_kv_heads, config.n_kv_heads)]
-        pieces = ["q_proj", "k_proj", "v_proj"]
-        return tuple(Source(stored.replace("qkv_proj", p), (n, *rest)) for p, n in zip(pieces, rows, strict=True))
-    if ".gate_up_proj." in name:
-        pieces = ["gate_proj", "up_proj"]
-        return tuple(Source(stored.replace("gate_up_proj", p), (config.intermediate_size, *rest)) for p in pieces)
-    return (Source(stored, tuple(parameter.shape)),)
+def _sources(model: Llama, name: str, parameter: Tensor) -> tuple[Source, ...]:
+    """Where the family says that a parameter is stored, in one tensor or in several that are stacked."""
+    module, _, kind = name.rpartition(".")  # kind: weight or bias
+    places = model.family.places(module)
+    if len(places) == 1:
+        return (Source(f"{places[0]}.{kind}", tuple(parameter.shape)),)
+    stacked = model.get_submodule(module)
+    assert isinstance(stacked, Stacked), f"{name} is one matrix, but stored in {len(places)} places"
+    pieces = zip(places, stacked.rows, strict=True)
+    return tuple(Source(f"{place}.{kind}", (rows, *parameter.shape[1:])) for place, rows in pieces)
 
 
 def _check(checkpoint: Checkpoint, plan: list[Target], config: ModelConfig) -> None:

@@ -12,6 +12,7 @@ import torch
 
 from fastkv import LLM, FastKVError
 from fastkv.models.config import DTYPES, ModelConfig
+from fastkv.models.granite import Multipliers
 from fastkv.models.rope_config import SCALINGS, RopeConfig
 from fastkv.models.weights import model_bytes
 
@@ -81,8 +82,8 @@ def test_llama_defaults(read: Read) -> None:
         qkv_bias=False,
         o_bias=False,
         mlp_bias=False,
-        qk_norm=False,
         sliding_windows=(),
+        family_settings=None,
         dtype=None,
         bos_token_id=None,
         eos_token_ids=(),
@@ -95,27 +96,49 @@ def test_mistral_defaults(read: Read, architecture: str) -> None:
     assert config.architecture == architecture
     assert (config.n_kv_heads, config.head_dim, config.context_length) == (8, 8, 131_072)
     assert config.sliding_windows == (4096,) * 4
-    assert (config.qkv_bias, config.o_bias, config.mlp_bias, config.qk_norm) == (False, False, False, False)
+    assert (config.qkv_bias, config.o_bias, config.mlp_bias) == (False, False, False)
 
 
 def test_qwen2_defaults(read: Read) -> None:
     config = read(architectures=["Qwen2ForCausalLM"], num_attention_heads=32)
     assert (config.n_kv_heads, config.head_dim, config.context_length) == (32, 2, 32_768)
     assert config.sliding_windows == (None,) * 4
-    assert (config.qkv_bias, config.o_bias, config.mlp_bias, config.qk_norm) == (True, False, False, False)
+    assert (config.qkv_bias, config.o_bias, config.mlp_bias) == (True, False, False)
 
 
 def test_qwen3_defaults(read: Read) -> None:
     config = read(architectures=["Qwen3ForCausalLM"], num_attention_heads=32)
     assert (config.n_kv_heads, config.head_dim, config.context_length) == (32, 128, 32_768)
     assert config.sliding_windows == (None,) * 4
-    assert (config.qkv_bias, config.o_bias, config.mlp_bias, config.qk_norm) == (False, False, False, True)
+    assert (config.qkv_bias, config.o_bias, config.mlp_bias) == (False, False, False)
+
+
+def test_olmo2_defaults(read: Read) -> None:
+    config = read(architectures=["Olmo2ForCausalLM"])
+    assert (config.n_kv_heads, config.head_dim, config.context_length) == (8, 8, 2048)
+    assert config.rms_norm_eps == 1e-5
+    assert (config.qkv_bias, config.o_bias, config.mlp_bias) == (False, False, False)
+    assert config.sliding_windows == ()
+
+
+def test_granite_defaults(read: Read) -> None:
+    config = read(architectures=["GraniteForCausalLM"])
+    assert (config.n_kv_heads, config.head_dim, config.context_length) == (8, 8, 2048)
+    assert config.family_settings == Multipliers(embedding=1.0, attention=1.0, residual=1.0, logits=1.0)
 
 
 @pytest.mark.parametrize("stated", [GONE, None, []], ids=["absent", "null", "empty"])
 @pytest.mark.parametrize(
     ("model_type", "family"),
-    [("llama", "Llama"), ("mistral", "Mistral"), ("ministral", "M"), ("qwen2", "Qwen2"), ("qwen3", "Qwen3")],
+    [
+        ("llama", "Llama"),
+        ("mistral", "Mistral"),
+        ("ministral", "M"),
+        ("qwen2", "Qwen2"),
+        ("qwen3", "Qwen3"),
+        ("olmo2", "Olmo2"),
+        ("granite", "Granite"),
+    ],
 )
 def test_model_type_decides_where_no_architecture_is_stated(
     read: Read, model_type: str, family: str, stated: Any
@@ -123,11 +146,12 @@ def test_model_type_decides_where_no_architecture_is_stated(
     config = read(architectures=stated, model_type=model_type, num_key_value_heads=2)
     assert config.architecture.startswith(family)
     assert config.qkv_bias == (family == "Qwen2")
-    assert config.qk_norm == (family == "Qwen3")
 
 
 def test_the_architecture_wins_over_the_model_type(read: Read) -> None:
-    assert read(architectures=["Qwen3ForCausalLM"], model_type="llama", num_key_value_heads=2).qk_norm
+    config = read(architectures=["Qwen2ForCausalLM"], model_type="llama", num_key_value_heads=2)
+    assert config.architecture == "Qwen2ForCausalLM"
+    assert config.qkv_bias
 
 
 def test_nulls_mean_absent(read: Read) -> None:
@@ -174,6 +198,11 @@ def test_families_without_the_switch_ignore_attention_bias(read: Read, architect
     assert stray == read(architectures=[architecture], num_key_value_heads=2)
 
 
+def test_olmo2_has_no_switch_for_biases_of_the_mlp(read: Read) -> None:
+    config = read(architectures=["Olmo2ForCausalLM"], attention_bias=True, mlp_bias=True)
+    assert (config.qkv_bias, config.o_bias, config.mlp_bias) == (True, True, False)
+
+
 def test_keys_that_nobody_knows_are_no_mistake(read: Read) -> None:
     extra = {"pretraining_tp": 1, "use_cache": True, "_name_or_path": "x", "transformers_version": "4.40.0"}
     assert read(**extra) == read()
@@ -194,6 +223,18 @@ REFUSED: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "architectures-holds-a-number": ({"architectures": [1]}, ("architectures", "list")),
     "quantised": ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, ("quantization_config", "quantised")),
     "gelu": ({"hidden_act": "gelu"}, ("hidden_act", "gelu", "silu")),
+    "gelu-in-another-family": (
+        {"architectures": ["Olmo2ForCausalLM"], "hidden_act": "gelu"},
+        ("hidden_act", "gelu", "silu"),
+    ),
+    "multiplier-zero": (
+        {"architectures": ["GraniteForCausalLM"], "residual_multiplier": 0},
+        ("residual_multiplier", "0"),
+    ),
+    "multiplier-text": (
+        {"architectures": ["GraniteForCausalLM"], "logits_scaling": "16"},
+        ("logits_scaling", "'16'"),
+    ),
     "hidden-act-is-a-list": ({"hidden_act": ["silu"]}, ("hidden_act",)),
     "partial-rotation": ({"partial_rotary_factor": 0.5}, ("partial_rotary_factor",)),
     "partial-rotation-inside": (
@@ -399,7 +440,7 @@ def test_zero_in_a_yarn_setting_means_unset(read: Read) -> None:
     assert read(rope_scaling={**YARN, **zeros}).rope == read(rope_scaling=YARN).rope
 
 
-# --- end of text, dtype, windows ---
+# --- end of sequence, dtype, windows ---
 
 
 @pytest.mark.parametrize(
@@ -415,7 +456,7 @@ def test_zero_in_a_yarn_setting_means_unset(read: Read) -> None:
         pytest.param(GONE, {"eos_token_id": 0}, (0,), id="id-zero"),
     ],
 )
-def test_end_of_text(read: Read, stated: Any, generation: dict[str, Any] | None, eos: tuple[int, ...]) -> None:
+def test_end_of_sequence(read: Read, stated: Any, generation: dict[str, Any] | None, eos: tuple[int, ...]) -> None:
     assert read(generation, eos_token_id=stated).eos_token_ids == eos
 
 
@@ -446,6 +487,8 @@ def test_windows_of_layers(read: Read) -> None:
     assert mixed.sliding_windows == (None, 9, None, 9)
     assert mixed.sliding_window == 9
     assert [mixed.window_of(layer) for layer in range(4)] == [None, 9, None, 9]
+    assert mixed.windows == (None, 9, None, 9)
+    assert read().windows == (None,) * 4
 
 
 def test_no_window_is_none_everywhere(read: Read) -> None:
@@ -746,7 +789,6 @@ PUBLISHED: dict[str, tuple[dict[str, Any], dict[str, Any], int]] = {
             "vocab_size": 151_936,
         },
         {
-            "qk_norm": True,
             "qkv_bias": False,
             "head_dim": 128,
             "context_length": 40_960,
@@ -754,6 +796,69 @@ PUBLISHED: dict[str, tuple[dict[str, Any], dict[str, Any], int]] = {
             "rope": RopeConfig(1_000_000.0),
         },
         8_190_735_360,
+    ),
+    "OLMo-2-7B": (
+        {
+            "architectures": ["Olmo2ForCausalLM"],
+            "model_type": "olmo2",
+            **NORMS,
+            "rms_norm_eps": 1e-6,
+            "attention_bias": False,
+            "eos_token_id": 100_257,
+            "hidden_size": 4096,
+            "intermediate_size": 11_008,
+            "max_position_embeddings": 4096,
+            "num_attention_heads": 32,
+            "num_hidden_layers": 32,
+            "num_key_value_heads": 32,
+            "pad_token_id": 100_277,
+            "rope_scaling": None,
+            "rope_theta": 500_000,
+            "torch_dtype": "float32",
+            "vocab_size": 100_352,
+        },
+        {
+            "n_kv_heads": 32,
+            "head_dim": 128,
+            "context_length": 4096,
+            "rope": RopeConfig(500_000.0),
+            "dtype": "float32",
+            "family_settings": None,
+        },
+        7_298_617_344,
+    ),
+    "Granite-3.0-8B": (
+        {
+            "architectures": ["GraniteForCausalLM"],
+            "model_type": "granite",
+            **NORMS,
+            "tie_word_embeddings": True,
+            "attention_bias": False,
+            "attention_multiplier": 0.0078125,
+            "bos_token_id": 0,
+            "embedding_multiplier": 12.0,
+            "eos_token_id": 0,
+            "hidden_size": 4096,
+            "intermediate_size": 12_800,
+            "logits_scaling": 16.0,
+            "max_position_embeddings": 4096,
+            "mlp_bias": False,
+            "num_attention_heads": 32,
+            "num_hidden_layers": 40,
+            "num_key_value_heads": 8,
+            "residual_multiplier": 0.22,
+            "rope_scaling": None,
+            "rope_theta": 10_000,
+            "torch_dtype": "bfloat16",
+            "vocab_size": 49_155,
+        },
+        {
+            "head_dim": 128,
+            "tie_word_embeddings": True,
+            "family_settings": Multipliers(embedding=12.0, attention=1 / 128, residual=0.22, logits=16.0),
+            "eos_token_ids": (0,),
+        },
+        8_170_848_256,
     ),
 }
 

@@ -19,14 +19,15 @@ from torch import Tensor, nn
 
 from fastkv import LLM, FullKV
 from fastkv.models.config import ModelConfig
-from fastkv.models.layers import RotaryEmbedding, inverse_frequencies
+from fastkv.models.layers import RotaryEmbedding
 from fastkv.models.rope_config import RopeConfig
+from fastkv.models.rope_frequencies import inverse_frequencies
 
 pytest.importorskip("transformers")
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 VOCABULARY = 97
-STEPS = 4  # decode steps behind each prefill
+STEPS = 4  # decode steps after each prefill
 TOLERANCE = 1e-4
 
 # No two sizes are equal, so that a swapped one cannot pass.
@@ -96,6 +97,16 @@ class Case:
     n_tokens: int = 40
 
 
+# Heads of 16, so that a scale of 1/4 is the usual 1 / sqrt(head_dim): the case that leaves queries alone.
+ONES: dict[str, Any] = {"head_dim": 16, "attention_multiplier": 0.25}
+GRANITE: dict[str, Any] = {
+    "embedding_multiplier": 12.0,
+    "attention_multiplier": 0.2,
+    "residual_multiplier": 0.22,
+    "logits_scaling": 8.0,
+    "tie_word_embeddings": True,
+}
+
 CASES = [
     Case("llama-gqa", "llama"),
     Case("llama-mha", "llama", {"num_key_value_heads": 6}),
@@ -163,6 +174,25 @@ CASES = [
             "layer_types": ["full_attention", "sliding_attention", "full_attention"],
         },
     ),
+    Case("olmo2", "olmo2"),
+    Case("olmo2-mha", "olmo2", {"num_key_value_heads": 6}),
+    Case("olmo2-mqa", "olmo2", {"num_key_value_heads": 1}),
+    Case("olmo2-tied-attention-bias", "olmo2", {"attention_bias": True, "tie_word_embeddings": True}),
+    Case("olmo2-large-eps", "olmo2", {"rms_norm_eps": 0.1}),
+    Case("olmo2-one-layer", "olmo2", {"num_hidden_layers": 1}),
+    Case("olmo2-one-token-prompt", "olmo2", n_tokens=1),
+    Case("granite-multipliers-of-one", "granite"),
+    Case("granite-like-published", "granite", GRANITE),
+    Case(
+        "granite-biases-untied",
+        "granite",
+        {**GRANITE, "attention_bias": True, "mlp_bias": True, "tie_word_embeddings": False},
+    ),
+    Case("granite-embedding-multiplier", "granite", {**ONES, "embedding_multiplier": 3.0}),
+    Case("granite-attention-multiplier", "granite", {**ONES, "attention_multiplier": 0.7}),
+    Case("granite-residual-multiplier", "granite", {**ONES, "residual_multiplier": 0.4}),
+    Case("granite-logits-scaling", "granite", {**ONES, "logits_scaling": 5.0}),
+    Case("granite-mha-one-token-prompt", "granite", {**GRANITE, "num_key_value_heads": 6}, n_tokens=1),
 ]
 
 
@@ -309,7 +339,7 @@ def test_rotary_scalings_differ_from_one_another(name: str, rotary_logits: dict[
             assert (rotary_logits[name] - logits)[0, -1].abs().max() > 100 * TOLERANCE, other
 
 
-@pytest.mark.parametrize("model_type", ["mistral", "ministral", "qwen2", "qwen3"])
+@pytest.mark.parametrize("model_type", ["mistral", "ministral", "qwen2", "qwen3", "olmo2", "granite"])
 @pytest.mark.parametrize("name", ["llama3", "yarn-betas"])
 def test_rotary_scaling_of_the_other_families(model_type: str, name: str, tmp_path: Path) -> None:
     model = _rotary_reference(name, model_type, sliding_window=400)
@@ -432,10 +462,13 @@ OUR_NAMES = {
     "rms_norm_eps": "rms_norm_eps",
     "tie_word_embeddings": "tie_word_embeddings",
 }
+SILENT_FAMILIES = ("llama", "mistral", "ministral", "qwen2", "qwen3", "olmo2", "granite")
 SILENT: dict[str, tuple[str, dict[str, Any]]] = {
-    **{model_type: (model_type, {}) for model_type in ("llama", "mistral", "ministral", "qwen2", "qwen3")},
+    **{model_type: (model_type, {}) for model_type in SILENT_FAMILIES},
     "mistral-null-window": ("mistral", {"sliding_window": None}),
     "ministral-null-window": ("ministral", {"sliding_window": None}),
+    "olmo2-null-kv-heads": ("olmo2", {"num_key_value_heads": None}),
+    "granite-null-kv-heads": ("granite", {"num_key_value_heads": None}),
     "llama-null-kv-heads": ("llama", {"num_key_value_heads": None}),
     "qwen2-null-kv-heads": ("qwen2", {"num_key_value_heads": None, "num_attention_heads": 16}),
     "qwen3-null-kv-heads": ("qwen3", {"num_key_value_heads": None, "num_attention_heads": 16}),
@@ -526,6 +559,8 @@ def test_shards_cut_through_fused_parameters(tmp_path: Path) -> None:
         pytest.param("llama", {}, id="llama"),
         pytest.param("mistral", {"sliding_window": 9}, id="mistral-window"),
         pytest.param("qwen3", {"head_dim": 20}, id="qwen3"),
+        pytest.param("olmo2", {}, id="olmo2"),
+        pytest.param("granite", GRANITE, id="granite"),
     ],
 )
 def test_a_batch_gives_each_prompt_its_own_logits(model_type: str, changes: dict[str, Any], tmp_path: Path) -> None:
@@ -533,7 +568,7 @@ def test_a_batch_gives_each_prompt_its_own_logits(model_type: str, changes: dict
     llm = _load(_saved(model, tmp_path))
     ids = _ids(30 + STEPS, batch=2)
     together = _teacher_forced(llm, ids)
-    alone = torch.cat([_teacher_forced(llm, ids[row : row + 1]) for row in range(2)])
+    alone = torch.cat([_teacher_forced(llm, one[None]) for one in ids])
     torch.testing.assert_close(together, alone, atol=TOLERANCE / 2, rtol=0)
     torch.testing.assert_close(together, _expected(model, ids)[:, 29:], atol=TOLERANCE, rtol=0)
     assert (together[0] - together[1]).abs().max() > 1
@@ -547,7 +582,7 @@ def _relative_error(found: Tensor, exact: Tensor) -> float:
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-@pytest.mark.parametrize("model_type", ["llama", "mistral", "qwen2", "qwen3"])
+@pytest.mark.parametrize("model_type", ["llama", "mistral", "qwen2", "qwen3", "olmo2", "granite"])
 def test_half_precision_stays_as_near_to_float32_as_the_reference(model_type: str, dtype: str, tmp_path: Path) -> None:
     """Rounding of weights and activations moves the logits; ours may move by at most half as much again as theirs.
 

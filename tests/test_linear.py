@@ -49,9 +49,9 @@ def noise(*shape: int) -> Tensor:
 X: dict[str, Callable[[], Tensor]] = {
     "one row": lambda: noise(1, 40),
     "one token": lambda: noise(1, 1, 40),
-    "several texts": lambda: noise(8, 1, 40),
+    "several sequences": lambda: noise(8, 1, 40),
     "a chunk": lambda: noise(1, 2048, 40),
-    "a chunk of several texts": lambda: noise(2, 700, 40)[:, 100:612],
+    "a chunk of several sequences": lambda: noise(2, 700, 40)[:, 100:612],
     "last tokens": lambda: noise(3, 9, 40)[:, -1],
     "every second value": lambda: noise(4, 80)[:, ::2],
     "turned heads": lambda: noise(1, 4, 5, 10).transpose(1, 2).flatten(2),
@@ -126,7 +126,7 @@ def test_f_linear_takes_over(fault: str, monkeypatch: pytest.MonkeyPatch) -> Non
 def test_a_model_by_either_way(
     batch: int, shapes: list[tuple[int, ...]], tiny_llm: LLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Logits and selections of a prefill, and of steps behind it."""
+    """Logits and selections of a prefill, and of steps after it."""
     ids = torch.randint(3, 256, (batch, 1024), generator=torch.Generator().manual_seed(1))
     ends, steps = [], []
     for product in (module.onednn_product, lambda: None):

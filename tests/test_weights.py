@@ -70,6 +70,9 @@ def _shapes(values: dict[str, Any]) -> dict[str, tuple[int, ...]]:
             "input_layernorm": (size,),
             "post_attention_layernorm": (size,),
         }
+        if values["architectures"] == ["Olmo2ForCausalLM"]:
+            del rows["input_layernorm"]
+            rows |= {"post_feedforward_layernorm": (size,), "self_attn.q_norm": (queries,), "self_attn.k_norm": (keys,)}
         if values["architectures"] == ["Qwen3ForCausalLM"]:
             rows |= {"self_attn.q_norm": (head,), "self_attn.k_norm": (head,)}
         biased = [name for name in rows if "self_attn" in name and "norm" not in name]
@@ -137,6 +140,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "llama-biases": {**TINY, "attention_bias": True, "mlp_bias": True},
     "qwen2": {**TINY, "architectures": ["Qwen2ForCausalLM"], "attention_bias": True},
     "qwen3": {**TINY, "architectures": ["Qwen3ForCausalLM"], "attention_bias": True},
+    "olmo2": {**TINY, "architectures": ["Olmo2ForCausalLM"]},
+    "granite": {**TINY, "architectures": ["GraniteForCausalLM"], "mlp_bias": True},
 }
 
 
@@ -276,10 +281,23 @@ def test_many_missing_tensors_are_counted(tmp_path: Path) -> None:
     _refused(_write(tmp_path, tensors), "missing", "model.layers.1.", "and 8 more")
 
 
-@pytest.mark.parametrize("kind", ["Qwen2ForCausalLM", "Qwen3ForCausalLM"])
+TENSOR_OF_ITS_OWN = {
+    "Qwen2ForCausalLM": "q_proj.bias",
+    "Qwen3ForCausalLM": "q_norm.weight",
+    "Olmo2ForCausalLM": "q_norm.weight",
+}
+
+
+@pytest.mark.parametrize("kind", TENSOR_OF_ITS_OWN)
 def test_tensors_that_only_the_family_has_may_not_be_missing(tmp_path: Path, kind: str) -> None:
-    expected = {"Qwen2ForCausalLM": "q_proj.bias", "Qwen3ForCausalLM": "q_norm.weight"}[kind]
-    _refused(_write(tmp_path, _tensors(), {**TINY, "architectures": [kind]}), SINGLE, "missing", expected)
+    folder = _write(tmp_path, _tensors(), {**TINY, "architectures": [kind]})
+    _refused(folder, SINGLE, "missing", TENSOR_OF_ITS_OWN[kind])
+
+
+def test_a_norm_that_the_family_does_not_have_is_unexpected(tmp_path: Path) -> None:
+    values = VARIANTS["olmo2"]
+    name = "model.layers.1.input_layernorm.weight"
+    _refused(_write(tmp_path, {**_tensors(values), name: torch.ones(24)}, values), "unexpected", name)
 
 
 @pytest.mark.parametrize(
@@ -320,9 +338,8 @@ def test_rotary_tables_may_be_left_over(tmp_path: Path) -> None:
     extra = {"model.rotary_emb.inv_freq": torch.full((4,), 9.0)}
     extra |= {f"model.layers.{layer}.self_attn.rotary_emb.inv_freq": torch.full((4,), 9.0) for layer in range(2)}
     plain = _load(_write(tmp_path / "plain", _tensors()))
-    assert torch.equal(
-        _load(_write(tmp_path / "extra", {**_tensors(), **extra})).rotary.inv_freq, plain.rotary.inv_freq
-    )
+    with_tables = _load(_write(tmp_path / "extra", {**_tensors(), **extra}))
+    assert torch.equal(with_tables.rope_of_range(0, 9).rotations[0].cos, plain.rope_of_range(0, 9).rotations[0].cos)
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from training_data import ANSWER_TOKENS, ANSWER_WEIGHT, Batch
 
-from fastkv.models.llama import Attend, Llama
+from fastkv.models.block import Attend
+from fastkv.models.llama import Llama
 
 NEAR = 7  # tokens that layer 0 always sees, the query's own included
 UNHIDDEN_SHARE = 0.25  # of the examples

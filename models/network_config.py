@@ -1,0 +1,50 @@
+"""What a network is built from: sizes, biases, rotary embedding, sliding windows. Knows no file and no family."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from fastkv.models.rope_config import RopeConfig
+
+
+@dataclass(frozen=True)
+class NetworkConfig:
+    """The network of a decoder.
+
+    `context_length` is in tokens. `sliding_windows` holds one entry a layer: the number of tokens that a query sees,
+    itself included, or None for all of them. `family_settings` is what only the model's own family reads.
+    """
+
+    architecture: str
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    n_layers: int
+    n_heads: int
+    n_kv_heads: int
+    head_dim: int
+    context_length: int
+    rms_norm_eps: float = 1e-6
+    rope: RopeConfig = field(default_factory=RopeConfig)
+    tie_word_embeddings: bool = False
+    qkv_bias: bool = False
+    o_bias: bool = False
+    mlp_bias: bool = False
+    sliding_windows: tuple[int | None, ...] = ()
+    family_settings: Any = None
+
+    @property
+    def sliding_window(self) -> int | None:
+        """The smallest window of any layer, in tokens, or None if every layer sees everything."""
+        windows = [window for window in self.sliding_windows if window is not None]
+        return min(windows) if windows else None
+
+    @property
+    def windows(self) -> tuple[int | None, ...]:
+        """The sliding window of each layer, in tokens, or None."""
+        return self.sliding_windows or (None,) * self.n_layers
+
+    def window_of(self, layer: int) -> int | None:
+        """The sliding window of one layer, in tokens, or None."""
+        return self.sliding_windows[layer] if self.sliding_windows else None
