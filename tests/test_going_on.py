@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -131,6 +133,44 @@ class SlowTwin:
             logits.append(self.model.head(hidden[:, -1]))
             self.position += 1
         return torch.stack(logits, dim=1)
+
+
+FAMILIES: list[dict[str, Any]] = [
+    {"architectures": ["LlamaForCausalLM"]},
+    {"architectures": ["LlamaForCausalLM"], "num_key_value_heads": 6},
+    {"architectures": ["MistralForCausalLM"], "sliding_window": 32},
+    {"architectures": ["MistralForCausalLM"], "sliding_window": None},
+    {"architectures": ["Qwen2ForCausalLM"], "use_sliding_window": True, "sliding_window": 20, "max_window_layers": 1},
+    {"architectures": ["Qwen3ForCausalLM"], "head_dim": 16},
+    {"architectures": ["Olmo2ForCausalLM"]},
+    {"architectures": ["GraniteForCausalLM"], "attention_multiplier": 0.2, "embedding_multiplier": 3.0},
+]
+
+
+@pytest.mark.parametrize("layout", [DenseLayer, PerHeadLayer], ids=["dense", "per head"])
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: "-".join(map(str, family.values())))
+def test_every_family_goes_on(tmp_path: Path, family: dict[str, Any], layout: Any) -> None:
+    """Sliding windows, too, though the pieces are longer or shorter than they are; then several tokens in one step."""
+    sizes = {
+        "vocab_size": 256,
+        "hidden_size": 48,
+        "intermediate_size": 80,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 6,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 512,
+    }
+    (tmp_path / "config.json").write_text(json.dumps({**sizes, **family}))
+    llm = LLM(tmp_path, dtype="float32", device="cpu", load_format="dummy")
+    policy = FullKV() if layout is DenseLayer else FullByHead()
+    ids, new = tokens(120, 2), tokens(5, 2, seed=1)
+    whole = llm.prefill(ids, policy, 5)
+    pre = llm.prefill(ids[:, :70], policy, 5)
+    for piece in ids[:, 70:].split((7, 43), dim=1):
+        pre = llm.prefill(piece, policy, 5, cache=pre.cache)
+    torch.testing.assert_close(pre.logits, whole.logits, **CLOSE)
+    slow = torch.stack([llm.decode(whole.cache, new[:, index]) for index in range(5)], dim=1)
+    torch.testing.assert_close(llm.decode(pre.cache, new), slow, **CLOSE)
 
 
 # --- several tokens a step ---
