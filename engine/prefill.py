@@ -3,8 +3,9 @@
 A layer first computes K and V of all its tokens, from them its votes, and from these what stays in the cache and which
 tokens go on. Only for the latter does it then compute queries, attention and MLP: a token whose state nobody will read
 costs no more than its key and value. That holds for the TSP layer and for the last one, which only the last token
-leaves. A policy that decides during the prefill where tokens are dropped is asked at each layer (Policy.watch); one
-that has the model read its choice anew runs the lower layers first, and keeps nothing of that (Policy.first_pass).
+leaves. A policy that decides during the prefill where tokens are dropped is asked at each layer
+(Policy.online_selector); one that has the model read its choice anew runs the lower layers first, and keeps nothing of
+that (Policy.first_pass).
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor
 
 from fastkv.cache.kv_cache import KVCache
-from fastkv.cache.policy import FirstPass, LayerPlan, Observation, Policy, Watch, drops_tokens, plan_layers
+from fastkv.cache.policy import FirstPass, LayerPlan, Observation, OnlineSelector, Policy, drops_tokens, plan_layers
 from fastkv.cache.ragged import RaggedEntries, RaggedKVCache, select_ragged
 from fastkv.cache.selection import select_entries, select_tokens
 from fastkv.cache.storage import KVStorage
@@ -68,8 +69,8 @@ def prefill(
     plans = plan_layers(policy, n_layers, n_tokens)
     run = LayerRun(model, policy, cache, workspace, attention)
     run.keep = next((plan.propagated for plan in plans if plan.propagated is not None), None)
-    run.watch = policy.watch(n_layers, n_tokens) if run.keep is not None else None
-    if run.watch is not None:
+    run.selector = policy.online_selector(n_layers, n_tokens) if run.keep is not None else None
+    if run.selector is not None:
         plans = [replace(plan, propagated=None) for plan in plans]  # it says where tokens are dropped, and not the plan
     model.reserve(cache.prompt_tokens + cache.max_tokens)
     first = policy.first_pass(n_layers, n_tokens)
@@ -96,7 +97,7 @@ def new_cache(
     """
     config, (batch, n_tokens) = model.config, ids.shape
     plans = plan_layers(policy, config.n_layers, n_tokens)
-    ragged = policy.ragged and drops_tokens(policy, config.n_layers, n_tokens)
+    ragged = policy.per_head and drops_tokens(policy, config.n_layers, n_tokens)
     return (RaggedKVCache if ragged else KVCache)(
         [plan.kept for plan in plans],
         max_tokens,
@@ -120,7 +121,7 @@ class LayerRun:
     cache: KVCache
     workspace: Workspace
     attention: str
-    watch: Watch | None = None  # who decides where tokens are dropped; None, too, once that is decided
+    selector: OnlineSelector | None = None  # decides where tokens are dropped; None, too, once that is decided
     keep: int | None = None  # how many tokens then go on
     idle_hidden: str = "hidden, too"  # of the two buffers for hidden states, the one that is not in use
 
@@ -145,7 +146,7 @@ class LayerRun:
         Returns those tokens, their rotation, and the positions that the cache keeps.
         """
         last = layer == self.model.config.n_layers - 1
-        may_drop = plan.propagated is not None or self.watch is not None
+        may_drop = plan.propagated is not None or self.selector is not None
         if last or (may_drop and _narrow_pays(self.model.device)):
             return self._narrow(layer, plan, state, rope)
         observed = self._project(layer, state.hidden, rope)
@@ -163,7 +164,7 @@ class LayerRun:
         positions, rows = self.select(plan, state, observed)
         if layer == self.model.config.n_layers - 1:
             rows = state.last_row()
-        if rows is None:  # the watch lets all go on
+        if rows is None:  # the selector propagates all
             observed = replace(observed, q=self._project_queries(layer, state.hidden, rope))
             return self._all_go_on(layer, state, observed), rope, positions
         state = self._take(state, rows)
@@ -198,7 +199,7 @@ class LayerRun:
         """
         count = min(plan.kept, observed.k.shape[2])
         drops = count < observed.k.shape[2]
-        if not (drops or plan.propagated is not None or self.watch is not None):
+        if not (drops or plan.propagated is not None or self.selector is not None):
             self.cache.load(observed.layer, observed.k, observed.v, None)
             return _of_every_head(state.positions, observed), None
         scores = self.policy.score(observed)
@@ -211,17 +212,17 @@ class LayerRun:
         return every_head if entries is None else every_head.gather(2, entries), rows
 
     def _select_entries(self, layer: int, scores: Tensor, count: int) -> Tensor | RaggedEntries:
-        if not self.policy.ragged:
+        if not self.policy.per_head:
             return select_entries(scores, count, self.policy.window)
         counts = self.policy.head_budgets(layer, self.model.config.n_layers, count, scores)
         return select_ragged(scores, counts, self.policy.window)
 
     def _select_tokens(self, layer: int, plan: LayerPlan, scores: Tensor) -> Tensor | None:
         """The rows of the tokens that go on behind this layer, int64 [B, n], or None: all of them."""
-        votes, keep = (scores, plan.propagated) if self.watch is None else (self.watch(layer, scores), self.keep)
+        votes, keep = (scores, plan.propagated) if self.selector is None else (self.selector(layer, scores), self.keep)
         if votes is None or keep is None:
             return None
-        self.watch = None
+        self.selector = None
         return select_tokens(votes, keep, self.policy.window)
 
     def _project(self, layer: int, hidden: Tensor, rope: Rope) -> Observation:
@@ -230,7 +231,8 @@ class LayerRun:
         heads = self._room_for_heads(hidden, sum(block.self_attn.heads))
         for start, end in _chunks(hidden):
             block.project(hidden[:, start:end], rope.at(start, end), out=heads[:, :, start:end])
-        return Observation(layer, *heads.split(block.self_attn.heads, dim=1))
+        q, k, v = heads.split(block.self_attn.heads, dim=1)
+        return Observation(layer, q, k, v)
 
     def _project_keys(self, layer: int, hidden: Tensor, rope: Rope) -> Observation:
         """k and v of all tokens, in chunks, and q of those that the policy looks at."""
@@ -241,7 +243,8 @@ class LayerRun:
         n_tokens = hidden.shape[1]
         first = 0 if self.policy.needs_all_queries else max(0, n_tokens - self.policy.window)
         q = block.project_q(hidden[:, first:], rope.at(first, n_tokens))
-        return Observation(layer, q, *heads.chunk(2, dim=1))
+        k, v = heads.chunk(2, dim=1)
+        return Observation(layer, q, k, v)
 
     def _project_queries(self, layer: int, hidden: Tensor, rope: Rope) -> Tensor:
         """q of all tokens, in chunks."""
