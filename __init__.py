@@ -5,76 +5,44 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from fastkv.errors import FastKVError
+from fastkv.cache import policies as _policies
+from fastkv.cache.policies import *  # noqa: F403
+from fastkv.cache.policy import Observation as Observation
+from fastkv.cache.policy import Policy as Policy
+from fastkv.cache.policy import Stage as Stage
+from fastkv.errors import FastKVError as FastKVError
 
 if TYPE_CHECKING:
-    from fastkv.cache.policies import (
-        ASL,
-        H2O,
-        AdaKV,
-        FastKV,
-        FullKV,
-        GemFilter,
-        HeadKV,
-        PyramidInfer,
-        PyramidKV,
-        SnapKV,
-        StreamingLLM,
-        StructKV,
-    )
-    from fastkv.engine.llm import LLM
-    from fastkv.engine.output import Metrics, Output, Piece, RunInfo
-    from fastkv.engine.prefill import Prefill
-    from fastkv.engine.sampler import SamplingParams
+    from fastkv.cache.kv_cache import KVCache as KVCache
+    from fastkv.engine.llm import LLM as LLM
+    from fastkv.engine.output import Metrics as Metrics
+    from fastkv.engine.output import Output as Output
+    from fastkv.engine.output import Piece as Piece
+    from fastkv.engine.output import RunInfo as RunInfo
+    from fastkv.engine.prefill import Prefill as Prefill
+    from fastkv.engine.sampler import SamplingParams as SamplingParams
 
 __version__ = "0.1.0"
 
-__all__ = [
-    "ASL",
-    "H2O",
-    "LLM",
-    "AdaKV",
-    "FastKV",
-    "FastKVError",
-    "FullKV",
-    "GemFilter",
-    "HeadKV",
-    "Metrics",
-    "Output",
-    "Piece",
-    "Prefill",
-    "PyramidInfer",
-    "PyramidKV",
-    "RunInfo",
-    "SamplingParams",
-    "SnapKV",
-    "StreamingLLM",
-    "StructKV",
-]
-
 # The names that pull in torch are imported on first use, so that `fastkv-run --help` answers at once.
 _LAZY = {
-    **dict.fromkeys(
-        (
-            *("ASL", "AdaKV", "FastKV", "FullKV", "GemFilter", "H2O", "HeadKV", "PyramidInfer", "PyramidKV", "SnapKV"),
-            *("StreamingLLM", "StructKV"),
-        ),
-        "fastkv.cache.policies",
-    ),
+    "KVCache": "fastkv.cache.kv_cache",
     "LLM": "fastkv.engine.llm",
     "Metrics": "fastkv.engine.output",
     "Output": "fastkv.engine.output",
     "Piece": "fastkv.engine.output",
-    "RunInfo": "fastkv.engine.output",
     "Prefill": "fastkv.engine.prefill",
+    "RunInfo": "fastkv.engine.output",
     "SamplingParams": "fastkv.engine.sampler",
 }
 
+if not TYPE_CHECKING:  # type checkers read the imports above
+    __all__ = sorted([*_policies.__all__, "FastKVError", "Observation", "Policy", "Stage", *_LAZY])
 
-def __getattr__(name: str) -> Any:
-    if name not in _LAZY:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(_LAZY[name]), name)
+    def __getattr__(name: str) -> Any:
+        if name not in _LAZY:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        return getattr(importlib.import_module(_LAZY[name]), name)
 
 
 def __dir__() -> list[str]:

@@ -7,19 +7,19 @@ arguments and the prompt are known to be good.
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fastkv.cache.catalogue import POLICIES, SETTINGS
+from fastkv.cache.setting import settings_of
 from fastkv.cli_flags import (
     DONE,
     FAULT,
     INTERRUPTED,
-    POLICY_FLAGS,
     SAMPLING_FLAGS,
     USER_ERROR,
     build_parser,
@@ -83,7 +83,7 @@ def _run(args: argparse.Namespace) -> int:
     from fastkv.engine.sampler import SamplingParams
 
     params = SamplingParams(stop=args.stop, ignore_eos=args.ignore_eos, **_given(args, SAMPLING_FLAGS))
-    policy = build_policy(args.policy, _given(args, POLICY_FLAGS))
+    policy = build_policy(args.policy, _given(args, SETTINGS))
     if args.threads is not None:
         torch.set_num_threads(args.threads)
     llm = _load(args, policy)
@@ -213,20 +213,18 @@ def _is_broken(text: str) -> bool:
 
 def build_policy(name: str, settings: dict[str, Any]) -> Policy:
     """The policy of that name with these settings; FastKVError for an unknown name or a setting it does not have."""
-    from fastkv.cache.policies import POLICIES
-
     if name not in POLICIES:
         raise FastKVError(f"policy must be one of {', '.join(POLICIES)}, not {name!r}", setting="policy")
     policy = POLICIES[name]
-    known = {field.name for field in dataclasses.fields(policy)}  # type: ignore[arg-type]
     for setting in settings:
-        if setting not in known:
+        if setting not in settings_of(policy):
             raise FastKVError(f"{flag_of(setting)} is no setting of --policy {name}; leave one of them out")
     return policy(**settings)
 
 
-def _given(args: argparse.Namespace, flags: dict[str, tuple[Callable[[str], Any], str]]) -> dict[str, Any]:
-    return {name: getattr(args, name) for name in flags if getattr(args, name) is not None}
+def _given(args: argparse.Namespace, names: Iterable[str]) -> dict[str, Any]:
+    """The settings of these names whose flags were given."""
+    return {name: getattr(args, name) for name in names if getattr(args, name) is not None}
 
 
 def _prompt(args: argparse.Namespace, llm: LLM, job: Job) -> str | list[int]:

@@ -4,100 +4,34 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any, NoReturn
 
 from fastkv import __version__
+from fastkv.cache.catalogue import POLICIES, SETTINGS, SharedSetting
 from fastkv.errors import FastKVError
 
 DONE, FAULT, USER_ERROR, INTERRUPTED = 0, 1, 2, 130
 
 
-def _one_or_more(kind: Callable[[str], Any], name: str) -> Callable[[str], Any]:
-    """Reads `0.2` as a value and `0.5,0.2` as a tuple; argparse calls it by that name."""
+@dataclass(frozen=True)
+class Flag:
+    """How the text of a flag is read (raises ValueError), and what --help says of it."""
 
-    def read(text: str) -> Any:
-        values = tuple(kind(part) for part in text.split(","))
-        return values if len(values) > 1 else values[0]
-
-    read.__name__ = name
-    return read
+    read: Callable[[str], Any]
+    metavar: str
+    help: str
 
 
-# Settings of policies: each is a field of the policies that know it.
-POLICY_FLAGS: dict[str, tuple[Callable[[str], Any], str]] = {
-    "tsp_layer": (
-        _one_or_more(int, "int"),
-        "layer behind whose attention tokens are dropped (default: half way up), or several: I,I,…; asl, structkv: the "
-        "latest (default: last but one; half way up)",
-    ),
-    "tsp_rate": (
-        _one_or_more(float, "float"),
-        "share of the prompt that goes on behind it (default 0.2; 1 turns TSP off); falling with several layers: R,R,…",
-    ),
-    "kv_retention": (float, "share of the prompt whose KV each layer keeps (default 0.1; 1 keeps all)"),
-    "tsp_len": (_one_or_more(int, "int"), "tokens that go on, in place of --tsp-rate"),
-    "kv_len": (int, "entries that each layer keeps, in place of --kv-retention"),
-    "window": (int, "last tokens, always kept, whose queries score the others (default 8)"),
-    "kernel": (int, "width of the pooling of scores, odd (default 7; gemfilter 5)"),
-    "pooling": (str, "max or avg (default max)"),
-    "min_tokens": (int, "the rates never keep fewer tokens than this (default 128)"),
-    "sinks": (int, "streamingllm: first tokens that are always kept (default 4)"),
-    "recent_share": (float, "h2o: share of the budget for the most recent tokens (default 0.5)"),
-    "head_floor": (float, "adakv: share of the budget that each head has for certain (default 0.2)"),
-    "head_scores": (str, "headkv: JSON table of the model's heads, from fastkv-eval head-scores"),
-    "beta": (float, "headkv: a head keeps 1 - 1/BETA of the budget, the rest goes by its score (default 1.35)"),
-    "filter_layer": (int, "gemfilter: layer that chooses what the model reads anew (default: below half way up)"),
-    "first_layer": (
-        int,
-        "asl, structkv, pyramidinfer: first layer that may drop tokens (default: asl 10 of 32, the others a quarter of "
-        "the way up)",
-    ),
-    "tau": (float, "asl: tokens are dropped where ranks vary less than this, 1 being random (default 0.3)"),
-    "lookback": (int, "asl: layers over which ranks are compared (default 3)"),
-    "score_decay": (float, "structkv: weight of a layer's scores in the next one's (default 0.9)"),
-    "decay": (float, "pyramidinfer: share of what a layer saw that goes on (default 0.9)"),
-    "floor": (float, "pyramidinfer: share of the prompt that always goes on (default 0.2)"),
-}
-SAMPLING_FLAGS: dict[str, tuple[Callable[[str], Any], str]] = {
-    "max_tokens": (int, "tokens to generate at most (default 256, or what the context leaves)"),
-    "temperature": (float, "0 is greedy (default), and then the next three and --seed decide nothing"),
-    "top_k": (int, "sample from the K most probable tokens (default 0: all)"),
-    "top_p": (float, "sample from the fewest tokens that together reach P (default 1: all)"),
-    "min_p": (float, "drop tokens below P times the most probable one (default 0: none)"),
-    "repetition_penalty": (float, "above 1, tokens seen before are less likely (default 1)"),
-    "seed": (int, "the same seed gives the same text"),
-}
-
-_METAVARS = {
-    "tsp_layer": "I",
-    "tsp_rate": "R",
-    "kv_retention": "R",
-    "tsp_len": "N",
-    "kv_len": "N",
-    "window": "W",
-    "kernel": "K",
-    "pooling": "max|avg",
-    "min_tokens": "N",
-    "sinks": "N",
-    "recent_share": "R",
-    "head_floor": "R",
-    "head_scores": "FILE",
-    "beta": "B",
-    "filter_layer": "I",
-    "first_layer": "I",
-    "tau": "T",
-    "lookback": "N",
-    "score_decay": "R",
-    "decay": "R",
-    "floor": "R",
-    "max_tokens": "N",
-    "temperature": "T",
-    "top_k": "K",
-    "top_p": "P",
-    "min_p": "P",
-    "repetition_penalty": "X",
-    "seed": "S",
+SAMPLING_FLAGS = {
+    "max_tokens": Flag(int, "N", "tokens to generate at most (default 256, or what the context leaves)"),
+    "temperature": Flag(float, "T", "0 is greedy (default), and then the next three and --seed decide nothing"),
+    "top_k": Flag(int, "K", "sample from the K most probable tokens (default 0: all)"),
+    "top_p": Flag(float, "P", "sample from the fewest tokens that together reach P (default 1: all)"),
+    "min_p": Flag(float, "P", "drop tokens below P times the most probable one (default 0: none)"),
+    "repetition_penalty": Flag(float, "X", "above 1, tokens seen before are less likely (default 1)"),
+    "seed": Flag(int, "S", "the same seed gives the same text"),
 }
 _OTHER_SETTINGS = (
     *("prompt", "chat", "stop", "policy", "device", "dtype"),
@@ -146,17 +80,14 @@ def build_parser() -> argparse.ArgumentParser:
         "--policy",
         default="fastkv",
         metavar="NAME",
-        help="fastkv (default), full, snapkv, pyramidkv, adakv, headkv, h2o, streamingllm, gemfilter, pyramidinfer, "
-        "structkv, asl",
+        help=", ".join(f"{name} (default)" if name == "fastkv" else name for name in POLICIES),
     )
     policy = parser.add_argument_group("settings of the policies; one that a policy does not have is refused")
-    for name, (kind, text) in POLICY_FLAGS.items():
-        policy.add_argument(flag_of(name), type=kind, help=text, metavar=_METAVARS[name])
+    _add_flags(policy, SETTINGS)
     sampling = parser.add_argument_group("generation")
-    for name, (kind, text) in SAMPLING_FLAGS.items():
-        sampling.add_argument(flag_of(name), type=kind, help=text, metavar=_METAVARS[name])
+    _add_flags(sampling, SAMPLING_FLAGS)
     sampling.add_argument("--stop", action="append", default=[], metavar="STR", help="end before this (repeatable)")
-    sampling.add_argument("--ignore-eos", action="store_true", help="go on behind an end-of-text token")
+    sampling.add_argument("--ignore-eos", action="store_true", help="continue after an end-of-text token")
     sampling.add_argument("--chat", action="store_true", help="wrap the prompt in the model's chat template")
     sampling.add_argument("--system", metavar="TEXT", help="system message for --chat")
     machine = parser.add_argument_group("machine and output")
@@ -168,7 +99,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     machine.add_argument("--json", action="store_true", help="print one JSON object in place of the text")
     machine.add_argument(
-        "--output", metavar="FILE", help="JSONL of the answers to several prompts; goes on where it was"
+        "--output", metavar="FILE", help="JSONL of the answers to several prompts; resumes where it stopped"
     )
     machine.add_argument("--batch-size", type=int, metavar="N", help="prompts at work at a time, with --output (8)")
     machine.add_argument("--kv-memory", type=int, metavar="MIB", help="for their KV caches (default: what there is)")
@@ -178,9 +109,14 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _add_flags(group: argparse._ArgumentGroup, flags: Mapping[str, Flag | SharedSetting]) -> None:
+    for name, flag in flags.items():
+        group.add_argument(flag_of(name), type=flag.read, help=flag.help, metavar=flag.metavar)
+
+
 def complain(message: str, setting: str | None = None) -> None:
     """One line on stderr, naming the flag of the setting at fault."""
-    flags = {*POLICY_FLAGS, *SAMPLING_FLAGS, *_OTHER_SETTINGS}
+    flags = {*SETTINGS, *SAMPLING_FLAGS, *_OTHER_SETTINGS}
     prefix = f"{flag_of(setting)}: " if setting in flags and setting is not None else ""
     say(f"fastkv-run: error: {prefix}{message}")
 

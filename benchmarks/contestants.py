@@ -17,7 +17,7 @@ from cost import wait_for
 from torch import Tensor
 
 from fastkv import LLM, FastKVError, SamplingParams
-from fastkv.cache.policies import POLICIES
+from fastkv.cache.catalogue import POLICIES
 from fastkv.cache.policy import Policy
 from fastkv.engine.memory import explain_out_of_memory, peak_bytes, start_peak
 from fastkv.engine.output import Metrics

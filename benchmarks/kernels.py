@@ -85,7 +85,7 @@ def run(argv: Sequence[str]) -> None:
     from machine import machine
 
     from fastkv import LLM, SamplingParams
-    from fastkv.cache.policies import POLICIES
+    from fastkv.cache.catalogue import POLICIES
 
     check_choice("--policy", args.policy, POLICIES)
     llm = LLM(args.model, dtype=args.dtype, device=args.device, load_format="dummy")

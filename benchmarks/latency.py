@@ -84,7 +84,7 @@ def load(args: argparse.Namespace) -> tuple[LLM, str]:
     Random for the name of a preset and for a folder that holds no safetensors.
     """
     from fastkv import LLM
-    from fastkv.cache.policies import POLICIES
+    from fastkv.cache.catalogue import POLICIES
     from fastkv.models.presets import PRESETS
 
     for name in args.policy:

@@ -11,7 +11,7 @@ from contestants import Sample
 from cost import Ceilings
 
 from fastkv import LLM
-from fastkv.cache.policies import POLICIES
+from fastkv.cache.catalogue import POLICIES
 from fastkv.cache.policy import Policy, plan_layers
 from fastkv.engine.cost import decode_bytes, first_pass_flops, prefill_flops
 
@@ -62,7 +62,7 @@ def _shares_of_ceilings(
     plans = plan_layers(policy, config.n_layers, context)
     read = decode_bytes(config, plans, new_tokens / 2, llm.dtype.itemsize, batch)
     shares = {"decode_of_ceiling": read * row["decode_tokens_per_s"] / batch / ceilings.bandwidth}
-    if policy.watch(config.n_layers, context) is None:  # else the plan is no more than an upper bound
+    if policy.online_selector(config.n_layers, context) is None:  # else the plan is no more than an upper bound
         first = policy.first_pass(config.n_layers, context)
         flops = prefill_flops(config, plans, batch)
         flops += first_pass_flops(config, first.layer, context, batch) if first is not None else 0

@@ -22,19 +22,19 @@ def read_table(source: str | PathLike[str] | Sequence[Sequence[float]]) -> Table
     Raises FastKVError for anything else.
     """
     where = f"head_scores {source}" if isinstance(source, (str, PathLike)) else "head_scores"
-    rows = _from_file(Path(source), where) if isinstance(source, (str, PathLike)) else source
-    if not _is_list(rows) or not rows or not all(_is_list(row) and row for row in rows):
+    layers = _from_file(Path(source), where) if isinstance(source, (str, PathLike)) else source
+    if not _is_list(layers) or not layers or not all(_is_list(heads) and heads for heads in layers):
         raise FastKVError(
             f"{where}: must be a list for each layer, with a number for each KV head", setting="head_scores"
         )
-    if len({len(row) for row in rows}) != 1:
+    if len({len(heads) for heads in layers}) != 1:
         raise FastKVError(f"{where}: its layers differ in their number of heads", setting="head_scores")
-    wrong = next((score for row in rows for score in row if not _is_score(score)), None)
+    wrong = next((score for heads in layers for score in heads if not _is_score(score)), None)
     if wrong is not None:
         raise FastKVError(f"{where}: scores must be numbers of at least 0, not {wrong!r:.40}", setting="head_scores")
-    if not any(map(any, rows)):
+    if not any(map(any, layers)):
         raise FastKVError(f"{where}: all scores are 0, so no head matters more than another", setting="head_scores")
-    return tuple(tuple(float(score) for score in row) for row in rows)
+    return tuple(tuple(float(score) for score in heads) for heads in layers)
 
 
 def _from_file(path: Path, where: str) -> Any:
@@ -73,10 +73,10 @@ def share_out(table: Table, beta: float, mean: int, most: int) -> Budgets:
     base = (1 - 1 / beta) * mean
     pool = mean / beta * len(table) * n_heads
     largest = max(map(max, table))  # in relation to it, so that no sum of scores overflows
-    shares = _fill(pool, [score / largest for row in table for score in row], most - base)
+    shares = _fill(pool, [score / largest for heads in table for score in heads], most - base)
     budgets = [[base + share for share in shares[i : i + n_heads]] for i in range(0, len(shares), n_heads)]
-    layers = _whole([sum(row) / n_heads for row in budgets], mean * len(table), most)
-    return tuple(tuple(_whole(row, n_heads * of_layer, most)) for row, of_layer in zip(budgets, layers, strict=True))
+    means = _whole([sum(heads) / n_heads for heads in budgets], mean * len(table), most)
+    return tuple(tuple(_whole(heads, n_heads * one, most)) for heads, one in zip(budgets, means, strict=True))
 
 
 def _fill(pool: float, weights: list[float], room: float) -> list[float]:

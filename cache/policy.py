@@ -1,21 +1,27 @@
-"""What a policy decides: which tokens go on to later layers, how many entries a layer keeps, and how they rank.
+"""What a policy decides: which tokens are propagated to later layers, and which entries each layer's cache keeps.
 
 The two decisions of FastKV are two methods that never look at each other: `stages` reduces the context (prefill
-compute), `budget` the cache (decode memory). Both count from the original prompt length.
+compute), `budget` the cache (decode memory). Both count from the original prompt length. docs/policies.md shows how to
+write one. Imports torch for type checkers only, so that the command's --help can tell every policy's settings at once.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
-from torch import Tensor
+from fastkv.cache.setting import check_settings
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from fastkv.cache.layer import KVLayer
 
 
 @dataclass(frozen=True)
 class Stage:
-    """A slab of layers that share one token set; `keep` tokens go on behind its last layer (None: all of them)."""
+    """A range of layers that share one token set; `keep` tokens are propagated after its last layer (None: all)."""
 
     layers: range
     keep: int | None = None
@@ -25,7 +31,7 @@ class Stage:
 class FirstPass:
     """A pass that only chooses: the `keep` tokens that `layer` scores best are what the model then reads anew.
 
-    They are read as a text of their own, at positions 0 … keep - 1.
+    They are read as a prompt of their own, at positions 0 … keep - 1.
     """
 
     layer: int
@@ -36,8 +42,11 @@ class FirstPass:
 class Observation:
     """What a policy sees of a layer's prefill.
 
-    k and v: [B, Hkv, T, D] over the T tokens that the layer saw, in their order; q: [B, Hq, n, D] of the last n of
-    them, at least the policy's window, or of all if it needs them. q and k are rotated.
+    k and v: [B, Hkv, n_past + T, D]: the entries that the cache of each head kept earlier, at ascending positions, then
+    the T new tokens that the layer saw, in their order. q: [B, Hq, n, D] of the last n of the new tokens: n is at least
+    the policy's window, or T if there are fewer; it is T if the policy needs them all. q and k are rotated.
+    n_past: entries kept earlier, before the new tokens in k and v; above 0 only where a sequence continues from a
+    cache, and the policy `compresses_again`.
     """
 
     layer: int
@@ -48,72 +57,95 @@ class Observation:
 
 
 class OnlineSelector(Protocol):
-    """Follows the layers of one prefill, and says behind which of them tokens are dropped."""
+    """Follows the layers of one prefill, and decides after which of them tokens are dropped."""
 
     def __call__(self, layer: int, scores: Tensor) -> Tensor | None:
-        """scores: float32 [B, Hkv, T - window] of `layer`, which all tokens have reached.
+        """scores: float32 [B, Hkv, T - window] of `layer`, which all T (new) tokens have reached.
 
-        None lets all of them go on. Else the votes, float32 [B, H, T - window] for some H, by whose sum over H the
-        first stage's `keep` tokens are chosen; then nothing more is asked. At that stage's last layer it must be votes.
+        None propagates all of them. Else importance scores, float32 [B, H, T - window] for some H, by whose sum over H
+        the first stage's `keep` tokens are chosen; then nothing more is asked. At that stage's last layer the answer
+        must not be None.
         """
 
 
 class Policy:
-    """Base of every method. This one keeps everything; a method overrides what it decides otherwise."""
+    """Base of every method. This one keeps everything; a method overrides what it decides otherwise.
 
-    name: ClassVar[str]
+    A policy is a value: a `@dataclass(frozen=True, kw_only=True)` whose fields are its settings. Those that are
+    declared by `fastkv.cache.setting.setting` are checked here; what relates several of them, the class checks in its
+    own `__post_init__`, after `super().__post_init__()`.
+    """
+
+    name: ClassVar[str]  # as --policy takes it; unless stated, the class's own name in lower case
     window: int = 0  # the last tokens, which are kept whatever the scores say
     needs_all_queries: ClassVar[bool] = False  # of a layer, for its scores; not those of the window alone
-    per_head: ClassVar[bool] = False
+    per_head: ClassVar[bool] = False  # the KV heads of a layer keep different numbers of entries (`head_budgets`)
+    # When a sequence continues from a cache that already holds entries: whether this policy chooses anew among those
+    # entries and the new tokens (its budget counting from the whole sequence so far). Else the earlier entries stay and
+    # the new tokens are kept whole.
     compresses_again: ClassVar[bool] = False
-    layout: ClassVar[Any] = None  # the KV heads of a layer keep different numbers of entries (`head_budgets`)
+    # How a layer of the cache stores what is kept (None: the plain layout, or that for heads of different lengths).
+    layout: ClassVar[type[KVLayer] | None] = None
+
+    def __init_subclass__(cls) -> None:
+        if "name" not in vars(cls):
+            cls.name = cls.__name__.lower()
+
+    def __post_init__(self) -> None:
+        """Check the settings, each by itself. Raises FastKVError for a value out of range."""
+        check_settings(self)
 
     def validate(self, n_layers: int, n_kv_heads: int | None = None) -> None:
         """Raise FastKVError if a setting does not fit a model of `n_layers` and `n_kv_heads` (None: not checked)."""
 
     def settings(self, n_layers: int) -> dict[str, Any]:
         """The settings by name, with defaults that depend on the model worked out."""
-        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}  # type: ignore[arg-type]
+        fields: tuple[dataclasses.Field[Any], ...] = dataclasses.fields(self) if dataclasses.is_dataclass(self) else ()
+        return {one.name: getattr(self, one.name) for one in fields}
 
     def stages(self, n_layers: int, n_tokens: int) -> list[Stage]:
-        """Context reduction: the slabs, in order, that together are all layers.
+        """Context reduction: the stages, in order, whose ranges together are all layers.
 
-        With a `watch`, two slabs that meet where tokens are dropped at the latest.
+        With an `online_selector`, two stages that meet where tokens are dropped at the latest.
         """
         return [Stage(range(n_layers))]
 
     def online_selector(self, n_layers: int, n_tokens: int) -> OnlineSelector | None:
-        """Whoever decides during a prefill where tokens are dropped; None: `stages` has said it."""
+        """What decides during a prefill where tokens are dropped; None: `stages` has said it."""
         return None
 
     def first_pass(self, n_layers: int, n_tokens: int) -> FirstPass | None:
-        """Context reduction before the actual prefill, whose `stages` then count from what is left."""
+        """Context reduction before the actual prefill, whose `stages` then count from what is left; None: none."""
         return None
 
     def budget(self, layer: int, n_layers: int, n_tokens: int) -> int:
         """KV compression: entries per KV head that `layer` keeps of a prompt of `n_tokens`, its window included.
 
-        Where the policy is ragged, the mean over the heads.
+        Where the policy is `per_head`, the mean over the heads.
         """
         return n_tokens
 
     def head_budgets(self, layer: int, n_layers: int, count: int, scores: Tensor) -> Tensor:
         """int64 [B, Hkv]: entries that each KV head keeps, its window included; together Hkv * count.
 
-        count: the layer's budget, less than the T tokens that it saw. scores: its own. Asked of a ragged policy only.
+        count: the layer's budget, less than the T tokens that it saw. scores: its own, [B, Hkv, T - window]. Asked only
+        of a policy that is `per_head`.
         """
         raise NotImplementedError(f"{type(self).__name__} gives every head the same")
 
     def score(self, observed: Observation) -> Tensor:
-        """float32 [B, Hkv, T - window]: how much each token in front of the window matters to each KV head."""
+        """float32 [B, Hkv, n_past + T - window]: how much each token before the window matters to each KV head.
+
+        Asked of a layer that drops entries or tokens. Must not change what is observed.
+        """
         raise NotImplementedError(f"{type(self).__name__} drops tokens, so it must score them")
 
 
 @dataclass(frozen=True)
 class LayerPlan:
-    """How many tokens a layer sees in the prefill, keeps in its cache, and sends on (None: all it saw).
+    """How many tokens a layer sees in the prefill, keeps in its cache, and propagates (None: all it saw).
 
-    Under a policy with a `watch` these are upper bounds: tokens may be dropped at an earlier layer.
+    Under a policy with an `online_selector` these are upper bounds: tokens may be dropped at an earlier layer.
     """
 
     seen: int

@@ -1,4 +1,8 @@
-"""Window scores: how much the last queries of a prompt attend to each token before them (METHOD: SnapKV, FastKV)."""
+"""Importance scores: how much the queries of a prompt attend to each token (arXiv 2404.14469, 2502.01068, and others).
+
+Where a sequence continues from a cache, k begins with the entries that were kept earlier, and q holds queries of the
+new tokens only: these may be fewer than the observation window, and then all of them score.
+"""
 
 from __future__ import annotations
 
@@ -6,8 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-POOLINGS = ("max", "avg")
-# Attention weights that are held at a time where all queries vote: what a CPU's cache holds, but of a long prompt some
+# Attention weights that are held at a time where all queries score: what a CPU's cache holds, but of a long prompt some
 # queries at the least (benchmarks/choices.py). On a GPU, where each block costs launches, not measured.
 _BLOCK_VALUES = {"cpu": 2**20, "cuda": 2**26}
 _LEAST_QUERIES = 32
@@ -16,32 +19,31 @@ _LEAST_QUERIES = 32
 def recent_attention(q: Tensor, k: Tensor, window: int) -> Tensor:
     """Attention of the last `window` queries to the tokens before them, the later a query the more it weighs.
 
-    q: [B, Hq, n, D] of the last n >= window tokens and k: [B, Hkv, T, D] of all, rotated; T > window. Weights rise
-    linearly to the last query and sum to one. Returns float32 [B, Hkv, T - window], the mean over each group.
+    q: [B, Hq, n, D] of the last n tokens and k: [B, Hkv, T, D] of all, rotated; T > window. Weights rise linearly to
+    the last query and sum to one. Returns float32 [B, Hkv, T - window], the mean over each group.
     """
     attention = _window_attention(q[:, :, -window:], k)[..., :-window]  # [B, Hkv, G, W, T - W]
-    weights = torch.arange(1, window + 1, dtype=torch.float32, device=q.device)
+    weights = torch.arange(1, attention.shape[3] + 1, dtype=torch.float32, device=q.device)
     return torch.einsum("bhgwt,w->bht", attention, weights / weights.sum()) / attention.shape[2]
 
 
 def window_scores(q: Tensor, k: Tensor, window: int, kernel: int, pooling: str) -> Tensor:
-    """Scores of the tokens in front of the window, for each KV head (arXiv 2404.14469, 2502.01068).
+    """Scores of the tokens before the window, for each KV head (arXiv 2404.14469, 2502.01068).
 
-    q: [B, Hq, n, D] of the last n >= window tokens and k: [B, Hkv, T, D] of all, rotated; T > window. The last
-    `window` queries attend causally to all T keys; their attention is summed over the queries, pooled along the tokens
-    with an odd `kernel` (stride 1, same length; "avg" counts the zeros of the padding), and summed over the query
-    heads of each KV head.
-    Returns float32 [B, Hkv, T - window].
+    q: [B, Hq, n, D] of the last n tokens and k: [B, Hkv, T, D] of all, rotated; T > window. The last `window` queries
+    attend causally to all T keys; their attention is summed over the queries, pooled along the tokens with an odd
+    `kernel` (stride 1, same length; "avg" counts the zeros of the padding), and summed over the query heads of each KV
+    head. Returns float32 [B, Hkv, T - window].
     """
     attention = _window_attention(q[:, :, -window:], k)  # [B, Hkv, G, W, T]
-    votes = attention.sum(dim=-2)[..., :-window]  # [B, Hkv, G, T - W]
-    return _pool(votes, kernel, pooling).sum(dim=2)
+    received = attention.sum(dim=-2)[..., :-window]  # [B, Hkv, G, T - W]
+    return _pool(received, kernel, pooling).sum(dim=2)
 
 
 def _window_attention(q: Tensor, k: Tensor) -> Tensor:
     """Causal attention of the last W queries, q [B, Hq, W, D], over k [B, Hkv, T, D]: float32 [B, Hkv, G, W, T]."""
     window, head_dim = q.shape[-2:]
-    # The queries of a KV head side by side, as rows of one product: K is never repeated.
+    # The queries of a KV head's group are the rows of one matrix product: K is never repeated.
     grouped = q.unflatten(1, (k.shape[1], -1)).flatten(2, 3).float()  # [B, Hkv, G * W, D]
     logits = (grouped @ k.float().transpose(-1, -2)).div_(head_dim**0.5).unflatten(2, (-1, window))
     ahead = torch.ones(window, window, dtype=torch.bool, device=q.device).triu(1)  # only the window can look ahead
@@ -70,7 +72,7 @@ def received_attention(q: Tensor, k: Tensor) -> Tensor:
 
 
 def last_query_scores(q: Tensor, k: Tensor, kernel: int) -> Tensor:
-    """How well the last query matches each key in front of it (arXiv 2409.17422): float32 [B, Hkv, T - 1].
+    """How well the last query matches each key before it (arXiv 2409.17422): float32 [B, Hkv, T - 1].
 
     q: [B, Hq, n, D] of the last n >= 1 tokens and k: [B, Hkv, T, D] of all, rotated; T > 1. The bare products, summed
     over the query heads of each KV head, average-pooled along the tokens (the zeros of the padding counted).
@@ -80,7 +82,7 @@ def last_query_scores(q: Tensor, k: Tensor, kernel: int) -> Tensor:
     return _pool(products, kernel, "avg").sum(dim=2)[..., :-1]
 
 
-def _pool(votes: Tensor, kernel: int, pooling: str) -> Tensor:
+def _pool(scores: Tensor, kernel: int, pooling: str) -> Tensor:
     """Pool [B, Hkv, G, n] along the tokens, length unchanged."""
     pool = F.max_pool1d if pooling == "max" else F.avg_pool1d
-    return pool(votes.flatten(0, -2), kernel, stride=1, padding=kernel // 2).view_as(votes)
+    return pool(scores.flatten(0, -2), kernel, stride=1, padding=kernel // 2).view_as(scores)

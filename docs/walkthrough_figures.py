@@ -24,8 +24,8 @@ import torch
 from torch import Tensor
 
 from fastkv import LLM, FastKV, FullKV
+from fastkv.cache import scores
 from fastkv.cache.kv_cache import KVCache
-from fastkv.cache.policies import compressed
 from fastkv.cache.policy import Policy
 from fastkv.cache.selection import select_entries
 from fastkv.cli import read_prompt
@@ -56,7 +56,7 @@ WATCHED: dict[Any, tuple[str, ...]] = {
     KVCache: ("load", "append"),
     TokenState: ("take",),
     Sampler: ("__call__",),
-    compressed: ("window_scores",),
+    scores: ("window_scores",),
     prefill: ("select_entries", "select_tokens", "causal_attention", "attend_from"),
     decode: ("decode_attention",),
 }

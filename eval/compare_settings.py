@@ -13,7 +13,8 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from fastkv.cache.policies import POLICIES, FullKV, PyramidInfer
+from fastkv.cache.catalogue import POLICIES
+from fastkv.cache.policies import FullKV, PyramidInfer
 from fastkv.cache.policies.compressed import Compressed
 from fastkv.cache.policy import Policy, plan_layers
 from fastkv.cli import build_policy

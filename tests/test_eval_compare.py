@@ -17,7 +17,8 @@ import pytest
 from places import ROOT
 
 from fastkv import LLM, FastKV, FastKVError, FullKV
-from fastkv.cache.policies import POLICIES, PyramidInfer
+from fastkv.cache.catalogue import POLICIES
+from fastkv.cache.policies import PyramidInfer
 from fastkv.cache.policy import plan_layers
 from fastkv.eval import cli
 from fastkv.eval.compare_page import BEGIN, END, check_page, page_part, write_page

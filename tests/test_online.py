@@ -14,21 +14,21 @@ from fastkv import ASL, LLM, FastKV, FastKVError, FullKV, GemFilter, SamplingPar
 from fastkv.cache.policies.asl import ranks, relative_variance
 from fastkv.cache.policies.online import OnlineTSP
 from fastkv.cache.policies.structkv import figures_of
-from fastkv.cache.policy import Policy, Stage, Watch
+from fastkv.cache.policy import OnlineSelector, Policy, Stage
 from fastkv.cache.selection import select_tokens
 
 PROMPT = torch.randint(3, 256, (1, 300), generator=torch.Generator().manual_seed(1))
 ONLINE: list[type[Any]] = [ASL, StructKV]
 
 
-def layer_of(watch: Watch | None, layers: Sequence[Tensor]) -> tuple[int, Tensor]:
-    """Where a watch speaks, of the scores of one layer after the other, and its votes."""
-    assert watch is not None
+def layer_of(selector: OnlineSelector | None, layers: Sequence[Tensor]) -> tuple[int, Tensor]:
+    """The layer that a selector finds, given the scores of one layer after the other, and its importance scores."""
+    assert selector is not None
     for layer, scores in enumerate(layers):
-        votes = watch(layer, scores)
-        if votes is not None:
-            return layer, votes
-    raise AssertionError("it never spoke")
+        importance = selector(layer, scores)
+        if importance is not None:
+            return layer, importance
+    raise AssertionError("it found no layer")
 
 
 def shuffled(n: int, seed: int) -> Tensor:
@@ -43,11 +43,13 @@ def shuffled(n: int, seed: int) -> Tensor:
 @pytest.mark.parametrize("at", [1, 3])
 @pytest.mark.parametrize("keep", [90, 8])  # the last: nothing but the window, so that no score is left to be asked for
 @pytest.mark.parametrize("latest", [4, 5])  # the last but one; the last, which would have been too late
-def test_tokens_are_dropped_where_the_watch_says(
+def test_tokens_are_dropped_where_the_selector_says(
     tiny_llm: LLM, monkeypatch: pytest.MonkeyPatch, policy: type[OnlineTSP], at: int, keep: int, latest: int
 ) -> None:
     """Then it is FastKV with that layer as its TSP layer."""
-    monkeypatch.setattr(policy, "watch", lambda self, *sizes: lambda layer, scores: scores if layer == at else None)
+    monkeypatch.setattr(
+        policy, "online_selector", lambda self, *sizes: lambda layer, scores: scores if layer == at else None
+    )
     settings = {"tsp_rate": keep / 300, "kv_retention": 0.2, "min_tokens": 8}
     online = tiny_llm.prefill(PROMPT, policy(tsp_layer=latest, **settings))
     fixed = tiny_llm.prefill(PROMPT, FastKV(tsp_layer=at, **settings))
@@ -60,8 +62,10 @@ def test_tokens_are_dropped_where_the_watch_says(
 def test_fewer_entries_than_planned_leave_nothing_of_old(
     tiny_llm: LLM, monkeypatch: pytest.MonkeyPatch, policy: type[OnlineTSP]
 ) -> None:
-    """A budget above what goes on: layers behind the early TSP layer keep less than the latest one would have let."""
-    monkeypatch.setattr(policy, "watch", lambda self, *sizes: lambda layer, scores: scores if layer == 1 else None)
+    """A budget above what is propagated: layers after an early TSP layer keep less than the latest would have let."""
+    monkeypatch.setattr(
+        policy, "online_selector", lambda self, *sizes: lambda layer, scores: scores if layer == 1 else None
+    )
     made, params = policy(tsp_layer=4, tsp_len=20, kv_len=100), SamplingParams(max_tokens=6, ignore_eos=True)
     tiny_llm.free_buffers()
     fresh = tiny_llm.generate(PROMPT[0].tolist(), params, made)
@@ -101,10 +105,12 @@ def test_no_reduction_without_a_rate(tiny_llm: LLM, policy: type[OnlineTSP]) -> 
 
 
 @pytest.mark.parametrize("policy", ONLINE)
-def test_nothing_is_dropped_behind_the_last_layer(
+def test_nothing_is_dropped_after_the_last_layer(
     tiny_llm: LLM, monkeypatch: pytest.MonkeyPatch, policy: type[OnlineTSP]
 ) -> None:
-    monkeypatch.setattr(policy, "watch", lambda self, *sizes: lambda layer, scores: scores if layer == 5 else None)
+    monkeypatch.setattr(
+        policy, "online_selector", lambda self, *sizes: lambda layer, scores: scores if layer == 5 else None
+    )
     online = tiny_llm.prefill(PROMPT, policy(tsp_layer=5, tsp_len=60, kv_len=40))
     fixed = tiny_llm.prefill(PROMPT, FastKV(tsp_layer=5, tsp_len=60, kv_len=40))
     assert online.layer_tokens == fixed.layer_tokens == [300] * 6
@@ -145,29 +151,31 @@ def test_the_layer_where_ranks_have_settled() -> None:
     """Random order up to layer 5, then always the same: three layers of it are there at layer 8."""
     layers = [shuffled(500, seed) for seed in range(6)] + [shuffled(500, 6)] * 6
     policy = ASL(first_layer=2, tau=1e-6, tsp_len=50)
-    layer, votes = layer_of(policy.watch(14, 508), layers)
+    layer, importance = layer_of(policy.online_selector(14, 508), layers)
     assert layer == 8
-    assert votes is layers[8]
-    assert layer_of(ASL(first_layer=10, tau=1e-6, tsp_len=50).watch(14, 508), layers)[0] == 10
-    assert layer_of(ASL(first_layer=2, tau=1e-6, lookback=2, tsp_len=50).watch(14, 508), layers)[0] == 7
-    assert layer_of(ASL(first_layer=2, tau=5, tsp_len=50).watch(14, 508), layers)[0] == 2
-    assert layer_of(ASL(tau=1e-6, tsp_layer=4, tsp_len=50).watch(14, 508), layers)[0] == 4  # none settles: the latest
+    assert importance is layers[8]
+    assert layer_of(ASL(first_layer=10, tau=1e-6, tsp_len=50).online_selector(14, 508), layers)[0] == 10
+    assert layer_of(ASL(first_layer=2, tau=1e-6, lookback=2, tsp_len=50).online_selector(14, 508), layers)[0] == 7
+    assert layer_of(ASL(first_layer=2, tau=5, tsp_len=50).online_selector(14, 508), layers)[0] == 2
+    assert (
+        layer_of(ASL(tau=1e-6, tsp_layer=4, tsp_len=50).online_selector(14, 508), layers)[0] == 4
+    )  # none settles: the latest
 
 
-def test_only_the_tokens_that_would_go_on_must_have_settled() -> None:
+def test_only_the_tokens_that_would_be_propagated_must_have_settled() -> None:
     steady = torch.arange(500.0)[None, None].expand(1, 2, -1)
     layers = []
     for seed in range(6):
         noise = shuffled(500, seed)
         noise[..., 400:] = steady[..., 400:]  # the best hundred keep their places
         layers.append(noise)
-    assert layer_of(ASL(first_layer=2, tau=1e-6, tsp_len=108).watch(8, 508), layers)[0] == 2
-    assert layer_of(ASL(first_layer=2, tau=1e-6, tsp_len=208).watch(7, 508), layers)[0] == 5  # the latest
+    assert layer_of(ASL(first_layer=2, tau=1e-6, tsp_len=108).online_selector(8, 508), layers)[0] == 2
+    assert layer_of(ASL(first_layer=2, tau=1e-6, tsp_len=208).online_selector(7, 508), layers)[0] == 5  # the latest
 
 
-def test_where_only_the_window_goes_on_the_best_token_must_have_settled() -> None:
+def test_where_only_the_window_is_propagated_the_best_token_must_have_settled() -> None:
     layers = [shuffled(500, seed) for seed in range(6)] + [shuffled(500, 6)] * 6
-    assert layer_of(ASL(first_layer=2, tau=1e-6, tsp_len=8).watch(14, 508), layers)[0] == 8
+    assert layer_of(ASL(first_layer=2, tau=1e-6, tsp_len=8).online_selector(14, 508), layers)[0] == 8
 
 
 def test_the_defaults_are_the_papers_in_proportion() -> None:
@@ -180,7 +188,7 @@ def test_the_defaults_are_the_papers_in_proportion() -> None:
 # --- StructKV ---
 
 
-def test_figures_of_votes() -> None:
+def test_figures_of_scores() -> None:
     even, single = torch.ones(1, 8), torch.eye(8)[:1]
     torch.testing.assert_close(figures_of(even), torch.tensor([[1.0, 0.0, 0.0]]))
     torch.testing.assert_close(figures_of(single), torch.tensor([[0.0, 7 / 8, (1 - 1 / 8) ** 0.5]]))
@@ -194,26 +202,26 @@ def test_the_pivot_is_where_the_largest_change_is_known() -> None:
     slightly = even.clone()
     slightly[..., 3] = 5
     layers = [even, slightly, slightly, peaked, 1.01 * peaked, even, even]
-    layer, votes = layer_of(StructKV(first_layer=1, tsp_layer=6).watch(8, 108), layers)
+    layer, importance = layer_of(StructKV(first_layer=1, tsp_layer=6).online_selector(8, 108), layers)
     assert layer == 2  # the change at layer 1 is a peak already
-    torch.testing.assert_close(votes, 0.81 * even + 0.9 * slightly + slightly)
-    layer, votes = layer_of(StructKV(first_layer=2, tsp_layer=6).watch(8, 108), layers)
+    torch.testing.assert_close(importance, 0.81 * even + 0.9 * slightly + slightly)
+    layer, importance = layer_of(StructKV(first_layer=2, tsp_layer=6).online_selector(8, 108), layers)
     assert layer == 4
-    torch.testing.assert_close(votes, 0.9**4 * even + (0.9**3 + 0.9**2) * slightly + (0.9 + 1.01) * peaked)
-    layer, votes = layer_of(StructKV(first_layer=2, tsp_layer=3, score_decay=0.5).watch(8, 108), layers)
+    torch.testing.assert_close(importance, 0.9**4 * even + (0.9**3 + 0.9**2) * slightly + (0.9 + 1.01) * peaked)
+    layer, importance = layer_of(StructKV(first_layer=2, tsp_layer=3, score_decay=0.5).online_selector(8, 108), layers)
     assert layer == 3
-    torch.testing.assert_close(votes, 0.125 * even + 0.25 * slightly + 0.5 * slightly + peaked)
+    torch.testing.assert_close(importance, 0.125 * even + 0.25 * slightly + 0.5 * slightly + peaked)
     assert (even == 1).all(), "a layer's scores were changed"
 
 
 def test_a_change_weighs_entropy_sparsity_and_variance() -> None:
-    watch = StructKV().watch(8, 108)
-    watch(0, torch.ones(1, 2, 8))
-    assert watch._change(torch.eye(8)[None, :2] * 0 + torch.eye(8)[0]) == pytest.approx(
+    selector = StructKV().online_selector(8, 108)
+    selector(0, torch.ones(1, 2, 8))
+    assert selector._change(torch.eye(8)[None, :2] * 0 + torch.eye(8)[0]) == pytest.approx(
         0.2 * 1 + 0.3 * 7 / 8 + 0.5 * (7 / 8) ** 0.5, abs=1e-5
     )
-    assert watch._change(torch.ones(1, 2, 8)) > 0
-    assert watch._change(torch.ones(1, 2, 8)) == pytest.approx(0, abs=1e-5)
+    assert selector._change(torch.ones(1, 2, 8)) > 0
+    assert selector._change(torch.ones(1, 2, 8)) == pytest.approx(0, abs=1e-5)
 
 
 def test_structkv_propagates_by_the_sum(tiny_llm: LLM) -> None:

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from fastkv import H2O, LLM, FastKV, FastKVError, FullKV, PyramidInfer, PyramidKV, SamplingParams, SnapKV, StreamingLLM
+from fastkv.cache.catalogue import POLICIES
 from fastkv.cache.kv_cache import KVCache
-from fastkv.cache.policies import POLICIES
 from fastkv.cache.policy import Observation, Policy, Stage, plan_layers
 from fastkv.cache.scores import received_attention, recent_attention
 from fastkv.engine.prefill import Prefill
@@ -48,12 +48,12 @@ def unbounded(name: str) -> Policy:
 
 
 def counts(kept: Tensor) -> Tensor:
-    """Entries of each text and head, int64 [B, Hkv]; -1 stands behind those of a short one."""
+    """Entries of each sequence and head, int64 [B, Hkv]; a short one is filled up with -1."""
     return (kept >= 0).sum(dim=2)
 
 
 def entries_of(pre: Prefill, layer: int, head: int) -> tuple[Tensor, Tensor]:
-    """K and V [n, D] that the cache holds of the first text, found by what the device knows of it."""
+    """K and V [n, D] that the cache holds of the first sequence, found by what the device knows of it."""
     storage = pre.cache.storage
     start, count = int(storage.starts[layer, 0, head]), int(storage.lengths[layer, 0, head])
     return tuple(flat[0, start : start + count].clone() for flat in storage.flat(layer))  # type: ignore[return-value]
@@ -80,7 +80,7 @@ def test_counts_and_bytes_are_as_promised(tiny_llm: LLM, name: str, batch: int) 
         assert tokens.shape[0] == kept.shape[0] == batch
         assert tokens.shape[1] <= plan.seen if name in ONLINE else tokens.shape[1] == plan.seen
         assert counts(kept).sum(dim=1).tolist() == [config.n_kv_heads * plan.kept] * batch
-        assert policy.ragged or (counts(kept) == plan.kept).all()
+        assert policy.per_head or (counts(kept) == plan.kept).all()
         assert torch.equal(pre.cache.lengths[layer], counts(kept))
     if name in BUDGETED:
         assert sum(plan.kept for plan in plans) == 40 * len(plans)
@@ -118,7 +118,7 @@ def test_decoding_is_attention_over_the_kept_entries(tiny_llm: LLM, name: str) -
             positions = pre.kept[layer][0, head]
             expected = full.cache.k[layer][0, head, positions[positions >= 0]]
             torch.testing.assert_close(entries[layer][head][0], expected, atol=1e-5, rtol=1e-5)
-    first = 40 if name == "gemfilter" else N_TOKENS  # there, the chosen tokens are a text of their own
+    first = 40 if name == "gemfilter" else N_TOKENS  # there, the chosen tokens are a prompt of their own
     for step, token in enumerate((17, 4, 250)):
         hidden = model.embed(torch.tensor([[token]]))
         rope = model.rope(torch.tensor([[first + step]]))
@@ -141,13 +141,13 @@ def test_decoding_is_attention_over_the_kept_entries(tiny_llm: LLM, name: str) -
 
 
 @pytest.mark.parametrize("name", POLICIES)
-def test_texts_of_one_tensor_are_decoded_as_alone(tiny_llm: LLM, name: str) -> None:
+def test_prompts_of_one_tensor_are_decoded_as_alone(tiny_llm: LLM, name: str) -> None:
     """One prefill and one cache for three prompts. Where tokens are dropped, they decide together: not compared."""
     if name in ONLINE:
-        pytest.skip("texts of one tensor have one TSP layer")
+        pytest.skip("prompts of one tensor have one TSP layer")
     ids = torch.randint(3, 256, (3, N_TOKENS), generator=torch.Generator().manual_seed(5))
     together = tiny_llm.prefill(ids, small(name))
-    alone = [tiny_llm.prefill(text[None], small(name)) for text in ids]
+    alone = [tiny_llm.prefill(prompt[None], small(name)) for prompt in ids]
     for token in (9, 77):
         steps = torch.full((3,), token)
         logits = tiny_llm.decode(together.cache, steps)

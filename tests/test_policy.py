@@ -40,7 +40,7 @@ def test_float_products_are_not_rounded() -> None:
     assert FastKV(tsp_rate=0.29, min_tokens=8).stages(4, 100)[0].keep == 28
 
 
-def test_budget_counts_from_the_original_length_behind_tsp_too() -> None:
+def test_budget_counts_from_the_original_length_after_tsp_too() -> None:
     """int(n_tsp * kv/tsp) would give later layers 149 where the others keep 150."""
     policy = FastKV(tsp_rate=0.3, kv_retention=0.15, min_tokens=8)
     assert {kept for _, kept in sizes(policy, 8, 1003)} == {150}
@@ -73,7 +73,7 @@ def test_tsp_does_not_look_at_the_kv_budget(kv: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("tsp", [{"tsp_rate": 1.0}, {"tsp_len": 300}, {"tsp_layer": 7}])
 def test_tsp_that_reduces_nothing_is_one_stage(tsp: dict[str, Any]) -> None:
-    """A rate of 1, a length of at least the prompt, and the last layer (nothing comes behind it)."""
+    """A rate of 1, a length of at least the prompt, and the last layer (nothing comes after it)."""
     assert FastKV(**tsp).stages(8, 300) == [Stage(range(8))]
 
 
@@ -128,7 +128,7 @@ def test_several_stages_each_from_the_original_length() -> None:
 
 
 def test_stages_that_reduce_nothing_are_none() -> None:
-    """The floor makes the two equal; behind the last layer nothing is left to be saved."""
+    """The floor makes the two equal; after the last layer nothing is left to be saved."""
     policy = FastKV(tsp_layer=(1, 2, 9), tsp_rate=(0.5, 0.2, 0.1), min_tokens=600)
     assert policy.stages(10, 1000) == [Stage(range(2), 600), Stage(range(2, 10))]
 

@@ -19,14 +19,14 @@ def slow_scores(q: Tensor, k: Tensor, window: int, kernel: int, pooling: str) ->
     scores = torch.zeros(batch, kv_heads, tokens - window)
     for b in range(batch):
         for h in range(heads):
-            votes = torch.zeros(tokens)
+            received = torch.zeros(tokens)
             for query in range(tokens - window, tokens):
                 logits = [float(q[b, h, query].double() @ k[b, h // group, j].double()) for j in range(query + 1)]
                 weights = torch.tensor(logits, dtype=torch.float64).div(math.sqrt(dim)).softmax(0)
-                votes[: query + 1] += weights.float()
-            votes = votes[:-window]
+                received[: query + 1] += weights.float()
+            received = received[:-window]
             for token in range(tokens - window):
-                near = votes[max(0, token - kernel // 2) : token + kernel // 2 + 1]
+                near = received[max(0, token - kernel // 2) : token + kernel // 2 + 1]
                 scores[b, h // group, token] += near.max() if pooling == "max" else near.sum() / kernel
     return scores
 
@@ -49,7 +49,7 @@ def test_scores_are_float32_in_bfloat16_models() -> None:
 
 
 def test_later_queries_of_the_window_do_not_look_ahead() -> None:
-    """What stands behind a query must not change its vote: all mass on the future token would leave nothing here."""
+    """What comes after a query must not change its scores: all mass on the future token would leave nothing here."""
     q, k = torch.ones(1, 1, 4, 2), torch.ones(1, 1, 4, 2)
     k[..., -1, :] = 100  # only the very last query may see the very last key
     scores = window_scores(q, k, 2, 1, "max")

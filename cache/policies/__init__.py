@@ -1,39 +1,27 @@
-"""The methods, one short file each, by the name that `--policy` takes."""
+"""The methods, one short file each.
 
-from __future__ import annotations
+A new policy is its file and ONE line here. Exports, flags, help texts and the tables of the docs follow from that
+(cache/catalogue.py). The order is that of help texts and tables.
 
-from fastkv.cache.policies.adakv import AdaKV
-from fastkv.cache.policies.asl import ASL
-from fastkv.cache.policies.fastkv import FastKV
-from fastkv.cache.policies.full import FullKV
-from fastkv.cache.policies.gemfilter import GemFilter
-from fastkv.cache.policies.h2o import H2O
-from fastkv.cache.policies.headkv import HeadKV
-from fastkv.cache.policies.pyramidinfer import PyramidInfer
-from fastkv.cache.policies.pyramidkv import PyramidKV
-from fastkv.cache.policies.snapkv import SnapKV
-from fastkv.cache.policies.streamingllm import StreamingLLM
-from fastkv.cache.policies.structkv import StructKV
-from fastkv.cache.policy import Policy
+These files import torch inside the functions that compute, and elsewhere for type checkers only: so the command can
+tell every policy and its settings by importing the classes themselves, without waiting for torch.
+"""
+# isort: skip_file
 
-_ALL: tuple[type[Policy], ...] = (
-    *(FastKV, FullKV, SnapKV, PyramidKV, AdaKV, HeadKV, H2O, StreamingLLM),
-    *(GemFilter, PyramidInfer, StructKV, ASL),
-)
-POLICIES: dict[str, type[Policy]] = {policy.name: policy for policy in _ALL}
+from typing import TYPE_CHECKING
 
-__all__ = [
-    "ASL",
-    "H2O",
-    "POLICIES",
-    "AdaKV",
-    "FastKV",
-    "FullKV",
-    "GemFilter",
-    "HeadKV",
-    "PyramidInfer",
-    "PyramidKV",
-    "SnapKV",
-    "StreamingLLM",
-    "StructKV",
-]
+from fastkv.cache.policies.fastkv import FastKV as FastKV
+from fastkv.cache.policies.full import FullKV as FullKV
+from fastkv.cache.policies.snapkv import SnapKV as SnapKV
+from fastkv.cache.policies.pyramidkv import PyramidKV as PyramidKV
+from fastkv.cache.policies.adakv import AdaKV as AdaKV
+from fastkv.cache.policies.headkv import HeadKV as HeadKV
+from fastkv.cache.policies.h2o import H2O as H2O
+from fastkv.cache.policies.streamingllm import StreamingLLM as StreamingLLM
+from fastkv.cache.policies.gemfilter import GemFilter as GemFilter
+from fastkv.cache.policies.pyramidinfer import PyramidInfer as PyramidInfer
+from fastkv.cache.policies.structkv import StructKV as StructKV
+from fastkv.cache.policies.asl import ASL as ASL
+
+if not TYPE_CHECKING:  # type checkers read the lines above
+    __all__ = [name for name, value in list(globals().items()) if isinstance(value, type)]

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, ClassVar
 
 from fastkv.cache.policies.snapkv import SnapKV
-from fastkv.errors import check_number
+from fastkv.cache.setting import number, setting
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class AdaKV(SnapKV):
     """SnapKV's scores, of which the best of a whole layer win, so that heads which attend widely keep more.
 
@@ -25,20 +25,16 @@ class AdaKV(SnapKV):
     """
 
     name: ClassVar[str] = "adakv"
-    compresses_again: ClassVar[bool] = False
     per_head: ClassVar[bool] = True
+    compresses_again: ClassVar[bool] = False  # the earlier entries of its heads differ in number
 
-    head_floor: float = 0.2
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_number("head_floor", self.head_floor, 0, 1)
+    head_floor: float = setting(0.2, number(0, 1), "share of the budget that each head has for certain", metavar="R")
 
     def head_budgets(self, layer: int, n_layers: int, count: int, scores: Tensor) -> Tensor:
         batch, n_heads, before = scores.shape
         mean = count - self.window
         safe = scores.topk(int(self.head_floor * mean), dim=-1).indices
-        contest = scores.scatter(2, safe, float("inf")).flatten(1)
-        winners = contest.topk(n_heads * mean, dim=-1).indices // before  # [B, Hkv * mean], the head of each
-        counts = torch.full((batch, n_heads), self.window, dtype=torch.int64, device=scores.device)
-        return counts.scatter_add_(1, winners, torch.ones_like(winners))
+        competing = scores.scatter(2, safe, float("inf")).flatten(1)
+        winners = competing.topk(n_heads * mean, dim=-1).indices // before  # [B, Hkv * mean], the head of each
+        counts = winners.new_full((batch, n_heads), self.window)
+        return counts.scatter_add_(1, winners, winners.new_ones(winners.shape))

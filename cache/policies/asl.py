@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
-import torch
-from torch import Tensor
+from fastkv.cache.policies.online import OnlineTSP, first_layer_setting, latest_layer_setting
+from fastkv.cache.setting import number, setting, whole
 
-from fastkv.cache.policies.online import OnlineTSP
-from fastkv.errors import check_integer, check_number
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ASL(OnlineTSP):
     """The first layer at which the tokens that it would propagate have kept their ranks over the last few layers.
 
@@ -26,19 +26,18 @@ class ASL(OnlineTSP):
     None means the last but one. tau: above 0. lookback: at least 2. The others are FastKV's.
 
     What differs from the paper: it names no reference for "relative" and no number of layers in the description that
-    this follows, so both are our reading. Texts that are prefilled as one batch decide together, when all have settled.
-    Raises FastKVError for a value out of range.
+    this follows, so both are our reading. Prompts that are prefilled as one tensor decide together, when all have
+    settled. Raises FastKVError for a value out of range.
     """
 
     name: ClassVar[str] = "asl"
 
-    tau: float = 0.3
-    lookback: int = 3
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_number("tau", self.tau, 0, float("inf"), above=True)
-        check_integer("lookback", self.lookback, 2)
+    first_layer: int | None = first_layer_setting("10 of 32 layers")
+    tsp_layer: int | None = latest_layer_setting("last but one")
+    tau: float = setting(
+        0.3, number(0, above=True), "tokens are dropped where ranks vary less than this, 1 being random", metavar="T"
+    )
+    lookback: int = setting(3, whole(2), "layers over which ranks are compared", metavar="N")
 
     def default_layers(self, n_layers: int) -> tuple[int, int]:
         return round(10 / 32 * n_layers), max(0, n_layers - 2)
@@ -56,25 +55,29 @@ class _Settling:
         self._ranks: deque[Tensor] = deque(maxlen=policy.lookback)
 
     def __call__(self, layer: int, scores: Tensor) -> Tensor | None:
-        votes = scores.sum(dim=1)
-        self._ranks.append(ranks(votes))
+        importance = scores.sum(dim=1)
+        self._ranks.append(ranks(importance))
         if layer >= self._latest:
             return scores
         if layer < self._first or len(self._ranks) < self._policy.lookback:
             return None
-        top = votes.topk(self._keep, dim=-1).indices
+        top = importance.topk(self._keep, dim=-1).indices
         return scores if bool((relative_variance(list(self._ranks), top) < self._policy.tau).all()) else None
 
 
-def ranks(votes: Tensor) -> Tensor:
-    """votes [B, n] -> float32 [B, n]: the place of each in falling order, from 0."""
-    order = votes.argsort(dim=-1, descending=True, stable=True)
-    places = torch.arange(votes.shape[-1], dtype=torch.float32, device=votes.device).expand_as(votes)
+def ranks(importance: Tensor) -> Tensor:
+    """importance scores [B, n] -> float32 [B, n]: the place of each in falling order, from 0."""
+    import torch
+
+    order = importance.argsort(dim=-1, descending=True, stable=True)
+    places = torch.arange(importance.shape[-1], dtype=torch.float32, device=importance.device).expand_as(importance)
     return torch.empty_like(places).scatter_(-1, order, places)
 
 
 def relative_variance(by_layer: list[Tensor], tokens: Tensor) -> Tensor:
     """How much the ranks [B, n] of some tokens, int64 [B, m], vary from layer to layer: float32 [B], random being 1."""
+    import torch
+
     of_tokens = torch.stack([of_layer.gather(-1, tokens) for of_layer in by_layer])  # [layers, B, m]
     n_tokens = by_layer[0].shape[-1]
     return of_tokens.var(dim=0).mean(dim=-1) / max(1.0, (n_tokens**2 - 1) / 12)

@@ -1,46 +1,59 @@
-"""What methods share that keep a part of the prompt's KV: the budget's settings, and the vote of the last tokens."""
+"""What methods share that keep a part of the prompt's KV: the budget's settings, and scores by the last queries."""
 
 from __future__ import annotations
 
-from torch import Tensor
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 from fastkv.cache.policy import Observation, Policy
-from fastkv.cache.scores import POOLINGS, window_scores
-from fastkv.errors import FastKVError, check_choice, check_integer, check_number
+from fastkv.cache.setting import Values, choice, number, setting, whole
+from fastkv.errors import FastKVError, check_integer
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 MAX_KERNEL = 4095
+WINDOW_HELP = "last tokens, always kept, whose queries score the others"
+MIN_TOKENS_HELP = "the rates never keep fewer tokens than this"
 
 
-def check_kernel(kernel: int) -> None:
-    """Raise FastKVError unless it is the width of a pooling that leaves the length as it is."""
-    check_integer("kernel", kernel, 1, MAX_KERNEL)
-    if kernel % 2 == 0:
-        raise FastKVError(f"kernel must be odd, not {kernel}", setting="kernel")
+def odd_width() -> Values:
+    """The widths of a pooling that leaves the length as it is."""
+
+    def check(name: str, value: Any) -> Any:
+        check_integer(name, value, 1, MAX_KERNEL)
+        if value % 2 == 0:
+            raise FastKVError(f"{name} must be odd, not {value}", setting=name)
+        return value
+
+    return Values(int, check)
 
 
+@dataclass(frozen=True, kw_only=True)
 class Compressed(Policy):
-    """A policy whose fields include these two; a rate gives int(rate * n_tokens), floored by min_tokens.
+    """A policy with a budget for each layer; a rate gives int(rate * n_tokens), floored by min_tokens.
 
     kv_retention: share of the prompt that a layer keeps for each KV head, in (0, 1]; 1 keeps all it saw.
     kv_len: the same as an absolute number of tokens; it wins over the rate, and no floor applies to it.
     min_tokens: floor of what the rate gives (never above the prompt), so that short prompts are not hurt.
     """
 
-    kv_retention: float
-    kv_len: int | None
-    min_tokens: int
+    kv_retention: float = setting(
+        0.1, number(0, 1, above=True), "share of the prompt whose KV each layer keeps; 1 keeps all", metavar="R"
+    )
+    kv_len: int | None = setting(
+        None, whole(1), "entries that each layer keeps, in place of --kv-retention", metavar="N"
+    )
+    min_tokens: int = setting(128, whole(1), MIN_TOKENS_HELP, metavar="N")
 
-    def check_budget(self) -> None:
-        """Raise FastKVError for a value out of range, or below what is always kept."""
-        check_number("kv_retention", self.kv_retention, 0, 1, above=True)
-        if self.kv_len is not None:
-            self.check_holds_window("kv_len", self.kv_len)
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.check_holds_window("kv_len", self.kv_len)
         self.check_holds_window("min_tokens", self.min_tokens)
 
-    def check_holds_window(self, name: str, value: int) -> None:
-        """FastKVError if a number of tokens has no room for those that are always kept."""
-        check_integer(name, value, 1)
-        if value < self.window:
+    def check_holds_window(self, name: str, value: int | None) -> None:
+        """FastKVError if a number of tokens (None: unset) has no room for those that are always kept."""
+        if value is not None and value < self.window:
             raise FastKVError(
                 f"{name} must be at least the window ({self.window}), which is always kept, not {value}", setting=name
             )
@@ -54,20 +67,19 @@ class Compressed(Policy):
         return self.count(self.kv_len, self.kv_retention, n_tokens)
 
 
+@dataclass(frozen=True, kw_only=True)
 class WindowScored(Compressed):
-    """Compressed by the vote of the last tokens (arXiv 2404.14469).
+    """Compressed by what the last tokens attend to (arXiv 2404.14469).
 
-    window: the last tokens, always kept, whose queries score the others. kernel, pooling: smoothing of the scores.
+    window: the last tokens (the observation window), always kept, whose queries score the others. kernel, pooling:
+    smoothing of the scores.
     """
 
-    kernel: int
-    pooling: str
-
-    def check_scoring(self) -> None:
-        """Raise FastKVError for a value out of range."""
-        check_integer("window", self.window, 1)
-        check_kernel(self.kernel)
-        check_choice("pooling", self.pooling, POOLINGS)
+    window: int = setting(8, whole(1), WINDOW_HELP, metavar="W")
+    kernel: int = setting(7, odd_width(), "width of the pooling of scores, odd", metavar="K")
+    pooling: str = setting("max", choice("max", "avg"), "max or avg", metavar="max|avg")
 
     def score(self, observed: Observation) -> Tensor:
+        from fastkv.cache.scores import window_scores
+
         return window_scores(observed.q, observed.k, self.window, self.kernel, self.pooling)

@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from fastkv.cache.policies.compressed import WindowScored
 from fastkv.cache.policy import Stage
-from fastkv.errors import FastKVError, check_integer, check_number
+from fastkv.cache.setting import number, one_or_more, setting, whole
+from fastkv.errors import FastKVError
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class FastKV(WindowScored):
     """Full context up to the TSP layer, the informative tokens after it, and a small share of KV in every layer.
 
-    tsp_layer: the layer behind whose attention tokens are dropped; None means max(0, L // 2 - 1) of L layers.
-    tsp_rate: share of the prompt that goes on behind it, in (0, 1]; 1 turns TSP off.
+    tsp_layer: the layer after whose attention tokens are dropped; None means max(0, L // 2 - 1) of L layers.
+    tsp_rate: share of the prompt that is propagated after it, in (0, 1]; 1 turns TSP off.
     Several reductions down the stack are a tuple of layers, and of rates or lengths that fall: tsp_layer=(9, 15, 23),
-    tsp_rate=(0.5, 0.2, 0.1). At each of these layers its own votes choose from the tokens that are left.
+    tsp_rate=(0.5, 0.2, 0.1). At each of these layers its own scores choose from the tokens that are left.
     kv_retention: share of the prompt that each layer keeps for each KV head, in (0, 1]; 1 keeps all it saw.
     tsp_len, kv_len: the same as absolute numbers of tokens; they win over the rates, and no floor applies to them.
     window: the last tokens, always kept, whose queries score the others. kernel, pooling: smoothing of the scores.
@@ -26,30 +26,36 @@ class FastKV(WindowScored):
 
     Raises FastKVError for a value out of range. A rate gives int(rate * n_tokens).
 
-    Known weakness: only the prompt's last tokens vote. A prompt whose question is not in it, or comes first, keeps the
+    Known weakness: only the prompt's last tokens score. A prompt whose question is not in it, or comes first, keeps the
     wrong tokens.
     """
 
     name: ClassVar[str] = "fastkv"
     compresses_again: ClassVar[bool] = True
 
-    tsp_layer: int | tuple[int, ...] | None = None
-    tsp_rate: float | tuple[float, ...] = 0.2
-    kv_retention: float = 0.1
-    tsp_len: int | tuple[int, ...] | None = None
-    kv_len: int | None = None
-    window: int = 8
-    kernel: int = 7
-    pooling: str = "max"
-    min_tokens: int = 128
+    tsp_layer: int | tuple[int, ...] | None = setting(
+        None,
+        one_or_more(whole(0)),
+        "layer after whose attention tokens are dropped, or several: I,I,…",
+        metavar="I",
+        unset="half way up",
+    )
+    tsp_rate: float | tuple[float, ...] = setting(
+        0.2,
+        one_or_more(number(0, 1, above=True)),
+        "share of the prompt that is propagated after it; 1 turns TSP off; falling with several layers: R,R,…",
+        metavar="R",
+    )
+    tsp_len: int | tuple[int, ...] | None = setting(
+        None, one_or_more(whole(1)), "tokens that are propagated, in place of --tsp-rate", metavar="N"
+    )
 
     def __post_init__(self) -> None:
-        layers = self._each("tsp_layer", lambda name, layer: check_integer(name, layer, 0))
-        rates = self._each("tsp_rate", lambda name, rate: check_number(name, rate, 0, 1, above=True))
-        self.check_scoring()
-        self.check_budget()
-        lengths = self._each("tsp_len", self.check_holds_window)
-        name, shares = ("tsp_rate", rates) if self.tsp_len is None else ("tsp_len", lengths)
+        super().__post_init__()
+        layers, lengths = _each(self.tsp_layer), _each(self.tsp_len)
+        for length in lengths:
+            self.check_holds_window("tsp_len", length)
+        name, shares = ("tsp_len", lengths) if lengths else ("tsp_rate", _each(self.tsp_rate))
         if list(layers) != sorted(set(layers)):
             raise FastKVError(f"tsp_layer must rise, not {self.tsp_layer}", setting="tsp_layer")
         if list(shares) != sorted(set(shares), reverse=True):
@@ -58,18 +64,6 @@ class FastKV(WindowScored):
             raise FastKVError(
                 f"{name} must have a value for each TSP layer: {len(shares)} for {max(1, len(layers))}", setting=name
             )
-
-    def _each(self, name: str, check: Callable[[str, Any], None]) -> tuple[Any, ...]:
-        """The values of a setting that may be one, several or None; each is checked."""
-        value = getattr(self, name)
-        values = tuple(value) if isinstance(value, (tuple, list)) else () if value is None else (value,)
-        if isinstance(value, list):
-            object.__setattr__(self, name, values)  # hashable, like any other setting
-        if value is not None and not values:
-            raise FastKVError(f"{name} must not be empty", setting=name)
-        for one in values:
-            check(name, one)
-        return values
 
     def validate(self, n_layers: int, n_kv_heads: int | None = None) -> None:
         layer = self.tsp_layers_of(n_layers)[-1]
@@ -88,7 +82,7 @@ class FastKV(WindowScored):
 
     def tsp_layers_of(self, n_layers: int) -> tuple[int, ...]:
         """The TSP layers in a model of `n_layers`, the default worked out."""
-        return self._each("tsp_layer", lambda name, layer: None) or (max(0, n_layers // 2 - 1),)
+        return _each(self.tsp_layer) or (max(0, n_layers // 2 - 1),)
 
     def stages(self, n_layers: int, n_tokens: int) -> list[Stage]:
         made: list[Stage] = []
@@ -100,7 +94,12 @@ class FastKV(WindowScored):
         return [*made, Stage(range(first, n_layers))]
 
     def _propagated(self, n_tokens: int) -> list[int]:
-        """How many tokens go on behind each TSP layer."""
+        """How many tokens are propagated after each TSP layer."""
         if self.tsp_len is not None:
-            return [self.count(length, 1.0, n_tokens) for length in self._each("tsp_len", lambda name, length: None)]
-        return [self.count(None, rate, n_tokens) for rate in self._each("tsp_rate", lambda name, rate: None)]
+            return [self.count(length, 1.0, n_tokens) for length in _each(self.tsp_len)]
+        return [self.count(None, rate, n_tokens) for rate in _each(self.tsp_rate)]
+
+
+def _each(value: Any) -> tuple[Any, ...]:
+    """The values of a setting that may be one, several or None."""
+    return value if isinstance(value, tuple) else () if value is None else (value,)

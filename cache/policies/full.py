@@ -1,4 +1,4 @@
-"""The full cache: every layer sees and keeps every token. The baseline of every comparison."""
+"""FullKV: every layer sees and keeps every token; the baseline of every comparison."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import ClassVar
 from fastkv.cache.policy import Policy
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class FullKV(Policy):
     """Keeps everything."""
 

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
-from torch import Tensor
-
-from fastkv.cache.policies.compressed import Compressed, check_kernel
+from fastkv.cache.policies.compressed import Compressed, odd_width
 from fastkv.cache.policy import FirstPass, Observation
-from fastkv.cache.scores import last_query_scores
-from fastkv.errors import FastKVError, check_integer
+from fastkv.cache.setting import setting, whole
+from fastkv.errors import FastKVError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _MEASURED = {32: 13}  # layers of a model -> the paper's layer, where it is not the one below half way up
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class GemFilter(Compressed):
     """A first pass up to `filter_layer` chooses tokens; then the prompt is what was chosen, at positions of its own.
 
@@ -28,19 +29,12 @@ class GemFilter(Compressed):
     """
 
     name: ClassVar[str] = "gemfilter"
-    window: ClassVar[int] = 1  # type: ignore[misc]
+    window = 1
 
-    filter_layer: int | None = None
-    kv_retention: float = 0.1
-    kv_len: int | None = None
-    kernel: int = 5
-    min_tokens: int = 128
-
-    def __post_init__(self) -> None:
-        if self.filter_layer is not None:
-            check_integer("filter_layer", self.filter_layer, 0)
-        check_kernel(self.kernel)
-        self.check_budget()
+    filter_layer: int | None = setting(
+        None, whole(0), "layer that chooses what the model reads anew", metavar="I", unset="below half way up"
+    )
+    kernel: int = setting(5, odd_width(), "width of the pooling of scores, odd", metavar="K")
 
     def validate(self, n_layers: int, n_kv_heads: int | None = None) -> None:
         if self.filter_layer_of(n_layers) >= n_layers:
@@ -63,4 +57,6 @@ class GemFilter(Compressed):
         return FirstPass(self.filter_layer_of(n_layers), keep) if keep < n_tokens else None
 
     def score(self, observed: Observation) -> Tensor:
+        from fastkv.cache.scores import last_query_scores
+
         return last_query_scores(observed.q, observed.k, self.kernel)

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
-
-from torch import Tensor
+from typing import TYPE_CHECKING, ClassVar
 
 from fastkv.cache.policies.compressed import Compressed
 from fastkv.cache.policy import Observation
-from fastkv.cache.scores import received_attention
-from fastkv.errors import check_number
+from fastkv.cache.setting import number, setting
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class H2O(Compressed):
     """Heavy hitters and a recent window: a token's score is the attention that it receives from all queries, summed.
 
@@ -21,25 +21,20 @@ class H2O(Compressed):
     most recent tokens; the rest goes to the heavy hitters. The last token is always kept.
 
     What differs from the paper: it compresses the prompt once, where the original also drops tokens while it writes;
-    and it sums over the query heads of a KV head, because the cache holds KV heads only. All queries vote, which costs
-    as much as attention itself, and more than the window's votes of FastKV and SnapKV. Raises FastKVError for a value
+    and it sums over the query heads of a KV head, because the cache holds KV heads only. All queries score, which costs
+    as much as attention itself, and more than the window's scores of FastKV and SnapKV. Raises FastKVError for a value
     out of range.
     """
 
     name: ClassVar[str] = "h2o"
-    window: ClassVar[int] = 1  # type: ignore[misc]
+    window = 1
     needs_all_queries: ClassVar[bool] = True
 
-    kv_retention: float = 0.1
-    kv_len: int | None = None
-    recent_share: float = 0.5
-    min_tokens: int = 128
-
-    def __post_init__(self) -> None:
-        check_number("recent_share", self.recent_share, 0, 1)
-        self.check_budget()
+    recent_share: float = setting(0.5, number(0, 1), "share of the budget for the most recent tokens", metavar="R")
 
     def score(self, observed: Observation) -> Tensor:
+        from fastkv.cache.scores import received_attention
+
         n_tokens = observed.k.shape[2]
         scores = received_attention(observed.q, observed.k)[..., : n_tokens - self.window]
         recent = int(self.recent_share * self.count(self.kv_len, self.kv_retention, n_tokens)) - self.window

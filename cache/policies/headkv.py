@@ -5,24 +5,30 @@ from __future__ import annotations
 import functools
 from dataclasses import dataclass
 from os import PathLike
-from typing import ClassVar, cast
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 from fastkv.cache.head_table import Budgets, Table, read_table, share_out
 from fastkv.cache.policies.snapkv import SnapKV
-from fastkv.errors import FastKVError, check_number
+from fastkv.cache.setting import Values, number, setting
+from fastkv.errors import FastKVError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
-@dataclass(frozen=True)
+def _read(name: str, source: Any) -> Table:
+    """The table itself: what is compared and told of is what a file said, wherever it was."""
+    return read_table(source)
+
+
+@dataclass(frozen=True, kw_only=True)
 class HeadKV(SnapKV):
     """SnapKV's scores, under a budget of its own for each KV head of the model.
 
     head_scores: the importance of each head, at least 0: a JSON file of `fastkv-eval head-scores`, or the table itself,
-    a row for each layer and a number for each KV head; the setting then is the table. kv_retention, kv_len, min_tokens:
-    the MEAN budget b of a head. beta: at least 1; of a budget without its window each head keeps (1 - 1 / beta), the
-    rest is pooled over the model and shared in proportion to importance. The others are SnapKV's.
+    a sequence for each layer with a number for each KV head; the setting then is the table. kv_retention, kv_len,
+    min_tokens: the MEAN budget b of a head. beta: at least 1; of a budget without its window each head keeps
+    (1 - 1 / beta), the rest is pooled over the model and shared in proportion to importance. The others are SnapKV's.
 
     What differs from the paper: the command's table is one of retrieval heads, without the paper's scores of reasoning;
     what differs in SnapKV, so that budgets belong to KV heads and not to query heads; what a head cannot use, because
@@ -32,22 +38,23 @@ class HeadKV(SnapKV):
     """
 
     name: ClassVar[str] = "headkv"
-    compresses_again: ClassVar[bool] = False
     per_head: ClassVar[bool] = True
+    compresses_again: ClassVar[bool] = False  # the earlier entries of its heads differ in number
 
-    head_scores: str | PathLike[str] | Table | None = None
-    beta: float = 1.35
+    head_scores: str | PathLike[str] | Table | None = setting(  # noqa: RUF009
+        None, Values(str, _read), "JSON table of the model's heads, from fastkv-eval head-scores", metavar="FILE"
+    )
+    beta: float = setting(
+        1.35, number(1), "a head keeps 1 - 1/BETA of the budget, the rest is shared by its score", metavar="B"
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_number("beta", self.beta, 1, float("inf"))
         if self.head_scores is None:
             raise FastKVError(
                 "headkv needs head_scores, a table of the model's heads; `fastkv-eval head-scores` makes one",
                 setting="head_scores",
             )
-        # What is compared and told of is what the file said, wherever it was: the same numbers are the same policy.
-        object.__setattr__(self, "head_scores", read_table(self.head_scores))
 
     @property
     def table(self) -> Table:
@@ -68,6 +75,8 @@ class HeadKV(SnapKV):
         return self.window + sum(budgets) // len(budgets)
 
     def head_budgets(self, layer: int, n_layers: int, count: int, scores: Tensor) -> Tensor:
+        import torch
+
         budgets = self._budgets(n_layers, scores.shape[2] + self.window)[layer]
         return self.window + torch.tensor(budgets, device=scores.device).expand(scores.shape[:2])
 

@@ -7,32 +7,40 @@ from typing import Any
 
 from fastkv.cache.policies.snapkv import SnapKV
 from fastkv.cache.policy import Stage
-from fastkv.errors import FastKVError, check_integer, check_number
+from fastkv.cache.setting import number, setting, whole
+from fastkv.errors import FastKVError
 
 
-@dataclass(frozen=True)
+def first_layer_setting(unset: str) -> Any:
+    """The setting `first_layer`, whose default differs by method."""
+    return setting(None, whole(0), "first layer that may drop tokens", metavar="I", unset=unset)
+
+
+def latest_layer_setting(unset: str) -> Any:
+    """The setting `tsp_layer`, whose default differs by method."""
+    return setting(None, whole(0), "the latest layer after which tokens are dropped", metavar="I", unset=unset)
+
+
+@dataclass(frozen=True, kw_only=True)
 class OnlineTSP(SnapKV):
-    """SnapKV's compression, and tokens that are dropped behind a layer which the `watch` of a method finds.
+    """SnapKV's compression, and tokens that are dropped after a layer which a method's `online_selector` finds.
 
-    first_layer, tsp_layer: the layers behind which tokens may be dropped at the earliest and at the latest; None means
-    the method's own default. tsp_rate: share of the prompt that goes on, in (0, 1]; 1 turns TSP off. tsp_len: the same
-    as an absolute number of tokens; it wins over the rate, and no floor applies to it. The others are SnapKV's. Raises
-    FastKVError for a value out of range.
+    first_layer, tsp_layer: the layers after which tokens may be dropped at the earliest and at the latest; None means
+    the method's own default. tsp_rate: share of the prompt that is propagated, in (0, 1]; 1 turns TSP off. tsp_len: the
+    same as an absolute number of tokens; it wins over the rate, and no floor applies to it. The others are SnapKV's.
+    Raises FastKVError for a value out of range.
     """
 
-    first_layer: int | None = None
-    tsp_layer: int | None = None
-    tsp_rate: float = 0.2
-    tsp_len: int | None = None
+    first_layer: int | None
+    tsp_layer: int | None
+    tsp_rate: float = setting(
+        0.2, number(0, 1, above=True), "share of the prompt that is propagated; 1 turns TSP off", metavar="R"
+    )
+    tsp_len: int | None = setting(None, whole(1), "tokens that are propagated, in place of --tsp-rate", metavar="N")
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("first_layer", "tsp_layer"):
-            if getattr(self, name) is not None:
-                check_integer(name, getattr(self, name), 0)
-        check_number("tsp_rate", self.tsp_rate, 0, 1, above=True)
-        if self.tsp_len is not None:
-            self.check_holds_window("tsp_len", self.tsp_len)
+        self.check_holds_window("tsp_len", self.tsp_len)
 
     def default_layers(self, n_layers: int) -> tuple[int, int]:
         """first_layer and tsp_layer where they are None."""
@@ -63,6 +71,6 @@ class OnlineTSP(SnapKV):
     def stages(self, n_layers: int, n_tokens: int) -> list[Stage]:
         keep = self.count(self.tsp_len, self.tsp_rate, n_tokens)
         first, latest = self.layers_of(n_layers)
-        if keep >= n_tokens or first + 1 >= n_layers:  # behind the last layer there is nothing to save
+        if keep >= n_tokens or first + 1 >= n_layers:  # after the last layer there is nothing to save
             return [Stage(range(n_layers))]
         return [Stage(range(latest + 1), keep), Stage(range(latest + 1, n_layers))]

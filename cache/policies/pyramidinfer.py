@@ -3,43 +3,43 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
-from torch import Tensor
-
+from fastkv.cache.policies.compressed import MIN_TOKENS_HELP, WINDOW_HELP
 from fastkv.cache.policy import Observation, Policy, Stage
-from fastkv.cache.scores import recent_attention
-from fastkv.errors import FastKVError, check_integer, check_number
+from fastkv.cache.setting import number, setting, whole
+from fastkv.errors import FastKVError, check_integer
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class PyramidInfer(Policy):
-    """From `first_layer` on, each layer sends on, and keeps, only what the recent tokens attend to most.
+    """From `first_layer` on, each layer propagates, and keeps, only what the recent tokens attend to most.
 
     first_layer: the first that does; None means a quarter of the way up. decay: of the tokens that a layer saw, the
-    share that goes on, in (0, 1]. floor: share of the prompt below which none falls, in (0, 1]. window: the recent
-    tokens, which vote and always go on. min_tokens: as FastKV's.
+    share that is propagated, in (0, 1]. floor: share of the prompt below which none falls, in (0, 1]. window: the
+    recent tokens, whose queries score the others and which are always propagated. min_tokens: as FastKV's.
 
-    What differs from the paper: each KV head keeps its own best, as many as tokens go on, where the original keeps the
-    tokens that go on. The answer's tokens are all kept, where the original goes on to shrink. Raises FastKVError for a
-    value out of range.
+    What differs from the paper: each KV head keeps its own best, as many as are propagated, where the original keeps
+    the propagated tokens. The answer's tokens are all kept, where the original shrinks further. Raises FastKVError for
+    a value out of range.
     """
 
     name: ClassVar[str] = "pyramidinfer"
     compresses_again: ClassVar[bool] = True
 
-    first_layer: int | None = None
-    decay: float = 0.9
-    floor: float = 0.2
-    window: int = 8
-    min_tokens: int = 128
+    first_layer: int | None = setting(
+        None, whole(0), "first layer that may drop tokens", metavar="I", unset="a quarter of the way up"
+    )
+    decay: float = setting(0.9, number(0, 1, above=True), "share of what a layer saw that is propagated", metavar="R")
+    floor: float = setting(0.2, number(0, 1, above=True), "share of the prompt that is always propagated", metavar="R")
+    window: int = setting(8, whole(1), WINDOW_HELP, metavar="W")
+    min_tokens: int = setting(128, whole(1), MIN_TOKENS_HELP, metavar="N")
 
     def __post_init__(self) -> None:
-        if self.first_layer is not None:
-            check_integer("first_layer", self.first_layer, 0)
-        check_number("decay", self.decay, 0, 1, above=True)
-        check_number("floor", self.floor, 0, 1, above=True)
-        check_integer("window", self.window, 1)
+        super().__post_init__()
         check_integer("min_tokens", self.min_tokens, self.window)
 
     def validate(self, n_layers: int, n_kv_heads: int | None = None) -> None:
@@ -64,4 +64,6 @@ class PyramidInfer(Policy):
         return n_tokens if layer < first else max(int(self.decay ** (layer - first + 1) * n_tokens), least)
 
     def score(self, observed: Observation) -> Tensor:
+        from fastkv.cache.scores import recent_attention
+
         return recent_attention(observed.q, observed.k, self.window)

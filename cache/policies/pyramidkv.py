@@ -10,9 +10,9 @@ from fastkv.cache.policies.snapkv import SnapKV
 _STEEPNESS = 20  # the last layer has a twentieth of the mean: the paper's beta
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class PyramidKV(SnapKV):
-    """Lower layers attend widely and keep more, higher ones less; the vote and its settings are SnapKV's.
+    """Lower layers attend widely and keep more, higher ones less; the scores and their settings are SnapKV's.
 
     kv_retention, kv_len, min_tokens: the MEAN budget b of a layer. Without its window, the last layer keeps a 20th of
     the mean, the first one twice the mean less that, the others lie on the straight line between, and together they

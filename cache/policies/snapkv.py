@@ -8,27 +8,16 @@ from typing import ClassVar
 from fastkv.cache.policies.compressed import WindowScored
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class SnapKV(WindowScored):
-    """KV compression alone: all tokens go through all layers, and each layer keeps its best-scored entries.
+    """KV compression alone: all tokens pass all layers, and each layer keeps its best-scored entries.
 
-    kv_retention, kv_len, min_tokens: the budget of a layer. window, kernel, pooling: the vote. All as in FastKV, of
+    kv_retention, kv_len, min_tokens: the budget of a layer. window, kernel, pooling: the scores. All as in FastKV, of
     which this is the half without TSP.
 
-    What differs from the paper: it sums the vote over the query heads of a KV head, because the cache holds KV heads
+    What differs from the paper: it sums the scores over the query heads of a KV head, because the cache holds KV heads
     only; and the defaults of window and kernel are FastKV's. Raises FastKVError for a value out of range.
     """
 
     name: ClassVar[str] = "snapkv"
     compresses_again: ClassVar[bool] = True
-
-    kv_retention: float = 0.1
-    kv_len: int | None = None
-    window: int = 8
-    kernel: int = 7
-    pooling: str = "max"
-    min_tokens: int = 128
-
-    def __post_init__(self) -> None:
-        self.check_scoring()
-        self.check_budget()

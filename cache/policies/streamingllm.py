@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, ClassVar
 
 from fastkv.cache.policies.compressed import Compressed
 from fastkv.cache.policy import Observation
-from fastkv.errors import FastKVError, check_integer
+from fastkv.cache.setting import setting, whole
+from fastkv.errors import FastKVError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class StreamingLLM(Compressed):
     """Attention sinks and a recent window; nothing is scored.
 
@@ -26,24 +27,25 @@ class StreamingLLM(Compressed):
     """
 
     name: ClassVar[str] = "streamingllm"
+    window = 1
     compresses_again: ClassVar[bool] = True
-    window: ClassVar[int] = 1  # type: ignore[misc]
 
-    kv_retention: float = 0.1
-    kv_len: int | None = None
-    sinks: int = 4
-    min_tokens: int = 128
+    sinks: int = setting(4, whole(0), "first tokens that are always kept", metavar="N")
 
     def __post_init__(self) -> None:
-        check_integer("sinks", self.sinks, 0)
-        self.check_budget()
+        super().__post_init__()
         for name in ("kv_len", "min_tokens"):
             value = getattr(self, name)
             if value is not None and value <= self.sinks:
                 raise FastKVError(f"{name} must be more than the sinks ({self.sinks}), not {value}", setting=name)
 
     def score(self, observed: Observation) -> Tensor:
-        """The later the better, but for the sinks, which are the best."""
+        """The later the better, but for the sinks, which are the best.
+
+        Among entries that were kept earlier the sinks are still the first ones.
+        """
+        import torch
+
         batch, n_heads, n_tokens, _ = observed.k.shape
         scores = torch.arange(n_tokens - self.window, dtype=torch.float32, device=observed.k.device)
         scores[: self.sinks] += n_tokens

@@ -1,45 +1,45 @@
-"""StructKV: what many layers attend to goes on, from the layer where attention changes most (arXiv 2604.06746)."""
+"""StructKV: what many layers attend to is propagated, from where attention changes most (arXiv 2604.06746)."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
-import torch
-from torch import Tensor
+from fastkv.cache.policies.online import OnlineTSP, first_layer_setting, latest_layer_setting
+from fastkv.cache.setting import number, setting
 
-from fastkv.cache.policies.online import OnlineTSP
-from fastkv.errors import check_number
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _WEIGHTS = (0.2, 0.3, 0.5)  # of the changes in entropy, sparsity and variance: the paper's
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class StructKV(OnlineTSP):
     """FastKV whose TSP scores are summed over the layers up to a pivot, S = sum of score_decay**(pivot - l) * S_l.
 
     The scores of a layer differ from those of the layer before in their entropy, sparsity and variance. That a change
-    was the largest is known once the next layer changes less; this next layer is the pivot, behind which tokens are
+    was the largest is known once the next layer changes less; this next layer is the pivot, after which tokens are
     dropped. What a layer keeps in its cache, it chooses by its own scores, as in FastKV.
 
     first_layer: the earliest whose change counts; None means a quarter of the way up. tsp_layer: the pivot if none came
     before; None means max(1, L // 2 - 1) of L layers. score_decay: in (0, 1]. The others are FastKV's.
 
-    What differs from the paper: how a change is measured (all three figures of the votes as a distribution over the
+    What differs from the paper: how a change is measured (all three figures of the scores as a distribution over the
     tokens, between 0 and 1: entropy as a share of the largest; sparsity, the share of tokens below the mean; variance
     as a share of the largest, by its root), and that the pivot is the layer at which the largest change is known,
-    whose scores are there by then, are our reading. Texts that are prefilled as one batch decide together, by their
-    mean. Raises FastKVError for a value out of range.
+    whose scores have been computed by then, are our reading. Prompts that are prefilled as one tensor decide together,
+    by their mean. Raises FastKVError for a value out of range.
     """
 
     name: ClassVar[str] = "structkv"
 
-    score_decay: float = 0.9
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_number("score_decay", self.score_decay, 0, 1, above=True)
+    first_layer: int | None = first_layer_setting("a quarter of the way up")
+    tsp_layer: int | None = latest_layer_setting("half way up")
+    score_decay: float = setting(
+        0.9, number(0, 1, above=True), "weight of a layer's scores in the next one's", metavar="R"
+    )
 
     def default_layers(self, n_layers: int) -> tuple[int, int]:
         return n_layers // 4, min(n_layers - 1, max(1, n_layers // 2 - 1))
@@ -72,13 +72,15 @@ class _Pivot:
         before, self._figures = self._figures, figures
         if before is None:
             return 0.0
-        return float((figures - before).abs() @ torch.tensor(_WEIGHTS, device=scores.device))
+        return float((figures - before).abs() @ figures.new_tensor(_WEIGHTS))
 
 
-def figures_of(votes: Tensor) -> Tensor:
-    """Entropy, sparsity and variance of votes [B, n], each between 0 and 1: float32 [B, 3]."""
-    n_tokens = votes.shape[-1]
-    shares = votes / votes.sum(dim=-1, keepdim=True)
+def figures_of(importance: Tensor) -> Tensor:
+    """Entropy, sparsity and variance of importance scores [B, n], each between 0 and 1: float32 [B, 3]."""
+    import torch
+
+    n_tokens = importance.shape[-1]
+    shares = importance / importance.sum(dim=-1, keepdim=True)
     entropy = torch.special.entr(shares).sum(dim=-1) / math.log(max(2, n_tokens))
     sparsity = (shares < 1 / n_tokens).float().mean(dim=-1)
     spread = (shares.square().sum(dim=-1) - 1 / n_tokens).clamp_min(0).sqrt()
