@@ -66,6 +66,10 @@ class DenseLayer:
             memory[slots.start : slots.stop].flatten(1, 2).scatter_(1, index, new.flatten(1, 2))
 
     def read(self, slots: range, new: int = 0) -> list[Part]:
+        if len(slots) == 1:
+            count = self._stored[slots.start] + self._appended[slots.start] + new
+            part = slice(slots.start, slots.stop)
+            return [Part(self.k[part, :, :count], self.v[part, :, :count])]
         counts = [self.count(slot) + new for slot in slots]
         longest = max(counts)
         if longest * len(counts) > _WASTE * sum(counts):

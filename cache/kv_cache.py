@@ -18,6 +18,7 @@ class KVCache:
 
     position: the next token's, an int; the device has it too (KVPool.next_position). Positions from `position_limit`
     on are beyond what the model can tell apart. room: tokens that can still be appended.
+    unfinished: whether a prefill is under way, or failed: then the layers do not belong together.
     whole_from: the position from which on every layer holds every token; what stands before it was chosen by a policy.
 
     Filled by a prefill: `begin`, for each layer `store` or `extend`, then `end`. Each decode step then appends to every
@@ -25,15 +26,11 @@ class KVCache:
     """
 
     def __init__(self, pool: KVPool, slots: range, room: int, position_limit: int) -> None:
-        self.pool, self.slots = pool, slots
+        self.pool, self.slots, self.batch = pool, slots, len(slots)
         self.room, self.position_limit = room, position_limit
         self.position = self.whole_from = 0
         self._chosen: list[Tensor | None] = [None] * len(pool.layers)  # int64 [B, Hkv, n], before whole_from
-        self._unfinished, self._whole = False, True
-
-    @property
-    def batch(self) -> int:
-        return len(self.slots)
+        self.unfinished, self._whole = False, True
 
     @property
     def layers(self) -> Sequence[KVLayer]:
@@ -79,14 +76,9 @@ class KVCache:
 
     # --- a prefill ---
 
-    def check_usable(self) -> None:
-        """Raise FastKVError if a prefill of this cache was never finished: its layers do not belong together."""
-        if self._unfinished:
-            raise FastKVError("the cache was left by a prefill that failed; start with a new one")
-
     def begin(self, whole: bool) -> None:
         """A prefill begins: until `end` the layers do not belong together. whole: each will keep every new token."""
-        self._unfinished, self._whole = True, whole
+        self.unfinished, self._whole = True, whole
 
     def store(self, layer: int, k: Tensor, v: Tensor, kept: Kept, positions: Tensor) -> None:
         """Replace a layer's entries by the `kept` of k and v [B, Hkv, T, D], which stand at `positions` [B, Hkv, n]."""
@@ -108,7 +100,7 @@ class KVCache:
             self.whole_from = position
         self.position, self.room = position, room
         self.next_position.fill_(position)
-        self._unfinished = False
+        self.unfinished = False
 
     # --- decode steps ---
 
@@ -125,10 +117,7 @@ class KVCache:
         """End a step of `count` tokens. on_device: False where a graph has counted there itself."""
         self.position += count
         self.room -= count
-        if on_device:
-            self.pool.advance(self.slots, count)
-        else:
-            self.pool.count_on_host(self.slots, count)
+        self.pool.advance(self.slots, count, on_device)
 
     def truncate(self, count: int) -> None:
         """Forget the last `count` tokens, as if they had never been.
@@ -170,6 +159,8 @@ def check_cache(cache: Any, n_layers: int, shape: EntryShape, device: torch.devi
     """Raise FastKVError unless this is a usable cache of a model of that many layers and that shape of entries."""
     if not isinstance(cache, KVCache):
         raise FastKVError(f"a cache is what a prefill has left (pre.cache), not {type(cache).__name__}")
-    if (len(cache.layers), cache.pool.shape, cache.pool.device) != (n_layers, shape, device):
+    pool = cache.pool
+    if (len(pool.layers), pool.shape, pool.device) != (n_layers, shape, device):
         raise FastKVError("this cache is of another model, dtype or device than the one that goes on with it")
-    cache.check_usable()
+    if cache.unfinished:  # its layers do not belong together
+        raise FastKVError("the cache was left by a prefill that failed; start with a new one")

@@ -102,14 +102,14 @@ class KVPool:
         ends = (self.starts[:, part] + self.lengths[:, part]).unsqueeze(3)
         return ends if count == 1 else ends + torch.arange(count, device=self.device)
 
-    def advance(self, slots: range, count: int) -> None:
-        """End a step: every layer has appended `count` tokens to each of these slots."""
-        part = slice(slots.start, slots.stop)
-        self.lengths[:, part] += count
-        self.next_position[part] += count
-        self.count_on_host(slots, count)
+    def advance(self, slots: range, count: int, on_device: bool = True) -> None:
+        """End a step: every layer has appended `count` tokens to each of these slots.
 
-    def count_on_host(self, slots: range, count: int) -> None:
-        """The host's half of `advance`, where the device has counted for itself."""
+        on_device: False where a graph has counted there itself.
+        """
         for slot in slots:
             self.appended[slot] += count
+        if on_device:
+            part = slice(slots.start, slots.stop)
+            self.lengths[:, part] += count
+            self.next_position[part] += count

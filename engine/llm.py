@@ -106,6 +106,8 @@ class LLM:
                 self._model = load_weights(self.config, folder, torch_dtype, target, line.show)
         if compile:
             compile_layers(self._model)
+        self._device = self._model.device
+        self._entry = EntryShape(self.config.n_kv_heads, self.config.head_dim, self._model.dtype)
         self._runtime = Runtime(self._model, cuda_graph and target.type == "cuda", attention)
 
     @property
@@ -255,7 +257,9 @@ class LLM:
         ids = id_tensor(token_ids, self.config.vocab_size).to(self.device)
         policy = self.policy if policy is None else self._checked_policy(policy)
         if cache is not None:
-            self._check_cache(cache, ids.shape[0])
+            check_cache(cache, self.config.n_layers, self._entry, self._device)
+            if ids.shape[0] != cache.batch:
+                raise FastKVError(f"the cache holds {cache.batch} sequences, but the new tokens are of {ids.shape[0]}")
         limit = position_limit(self.config, policy, ids.shape[1], cache)
         plan = plan_request(self.config, policy, ids.shape[1], max_tokens, self.dtype, limit, cache)
         check_cache_fits(plan, self.device, ids.shape[0], 0 if cache is None else cache.nbytes)
@@ -276,8 +280,8 @@ class LLM:
         Raises FastKVError when the cache or the model's context is full, for the wrong number or kind of tokens, and
         for a cache that is not of this model; nothing has changed then.
         """
-        self._check_cache(cache)
-        ids = step_tensor(token_ids, cache.batch, self.config.vocab_size).to(self.device)
+        check_cache(cache, self.config.n_layers, self._entry, self._device)
+        ids = step_tensor(token_ids, cache.batch, self.config.vocab_size).to(self._device)
         logits = decode_step(self._model, cache, ids).clone()
         return logits if torch.as_tensor(token_ids).dim() == 2 else logits[:, 0]
 
@@ -332,13 +336,6 @@ class LLM:
             raise FastKVError(f"policy must be a policy such as FastKV() or FullKV(), not {policy!r}")
         policy.validate(self.config.n_layers, self.config.n_kv_heads)
         return policy
-
-    def _check_cache(self, cache: KVCache, batch: int | None = None) -> None:
-        """FastKVError unless it is a whole cache of this model, for `batch` sequences (None: any number)."""
-        shape = EntryShape(self.config.n_kv_heads, self.config.head_dim, self.dtype)
-        check_cache(cache, self.config.n_layers, shape, self.device)
-        if batch is not None and batch != cache.batch:
-            raise FastKVError(f"the cache holds {cache.batch} sequences, but the new tokens are of {batch}")
 
     def _eos_ids(self, params: SamplingParams) -> frozenset[int]:
         if params.ignore_eos:

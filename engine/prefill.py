@@ -142,7 +142,7 @@ class LayerRun:
         state = self._gather(state, chosen)
         rope = self.model.rope(state.positions)
         q = self.model.blocks[layer].project_q(state.hidden, rope)
-        window = self.model.config.window_of(layer)
+        window = self.model.windows[layer]
         self.projection.finish_(layer, state.hidden, attend_parts(parts, q, window, chosen, n_tokens))
         return state, rope
 
@@ -201,7 +201,7 @@ class LayerRun:
 
     def _attend_all(self, layer: int, q: Tensor, parts: list[Part]) -> Tensor:
         """Attention of all new tokens: q [B, Hq, T, D] -> the same shape."""
-        window = self.model.config.window_of(layer)
+        window = self.model.windows[layer]
         if len(parts) == 1 and parts[0].k.shape[2] == q.shape[2]:
             return causal_attention(q, parts[0].k, parts[0].v, window, self.attention)
         return attend_parts(parts, q, window)

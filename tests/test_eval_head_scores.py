@@ -64,7 +64,7 @@ def whole_attention(llm: LLM, ids: list[int]) -> Tensor:
             products = (q @ k.transpose(2, 3) / llm.config.head_dim**0.5).masked_fill(~seen, float("-inf"))
             attention = products.softmax(dim=-1)
             found.append(attention[0])
-            hidden = block.mlp(hidden + block.self_attn.output(attention @ v))
+            hidden = block.mlp(hidden + block.attention_output(attention @ v))
     return torch.stack(found)
 
 
