@@ -110,15 +110,16 @@ class RotaryEmbedding(nn.Module):
             cos, sin = ((values * self.scale).to(dtype) for values in (angles.cos(), angles.sin()))
             self._table = torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
 
-    @property
-    def table(self) -> tuple[Tensor, Tensor]:
-        """Cosines and sines of the positions reserved, [P, D] each."""
+    def forward(self, positions: Tensor) -> Rotation:
+        """positions: int64 [B, T], the tokens' original positions, all of them reserved."""
         assert self._table is not None, "reserve comes first"
-        return self._table
+        cos, sin = self._table
+        return Rotation(cos[positions].unsqueeze(1), sin[positions].unsqueeze(1))
 
     def range(self, start: int, end: int) -> Rotation:
         """The rotation of the positions start … end - 1, all of them reserved: a view of the table, [1, 1, T, D]."""
-        cos, sin = self.table
+        assert self._table is not None, "reserve comes first"
+        cos, sin = self._table
         return Rotation(cos[None, None, start:end], sin[None, None, start:end])
 
 
@@ -142,11 +143,7 @@ class RotaryEmbeddings(nn.Module):
 
     def forward(self, positions: Tensor) -> Rope:
         """positions: int64 [B, T], the tokens' original positions, all of them reserved."""
-        rotations = []
-        for embedding in self._each:
-            cos, sin = embedding.table
-            rotations.append(Rotation(cos[positions].unsqueeze(1), sin[positions].unsqueeze(1)))
-        return Rope(tuple(rotations))
+        return Rope(tuple(map(RotaryEmbedding.forward, self._each, [positions] * len(self._each))))
 
     def range(self, start: int, end: int) -> Rope:
         """The rotations of the positions start … end - 1, all of them reserved: views of the tables."""
