@@ -14,7 +14,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from fastkv.cache.pool import bucket
 from fastkv.engine.decode import run_layers

@@ -265,7 +265,7 @@ class LLM:
         check_cache_fits(plan, self.device, ids.shape[0], 0 if cache is None else cache.nbytes)
         with explain_out_of_memory():
             if cache is None:
-                cache = plan.new_cache(*ids.shape[:1], self.device)
+                cache = plan.new_cache(ids.shape[0], self.device)
             else:
                 cache.make_room(plan.capacities, 0 if plan.compresses else plan.n_tokens + max_tokens)
             buffers = self._runtime.buffers.lease()

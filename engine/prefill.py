@@ -185,7 +185,8 @@ class LayerRun:
 
     def _propagated(self, layer: int, plan: LayerPlan, scores: Tensor) -> Tensor | None:
         """The indices of the tokens that are propagated after this layer, int64 [B, n], or None: all of them."""
-        importance, keep = (scores, plan.propagated)
+        importance: Tensor | None = scores
+        keep = plan.propagated
         if self.selector is not None:
             importance, keep = self.selector(layer, scores), self.keep
         if importance is None or keep is None:

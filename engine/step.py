@@ -11,8 +11,8 @@ from torch import Tensor
 
 from fastkv.cache.kv_cache import KVCache
 from fastkv.cache.pool import KVPool
-from fastkv.engine.decode_attention import EagerAttention
 from fastkv.engine.decode import run_layers
+from fastkv.engine.decode_attention import EagerAttention
 from fastkv.engine.sampler import Sampler
 from fastkv.models.llama import Llama
 
