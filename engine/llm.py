@@ -245,10 +245,12 @@ class LLM:
         """Run new tokens through the layers and decode nothing.
 
         token_ids: list[int], or an integer tensor [B, N], of B sequences that are equally long. max_tokens: the room
-        that the cache gets for `decode`. cache: what an earlier prefill left; the sequence goes on after what it holds,
-        in that very cache. New tokens then attend to every entry kept so far, and causally to one another. A policy that
-        can (Policy.compresses_again) chooses anew among those entries and the new tokens, its budget counting from the
-        whole sequence; else what was kept stays, and the new tokens are kept whole. TSP works on the new tokens.
+        that the cache gets for `decode`.
+
+        cache: what an earlier prefill left. The sequence continues after what it holds, in that very cache: new tokens
+        attend to every entry kept so far, and causally to one another. A policy that can (Policy.compresses_again)
+        chooses anew among those entries and the new tokens, its budget counting from the whole sequence; else what was
+        kept stays, and the new tokens are kept whole. TSP works on the new tokens.
 
         Returns logits [B, V] float32, the tokens that each layer saw, the entries that it kept, and the cache.
         Raises FastKVError as `generate` does, and for a cache that is not of this model.
