@@ -34,6 +34,7 @@ class KVCache:
 
     @property
     def layers(self) -> Sequence[KVLayer]:
+        """How each layer's entries are stored, for all slots of the pool."""
         return self.pool.layers
 
     @property
@@ -82,7 +83,7 @@ class KVCache:
 
     def store(self, layer: int, k: Tensor, v: Tensor, kept: Kept, positions: Tensor) -> None:
         """Replace a layer's entries by the `kept` of k and v [B, Hkv, T, D], which stand at `positions` [B, Hkv, n]."""
-        self.layers[layer].store(self.slots, k, v, kept, self.room)
+        self.pool.layers[layer].store(self.slots, k, v, kept, self.room)
         if not self._whole:
             self._chosen[layer] = positions
 
@@ -94,11 +95,11 @@ class KVCache:
             self._chosen[layer] = torch.cat((before, new), dim=2)
         self.layers[layer].extend(self.slots, k, v, self.pool.places(self.slots, k.shape[2])[layer])
 
-    def end(self, position: int, room: int) -> None:
+    def end(self, position: int, room: int, position_limit: int) -> None:
         """The prefill is done: the next token stands at `position`, and there is `room` for more."""
         if not self._whole:
             self.whole_from = position
-        self.position, self.room = position, room
+        self.position, self.room, self.position_limit = position, room, position_limit
         self.next_position.fill_(position)
         self.unfinished = False
 
@@ -117,7 +118,12 @@ class KVCache:
         """End a step of `count` tokens. on_device: False where a graph has counted there itself."""
         self.position += count
         self.room -= count
-        self.pool.advance(self.slots, count, on_device)
+        pool, part = self.pool, slice(self.slots.start, self.slots.stop)
+        for slot in self.slots:
+            pool.appended[slot] += count
+        if on_device:
+            pool.lengths[:, part] += count
+            pool.next_position[part] += count
 
     def truncate(self, count: int) -> None:
         """Forget the last `count` tokens, as if they had never been.
@@ -135,14 +141,16 @@ class KVCache:
         self.room += count
         self.next_position.fill_(self.position)
 
+    def has_room(self, capacities: Sequence[int], new: int) -> bool:
+        """Whether each layer has room for `capacities` entries, and each head for `new` tokens after its own."""
+        fits = all(wanted <= there for wanted, there in zip(capacities, self.pool.capacities, strict=True))
+        return fits and new <= self.room
+
     def make_room(self, capacities: Sequence[int], new: int) -> None:
         """Let each layer have room for `capacities` entries, and each head for `new` tokens after its own.
 
-        Where the pool is too small, the entries move to a new one, which is this cache's alone.
+        The entries move to a new pool, which is this cache's alone; see `has_room` for whether that is needed.
         """
-        fits = all(wanted <= there for wanted, there in zip(capacities, self.pool.capacities, strict=True))
-        if fits and new <= self.room:
-            return
         old = self.pool
         counts = [layer.count(self.slots[0]) for layer in old.layers]
         sizes = [max(wanted, round_up(count)) for wanted, count in zip(capacities, counts, strict=True)]

@@ -264,12 +264,15 @@ class LLM:
                 raise FastKVError(f"the cache holds {cache.batch} sequences, but the new tokens are of {ids.shape[0]}")
         limit = position_limit(self.config, policy, ids.shape[1], cache)
         plan = plan_request(self.config, policy, ids.shape[1], max_tokens, self.dtype, limit, cache)
-        check_cache_fits(plan, self.device, ids.shape[0], 0 if cache is None else cache.nbytes)
+        new = 0 if plan.compresses else plan.n_tokens + max_tokens
+        fits = cache is not None and cache.has_room(plan.capacities, new)
+        if not fits:
+            check_cache_fits(plan, self.device, ids.shape[0])
         with explain_out_of_memory():
             if cache is None:
                 cache = plan.new_cache(ids.shape[0], self.device)
-            else:
-                cache.make_room(plan.capacities, 0 if plan.compresses else plan.n_tokens + max_tokens)
+            elif not fits:
+                cache.make_room(plan.capacities, new)
             buffers = self._runtime.buffers.lease()
             result = prefill(self._model, ids, plan, cache, buffers.workspace, self._runtime.attention)
             self._runtime.buffers.give_back(buffers)

@@ -70,7 +70,7 @@ def prefill(
         tokens.append(state.positions)
         state, rope = run.layer(layer, state, rope)
         kept.append(run.positions)
-    cache.end(start + plan.layers[0].seen, plan.max_tokens)
+    cache.end(start + plan.layers[0].seen, plan.max_tokens, plan.position_limit)
     if origins is not None:
         tokens = [origins.gather(1, positions) for positions in tokens]
         kept = [origins.unsqueeze(1).expand(-1, of.shape[1], -1).gather(2, of) for of in kept]
