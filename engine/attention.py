@@ -43,6 +43,8 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, window: int | None = None,
     n_tokens = q.shape[2]
     if window is not None and window < n_tokens:
         return _in_blocks(None, q, k, v, window)
+    if backend == AUTO and q.device.type == "cpu":
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
     if backend == AUTO:
         k, v = _repeated_if_slow(q, k, v)
     with _kernels(backend, n_tokens, q.device):

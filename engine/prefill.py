@@ -164,9 +164,16 @@ class LayerRun:
             before = self.cache.read(layer)[0]
             k, v = self.projection.joined("keys", before.k, k), self.projection.joined("values", before.v, v)
         scores = self.policy.score(Observation(layer, q, k, v, past))
-        kept = self._entries(layer, scores, count) if drops else None
+        kept: Kept = None
+        if drops and self.policy.per_head:
+            counts = self.policy.head_budgets(layer, len(self.layers), count, scores)
+            kept = select_per_head(scores, counts, self.policy.window)
+        elif drops:
+            kept = select_entries(scores, count, self.policy.window)
         self.positions = positions if kept is None else positions_of(kept, positions)
         self.cache.store(layer, k, v, kept, self.positions)
+        if plan.propagated is None and self.selector is None:
+            return [Part(k, v)], None
         return [Part(k, v)], self._propagated(layer, plan, scores[..., past:])
 
     def _keep_all(self, layer: int, state: TokenState, k: Tensor, v: Tensor) -> list[Part]:
@@ -176,12 +183,6 @@ class LayerRun:
             return [Part(k, v)]
         self.cache.extend(layer, k, v, state.positions)
         return self.cache.read(layer)
-
-    def _entries(self, layer: int, scores: Tensor, count: int) -> Kept:
-        if not self.policy.per_head:
-            return select_entries(scores, count, self.policy.window)
-        counts = self.policy.head_budgets(layer, len(self.layers), count, scores)
-        return select_per_head(scores, counts, self.policy.window)
 
     def _propagated(self, layer: int, plan: LayerPlan, scores: Tensor) -> Tensor | None:
         """The indices of the tokens that are propagated after this layer, int64 [B, n], or None: all of them."""
