@@ -22,9 +22,7 @@ TABLE = [[0.0, 1.0], [0.5, 0.5], [0.0, 0.0], [0.2, 0.7], [3.0, 0.1], [0.0, 0.4]]
 def test_all_heads_compete_for_what_is_beyond_the_floor() -> None:
     scores = torch.tensor([[[9.0, 8, 7, 6, 5], [4, 3, 2, 1, 0]]])
     policy = AdaKV(kv_len=3, window=1, kernel=1, min_tokens=1, head_floor=0)
-    assert policy.head_budgets(0, 1, 3, scores).tolist() == [
-        [5, 1]
-    ]  # four entries before the window, all of head 0
+    assert policy.head_budgets(0, 1, 3, scores).tolist() == [[5, 1]]  # four entries before the window, all of head 0
     halves = AdaKV(kv_len=3, window=1, kernel=1, min_tokens=1, head_floor=0.5)
     assert halves.head_budgets(0, 1, 3, scores).tolist() == [[4, 2]]
 
