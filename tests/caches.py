@@ -1,15 +1,22 @@
-"""Small pools of two KV heads, for the tests of what layers, pools and caches do."""
+"""Small pools of two KV heads, for the tests of what layers, pools and caches do; and sequences that overflow."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
+from fastkv import LLM, SamplingParams
+from fastkv.cache.dense import DenseLayer
 from fastkv.cache.kv_cache import KVCache
 from fastkv.cache.layer import EntryShape, KVLayer
+from fastkv.cache.per_head import PerHeadLayer
+from fastkv.cache.policy import Policy
 from fastkv.cache.pool import KVPool
+from fastkv.errors import FaultError
 
 SHAPE = EntryShape(n_kv_heads=2, head_dim=3, dtype=torch.float32)
 CPU = torch.device("cpu")
@@ -57,3 +64,33 @@ def dead_entries(pool: KVPool, layer: int, slot: int) -> Tensor:
         first, count = int(pool.starts[layer, slot, head]), int(pool.lengths[layer, slot, head])
         dead[first : first + count] = False
     return torch.cat((k[slot, dead], v[slot, dead]))
+
+
+def idle_pool(llm: LLM) -> KVPool:
+    """The slots that no request is using now."""
+    idle = llm._runtime.buffers._idle
+    assert idle is not None
+    assert idle.state is not None
+    return idle.state.pool
+
+
+def let_overflow(llm: LLM, prompts: list[list[int]], policy: Policy) -> KVPool:
+    """Generate with keys and values that are all infinite, as in a model that float16 is too small for.
+
+    Returns the idle slots, where that must have left nothing.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        for layout in (DenseLayer, PerHeadLayer):
+            patch.setattr(layout, "store", _overflowing(layout.store))
+        with pytest.raises(FaultError):
+            llm.generate(prompts, SamplingParams(max_tokens=8, ignore_eos=True), policy)
+    pool = idle_pool(llm)
+    assert all(rows.isfinite().all() for layer in pool.layers for rows in layer.flat() or ())
+    return pool
+
+
+def _overflowing(store: Callable[..., None]) -> Callable[..., None]:
+    def stored(self: DenseLayer, slots: range, k: Tensor, v: Tensor, *rest: Any) -> None:
+        store(self, slots, torch.full_like(k, torch.inf), torch.full_like(v, torch.inf), *rest)
+
+    return stored

@@ -13,13 +13,13 @@ from typing import Any
 
 import pytest
 import torch
+from caches import idle_pool, let_overflow
 from torch import Tensor
 
 from fastkv import LLM, AdaKV, FastKV, FastKVError, FullKV, SamplingParams, SnapKV
 from fastkv.cache.dense import DenseLayer
 from fastkv.cache.kv_cache import KVCache
 from fastkv.cache.layer import EntryShape
-from fastkv.cache.per_head import PerHeadLayer
 from fastkv.cache.policy import Policy
 from fastkv.cache.pool import KVPool
 from fastkv.engine import graph
@@ -89,14 +89,6 @@ def eager(llm: LLM, prompt: list[int], params: SamplingParams, policy: Policy) -
     return [int(token) for token in tokens]
 
 
-def state_of(llm: LLM) -> SlotState:
-    """The slots that are idle now."""
-    idle = llm._runtime.buffers._idle
-    assert idle is not None
-    assert idle.state is not None
-    return idle.state
-
-
 def stepper_of(llm: LLM) -> GraphStepper:
     idle = llm._runtime.buffers._idle
     assert idle is not None
@@ -122,31 +114,15 @@ def test_heads_of_other_lengths_leave_nothing_to_the_next_sequence(tiny_llm: LLM
 
 @EACH_POLICY
 def test_a_sequence_beside_a_longer_one_reads_nothing_of_earlier_ones(
-    tiny_llm: LLM, recorder: Recorder, monkeypatch: pytest.MonkeyPatch, policy: Policy
+    tiny_llm: LLM, recorder: Recorder, policy: Policy
 ) -> None:
     """A step reads as many entries of every slot as the longest one has. What overflowed before would be NaN there."""
     params = SamplingParams(max_tokens=8, ignore_eos=True)
     alone = [eager(tiny_llm, prompt, params, policy) for prompt in (PROMPT[:40], PROMPT)]
-    with monkeypatch.context() as patched:
-        for layout in (DenseLayer, PerHeadLayer):
-            patched.setattr(layout, "store", overflowing(layout))
-        with pytest.raises(FaultError):
-            tiny_llm.generate([PROMPT, PROMPT], params, policy)
-    pool = state_of(tiny_llm).pool
-    assert all(rows.isfinite().all() for layer in pool.layers for rows in layer.flat() or ())
+    pool = let_overflow(tiny_llm, [PROMPT, PROMPT], policy)
     outs = tiny_llm.generate([PROMPT[:40], PROMPT], params, policy)
     assert [out.token_ids for out in outs] == alone
-    assert state_of(tiny_llm).pool is pool
-
-
-def overflowing(layout: type[DenseLayer]) -> Callable[..., None]:
-    """The layer's `store`, of keys and values that are infinite."""
-    store = layout.store
-
-    def stored(self: DenseLayer, slots: range, k: Tensor, v: Tensor, *rest: Any) -> None:
-        store(self, slots, torch.full_like(k, torch.inf), torch.full_like(v, torch.inf), *rest)
-
-    return stored
+    assert idle_pool(tiny_llm) is pool
 
 
 @EACH_POLICY
@@ -384,9 +360,9 @@ def test_a_prefill_that_fails_leaves_no_sequence_behind(
         patched.setattr("fastkv.engine.decode_batch.prefill", fail)
         with pytest.raises(FastKVError, match="no memory"):
             tiny_llm.generate([PROMPT, PROMPT], params, FullKV())
-    state = state_of(tiny_llm)
-    assert not any(state.sampler.features)
-    assert [state.pool.take(), state.pool.take()] == [0, 1]
+    pool = idle_pool(tiny_llm)
+    assert not any(stepper_of(tiny_llm)._state.sampler.features)
+    assert [pool.take(), pool.take()] == [0, 1]
 
 
 def test_what_a_graph_reads_lives_as_long_as_the_graph(tiny_llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:

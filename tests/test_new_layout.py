@@ -7,7 +7,7 @@ from torch import Tensor
 
 from fastkv import LLM, FullKV, SamplingParams, SnapKV
 from fastkv.cache.dense import DenseLayer
-from fastkv.cache.layer import EntryShape, Kept, LayerMemory, Part
+from fastkv.cache.layer import Kept, LayerMemory, Part
 
 
 class GrowingLayer:

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from caches import let_overflow
 from torch import Tensor
 
 from fastkv import ASL, LLM, FastKV, FastKVError, FullKV, GemFilter, SamplingParams, StructKV
@@ -72,14 +73,8 @@ def test_fewer_entries_than_planned_leave_nothing_of_old(
     assert fresh.metrics.layer_tokens == (300, 300, 20, 20, 20, 20)
     assert fresh.metrics.kv_entries == 2 * (100 + 100 + 4 * 20)
     tiny_llm.generate(PROMPT[0].tolist(), params, FullKV())
-    storage = tiny_llm._runtime.pool._idle.storage  # type: ignore[union-attr]
-    assert storage is not None
-    for buffer in [*storage.k, *storage.v]:
-        buffer.fill_(float("inf"))
+    let_overflow(tiny_llm, [PROMPT[0].tolist()], FullKV())
     assert tiny_llm.generate(PROMPT[0].tolist(), params, made).token_ids == fresh.token_ids
-    idle = tiny_llm._runtime.pool._idle.storage  # type: ignore[union-attr]
-    assert idle is not None
-    assert all(buffer[:, :, :106].isfinite().all() for buffer in [*idle.k[:5], *idle.v[:5]])
     tiny_llm.free_buffers()
 
 
@@ -89,7 +84,7 @@ def test_every_way_through_a_layer_gives_the_same(
 ) -> None:
     expected = tiny_llm.prefill(PROMPT, policy)
     for chunk, narrow in ((64, True), (64, False), (4096, False)):
-        monkeypatch.setattr("fastkv.engine.prefill.CHUNK", chunk)
+        monkeypatch.setattr("fastkv.engine.projection.CHUNK", chunk)
         monkeypatch.setattr("fastkv.engine.prefill._narrow_pays", lambda device, narrow=narrow: narrow)
         other = tiny_llm.prefill(PROMPT, policy)
         torch.testing.assert_close(other.logits, expected.logits, atol=1e-4, rtol=1e-4)
