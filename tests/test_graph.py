@@ -240,7 +240,9 @@ def test_where_nothing_can_be_captured_one_line_says_so(
     tiny_llm.free_buffers()
 
 
-def slots(llm: LLM, n_slots: int, prompts: dict[int, list[int]], max_tokens: int) -> tuple[SlotState, dict[int, KVCache]]:
+def slots(
+    llm: LLM, n_slots: int, prompts: dict[int, list[int]], max_tokens: int
+) -> tuple[SlotState, dict[int, KVCache]]:
     """Prompts in these slots of a pool, with the first token of each chosen greedily."""
     config, model = llm.config, llm._model
     shape = EntryShape(config.n_kv_heads, config.head_dim, torch.float32)
