@@ -129,7 +129,7 @@ def test_the_cost_of_two_layers_counted_by_hand(benchmarks: Any) -> None:
 
 
 def test_tsp_saves_what_the_paper_says_at_most(benchmarks: Any) -> None:
-    """After layer 15 of 32 a fifth of the tokens is propagated: nearly half of the work at most, less of it when short."""
+    """After layer 15 of 32 a fifth of the tokens is propagated: at most nearly half of the work, less when short."""
     config = PRESETS["llama-3.1-8b"]
     gains = [
         prefill_flops(config, plan_layers(FullKV(), 32, context))
