@@ -1,10 +1,10 @@
 """The choices that the engine makes by what was measured: who multiplies float32, who attends at the TSP layer, how
-many queries vote at a time where all do, what one query costs where no group shares a KV head.
+many queries score at a time where all do, what one query costs where no group shares a KV head.
 
     python benchmarks/choices.py
 
 Prints medians for this machine's CPU. Where another machine disagrees, `linear` (models/linear.py), `_narrow_pays`
-(engine/prefill.py), `_two_rows_are_faster` (engine/attention.py), `_BLOCK_VALUES` and `_LEAST_QUERIES`
+(engine/prefill.py), `two_rows_are_faster` (engine/attention.py), `_BLOCK_VALUES` and `_LEAST_QUERIES`
 (cache/scores.py) are where the choice is made.
 """
 
@@ -20,19 +20,19 @@ import torch
 import torch.nn.functional as F
 
 from fastkv.cache import scores
-from fastkv.engine.attention import attend_from, causal_attention, take_rows
+from fastkv.engine.attention import attend_from, causal_attention, take_tokens
 from fastkv.models.linear import Product, onednn_product
 
 # Rows, columns: matrices of the 100M preset, then smaller ones, where a call begins to cost more than it gains.
 SHAPES = ((4096, 768), (768, 2048), (1280, 768), (32_000, 768), (512, 256), (256, 256), (128, 128))
-FEW, MANY = (1, 8, 32), 4096  # rows of input: of texts that decode together, and of a prefill's chunk
+FEW, MANY = (1, 8, 32), 4096  # rows of input: of sequences that decode together, and of a prefill's chunk
 BYTES = 2**28  # of matrices that no cache holds together
-TOKENS, SURVIVORS = 8192, 1638
+TOKENS, PROPAGATED = 8192, 1638
 HEADS, KV_HEADS, HEAD_DIM = 12, 4, 64
 
 
 def median(work: Callable[[], object], runs: int) -> float:
-    """Seconds, behind one run that is not counted."""
+    """Seconds, after one run that is not counted."""
     times = []
     for counted in range(-1, runs):
         started = time.perf_counter()
@@ -69,19 +69,19 @@ def compare(onednn: Product, x: torch.Tensor, matrices: list[torch.Tensor], work
     print(f"{x.dtype} {shape}: F.linear {theirs:.1f} {unit}, oneDNN {ours:.1f} {unit}")
 
 
-def survivors(dtype: torch.dtype) -> None:
-    """Seconds of one layer's attention for the survivors of TSP: of all tokens and then gathered, or of them alone."""
+def propagated(dtype: torch.dtype) -> None:
+    """Seconds of the TSP layer's attention for propagated tokens: of all tokens and then gathered, or of them alone."""
     q = torch.randn(1, HEADS, TOKENS, HEAD_DIM).to(dtype)
     k, v = (torch.randn(1, KV_HEADS, TOKENS, HEAD_DIM).to(dtype) for _ in range(2))
-    rows = torch.randperm(TOKENS)[:SURVIVORS].sort().values.unsqueeze(0)
-    some = take_rows(q, rows)
-    everybody = median(lambda: take_rows(causal_attention(q, k, v), rows), 3)
-    alone = median(lambda: attend_from(rows, some, k, v), 3)
-    print(f"{dtype} {SURVIVORS} of {TOKENS} tokens: all attend {everybody:.2f} s, survivors alone {alone:.2f} s")
+    indices = torch.randperm(TOKENS)[:PROPAGATED].sort().values.unsqueeze(0)
+    some = take_tokens(q, indices)
+    everything = median(lambda: take_tokens(causal_attention(q, k, v), indices), 3)
+    alone = median(lambda: attend_from(indices, some, k, v), 3)
+    print(f"{dtype} {PROPAGATED} of {TOKENS} tokens: all attend {everything:.2f} s, propagated alone {alone:.2f} s")
 
 
-def all_queries_vote() -> None:
-    """Seconds in which all queries of a layer vote, with blocks of several sizes."""
+def all_queries_score() -> None:
+    """Seconds in which all queries of a layer score its tokens, with blocks of several sizes."""
     for tokens in (TOKENS // 4, TOKENS):
         q, k = (torch.randn(1, heads, tokens, HEAD_DIM) for heads in (HEADS, KV_HEADS))
         for queries in (4, 16, 42, 128, 512):
@@ -89,7 +89,7 @@ def all_queries_vote() -> None:
             with block, patch.object(scores, "_LEAST_QUERIES", 1):
                 seconds = median(partial(scores.received_attention, q, k), 3)
             weights = queries * HEADS * tokens / 2**20
-            print(f"{tokens} tokens, all vote, {queries} at a time, {weights:.1f} Mi weights: {seconds:.3f} s")
+            print(f"{tokens} tokens, all score, {queries} at a time, {weights:.1f} Mi weights: {seconds:.3f} s")
 
 
 def one_row(dtype: torch.dtype) -> None:
@@ -108,8 +108,8 @@ def main() -> None:
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads")
     products()
     for kind in (torch.float32, torch.bfloat16):
-        survivors(kind)
-    all_queries_vote()
+        propagated(kind)
+    all_queries_score()
     for kind in (torch.float32, torch.bfloat16, torch.float16):
         one_row(kind)
 

@@ -28,7 +28,7 @@ def run(argv: Sequence[str]) -> None:
     from suite_steps import decoded_figures
 
     from fastkv import LLM
-    from fastkv.cache.policies import POLICIES
+    from fastkv.cache.catalogue import POLICIES
 
     llm = LLM(args.model, device=args.device, dtype=args.dtype, load_format="dummy", compile=True)
     for context in args.context:

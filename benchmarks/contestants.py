@@ -1,7 +1,7 @@
 """What is timed: this engine under a policy, one prompt or several at a time, and the peer. Knows no table.
 
 Ours go through `LLM.generate`, as a user's would: each prompt is prefilled on its own, then all decode together. The
-peer takes all prompts at a time through its own model, greedily: tokens stay on the device, which is waited for behind
+peer takes all prompts at a time through its own model, greedily: tokens stay on the device, which is waited for after
 the first token and at the end.
 """
 
@@ -109,7 +109,7 @@ def random_prompts(vocab_size: int, context: int, batch: int) -> Iterator[Tensor
 def measure(
     runs: dict[str, Contestant], prompts: Iterator[Tensor], new_tokens: int, rounds: int, warm_ups: int
 ) -> dict[str, list[Sample]]:
-    """`rounds` samples of each contestant, taken in turn behind `warm_ups` rounds that are not counted."""
+    """`rounds` samples of each contestant, taken in turn after `warm_ups` rounds that are not counted."""
     samples: dict[str, list[Sample]] = {name: [] for name in runs}
     for counted, ids in zip(range(-warm_ups, rounds), prompts):  # noqa: B905 - there is no end to the prompts
         for name, run in runs.items():

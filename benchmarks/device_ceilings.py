@@ -20,7 +20,7 @@ from fastkv.models.config import ModelConfig
 
 
 def times_of(work: Callable[[], object], device: torch.device, runs: int) -> list[float]:
-    """Seconds of each run, fastest first, behind one that is not counted. On a GPU by its own clock."""
+    """Seconds of each run, fastest first, after one that is not counted. On a GPU by its own clock."""
     seconds = []
     for counted in range(-1, runs):
         taken = _by_events(work) if device.type == "cuda" else _by_clock(work)

@@ -7,7 +7,7 @@
 Needs python3 with torch (2.11 or later), safetensors, tokenizers, huggingface-hub and pytest; no network, and nothing
 is installed: the package is found through a link to this checkout, into which nothing is written. What does not fit
 before the deadline is skipped, and what fails does not end the run. FOLDER gets DATE-gpu-suite.json and .txt, written
-anew behind every figure, and the output of the tests.
+anew after every figure, and the output of the tests.
 
 A small run anywhere: --model llama-100m --device cpu --scale 0.01
 """

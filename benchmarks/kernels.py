@@ -96,8 +96,8 @@ def run(argv: Sequence[str]) -> None:
     llm.generate(ids[0].tolist(), params, policy)  # warm up, and capture where there is something to capture
 
     about = machine(llm)
-    texts = f"{args.context:,} tokens" if args.batch == 1 else f"{args.batch} x {args.context:,} tokens"
-    print(f"{args.model}, {args.policy}, {texts}, {about['dtype']}, on {about['device']}; torch {about['torch']}")
+    size = f"{args.context:,} tokens" if args.batch == 1 else f"{args.batch} x {args.context:,} tokens"
+    print(f"{args.model}, {args.policy}, {size}, {about['dtype']}, on {about['device']}; torch {about['torch']}")
     print("\n".join(lines("prefill", *profiled(lambda: llm.prefill(ids, policy), llm.device), args.top)))
     step = one_step(llm, ids, params, policy)
     step()

@@ -4,7 +4,7 @@
 
 Every run uses fresh random token ids; a warm-up round, then the policies (and the peer) in turn, so that a slow
 moment of the machine falls on all of them. Prints medians with the range. --json writes every single figure, anew
-behind each context and batch: a run that is cut short leaves what it has measured.
+after each context and batch: a run that is cut short leaves what it has measured.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def check(args: argparse.Namespace) -> None:
         check_integer("--context", context, 1)
     for batch in args.batch:
         check_integer("--batch", batch, 1)
-    check_integer("--new-tokens", args.new_tokens, 2)  # the speed of decoding is that behind the first one
+    check_integer("--new-tokens", args.new_tokens, 2)  # the speed of decoding is that after the first one
     check_integer("--rounds", args.rounds, 1)
     check_integer("--warm-ups", args.warm_ups, 0)
     if args.threads is not None:

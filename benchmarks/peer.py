@@ -51,9 +51,9 @@ def check_peer(config: ModelConfig) -> None:
 
 
 def transformers_peer(llm: LLM) -> tuple[Callable[[Tensor], Any], Callable[[Any], Any]]:
-    """Greedy requests there, as two functions: prompts [B, N] -> what goes on, and one step of that.
+    """Greedy requests there, as two functions: prompts [B, N] -> a state, and one step: state -> state.
 
-    What goes on is (tokens int64 [B, 1], the cache). Neither waits for the device.
+    A state is (tokens int64 [B, 1], the cache). Neither waits for the device.
     """
     model = hf_model(llm)
 

@@ -1,8 +1,8 @@
-"""What choosing costs: votes, pooling, top-k and the gather into the cache, beside the layer that they belong to.
+"""What choosing costs: importance scores, top-k and the gather into the cache, in relation to their layer.
 
     python benchmarks/selection.py --model llama-100m --context 8192 32768
 
-Prints medians over the full-context layers of FastKV's prefill, of all runs behind the first.
+Prints medians over the full-context layers of FastKV's prefill, of all runs after the first.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from fastkv.errors import check_integer
 
 
 def timed(llm: Any, context: int, rounds: int) -> tuple[float, float]:
-    """Median seconds of (selection, whole layer) over the layers in front of the TSP layer."""
+    """Median seconds of (selection, whole layer) over the layers before the TSP layer."""
     import torch
     from cost import wait_for
 

@@ -1,4 +1,4 @@
-"""What a suite of measurements leaves behind: a JSON file and a text, both written anew behind every figure."""
+"""What a suite of measurements leaves behind: a JSON file and a text, both written anew after every figure."""
 
 from __future__ import annotations
 

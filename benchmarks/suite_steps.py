@@ -31,7 +31,7 @@ from selection import timed
 from suite_record import Record
 
 from fastkv import LLM, SamplingParams
-from fastkv.cache.policies import POLICIES
+from fastkv.cache.catalogue import POLICIES
 from fastkv.cache.policy import Policy, plan_layers
 from fastkv.engine.cost import decode_bytes
 from fastkv.engine.device import resolve_dtype
@@ -53,7 +53,7 @@ class Case:
 
 
 class Suite:
-    """What the cases share: the settings, the record, the time that is left, and a model once somebody asks for it."""
+    """What the cases share: the settings, the record, the time that is left, and a model once one is asked for."""
 
     def __init__(self, args: Namespace, device: torch.device, record: Record, ends_at: float) -> None:
         self.args, self.device, self.record = args, device, record
@@ -157,7 +157,7 @@ def ceilings(suite: Suite) -> Iterator[Case]:
 
 
 def decoding(suite: Suite) -> Iterator[Case]:
-    """Steps on random caches: one text first, then several."""
+    """Steps on random caches: one sequence first, then several."""
     shapes = [(context, 1) for context in (1, 8, 32, 128)] + [(32, 4), (128, 4), (32, 8)]
     for context, batch in shapes:
         for name in ("full", "fastkv"):
@@ -209,7 +209,7 @@ def first_tokens(suite: Suite, attentions: tuple[str, ...], contexts: tuple[int,
 
 
 def first_token(suite: Suite, name: str, context: int, attention: str, rounds: int) -> dict[str, Any]:
-    """Seconds to the first token: the median of `rounds` behind one run in which torch's choice of kernels is read."""
+    """Seconds to the first token: the median of `rounds` after one run in which torch's choice of kernels is read."""
     llm, policy, n_tokens = suite.llm, POLICIES[name](), suite.tokens(context)
     params = SamplingParams(max_tokens=1, ignore_eos=True)
     prompts = random_prompts(llm.config.vocab_size, n_tokens, 1)
@@ -230,16 +230,16 @@ def first_token(suite: Suite, name: str, context: int, attention: str, rounds: i
 
 
 def profile_decoding(suite: Suite) -> dict[str, Any]:
-    """The kernels of 16 steps behind a prompt of 1K."""
+    """The kernels of 16 steps after a prompt of 1K."""
     suite.clean()
     llm, policy = suite.llm, POLICIES["fastkv"]()
-    with synthetic.switched(llm), synthetic.Texts(llm, policy, suite.tokens(K), 1, 48) as texts:
+    with synthetic.switched(llm), synthetic.Sequences(llm, policy, suite.tokens(K), 1, 48) as sequences:
         for _ in range(4):
-            texts.step()
+            sequences.step()
 
         def work() -> None:
             for _ in range(16):
-                texts.step()
+                sequences.step()
 
         return profile(suite, "16 decode steps", work)
 
@@ -285,7 +285,7 @@ def end_to_end(suite: Suite) -> Iterator[Case]:
 
 
 def answer(suite: Suite, make: Callable[[], Contestant]) -> dict[str, Any]:
-    """Medians of two rounds behind one that does not count."""
+    """Medians of two rounds after one that does not count."""
     suite.clean()
     n_tokens = suite.tokens(8 * K)
     prompts = random_prompts(suite.llm.config.vocab_size, n_tokens, 1)
@@ -296,7 +296,7 @@ def answer(suite: Suite, make: Callable[[], Contestant]) -> dict[str, Any]:
 
 
 def compiled(suite: Suite) -> dict[str, Any]:
-    """Decoding by a model whose layers are compiled, in a process of its own: whatever it does, the run goes on."""
+    """Decoding by a model whose layers are compiled, in a process of its own: whatever it does, the run continues."""
     args, copy = suite.args, suite.record.figure("ceilings", "copy", "bytes_per_s")
     model = args.model if args.model in PRESETS else str(Path(args.model).resolve())
     argv = [str(ROOT / "benchmarks" / "compiled_decode.py"), model, "--device", str(suite.device)]
@@ -313,14 +313,14 @@ def compiled(suite: Suite) -> dict[str, Any]:
 
 
 def selection(suite: Suite, context: int) -> dict[str, Any]:
-    """What choosing costs beside its layer."""
+    """What choosing costs in relation to its layer."""
     suite.clean()
     select, layer = timed(suite.llm, suite.tokens(context), 1)
     return {"selection_ms": 1e3 * select, "layer_ms": 1e3 * layer, "share": select / layer}
 
 
 def long_prompt(suite: Suite, context: int) -> dict[str, Any]:
-    """First token and decoding behind a very long prompt, told layer by layer; a shorter one only if none was done."""
+    """First token and decoding after a very long prompt, told layer by layer; a shorter one only if none was done."""
     done = [each for each in suite.record.entries if each["step"] == "million" and each["status"] == "done"]
     if done:
         raise NotNeededError("the longer one was measured")

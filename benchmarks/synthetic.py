@@ -1,8 +1,8 @@
-"""Decoding without a prefill: caches full of random entries, behind which the engine's own steps run.
+"""Decoding without a prefill: caches full of random entries, after which the engine's own steps run.
 
 A step costs what it costs whatever the values are, so minutes of prefill are spared. The only file of this folder that
-reaches into the engine: it replaces what `Rows` calls for a prefill, asks a decoder what it is, and switches a loaded
-model's kernels.
+reaches into the engine: it replaces what `DecodeBatch` calls for a prefill, asks what makes its steps, and switches a
+loaded model's kernels.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ from torch.nn.attention import SDPBackend
 from fastkv import LLM, SamplingParams
 from fastkv.cache.kv_cache import KVCache
 from fastkv.cache.policy import Policy
-from fastkv.engine import graph
-from fastkv.engine import rows as engine_rows
-from fastkv.engine.graph import GraphDecoder
+from fastkv.engine import decode_batch, graph
+from fastkv.engine.decode_batch import DecodeBatch
+from fastkv.engine.graph import GraphStepper
 from fastkv.engine.memory import peak_bytes
+from fastkv.engine.plan import RequestPlan
 from fastkv.engine.prefill import LayerRun, Prefill
-from fastkv.engine.rows import Rows
 from fastkv.models.llama import Llama
 
-_UNCOUNTED = 8  # steps in front of those that count: the first ones capture
+_UNCOUNTED = 8  # steps before those that count: the first ones capture
 
 
 @dataclass(frozen=True)
@@ -49,8 +49,8 @@ class Decoded:
     attention: str
 
 
-class Texts:
-    """`batch` texts of `context` tokens, under way: `step` makes the next token of each.
+class Sequences:
+    """`batch` sequences of `context` tokens, under way: `step` makes the next token of each.
 
     steps: how many of them there can be. Raises FastKVError or torch.OutOfMemoryError where they do not fit.
     """
@@ -62,11 +62,11 @@ class Texts:
         request = llm._request([1] * context, params, policy)
         self._patches = ExitStack()
         self._patches.enter_context(_timed_captures(self.captures))
-        self._patches.enter_context(patch.object(engine_rows, "prefill", _filled))
-        self._rows: Rows | None = None
+        self._patches.enter_context(patch.object(decode_batch, "prefill", _filled))
+        self._batch: DecodeBatch | None = None
         try:
-            self._rows = Rows(llm._runtime, [request] * batch, batch)
-            results = [self._rows.admit(request)[1] for _ in range(batch)]
+            self._batch = DecodeBatch(llm._runtime, [request] * batch, batch)
+            results = [self._batch.admit(request)[1] for _ in range(batch)]
             self.kv_bytes = sum(result.cache.nbytes for result in results)
             for _ in range(batch):  # the first tokens, which no step makes
                 self.step()
@@ -74,7 +74,7 @@ class Texts:
             self.close()
             raise
 
-    def __enter__(self) -> Texts:
+    def __enter__(self) -> Sequences:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
@@ -82,47 +82,51 @@ class Texts:
 
     def step(self) -> None:
         """Launch what can be launched, and wait for the oldest tokens."""
-        assert self._rows is not None, "closed"
-        self._rows.launch_as_needed()
-        self._rows.read()
+        assert self._batch is not None, "closed"
+        self._batch.launch_as_needed()
+        self._batch.read()
 
     def runs(self) -> tuple[bool, str]:
         """Whether graphs are replayed, and which attention a step uses."""
-        decoder = self._rows._decoder if self._rows is not None else None
-        if not isinstance(decoder, GraphDecoder):
+        stepper = self._batch._stepper if self._batch is not None else None
+        if not isinstance(stepper, GraphStepper):
             return False, "eager: scaled_dot_product_attention over the live entries"
-        why = decoder.slow_because
+        why = stepper.slow_because
         return True, "varlen" if why is None else f"masked ({why})"
 
     def close(self) -> None:
-        if self._rows is not None:
-            self._rows.close()
-            self._rows = None
+        if self._batch is not None:
+            self._batch.close()
+            self._batch = None
         self._patches.close()
 
 
 def decode(llm: LLM, policy: Policy, context: int, batch: int = 1, steps: int = 48) -> Decoded:
-    """Time `steps` steps of `batch` texts, behind some that do not count."""
-    with Texts(llm, policy, context, batch, _UNCOUNTED + steps) as texts:
+    """Time `steps` steps of `batch` sequences, after some that do not count."""
+    with Sequences(llm, policy, context, batch, _UNCOUNTED + steps) as sequences:
         for _ in range(_UNCOUNTED):
-            texts.step()
+            sequences.step()
         times = [time.perf_counter()]
         for _ in range(steps):
-            texts.step()
+            sequences.step()
             times.append(time.perf_counter())
-        graphs, attention = texts.runs()
+        graphs, attention = sequences.runs()
         intervals = [later - earlier for earlier, later in itertools.pairwise(times)]
-        return Decoded(intervals, sum(texts.captures), peak_bytes(llm.device), texts.kv_bytes, graphs, attention)
+        peak = peak_bytes(llm.device)
+        return Decoded(intervals, sum(sequences.captures), peak, sequences.kv_bytes, graphs, attention)
 
 
 @torch.inference_mode()
-def _filled(model: Llama, ids: Tensor, policy: Policy, cache: KVCache, *_: Any) -> Prefill:
+def _filled(model: Llama, ids: Tensor, plan: RequestPlan, cache: KVCache, *_: Any) -> Prefill:
     """In place of a prefill: as many random entries as the policy keeps, and logits by chance."""
-    model.reserve(cache.prompt_tokens + cache.max_tokens)
-    for layer, count in enumerate(cache.kept):
-        for buffer in (cache.k[layer], cache.v[layer]):
-            buffer[:, :, :count].normal_()
-        cache.lengths[layer] = count
+    model.reserve(plan.positions)
+    cache.begin(whole=not plan.compresses)
+    for layer, sizes in enumerate(plan.layers):
+        shape = (ids.shape[0], plan.shape.n_kv_heads, sizes.kept, plan.shape.head_dim)
+        k, v = (torch.randn(shape, dtype=plan.shape.dtype, device=model.device) for _ in range(2))
+        positions = torch.arange(sizes.kept, device=model.device).expand(shape[:3])
+        cache.store(layer, k, v, None, positions)
+    cache.end(plan.layers[0].seen, plan.max_tokens)
     logits = torch.randn(ids.shape[0], model.config.vocab_size, device=model.device)
     return Prefill(logits, [], [], cache)
 
@@ -132,10 +136,10 @@ def _timed_captures(seconds: list[float]) -> Iterator[None]:
     """Add what each capture took, its warm-ups included, to `seconds`."""
     real = graph._CudaRecorder.__call__
 
-    def timed(self: Any, run: Callable[[], None], generator: torch.Generator | None) -> Callable[[], None]:
+    def timed(self: Any, run: Callable[[], None]) -> Callable[[], None]:
         wait_for(self._device)
         started = time.perf_counter()
-        replay = real(self, run, generator)
+        replay = real(self, run)
         wait_for(self._device)
         seconds.append(time.perf_counter() - started)
         return replay

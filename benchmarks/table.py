@@ -147,7 +147,7 @@ def head(about: dict[str, Any]) -> str:
         ("ceilings", f"{flops:,.0f} GFLOP/s in products, {bandwidth:,.1f} GB/s in reading, measured in this run"),
         (
             "runs",
-            f"{about['rounds']} of each, in turn, behind one that is not counted; medians (lowest – highest); fresh "
+            f"{about['rounds']} of each, in turn, after one that is not counted; medians (lowest – highest); fresh "
             f"random token ids; {about['new_tokens']} new tokens for each prompt",
         ),
         ("batch", "prompts that decode together; time to the first tokens of all of them, tokens/s of all of them"),

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from fastkv.cache.policies import FullKV
-from fastkv.engine.attention import decode_attention
-from fastkv.engine.decode import one_token
+from fastkv.engine.decode import run_layers
+from fastkv.engine.decode_attention import EagerAttention
 
 if TYPE_CHECKING:
     from fastkv.cache.kv_cache import KVCache
@@ -99,19 +99,32 @@ def watch_copying(llm: LLM, needle: Needle) -> Copying:
 def _read(llm: LLM, cache: KVCache, token: int) -> tuple[Tensor, Tensor]:
     """A decode step on a full cache: the position that each query head attends to most, int64 [L, Hq]; logits [V]."""
     cache.check_room()
-    strongest: list[Tensor] = []
-
-    def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        keys, values = cache.append(layer, k, v)
-        window = llm.config.window_of(layer)
-        out_of_sight = 0 if window is None else max(0, keys.shape[2] - window)
-        keys, values = keys[:, :, out_of_sight:], values[:, :, out_of_sight:]
-        strongest.append(out_of_sight + strongest_entry(q, keys))  # in a full cache, entry i is position i
-        return decode_attention(q, keys, values)
-
-    logits = one_token(llm.model, torch.tensor([token], device=llm.device), cache.next_position, attend)
+    attention = _NotingAttention(llm, cache)
+    ids = torch.tensor([[token]], device=llm.device)
+    logits = run_layers(llm.model, ids, cache.next_position.unsqueeze(1), attention)
     cache.advance()
-    return torch.stack(strongest), logits[0]
+    return torch.stack(attention.strongest), logits[0, 0]
+
+
+class _NotingAttention:
+    """Attention of one decode step (a StepAttention) that notes the strongest entries of each layer: int64 [Hq]."""
+
+    def __init__(self, llm: LLM, cache: KVCache) -> None:
+        self._cache, self._windows = cache, llm.config.windows
+        self._attend = EagerAttention(cache.pool, [cache.slots], 1, self._windows)
+        self.strongest: list[Tensor] = []
+
+    def begin(self) -> None:
+        self._attend.begin()
+
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        attended = self._attend(layer, q, k, v)
+        (part,) = self._cache.layers[layer].read(self._cache.slots, new=1)
+        window = self._windows[layer]
+        out_of_sight = 0 if window is None else max(0, part.k.shape[2] - window)
+        # In a full cache, entry i is position i.
+        self.strongest.append(out_of_sight + strongest_entry(q, part.k[:, :, out_of_sight:]))
+        return attended
 
 
 def strongest_entry(q: Tensor, keys: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from fastkv.cli import read_prompt
-from fastkv.engine.request import position_limit
+from fastkv.engine.plan import position_limit
 from fastkv.errors import FastKVError
 from fastkv.eval.contenders import Contender
 from fastkv.eval.layer_check import Question

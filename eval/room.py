@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from fastkv.cache.policy import Policy, drops_tokens
-from fastkv.engine.request import position_limit
+from fastkv.engine.plan import position_limit
 from fastkv.errors import FastKVError
 from fastkv.models.config import ModelConfig
 

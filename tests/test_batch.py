@@ -1,4 +1,4 @@
-"""Many prompts at once: each one's answer is that of the prompt alone, whoever decodes beside it."""
+"""Many prompts at once: each one's answer is that of the prompt alone, whatever else decodes with it."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 import torch
 
-from fastkv import LLM, FastKV, FastKVError, FullKV, SamplingParams
+from fastkv import LLM, AdaKV, FastKV, FastKVError, FullKV, SamplingParams
 from fastkv.cache.policy import Policy
 from fastkv.engine import graph
-from fastkv.engine.decoders import EagerDecoder
+from fastkv.engine.decode_batch import DecodeBatch
 from fastkv.engine.graph import Replay
-from fastkv.engine.rows import Rows
+from fastkv.engine.step import Caches, EagerStepper
 
 GENERATOR = torch.Generator().manual_seed(3)
 PROMPTS = [torch.randint(3, 256, (n,), generator=GENERATOR).tolist() for n in (300, 40, 170, 512, 8, 233, 90, 301, 77)]
@@ -28,7 +28,7 @@ CHOICES = [
     SamplingParams(max_tokens=12, temperature=0.5, min_p=0.05, seed=7, ignore_eos=True),
     SamplingParams(max_tokens=9, ignore_eos=True),
 ]
-POLICIES = [FullKV(), FastKV(min_tokens=8), FastKV(tsp_layer=1, tsp_len=20, kv_len=100)]
+POLICIES = [FullKV(), FastKV(min_tokens=8), FastKV(tsp_layer=1, tsp_len=20, kv_len=100), AdaKV(min_tokens=8)]
 
 
 @pytest.fixture(params=["eager", "replayed"])
@@ -36,7 +36,7 @@ def llm(request: pytest.FixtureRequest, tiny_llm: LLM, monkeypatch: pytest.Monke
     """Both ways to decode; the second as on a GPU, but that a replay calls what was to be captured."""
     if request.param == "replayed":
 
-        def record(run: Callable[[], None], generator: torch.Generator | None) -> Replay:
+        def record(run: Callable[[], None]) -> Replay:
             run()  # the warm-up
             return run
 
@@ -48,7 +48,7 @@ def llm(request: pytest.FixtureRequest, tiny_llm: LLM, monkeypatch: pytest.Monke
     tiny_llm.free_buffers()
 
 
-@pytest.mark.parametrize("policy", POLICIES, ids=["full", "fastkv", "layers differ"])
+@pytest.mark.parametrize("policy", POLICIES, ids=["full", "fastkv", "layers differ", "heads differ"])
 @pytest.mark.parametrize("batch_size", [1, 3, 20])
 def test_each_answer_is_that_of_the_prompt_alone(llm: LLM, policy: Policy, batch_size: int) -> None:
     alone = [llm.generate(prompt, params, policy).token_ids for prompt, params in zip(PROMPTS, CHOICES, strict=True)]
@@ -94,16 +94,16 @@ def test_stop_rules_are_each_ones_own(llm: LLM) -> None:
     assert [output.token_ids for output in found] == expected
 
 
-def test_rows_are_filled_again_as_they_become_free(tiny_llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
-    """No step runs with a free row while a prompt waits, and the weights are read once for all rows."""
+def test_slots_are_filled_again_as_they_become_free(tiny_llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No step runs with a free slot while a prompt waits, and the weights are read once for all slots."""
     at_work: list[int] = []
-    step = EagerDecoder.step
+    step = EagerStepper.step
 
-    def count(self: EagerDecoder, rows: Any) -> None:
-        at_work.append(len(rows))
-        step(self, rows)
+    def count(self: EagerStepper, caches: Caches) -> None:
+        at_work.append(len(caches))
+        step(self, caches)
 
-    monkeypatch.setattr(EagerDecoder, "step", count)
+    monkeypatch.setattr(EagerStepper, "step", count)
     tiny_llm.generate(PROMPTS, SamplingParams(max_tokens=10, ignore_eos=True), FullKV(), batch_size=4)
     assert at_work == [4] * 9 + [4] * 9 + [1] * 9  # nine prompts
     at_work.clear()
@@ -120,29 +120,29 @@ def test_outputs_come_as_they_are_done(tiny_llm: LLM) -> None:
 
 def test_the_memory_allowed_limits_how_many_are_at_work(tiny_llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[int] = []
-    init = Rows.__init__
+    init = DecodeBatch.__init__
 
-    def watch(self: Rows, runtime: Any, to_come: Any, n_rows: int = 1) -> None:
-        made.append(n_rows)
-        init(self, runtime, to_come, n_rows)
+    def noted(self: DecodeBatch, runtime: Any, to_come: Any, n_slots: int = 1) -> None:
+        made.append(n_slots)
+        init(self, runtime, to_come, n_slots)
 
-    monkeypatch.setattr(Rows, "__init__", watch)
+    monkeypatch.setattr(DecodeBatch, "__init__", noted)
     config, params = tiny_llm.config, SamplingParams(max_tokens=8, ignore_eos=True)
-    row = 2 * config.n_layers * config.n_kv_heads * config.head_dim * 4 * 576  # 512 + 8 tokens: a bucket of 576
-    for memory, rows in ((row, 1), (3 * row, 3), (4 * row - 1, 3), (100 * row, 5), (None, 5)):
+    slot = 2 * config.n_layers * config.n_kv_heads * config.head_dim * 4 * 576  # 512 + 8 tokens: a bucket of 576
+    for memory, n_slots in ((slot, 1), (3 * slot, 3), (4 * slot - 1, 3), (100 * slot, 5), (None, 5)):
         tiny_llm.free_buffers()
         tiny_llm.generate(PROMPTS, params, FullKV(), batch_size=5, kv_memory=memory)
-        assert made.pop() == rows
+        assert made.pop() == n_slots
         if memory is not None:
-            idle = tiny_llm._runtime.pool._idle
+            idle = tiny_llm._runtime.buffers._idle
             assert idle is not None
-            assert idle.storage is not None
-            assert idle.storage.nbytes <= memory
+            assert idle.state is not None
+            assert idle.state.pool.nbytes <= memory
     with pytest.raises(
-        FastKVError, match=rf"kv_memory must be at least {row:,} bytes \({-(-row // 2**20)} MiB\) for the"
+        FastKVError, match=rf"kv_memory must be at least {slot:,} bytes \({-(-slot // 2**20)} MiB\) for the"
     ):
-        tiny_llm.generate(PROMPTS, params, FullKV(), kv_memory=row - 1)
-    monkeypatch.setattr("fastkv.engine.batch.available_bytes", lambda device: 2 * row + 5)
+        tiny_llm.generate(PROMPTS, params, FullKV(), kv_memory=slot - 1)
+    monkeypatch.setattr("fastkv.engine.batch.available_bytes", lambda device: 2 * slot + 5)
     tiny_llm.free_buffers()
     tiny_llm.generate(PROMPTS, params, FullKV())
     assert made.pop() == 2
@@ -177,6 +177,6 @@ def test_leaving_early_hands_the_memory_on(tiny_llm: LLM) -> None:
     tiny_llm.free_buffers()
     each = tiny_llm.generate_each(PROMPTS, SamplingParams(max_tokens=3, ignore_eos=True), FullKV(), batch_size=2)
     next(each)
-    assert tiny_llm._runtime.pool.idle_bytes == 0
+    assert tiny_llm._runtime.buffers.idle_bytes == 0
     each.close()  # type: ignore[attr-defined]
-    assert tiny_llm._runtime.pool.idle_bytes > 0
+    assert tiny_llm._runtime.buffers.idle_bytes > 0

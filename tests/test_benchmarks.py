@@ -7,7 +7,7 @@ import json
 import re
 import struct
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,10 +18,10 @@ import torch
 from places import ROOT
 from torch.utils.flop_counter import FlopCounterMode
 
-from fastkv import LLM, FastKV, FastKVError, FullKV, GemFilter, SamplingParams
+from fastkv import LLM, AdaKV, FastKV, FastKVError, FullKV, GemFilter, SamplingParams
 from fastkv.cache.policy import LayerPlan, plan_layers
 from fastkv.engine.cost import decode_bytes, first_pass_flops, prefill_flops
-from fastkv.engine.decoders import EagerDecoder
+from fastkv.engine.step import Caches, EagerStepper
 from fastkv.models import linear
 from fastkv.models.presets import PRESETS
 
@@ -122,14 +122,14 @@ def test_the_cost_of_two_layers_counted_by_hand(benchmarks: Any) -> None:
     assert (first, second, head) == (5248, 1664, 160)
     assert [prefill_flops(config, plans, batch) for batch in (1, 3)] == [7072, 3 * 7072]
     weights = 2 * (64 + 128 + 384) + 10 * 8
-    cache = 2 * 4 * ((3 + 1) + (2 + 1))  # behind one token more: K and V of 4 values each
+    cache = 2 * 4 * ((3 + 1) + (2 + 1))  # after one token more: K and V of 4 values each
     assert (weights, cache) == (1232, 56)
     assert decode_bytes(config, plans, 1, 2) == 2 * (weights + cache)
     assert decode_bytes(config, plans, 1, 2, batch=3) == 2 * (weights + 3 * cache)
 
 
 def test_tsp_saves_what_the_paper_says_at_most(benchmarks: Any) -> None:
-    """Behind layer 15 of 32 a fifth of the tokens goes on: nearly half of the work at most, less of it when short."""
+    """After layer 15 of 32 a fifth of the tokens is propagated: at most nearly half of the work, less when short."""
     config = PRESETS["llama-3.1-8b"]
     gains = [
         prefill_flops(config, plan_layers(FullKV(), 32, context))
@@ -164,8 +164,8 @@ def test_the_peer_goes_on_as_its_own_model_would(benchmarks: Any, dummy: LLM) ->
         state = step(state)
 
 
-def test_greedy_counts_the_tokens_of_all_rows(benchmarks: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By a clock that ticks when work is done: 5 s for the first tokens, 2 s for each of the 3 steps behind them."""
+def test_greedy_counts_the_tokens_of_all_sequences(benchmarks: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a clock that ticks when work is done: 5 s for the first tokens, 2 s for each of the 3 steps after them."""
     clock = SimpleNamespace(now=100.0)
     monkeypatch.setattr(benchmarks.contestants, "time", SimpleNamespace(perf_counter=lambda: clock.now))
 
@@ -189,7 +189,7 @@ def figures(ttft: float, seconds: float, **others: Any) -> SimpleNamespace:
     return SimpleNamespace(ttft_s=ttft, decode_tokens_per_s=3 / seconds, new_tokens=4, **others)
 
 
-def test_texts_that_decode_together_are_counted_from_the_last_first_token(benchmarks: Any) -> None:
+def test_prompts_that_decode_together_are_counted_from_the_last_first_token(benchmarks: Any) -> None:
     """First tokens after 5, 5.25 and 5.5 s, and the last ones after 11, 11.25 and 11.5 s: 9 tokens in 6 s."""
     each = [
         figures(ttft, 6.0, kv_bytes=size, peak_bytes=peak)
@@ -200,21 +200,21 @@ def test_texts_that_decode_together_are_counted_from_the_last_first_token(benchm
     assert (sample.kv_bytes, sample.peak_bytes) == (137, 950)
 
 
-def test_texts_that_did_not_fit_together_are_not_passed_off_as_a_batch(benchmarks: Any) -> None:
+def test_prompts_that_did_not_fit_together_are_not_passed_off_as_a_batch(benchmarks: Any) -> None:
     with pytest.raises(FastKVError, match=r"--batch 2: not all .* take fewer"):
         benchmarks.contestants.together([figures(1.0, 2.0), figures(3.5, 2.0)])
 
 
 def test_a_batch_is_what_users_get(benchmarks: Any, dummy: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
-    """All prompts at a time, each prefilled on its own: a decode step is of as many texts as there are."""
+    """All prompts at a time, each prefilled on its own: a decode step is of as many sequences as there are."""
     seen: list[int] = []
-    step = EagerDecoder.step
+    step = EagerStepper.step
 
-    def counted(self: EagerDecoder, rows: Sequence[int]) -> None:
-        seen.append(len(rows))
-        step(self, rows)
+    def counted(self: EagerStepper, caches: Caches) -> None:
+        seen.append(len(caches))
+        step(self, caches)
 
-    monkeypatch.setattr(EagerDecoder, "step", counted)
+    monkeypatch.setattr(EagerStepper, "step", counted)
     sample = benchmarks.contestants.engine(dummy, FullKV())(torch.arange(3, 123).view(12, 10), 5)
     assert seen == [12] * 4
     assert sample.kv_bytes == 12 * dummy.generate(list(range(3, 13)), SamplingParams(max_tokens=5)).metrics.kv_bytes
@@ -513,15 +513,15 @@ def test_warm_ups_run_and_do_not_count(benchmarks: Any, warm_ups: int) -> None:
     assert torch.equal(seen[0], again)
 
 
-@pytest.mark.parametrize(("more", "texts"), [([], "fastkv, 300 tokens"), (["--batch", "3"], "fastkv, 3 x 300 tokens")])
+@pytest.mark.parametrize(("more", "size"), [([], "fastkv, 300 tokens"), (["--batch", "3"], "fastkv, 3 x 300 tokens")])
 def test_where_the_time_goes(
-    more: list[str], texts: str, benchmarks: Any, archive_folder: Path, capsys: pytest.CaptureFixture[str]
+    more: list[str], size: str, benchmarks: Any, archive_folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     argv = ["--model", str(archive_folder), "--context", "300", "--new-tokens", "5", "--top", "3", "--device", "cpu"]
     argv += more
     assert benchmarks.kernels.main(argv) == 0
     out = capsys.readouterr().out
-    assert texts in out
+    assert size in out
     assert "\nprefill: " in out
     assert "\n2 decode steps: " in out
     rows = [line for line in out.splitlines() if line.startswith("| ") and " % | " in line]
@@ -607,15 +607,17 @@ def test_the_suite_for_a_gpu_runs_anywhere(
 
 def test_random_caches_are_as_long_as_a_prefill_leaves_them(benchmarks: Any, dummy: LLM) -> None:
     """Entries, positions and tokens to come: all but the values is what the engine itself would decode on."""
-    for policy in (FullKV(), FastKV()):
-        with benchmarks.synthetic.Texts(dummy, policy, 400, 1, 3) as texts:
-            (state,) = texts._rows._rows.values()
+    for policy in (FullKV(), FastKV(), AdaKV(kv_len=40)):
+        with benchmarks.synthetic.Sequences(dummy, policy, 400, 1, 3) as sequences:
+            (cache,) = (each.cache for each in sequences._batch._at_work.values())
             real = dummy.prefill(list(range(3, 403)), policy, max_tokens=4).cache
-            assert torch.equal(state.cache.lengths, real.lengths)
-            assert torch.equal(state.cache.next_position, real.next_position)
-            assert [buffer.shape for buffer in state.cache.k] == [buffer.shape for buffer in real.k]
-            texts.step()
-            assert torch.equal(state.cache.lengths, real.lengths + 1)
-            assert state.cache.k[0][:, :, : real.kept[0]].std() > 0.9
+            assert torch.equal(cache.lengths.sum(2), real.lengths.sum(2))  # AdaKV shares them out by the values
+            assert torch.equal(cache.next_position, real.next_position)
+            assert (cache.position, cache.room, cache.entries) == (real.position, real.room, real.entries)
+            before = cache.lengths.clone()
+            sequences.step()
+            assert torch.equal(cache.lengths, before + 1)
+            for part in cache.read(0):
+                assert part.k[:, :, :-1].std() > 0.8
     out = dummy.generate(list(range(3, 403)), SamplingParams(max_tokens=2), FullKV())  # the engine is as it was
     assert out.metrics.kv_entries == out.metrics.kv_full_entries

@@ -22,9 +22,9 @@ import fastkv
 from fastkv import FastKV
 from fastkv.cli import main, read_prompt
 from fastkv.cli_flags import build_parser
-from fastkv.engine import decoders as engine_decoders
 from fastkv.engine import summary
 from fastkv.engine.output import Metrics
+from fastkv.engine.step import Caches, EagerStepper
 
 # A model that recites: behind each character comes the next one of this list, behind the last the end of the text.
 ALPHABET = "abcdefghijklmnopqrstuvwxyz é日本\U0001f600\n.ABCDEFGHIJKLMNOPQRSTUVWXYZ!"
@@ -448,16 +448,16 @@ def test_a_pipe_that_nobody_reads(reciter: Path, tmp_path: Path) -> None:
 def test_ctrl_c_while_generating(run: Run, monkeypatch: pytest.MonkeyPatch, argv: list[str]) -> None:
     """Exactly ten tokens are there when the signal comes; the JSON tells them as an interrupted request."""
     steps = 0
-    step = engine_decoders.decode_step
+    step = EagerStepper.step
 
-    def interrupted(*args: Any) -> torch.Tensor:
+    def interrupted(self: EagerStepper, caches: Caches) -> None:
         nonlocal steps
         steps += 1
         if steps == 10:
             signal.raise_signal(signal.SIGINT)
-        return step(*args)
+        step(self, caches)
 
-    monkeypatch.setattr(engine_decoders, "decode_step", interrupted)
+    monkeypatch.setattr(EagerStepper, "step", interrupted)
     result = run("a", *argv, "--max-tokens", "50", status=130)
     assert "decode       10 tokens" in result.err
     if not argv:
@@ -483,7 +483,7 @@ def test_ctrl_c_while_reading_the_prompt(run: Run, monkeypatch: pytest.MonkeyPat
     def interrupted(*args: Any) -> None:
         signal.raise_signal(signal.SIGINT)
 
-    monkeypatch.setattr("fastkv.engine.rows.prefill", interrupted)
+    monkeypatch.setattr("fastkv.engine.decode_batch.prefill", interrupted)
     result = run("a", "--policy", "gemfilter", "--kv-len", "1", status=130)
     assert result.out == ""
     assert [line[:13].strip() for line in result.err.splitlines()] == ["policy", "prompt", "decode"]

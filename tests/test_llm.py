@@ -1,4 +1,4 @@
-"""The library: generate, stream, several models and policies side by side, and what it refuses."""
+"""The library: generate, stream, several models and policies at once, and what it refuses."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def test_a_list_of_token_ids_is_one_prompt_and_a_list_of_lists_several(tiny_llm:
 
 
 def test_times_of_a_list_count_from_the_call(tiny_llm: LLM) -> None:
-    """Waiting for a place is part of the time to the first token: it is what the caller waits."""
+    """Waiting for a slot is part of the time to the first token: it is what the caller waits."""
     started = time.perf_counter()
     outs = tiny_llm.generate([LONG] * 4, SamplingParams(max_tokens=2), batch_size=1)
     times = [out.metrics.ttft_s for out in outs]
@@ -129,7 +129,7 @@ def test_a_model_without_tokenizer_takes_ids_only(tiny_llm: LLM) -> None:
         tiny_llm.generate("text")
 
 
-def test_policies_and_models_live_side_by_side(tiny_folder: Path, archive_folder: Path) -> None:
+def test_models_and_policies_share_nothing(tiny_folder: Path, archive_folder: Path) -> None:
     """Interleaved streams of two models and three policies give what each gives alone: nothing is shared."""
     tiny = LLM(tiny_folder, policy=FullKV(), dtype="float32", device="cpu")
     archive = LLM(archive_folder, policy=FastKV(kv_retention=0.3), dtype="float32", device="cpu")
@@ -137,7 +137,7 @@ def test_policies_and_models_live_side_by_side(tiny_folder: Path, archive_folder
     runs: list[tuple[LLM, Any]] = [(tiny, None), (archive, None), (tiny, FastKV(min_tokens=8)), (archive, FullKV())]
     alone = [llm.generate(LONG, params, policy).token_ids for llm, policy in runs]
     streams = [llm.stream(LONG, params, policy) for llm, policy in runs]
-    together = [[piece.token_id for piece in row] for row in zip(*zip(*streams, strict=True), strict=True)]
+    together = [[piece.token_id for piece in pieces] for pieces in zip(*zip(*streams, strict=True), strict=True)]
     assert together == alone
     assert tiny.policy == FullKV()
     assert alone[0] != alone[2] or alone[1] != alone[3]
@@ -212,8 +212,8 @@ def test_a_stream_left_early_lets_its_cache_go(tiny_llm: LLM) -> None:
         for _ in range(3):
             stream = tiny_llm.stream(LONG)
             next(stream)
-            assert stream._rows is not None
-            caches.append(weakref.ref(stream._rows._rows[0].cache))
+            assert stream._batch is not None
+            caches.append(weakref.ref(stream._batch._at_work[0].cache))
         del stream
         assert [cache() for cache in caches] == [None] * 3
     finally:
@@ -227,7 +227,7 @@ def test_a_finished_or_closed_stream_holds_no_cache(tiny_llm: LLM) -> None:
     next(closed)
     closed.close()
     for stream in (finished, closed):
-        assert stream._rows is None
+        assert stream._batch is None
         assert list(stream) == []
         assert stream.output().metrics.kv_bytes > 0
     assert closed.output().finish_reason == "interrupted"
@@ -289,7 +289,7 @@ def test_every_dtype_generates(tiny_folder: Path, dtype: str) -> None:
     assert llm.dtype == getattr(torch, dtype)
     pre = llm.prefill(LONG, FastKV(min_tokens=8))
     reference = LLM(tiny_folder, dtype="float32", device="cpu").prefill(LONG, FastKV(min_tokens=8))
-    assert pre.cache.k[0].dtype == llm.dtype
+    assert pre.cache.read(0)[0].k.dtype == llm.dtype
     assert pre.logits.dtype == torch.float32
     assert torch.nn.functional.cosine_similarity(pre.logits, reference.logits).item() > 0.99
 
@@ -351,11 +351,11 @@ def test_idle_memory_counts_as_room_and_can_be_freed(tiny_folder: Path, monkeypa
     llm = LLM(tiny_folder, device="cpu")
     params = SamplingParams(max_tokens=2)
     llm.generate(LONG, params, FullKV())
-    held = llm._runtime.pool.idle_bytes
+    held = llm._runtime.buffers.idle_bytes
     assert held > 600 * 2 * 6 * 2 * 8
     monkeypatch.setattr("fastkv.engine.memory.available_bytes", lambda device: 0)
     llm.generate(LONG, params, FullKV())
     llm.free_buffers()
-    assert llm._runtime.pool.idle_bytes == 0
+    assert llm._runtime.buffers.idle_bytes == 0
     with pytest.raises(FastKVError, match="the KV cache needs"):
         llm.generate(LONG, params, FullKV())

@@ -22,7 +22,7 @@ HIDDEN, HEADS, KV_HEADS, HEAD_DIM, WIDE = 32, 4, 2, 8, 512
 
 
 class Alive(TorchDispatchMode):
-    """Bytes of all tensors made inside, while anybody holds them or a view of them."""
+    """Bytes of all tensors made inside, while something holds them or a view of them."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -94,9 +94,9 @@ def test_the_widest_activation_is_a_chunks(tmp_path: Path, monkeypatch: pytest.M
     llm = model_of(tmp_path / "model", 4)
     whole = peak(llm, FastKV(min_tokens=8))
     llm.free_buffers()
-    monkeypatch.setattr("fastkv.engine.prefill.CHUNK", 100)
+    monkeypatch.setattr("fastkv.engine.projection.CHUNK", 100)
     chunked = peak(llm, FastKV(min_tokens=8))
     assert whole - chunked > 0.9 * (N_TOKENS - 100) * 2 * WIDE * 4
     per_token = (HIDDEN + (HEADS + 2 * KV_HEADS) * HEAD_DIM + HEADS * HEAD_DIM) * 4  # hidden, q k v, attended
-    votes = HEADS * 8 * N_TOKENS * 4  # the window's attention
-    assert chunked < 1.4 * (N_TOKENS * per_token + 3 * votes) + 100 * 4 * WIDE * 4
+    scoring = HEADS * 8 * N_TOKENS * 4  # the attention of the observation window
+    assert chunked < 1.4 * (N_TOKENS * per_token + 3 * scoring) + 100 * 4 * WIDE * 4

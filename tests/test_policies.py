@@ -10,12 +10,13 @@ from typing import Any
 
 import pytest
 import torch
+from caches import live_entries
 from torch import Tensor
 
 from fastkv import H2O, LLM, FastKV, FastKVError, FullKV, PyramidInfer, PyramidKV, SamplingParams, SnapKV, StreamingLLM
 from fastkv.cache.catalogue import POLICIES
-from fastkv.cache.kv_cache import KVCache
 from fastkv.cache.policy import Observation, Policy, Stage, plan_layers
+from fastkv.cache.pool import round_up
 from fastkv.cache.scores import received_attention, recent_attention
 from fastkv.engine.prefill import Prefill
 
@@ -54,19 +55,18 @@ def counts(kept: Tensor) -> Tensor:
 
 def entries_of(pre: Prefill, layer: int, head: int) -> tuple[Tensor, Tensor]:
     """K and V [n, D] that the cache holds of the first sequence, found by what the device knows of it."""
-    storage = pre.cache.storage
-    start, count = int(storage.starts[layer, 0, head]), int(storage.lengths[layer, 0, head])
-    return tuple(flat[0, start : start + count].clone() for flat in storage.flat(layer))  # type: ignore[return-value]
+    return live_entries(pre.cache.pool, layer, 0, head)
 
 
 @pytest.mark.parametrize("name", POLICIES)
 def test_a_budget_of_the_whole_prompt_is_the_full_cache(tiny_llm: LLM, name: str) -> None:
     full, same = tiny_llm.prefill(PROMPT, FullKV()), tiny_llm.prefill(PROMPT, unbounded(name))
     assert torch.equal(full.logits, same.logits)
-    for theirs, ours in zip(
-        (full.kept, full.cache.k, full.cache.v), (same.kept, same.cache.k, same.cache.v), strict=True
-    ):
-        assert all(torch.equal(a, b) for a, b in zip(theirs, ours, strict=True))
+    for layer in range(6):
+        assert torch.equal(full.kept[layer], same.kept[layer])
+        for head in range(2):
+            pairs = zip(entries_of(full, layer, head), entries_of(same, layer, head), strict=True)
+            assert all(torch.equal(a, b) for a, b in pairs)
 
 
 @pytest.mark.parametrize("name", POLICIES)
@@ -82,11 +82,12 @@ def test_counts_and_bytes_are_as_promised(tiny_llm: LLM, name: str, batch: int) 
         assert counts(kept).sum(dim=1).tolist() == [config.n_kv_heads * plan.kept] * batch
         assert policy.per_head or (counts(kept) == plan.kept).all()
         assert torch.equal(pre.cache.lengths[layer], counts(kept))
+        assert torch.equal(pre.cache.positions(layer), kept) or name == "gemfilter"  # which reads its choice anew
     if name in BUDGETED:
         assert sum(plan.kept for plan in plans) == 40 * len(plans)
     assert pre.cache.entries == config.n_kv_heads * sum(plan.kept for plan in plans)
-    values = KVCache.size_of([plan.kept for plan in plans], 10, config.n_kv_heads, config.head_dim)
-    assert pre.cache.nbytes == batch * values * 4
+    capacity = sum(round_up(plan.kept + 10) for plan in plans)
+    assert pre.cache.nbytes == batch * 2 * capacity * config.n_kv_heads * config.head_dim * 4
 
 
 @pytest.mark.parametrize("name", POLICIES)
@@ -116,8 +117,8 @@ def test_decoding_is_attention_over_the_kept_entries(tiny_llm: LLM, name: str) -
         full = tiny_llm.prefill(PROMPT, FullKV())
         for layer, head in itertools.product(range(model.config.n_layers), heads):
             positions = pre.kept[layer][0, head]
-            expected = full.cache.k[layer][0, head, positions[positions >= 0]]
-            torch.testing.assert_close(entries[layer][head][0], expected, atol=1e-5, rtol=1e-5)
+            for found, everything in zip(entries[layer][head], entries_of(full, layer, head), strict=True):
+                torch.testing.assert_close(found, everything[positions[positions >= 0]], atol=1e-5, rtol=1e-5)
     first = 40 if name == "gemfilter" else N_TOKENS  # there, the chosen tokens are a prompt of their own
     for step, token in enumerate((17, 4, 250)):
         hidden = model.embed(torch.tensor([[token]]))

@@ -58,9 +58,9 @@ def slow_prefill(llm: LLM, ids: Tensor, policy: FastKV) -> Twin:
             best = scores[0].topk(budget - policy.window).indices.sort().values
             indices = torch.cat((best, indices[:, -policy.window :]), 1)
         twin.kept.append(positions[indices])
-        rows = indices[..., None].expand(-1, -1, config.head_dim)
-        twin.k.append(k[0].gather(1, rows))
-        twin.v.append(v[0].gather(1, rows))
+        index = indices[..., None].expand(-1, -1, config.head_dim)
+        twin.k.append(k[0].gather(1, index))
+        twin.v.append(v[0].gather(1, index))
         ends = {stage.layers[-1]: stage.keep for stage in policy.stages(config.n_layers, n_tokens)}
         keep = ends.get(layer)
         if keep is not None:
@@ -92,54 +92,56 @@ def test_prefill_equals_its_slow_twin(tiny_llm: LLM, settings: dict[str, Any]) -
     torch.testing.assert_close(fast.logits, slow.logits, atol=1e-4, rtol=1e-4)
     for layer in range(tiny_llm.config.n_layers):
         assert torch.equal(fast.kept[layer][0], slow.kept[layer])
-        live = fast.cache.length(layer)
-        torch.testing.assert_close(fast.cache.k[layer][0, :, :live], slow.k[layer], atol=1e-4, rtol=1e-4)
-        torch.testing.assert_close(fast.cache.v[layer][0, :, :live], slow.v[layer], atol=1e-4, rtol=1e-4)
+        (part,) = fast.cache.read(layer)
+        torch.testing.assert_close(part.k[0], slow.k[layer], atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(part.v[0], slow.v[layer], atol=1e-4, rtol=1e-4)
+        assert torch.equal(fast.cache.positions(layer), fast.kept[layer])
 
 
 @pytest.mark.parametrize("policy", [FullKV(), FastKV(min_tokens=8), FastKV(tsp_layer=0, min_tokens=8, kv_len=300)])
 def test_every_way_through_a_layer_gives_the_same(
     tiny_llm: LLM, monkeypatch: pytest.MonkeyPatch, policy: FullKV | FastKV
 ) -> None:
-    """Chunks or not, and survivors alone or all tokens at the TSP layer: which one runs is a question of speed."""
+    """Chunks or not, and propagated tokens alone or all at the TSP layer: which one runs is a question of speed."""
     ids = prompt(310, batch=2)
     expected = tiny_llm.prefill(ids, policy)
     for chunk, narrow in ((64, True), (64, False), (4096, False)):
-        monkeypatch.setattr("fastkv.engine.prefill.CHUNK", chunk)
+        monkeypatch.setattr("fastkv.engine.projection.CHUNK", chunk)
         monkeypatch.setattr("fastkv.engine.prefill._narrow_pays", lambda device, narrow=narrow: narrow)
         other = tiny_llm.prefill(ids, policy)
         torch.testing.assert_close(other.logits, expected.logits, atol=1e-4, rtol=1e-4)
         for layer in range(tiny_llm.config.n_layers):
             assert torch.equal(other.kept[layer], expected.kept[layer])
-            torch.testing.assert_close(other.cache.k[layer], expected.cache.k[layer], atol=1e-4, rtol=1e-4)
-            torch.testing.assert_close(other.cache.v[layer], expected.cache.v[layer], atol=1e-4, rtol=1e-4)
+            for found, wanted in zip(other.cache.read(layer), expected.cache.read(layer), strict=True):
+                torch.testing.assert_close(found.k, wanted.k, atol=1e-4, rtol=1e-4)
+                torch.testing.assert_close(found.v, wanted.v, atol=1e-4, rtol=1e-4)
 
 
-def test_attention_of_some_rows_is_that_of_all_at_these_rows() -> None:
+def test_attention_of_some_tokens_is_that_of_all_at_these_tokens() -> None:
     torch.manual_seed(0)
     q, k, v = torch.randn(2, 4, 1300, 8), torch.randn(2, 2, 1300, 8), torch.randn(2, 2, 1300, 8)
-    rows = torch.stack([torch.randperm(1300)[:700].sort().values for _ in range(2)])
-    index = rows[:, None, :, None].expand(-1, 4, -1, 8)
+    indices = torch.stack([torch.randperm(1300)[:700].sort().values for _ in range(2)])
+    index = indices[:, None, :, None].expand(-1, 4, -1, 8)
     for window in (None, 100):
         everything = causal_attention(q, k, v, window)
-        some = attend_from(rows, q.gather(2, index), k, v, window)
+        some = attend_from(indices, q.gather(2, index), k, v, window)
         torch.testing.assert_close(some, everything.gather(2, index), atol=1e-5, rtol=1e-5)
         last = attend_from(torch.full((2, 1), 1299), q[:, :, -1:], k, v, window)
         torch.testing.assert_close(last, everything[:, :, -1:], atol=1e-5, rtol=1e-5)
 
 
-def test_what_nobody_reads_is_not_computed(tiny_llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tokens that enter each MLP: all up to the TSP layer, which only survivors leave, and one behind the last."""
-    rows: list[int] = []
+def test_what_is_never_read_is_not_computed(tiny_llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tokens that enter each MLP: all up to the TSP layer, which only propagated ones leave; one in the last."""
+    entered: list[int] = []
     forward = MLP.forward
 
     def count(self: MLP, x: Tensor) -> Tensor:
-        rows.append(x.shape[1])
+        entered.append(x.shape[1])
         return forward(self, x)
 
     monkeypatch.setattr(MLP, "forward", count)
     tiny_llm.prefill(prompt(300), FastKV(tsp_layer=2, tsp_rate=0.3, min_tokens=8))
-    assert rows == [300, 300, 90, 90, 90, 1]
+    assert entered == [300, 300, 90, 90, 90, 1]
 
 
 def test_full_logits_of_a_long_prompt_are_plain_causal_attention(tiny_llm: LLM) -> None:
@@ -154,7 +156,7 @@ def test_a_budget_of_the_whole_prompt_is_the_full_cache(tiny_llm: LLM, policy: F
     ids = prompt(120)  # below the floor of the last policy
     full, same = tiny_llm.prefill(ids, FullKV()), tiny_llm.prefill(ids, policy)
     assert torch.equal(full.logits, same.logits)
-    assert all(torch.equal(a, b) for a, b in zip(full.cache.k, same.cache.k, strict=True))
+    assert all(torch.equal(full.cache.read(i)[0].k, same.cache.read(i)[0].k) for i in range(6))
     assert all(torch.equal(a, b) for a, b in zip(full.kept, same.kept, strict=True))
 
 
@@ -169,8 +171,8 @@ def test_what_each_layer_saw_and_kept(tiny_llm: LLM) -> None:
         assert (tokens.diff(dim=-1) > 0).all()
         assert (kept.diff(dim=-1) > 0).all()
         assert (kept[..., -8:] == torch.arange(292, 300)).all()
-        for row in range(2):
-            assert set(kept[row].flatten().tolist()) <= set(tokens[row].tolist())
+        for entries, seen in zip(kept, tokens, strict=True):
+            assert set(entries.flatten().tolist()) <= set(seen.tolist())
 
 
 def test_the_two_decisions_are_independent(tiny_llm: LLM) -> None:
@@ -189,11 +191,11 @@ def test_a_batch_is_each_prompt_alone(tiny_llm: LLM) -> None:
     policy = FastKV(tsp_layer=2, tsp_rate=0.3, kv_retention=0.1, min_tokens=8)
     both = prompt(200, batch=2)
     together = tiny_llm.prefill(both, policy)
-    for row in range(2):
-        alone = tiny_llm.prefill(both[row].tolist(), policy)
-        torch.testing.assert_close(together.logits[row], alone.logits[0], atol=1e-5, rtol=1e-5)
+    for index in range(2):
+        alone = tiny_llm.prefill(both[index].tolist(), policy)
+        torch.testing.assert_close(together.logits[index], alone.logits[0], atol=1e-5, rtol=1e-5)
         for a, b in zip(together.kept, alone.kept, strict=True):
-            assert torch.equal(a[row], b[0])
+            assert torch.equal(a[index], b[0])
 
 
 def test_only_one_layers_full_kv_is_alive_at_a_time(tiny_llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -201,18 +203,18 @@ def test_only_one_layers_full_kv_is_alive_at_a_time(tiny_llm: LLM, monkeypatch: 
     places: set[int] = set()
     score = FastKV.score
 
-    def watch(self: FastKV, observed: Observation) -> Tensor:
+    def noted(self: FastKV, observed: Observation) -> Tensor:
         places.add(observed.k.untyped_storage().data_ptr())
         return score(self, observed)
 
-    monkeypatch.setattr(FastKV, "score", watch)
+    monkeypatch.setattr(FastKV, "score", noted)
     tiny_llm.prefill(prompt(200), FastKV(min_tokens=8))
     assert len(places) == 1
 
 
 @pytest.mark.parametrize("n_tokens", [1, 2, 7, 8, 9, 17])
 def test_short_prompts(tiny_llm: LLM, n_tokens: int) -> None:
-    """Around and below the window of 8 there is little or nothing to score."""
+    """Around and below the observation window of 8 there is little or nothing to score."""
     pre = tiny_llm.prefill(prompt(n_tokens), FastKV(tsp_len=8, kv_len=8))
     assert [kept.shape[-1] for kept in pre.kept] == [min(8, n_tokens)] * 6
     assert pre.tokens[-1].shape[-1] == min(8, n_tokens)

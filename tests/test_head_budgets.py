@@ -1,124 +1,19 @@
-"""Heads that keep different numbers of entries: which ones, where they lie, and what they cost."""
+"""AdaKV and HeadKV: which head of a layer gets how much of its budget."""
 
 from __future__ import annotations
 
-import functools
 import json
-from itertools import product
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from caches import make_cache
 
 from fastkv import LLM, AdaKV, FastKVError, HeadKV, SamplingParams, SnapKV
 from fastkv.cache.head_table import read_table, share_out
-from fastkv.cache.kv_cache import KVCache
-from fastkv.cache.ragged import RaggedEntries, RaggedKVCache, select_ragged
-from fastkv.cache.storage import KVStorage
-from fastkv.engine import slot_attention as slots
-from fastkv.engine.attention import decode_attention
-from fastkv.engine.slot_attention import MaskedSlots, VarlenSlots
 
 PROMPT = torch.randint(3, 256, (1, 300), generator=torch.Generator().manual_seed(1))
 TABLE = [[0.0, 1.0], [0.5, 0.5], [0.0, 0.0], [0.2, 0.7], [3.0, 0.1], [0.0, 0.4]]
-
-
-cache_of = functools.partial(make_cache, kind=RaggedKVCache)
-
-
-def test_each_head_keeps_its_best_and_the_window() -> None:
-    scores = torch.tensor([[[5.0, 1, 4, 2], [1, 3, 3, 3]], [[1, 1, 1, 2], [9, 8, 7, 6]]])
-    found = select_ragged(scores, torch.tensor([[4, 2], [3, 3]]), window=1)
-    positions = found.positions(torch.arange(10, 15).expand(2, -1))
-    assert positions[0].tolist() == [[10, 12, 13, 14], [11, 14, -1, -1]]  # of equals the first
-    assert positions[1].tolist() == [[10, 13, 14, -1], [10, 11, 14, -1]]
-    assert found.index[0].tolist() == [0, 2, 3, 4, 6, 9]
-
-
-def test_heads_lie_one_behind_the_other_with_room_for_the_answer() -> None:
-    cache = cache_of([3])
-    k = torch.arange(2 * 5 * 3.0).view(1, 2, 5, 3) + 1
-    cache.load(0, k, -k, RaggedEntries(torch.tensor([[1, 5]]), torch.tensor([[2, 5, 6, 7, 8, 9]]), 5))
-    assert cache.storage.starts[0].tolist() == [[0, 5]]  # one entry and four tokens to come
-    assert cache.lengths[0].tolist() == [[1, 5]]
-    assert torch.equal(cache.k[0][0, [0, 5, 6, 7, 8, 9]], k.flatten(1, 2)[0, [2, 5, 6, 7, 8, 9]])
-    for step in range(4):
-        new = torch.full((1, 2, 1, 3), 100.0 + step)
-        heads = cache.append_to_heads(0, new, -new)
-        for (keys, values), count in zip(heads[0], (1, 5), strict=True):
-            assert keys.shape == (1, 1, count + step + 1, 3)
-            assert (keys[0, 0, -1] == 100 + step).all()
-            assert torch.equal(values, -keys)
-        cache.advance()
-    assert cache.lengths[0].tolist() == [[5, 9]]
-    assert torch.equal(heads[0][1][0][0, 0, :5], k[0, 1])  # no head has written over another
-
-
-def test_a_ragged_cache_takes_no_more_than_an_even_one() -> None:
-    even = make_cache([40, 5], batch=2, kind=KVCache)
-    assert cache_of([40, 5], batch=2).nbytes == even.nbytes == even.storage.nbytes
-
-
-def test_in_used_storage_nothing_of_old_is_left() -> None:
-    storage = KVStorage.allocate([96], 1, 2, 3, dtype=torch.float32, device=torch.device("cpu"))
-    for buffer in (storage.k[0], storage.v[0]):
-        buffer.fill_(float("inf"))
-    cache = cache_of([3], storage=storage)
-    cache.load(0, torch.ones(1, 2, 3, 3), torch.ones(1, 2, 3, 3), None)
-    assert storage.k[0].isfinite().all()
-    assert storage.v[0].isfinite().all()
-    assert cache.counts == [[[3, 3]]]
-
-
-def ragged_storage() -> KVStorage:
-    """Two texts of two heads, whose heads begin and end anywhere."""
-    torch.manual_seed(0)
-    made = KVStorage.allocate([96, 64], 2, 2, 8, dtype=torch.float32, device=torch.device("cpu"))
-    for buffer in [*made.k, *made.v]:
-        buffer.normal_()
-    made.starts.copy_(torch.tensor([[[0, 20], [0, 150]], [[0, 100], [0, 7]]]))
-    made.lengths.copy_(torch.tensor([[[15, 130], [140, 30]], [[90, 3], [0, 110]]]))
-    return made
-
-
-@pytest.mark.parametrize("layer", [0, 1])
-def test_masked_slots_find_each_head(layer: int) -> None:
-    storage = ragged_storage()
-    q = torch.randn(2, 6, 1, 8)
-    found = MaskedSlots(storage, ragged=True)(layer, q, 160, None)
-    flat_k, flat_v = storage.flat(layer)
-    for text in range(2):
-        for head in range(2):
-            start = int(storage.starts[layer, text, head])
-            live = slice(start, start + int(storage.lengths[layer, text, head]) + 1)
-            group = slice(3 * head, 3 * head + 3)
-            expected = decode_attention(
-                q[[text], group], flat_k[text, live][None, None], flat_v[text, live][None, None]
-            )
-            torch.testing.assert_close(found[[text], group], expected)
-
-
-def test_varlen_slots_find_each_head(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What the kernel is handed, by a slow function with its documented meaning."""
-
-    def kernel(q: Any, k: Any, v: Any, starts_q: Any, starts_k: Any, *most: int, seqused_k: Any) -> torch.Tensor:
-        out = torch.empty_like(q)
-        for index, (first, count) in enumerate(zip(starts_k[:-1].tolist(), seqused_k.tolist(), strict=True)):
-            keys, values = (rows[None, None, first : first + count, 0] for rows in (k, v))
-            out[index] = decode_attention(q[index][None, :, None], keys, values)[0, :, 0]
-        return out
-
-    monkeypatch.setattr(slots, "_varlen_function", lambda: kernel)
-    storage = ragged_storage()
-    varlen, masked = VarlenSlots(storage, ragged=True), MaskedSlots(storage, ragged=True)
-    for _ in range(2):
-        varlen.begin()
-        for layer, window in product(range(2), (None, 7)):  # with a window it leaves the work to the masked ones
-            q = torch.randn(2, 6, 1, 8)
-            torch.testing.assert_close(varlen(layer, q, 192, window), masked(layer, q, 192, window))
-        storage.lengths.add_(1)
 
 
 # --- AdaKV ---
@@ -127,17 +22,15 @@ def test_varlen_slots_find_each_head(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_all_heads_compete_for_what_is_beyond_the_floor() -> None:
     scores = torch.tensor([[[9.0, 8, 7, 6, 5], [4, 3, 2, 1, 0]]])
     policy = AdaKV(kv_len=3, window=1, kernel=1, min_tokens=1, head_floor=0)
-    assert policy.head_budgets(0, 1, 3, scores).tolist() == [
-        [5, 1]
-    ]  # four entries in front of the window, all of head 0
+    assert policy.head_budgets(0, 1, 3, scores).tolist() == [[5, 1]]  # four entries before the window, all of head 0
     halves = AdaKV(kv_len=3, window=1, kernel=1, min_tokens=1, head_floor=0.5)
     assert halves.head_budgets(0, 1, 3, scores).tolist() == [[4, 2]]
 
 
 def test_adakv_with_nothing_to_compete_for_is_snapkv(tiny_llm: LLM) -> None:
     even = tiny_llm.prefill(PROMPT, SnapKV(kv_len=40, pooling="avg"))
-    ragged = tiny_llm.prefill(PROMPT, AdaKV(kv_len=40, pooling="avg", head_floor=1.0))
-    assert all(torch.equal(a, b) for a, b in zip(even.kept, ragged.kept, strict=True))
+    ours = tiny_llm.prefill(PROMPT, AdaKV(kv_len=40, pooling="avg", head_floor=1.0))
+    assert all(torch.equal(a, b) for a, b in zip(even.kept, ours.kept, strict=True))
 
 
 def test_adakv_keeps_the_best_of_the_layer_and_no_more_memory(tiny_llm: LLM) -> None:
@@ -148,14 +41,14 @@ def test_adakv_keeps_the_best_of_the_layer_and_no_more_memory(tiny_llm: LLM) -> 
         pre = tiny_llm.prefill(PROMPT, AdaKV(kv_len=40, head_floor=0))
     lengths = set()
     for scores, kept in zip(seen, pre.kept, strict=True):
-        in_front = [of_head[(of_head >= 0) & (of_head < 292)] for of_head in kept[0]]
-        found = torch.cat([of_head[chosen] for of_head, chosen in zip(scores[0], in_front, strict=True)])
+        before_window = [of_head[(of_head >= 0) & (of_head < 292)] for of_head in kept[0]]
+        found = torch.cat([of_head[chosen] for of_head, chosen in zip(scores[0], before_window, strict=True)])
         best = scores.flatten().topk(64).values  # ties may fall either way, values may not
         torch.testing.assert_close(found.sort().values, best.sort().values)
-        lengths |= {len(chosen) for chosen in in_front}
+        lengths |= {len(chosen) for chosen in before_window}
     assert len(lengths) > 2, "no head has more than another"
     assert pre.cache.nbytes == tiny_llm.prefill(PROMPT, SnapKV(kv_len=40)).cache.nbytes
-    assert pre.cache.storage.nbytes == pre.cache.nbytes
+    assert pre.cache.pool.nbytes == pre.cache.nbytes
 
 
 # --- HeadKV ---
@@ -249,8 +142,8 @@ def test_a_table_of_another_model_is_refused(tiny_llm: LLM) -> None:
 
 
 @pytest.mark.parametrize("policy", [AdaKV(kv_len=40), HeadKV(kv_len=40, head_scores=TABLE)], ids=["adakv", "headkv"])
-def test_rows_that_others_used_before(tiny_llm: LLM, policy: AdaKV) -> None:
-    """Short and long prompts, even and ragged, in the slots of one another."""
+def test_slots_that_others_used_before(tiny_llm: LLM, policy: AdaKV) -> None:
+    """Short and long prompts, in slots where heads of other lengths lay, or heads that are all alike."""
     params = SamplingParams(max_tokens=6, ignore_eos=True)
     prompts = [PROMPT[0, :count].tolist() for count in (300, 120, 30, 250, 299)]
     tiny_llm.free_buffers()
