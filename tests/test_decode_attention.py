@@ -136,9 +136,8 @@ def test_eager_attention_is_the_slow_twin(
 ) -> None:
     """Of the slots 0, 2 and 3, which are two runs of neighbours, for several steps."""
     pool, slots = pool_of(layout, lengths), [0, 2, 3]
-    attention = EagerAttention(pool, [range(1), range(2, 4)], count, [window] * 2)
     for step in range(2):
-        attention.begin()
+        attention = EagerAttention(pool, [range(1), range(2, 4)], count, [window] * 2)
         for layer in range(2):
             new = step_of(3, 6, count, seed=step)
             expected = slow(pool, layer, slots, new, window)
@@ -157,10 +156,9 @@ def test_masked_attention_is_the_eager_one(
     pool, eager = pool_of(layout, lengths), pool_of(layout, lengths)
     spans = SPANS if layout is DenseLayer else (2 * 96, 2 * 64)
     masked = MaskedAttention(pool, n, spans, [window] * 2)
-    plain = EagerAttention(eager, [range(n)], 1, [window] * 2)
     for step in range(3):
         masked.begin()
-        plain.begin()
+        plain = EagerAttention(eager, [range(n)], 1, [window] * 2)
         for layer in range(2):
             new = step_of(n, 6, 1, seed=step)
             expected = slow(eager, layer, range(n), new, window)
