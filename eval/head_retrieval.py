@@ -114,9 +114,6 @@ class _NotingAttention:
         self._attend = EagerAttention(cache.pool, [cache.slots], 1, self._windows)
         self.strongest: list[Tensor] = []
 
-    def begin(self) -> None:
-        self._attend.begin()
-
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         attended = self._attend(layer, q, k, v)
         (part,) = self._cache.layers[layer].read(self._cache.slots, new=1)
