@@ -66,14 +66,18 @@ class DenseLayer:
             memory[slots.start : slots.stop].flatten(1, 2).scatter_(1, index, new.flatten(1, 2))
 
     def read(self, slots: range, new: int = 0) -> list[Part]:
+        if len(slots) == 1:
+            count = self._stored[slots.start] + self._appended[slots.start] + new
+            slot = slice(slots.start, slots.stop)
+            return [Part(self.k[slot, :, :count], self.v[slot, :, :count])]
         counts = [self.count(slot) + new for slot in slots]
         longest = max(counts)
         if longest * len(counts) > _WASTE * sum(counts):
             return [
-                self._part(range(slot, slot + 1), count, slice(index, index + 1))
-                for index, (slot, count) in enumerate(zip(slots, counts, strict=True))
+                Part(*self.padded(range(one, one + 1), count), slice(index, index + 1))
+                for index, (one, count) in enumerate(zip(slots, counts, strict=True))
             ]
-        part = self._part(slots, longest, slice(None))
+        part = Part(*self.padded(slots, longest))
         if min(counts) == longest:
             return [part]
         live = self.lengths[slots.start : slots.stop, :, None, None] + new  # the device knows: the host need not wait
@@ -102,9 +106,6 @@ class DenseLayer:
 
     def restore(self, slot: int, state: dict[str, Tensor], room: int) -> None:
         self.store(range(slot, slot + 1), state["k"].unsqueeze(0), state["v"].unsqueeze(0), None, room)
-
-    def _part(self, slots: range, count: int, sequences: slice) -> Part:
-        return Part(*self.padded(slots, count), sequences)
 
     def _fill(self, slots: range, first: int, k: Tensor, v: Tensor) -> None:
         end = first + k.shape[2]

@@ -18,6 +18,7 @@ class KVCache:
 
     position: the next token's, an int; the device has it too (KVPool.next_position). Positions from `position_limit`
     on are beyond what the model can tell apart. room: tokens that can still be appended.
+    unfinished: whether a prefill is under way, or failed: then the layers do not belong together.
     whole_from: the position from which on every layer holds every token; what stands before it was chosen by a policy.
 
     Filled by a prefill: `begin`, for each layer `store` or `extend`, then `end`. Each decode step then appends to every
@@ -25,18 +26,15 @@ class KVCache:
     """
 
     def __init__(self, pool: KVPool, slots: range, room: int, position_limit: int) -> None:
-        self.pool, self.slots = pool, slots
+        self.pool, self.slots, self.batch = pool, slots, len(slots)
         self.room, self.position_limit = room, position_limit
         self.position = self.whole_from = 0
         self._chosen: list[Tensor | None] = [None] * len(pool.layers)  # int64 [B, Hkv, n], before whole_from
-        self._unfinished, self._whole = False, True
-
-    @property
-    def batch(self) -> int:
-        return len(self.slots)
+        self.unfinished, self._whole = False, True
 
     @property
     def layers(self) -> Sequence[KVLayer]:
+        """How each layer's entries are stored, for all slots of the pool."""
         return self.pool.layers
 
     @property
@@ -79,18 +77,13 @@ class KVCache:
 
     # --- a prefill ---
 
-    def check_usable(self) -> None:
-        """Raise FastKVError if a prefill of this cache was never finished: its layers do not belong together."""
-        if self._unfinished:
-            raise FastKVError("the cache was left by a prefill that failed; start with a new one")
-
     def begin(self, whole: bool) -> None:
         """A prefill begins: until `end` the layers do not belong together. whole: each will keep every new token."""
-        self._unfinished, self._whole = True, whole
+        self.unfinished, self._whole = True, whole
 
     def store(self, layer: int, k: Tensor, v: Tensor, kept: Kept, positions: Tensor) -> None:
         """Replace a layer's entries by the `kept` of k and v [B, Hkv, T, D], which stand at `positions` [B, Hkv, n]."""
-        self.layers[layer].store(self.slots, k, v, kept, self.room)
+        self.pool.layers[layer].store(self.slots, k, v, kept, self.room)
         if not self._whole:
             self._chosen[layer] = positions
 
@@ -102,13 +95,13 @@ class KVCache:
             self._chosen[layer] = torch.cat((before, new), dim=2)
         self.layers[layer].extend(self.slots, k, v, self.pool.places(self.slots, k.shape[2])[layer])
 
-    def end(self, position: int, room: int) -> None:
+    def end(self, position: int, room: int, position_limit: int) -> None:
         """The prefill is done: the next token stands at `position`, and there is `room` for more."""
         if not self._whole:
             self.whole_from = position
-        self.position, self.room = position, room
+        self.position, self.room, self.position_limit = position, room, position_limit
         self.next_position.fill_(position)
-        self._unfinished = False
+        self.unfinished = False
 
     # --- decode steps ---
 
@@ -125,10 +118,12 @@ class KVCache:
         """End a step of `count` tokens. on_device: False where a graph has counted there itself."""
         self.position += count
         self.room -= count
+        pool, part = self.pool, slice(self.slots.start, self.slots.stop)
+        for slot in self.slots:
+            pool.appended[slot] += count
         if on_device:
-            self.pool.advance(self.slots, count)
-        else:
-            self.pool.count_on_host(self.slots, count)
+            pool.lengths[:, part] += count
+            pool.next_position[part] += count
 
     def truncate(self, count: int) -> None:
         """Forget the last `count` tokens, as if they had never been.
@@ -146,14 +141,16 @@ class KVCache:
         self.room += count
         self.next_position.fill_(self.position)
 
+    def has_room(self, capacities: Sequence[int], new: int) -> bool:
+        """Whether each layer has room for `capacities` entries, and each head for `new` tokens after its own."""
+        fits = all(wanted <= there for wanted, there in zip(capacities, self.pool.capacities, strict=True))
+        return fits and new <= self.room
+
     def make_room(self, capacities: Sequence[int], new: int) -> None:
         """Let each layer have room for `capacities` entries, and each head for `new` tokens after its own.
 
-        Where the pool is too small, the entries move to a new one, which is this cache's alone.
+        The entries move to a new pool, which is this cache's alone; see `has_room` for whether that is needed.
         """
-        fits = all(wanted <= there for wanted, there in zip(capacities, self.pool.capacities, strict=True))
-        if fits and new <= self.room:
-            return
         old = self.pool
         counts = [layer.count(self.slots[0]) for layer in old.layers]
         sizes = [max(wanted, round_up(count)) for wanted, count in zip(capacities, counts, strict=True)]
@@ -170,6 +167,8 @@ def check_cache(cache: Any, n_layers: int, shape: EntryShape, device: torch.devi
     """Raise FastKVError unless this is a usable cache of a model of that many layers and that shape of entries."""
     if not isinstance(cache, KVCache):
         raise FastKVError(f"a cache is what a prefill has left (pre.cache), not {type(cache).__name__}")
-    if (len(cache.layers), cache.pool.shape, cache.pool.device) != (n_layers, shape, device):
+    pool = cache.pool
+    if (len(pool.layers), pool.shape, pool.device) != (n_layers, shape, device):
         raise FastKVError("this cache is of another model, dtype or device than the one that goes on with it")
-    cache.check_usable()
+    if cache.unfinished:  # its layers do not belong together
+        raise FastKVError("the cache was left by a prefill that failed; start with a new one")

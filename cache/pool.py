@@ -101,15 +101,3 @@ class KVPool:
         part = slice(slots.start, slots.stop)
         ends = (self.starts[:, part] + self.lengths[:, part]).unsqueeze(3)
         return ends if count == 1 else ends + torch.arange(count, device=self.device)
-
-    def advance(self, slots: range, count: int) -> None:
-        """End a step: every layer has appended `count` tokens to each of these slots."""
-        part = slice(slots.start, slots.stop)
-        self.lengths[:, part] += count
-        self.next_position[part] += count
-        self.count_on_host(slots, count)
-
-    def count_on_host(self, slots: range, count: int) -> None:
-        """The host's half of `advance`, where the device has counted for itself."""
-        for slot in slots:
-            self.appended[slot] += count

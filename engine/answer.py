@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+
 from fastkv.engine.output import Metrics, Output, Piece, RunInfo
 from fastkv.engine.prefill import Prefill
 from fastkv.engine.request import Request

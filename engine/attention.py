@@ -43,6 +43,8 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, window: int | None = None,
     n_tokens = q.shape[2]
     if window is not None and window < n_tokens:
         return _in_blocks(None, q, k, v, window)
+    if backend == AUTO and q.device.type == "cpu":
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
     if backend == AUTO:
         k, v = _repeated_if_slow(q, k, v)
     with _kernels(backend, n_tokens, q.device):
@@ -169,29 +171,28 @@ def take_tokens(attended: Tensor, indices: Tensor) -> Tensor:
 
 
 def attend_parts(
-    parts: Sequence[Part], q: Tensor, window: int | None = None, indices: Tensor | None = None, n_new: int | None = None
+    parts: Sequence[Part], q: Tensor, window: int | None = None, indices: Tensor | None = None, n_new: int = 0
 ) -> Tensor:
     """Attention over what a layer's storage gave out, part by part: q [B, Hq, T, D] -> the same shape.
 
     The queries are those of the last T entries of every head; or, of the last `n_new`, those at `indices` int64 [B, T].
     """
-    if len(parts) == 1:
-        return _attend_part(parts[0], q, window, indices, n_new)
-    group = q.shape[1] // max(part.heads.stop or part.k.shape[1] for part in parts)
-    attended = torch.empty_like(q)
-    for part in parts:
-        heads = part.heads
-        if heads.start is not None:
-            heads = slice(heads.start * group, heads.stop * group)
-        chosen = None if indices is None else indices[part.sequences]
-        attended[part.sequences, heads] = _attend_part(part, q[part.sequences, heads], window, chosen, n_new)
-    return attended
-
-
-def _attend_part(part: Part, q: Tensor, window: int | None, indices: Tensor | None, n_new: int | None) -> Tensor:
-    if indices is None or n_new is None:
+    if len(parts) == 1 and indices is None:
+        part = parts[0]
+        if q.shape[2] == 1 and window is None and part.live is None:  # the usual step of one token
+            return decode_attention(q, part.k, part.v)
         return attend_last(q, part.k, part.v, window, part.live)
-    return attend_from(indices + (part.k.shape[2] - n_new), q, part.k, part.v, window)
+    attended = torch.empty_like(q)
+    group = q.shape[1] // max([part.heads.stop or part.k.shape[1] for part in parts])
+    for part in parts:
+        heads = part.heads if part.heads.start is None else slice(part.heads.start * group, part.heads.stop * group)
+        queries = q[part.sequences, heads]
+        if indices is None:
+            attended[part.sequences, heads] = attend_last(queries, part.k, part.v, window, part.live)
+        else:
+            chosen = indices[part.sequences] + (part.k.shape[2] - n_new)
+            attended[part.sequences, heads] = attend_from(chosen, queries, part.k, part.v, window)
+    return attended
 
 
 def decode_attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None = None) -> Tensor:
@@ -204,8 +205,11 @@ def decode_attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None = N
     rows = q.unflatten(1, (k.shape[1], -1)).squeeze(3)  # [B, Hkv, G, D]
     if n_rows == 1 and two_rows_are_faster(q):
         rows = rows.expand(-1, -1, 2, -1)
-    with without_cudnn(q.device):
+    if q.device.type == "cpu":
         attended = F.scaled_dot_product_attention(rows, k, v, attn_mask=visible)
+    else:
+        with without_cudnn(q.device):
+            attended = F.scaled_dot_product_attention(rows, k, v, attn_mask=visible)
     return attended[:, :, :n_rows].flatten(1, 2).unsqueeze(2)
 
 

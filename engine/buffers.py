@@ -24,9 +24,7 @@ class Buffers:
     def nbytes(self) -> int:
         return self.workspace.nbytes + (self.state.pool.nbytes if self.state is not None else 0)
 
-    def state_for(
-        self, layout: type[KVLayer], capacities: Sequence[int], n_slots: int, model: Llama
-    ) -> SlotState:
+    def state_for(self, layout: type[KVLayer], capacities: Sequence[int], n_slots: int, model: Llama) -> SlotState:
         """Slots for `n_slots` sequences and at least `capacities` entries a layer: those there are, or larger ones."""
         known = self.state
         if known is not None and known.pool.holds(layout, capacities, n_slots):

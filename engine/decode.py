@@ -20,11 +20,10 @@ def decode_step(model: Llama, cache: KVCache, ids: Tensor) -> Tensor:
     """
     count = ids.shape[1]
     cache.check_room(count)
-    model.reserve(cache.position + count)
-    positions = cache.next_position.unsqueeze(1)
+    positions = cache.pool.next_position[cache.slots.start : cache.slots.stop].unsqueeze(1)
     if count > 1:
         positions = positions + torch.arange(count, device=ids.device)
-    attention = EagerAttention(cache.pool, [cache.slots], count, model.config.windows)
+    attention = EagerAttention(cache.pool, [cache.slots], count, model.windows)
     logits = run_layers(model, ids, positions, attention)
     cache.advance(count)
     return logits
@@ -34,7 +33,6 @@ def run_layers(model: Llama, ids: Tensor, positions: Tensor, attention: StepAtte
     """All layers for some new tokens: ids and positions int64 [B, T] -> logits float32 [B, T, V]."""
     hidden = model.embed(ids)  # [B, T, E]
     rope = model.rope(positions)
-    attention.begin()
     for layer, block in enumerate(model.blocks):
         q, k, v = block.project(hidden, rope)
         block.finish_(hidden, attention(layer, q, k, v))

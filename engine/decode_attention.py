@@ -27,9 +27,6 @@ Windows = Sequence[int | None]  # the sliding window of each layer, in tokens
 class StepAttention(Protocol):
     """Attention of one decode step of some sequences of a pool."""
 
-    def begin(self) -> None:
-        """Once a step, before the first layer."""
-
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Append k and v [B, Hkv, T, D], and let q [B, Hq, T, D] attend to all entries up to its own. -> as q."""
 
@@ -39,10 +36,7 @@ class EagerAttention:
 
     def __init__(self, pool: KVPool, runs: Sequence[range], n_new: int, windows: Windows) -> None:
         self._pool, self._runs, self._n_new, self._windows = pool, runs, n_new, windows
-        self._places: list[Tensor] = []
-
-    def begin(self) -> None:
-        self._places = [self._pool.places(run, self._n_new) for run in self._runs]
+        self._places = list(map(pool.places, runs, [n_new] * len(runs)))
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         storage, window = self._pool.layers[layer], self._windows[layer]
@@ -63,6 +57,7 @@ class MaskedAttention:
         self._places = pool.places(self._slots, 1)
 
     def begin(self) -> None:
+        """Once a step, before the first layer: read the counts anew."""
         self._places.copy_(self._pool.places(self._slots, 1))
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -110,6 +105,7 @@ class VarlenAttention:
         self._live = torch.zeros(n_layers, n * n_kv_heads, dtype=integer, device=device)
 
     def begin(self) -> None:
+        """As MaskedAttention.begin."""
         self._masked.begin()
         shape = (self._n, self._pool.lengths.shape[2])
         self._live.unflatten(1, shape).copy_(self._pool.lengths[:, : self._n]).add_(1)
@@ -157,7 +153,10 @@ def _flash_forward(
     return forward(q, k, v, starts, starts_of_keys, max_q, max_k, 0.0, False, False, seqused_k=seqused_k)[0]
 
 
-def graph_attention(pool: KVPool, n_heads: int) -> tuple[type[MaskedAttention] | type[VarlenAttention], str | None]:
+GraphAttention = MaskedAttention | VarlenAttention
+
+
+def graph_attention(pool: KVPool, n_heads: int) -> tuple[type[GraphAttention], str | None]:
     """The faster of the two that a graph can hold, and why it is not VarlenAttention (None: it is).
 
     Versions of torch and devices differ in what varlen attention takes, so it is tried: on a small pool of the same

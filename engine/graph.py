@@ -14,11 +14,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from fastkv.cache.pool import bucket
 from fastkv.engine.decode import run_layers
-from fastkv.engine.decode_attention import StepAttention, graph_attention
+from fastkv.engine.decode_attention import GraphAttention, graph_attention
 from fastkv.engine.sampler import Features
 from fastkv.engine.step import Caches, SlotState
 from fastkv.models.llama import Llama
@@ -49,7 +48,7 @@ class GraphStepper:
         self._logits = torch.zeros(n_slots, model.config.vocab_size, device=device)
         self._active = torch.zeros(n_slots, dtype=torch.int64, device=device)  # 1 for the slots of this step
         self._marked: tuple[int, ...] = ()  # the same, on the host
-        self._steps: dict[tuple[Any, ...], tuple[Replay, StepAttention]] = {}
+        self._steps: dict[tuple[Any, ...], tuple[Replay, GraphAttention]] = {}
         self._choices: dict[tuple[int, Features], Replay] = {}
         self._reserved = 0
 
@@ -86,7 +85,7 @@ class GraphStepper:
         key = (n_slots, *spans)
         if key not in self._steps:
             _make_room(self._steps)
-            attention = self._attention(self._state.pool, n_slots, spans, self._model.config.windows)
+            attention = self._attention(self._state.pool, n_slots, spans, self._model.windows)
             self._mark(())  # warmed up for no slot at all: nothing is counted
             # The graph reads the attention's tensors, which must live as long.
             self._steps[key] = self._record(lambda: self._layers(n_slots, attention)), attention
@@ -104,11 +103,12 @@ class GraphStepper:
             self._choices[key] = self._record(lambda: self._choose(*key))
         return self._choices[key]
 
-    def _layers(self, n_slots: int, attention: StepAttention) -> None:
+    def _layers(self, n_slots: int, attention: GraphAttention) -> None:
         """From the last tokens of the first slots to their logits. The slots of this step get one entry more."""
         pool = self._state.pool
         ids = self._state.tokens[:n_slots].clamp_min(0).unsqueeze(1)  # what was not finite is no token: see Sampler
         positions = pool.next_position[:n_slots].unsqueeze(1)
+        attention.begin()
         self._logits[:n_slots] = run_layers(self._model, ids, positions, attention)[:, 0]
         active = self._active[:n_slots]
         pool.lengths[:, :n_slots].add_(active.unsqueeze(1))

@@ -106,6 +106,8 @@ class LLM:
                 self._model = load_weights(self.config, folder, torch_dtype, target, line.show)
         if compile:
             compile_layers(self._model)
+        self._device = self._model.device
+        self._entry = EntryShape(self.config.n_kv_heads, self.config.head_dim, self._model.dtype)
         self._runtime = Runtime(self._model, cuda_graph and target.type == "cuda", attention)
 
     @property
@@ -243,10 +245,12 @@ class LLM:
         """Run new tokens through the layers and decode nothing.
 
         token_ids: list[int], or an integer tensor [B, N], of B sequences that are equally long. max_tokens: the room
-        that the cache gets for `decode`. cache: what an earlier prefill left; the sequence goes on after what it holds,
-        in that very cache. New tokens then attend to every entry kept so far, and causally to one another. A policy that
-        can (Policy.compresses_again) chooses anew among those entries and the new tokens, its budget counting from the
-        whole sequence; else what was kept stays, and the new tokens are kept whole. TSP works on the new tokens.
+        that the cache gets for `decode`.
+
+        cache: what an earlier prefill left. The sequence continues after what it holds, in that very cache: new tokens
+        attend to every entry kept so far, and causally to one another. A policy that can (Policy.compresses_again)
+        chooses anew among those entries and the new tokens, its budget counting from the whole sequence; else what was
+        kept stays, and the new tokens are kept whole. TSP works on the new tokens.
 
         Returns logits [B, V] float32, the tokens that each layer saw, the entries that it kept, and the cache.
         Raises FastKVError as `generate` does, and for a cache that is not of this model.
@@ -255,15 +259,20 @@ class LLM:
         ids = id_tensor(token_ids, self.config.vocab_size).to(self.device)
         policy = self.policy if policy is None else self._checked_policy(policy)
         if cache is not None:
-            self._check_cache(cache, ids.shape[0])
+            check_cache(cache, self.config.n_layers, self._entry, self._device)
+            if ids.shape[0] != cache.batch:
+                raise FastKVError(f"the cache holds {cache.batch} sequences, but the new tokens are of {ids.shape[0]}")
         limit = position_limit(self.config, policy, ids.shape[1], cache)
         plan = plan_request(self.config, policy, ids.shape[1], max_tokens, self.dtype, limit, cache)
-        check_cache_fits(plan, self.device, ids.shape[0], 0 if cache is None else cache.nbytes)
+        new = 0 if plan.compresses else plan.n_tokens + max_tokens
+        fits = cache is not None and cache.has_room(plan.capacities, new)
+        if not fits:
+            check_cache_fits(plan, self.device, ids.shape[0])
         with explain_out_of_memory():
             if cache is None:
-                cache = plan.new_cache(*ids.shape[:1], self.device)
-            else:
-                cache.make_room(plan.capacities, 0 if plan.compresses else plan.n_tokens + max_tokens)
+                cache = plan.new_cache(ids.shape[0], self.device)
+            elif not fits:
+                cache.make_room(plan.capacities, new)
             buffers = self._runtime.buffers.lease()
             result = prefill(self._model, ids, plan, cache, buffers.workspace, self._runtime.attention)
             self._runtime.buffers.give_back(buffers)
@@ -276,8 +285,8 @@ class LLM:
         Raises FastKVError when the cache or the model's context is full, for the wrong number or kind of tokens, and
         for a cache that is not of this model; nothing has changed then.
         """
-        self._check_cache(cache)
-        ids = step_tensor(token_ids, cache.batch, self.config.vocab_size).to(self.device)
+        check_cache(cache, self.config.n_layers, self._entry, self._device)
+        ids = step_tensor(token_ids, cache.batch, self.config.vocab_size).to(self._device)
         logits = decode_step(self._model, cache, ids).clone()
         return logits if torch.as_tensor(token_ids).dim() == 2 else logits[:, 0]
 
@@ -332,13 +341,6 @@ class LLM:
             raise FastKVError(f"policy must be a policy such as FastKV() or FullKV(), not {policy!r}")
         policy.validate(self.config.n_layers, self.config.n_kv_heads)
         return policy
-
-    def _check_cache(self, cache: KVCache, batch: int | None = None) -> None:
-        """FastKVError unless it is a whole cache of this model, for `batch` sequences (None: any number)."""
-        shape = EntryShape(self.config.n_kv_heads, self.config.head_dim, self.dtype)
-        check_cache(cache, self.config.n_layers, shape, self.device)
-        if batch is not None and batch != cache.batch:
-            raise FastKVError(f"the cache holds {cache.batch} sequences, but the new tokens are of {batch}")
 
     def _eos_ids(self, params: SamplingParams) -> frozenset[int]:
         if params.ignore_eos:

@@ -70,7 +70,7 @@ def prefill(
         tokens.append(state.positions)
         state, rope = run.layer(layer, state, rope)
         kept.append(run.positions)
-    cache.end(start + plan.layers[0].seen, plan.max_tokens)
+    cache.end(start + plan.layers[0].seen, plan.max_tokens, plan.position_limit)
     if origins is not None:
         tokens = [origins.gather(1, positions) for positions in tokens]
         kept = [origins.unsqueeze(1).expand(-1, of.shape[1], -1).gather(2, of) for of in kept]
@@ -142,7 +142,7 @@ class LayerRun:
         state = self._gather(state, chosen)
         rope = self.model.rope(state.positions)
         q = self.model.blocks[layer].project_q(state.hidden, rope)
-        window = self.model.config.window_of(layer)
+        window = self.model.windows[layer]
         self.projection.finish_(layer, state.hidden, attend_parts(parts, q, window, chosen, n_tokens))
         return state, rope
 
@@ -164,9 +164,16 @@ class LayerRun:
             before = self.cache.read(layer)[0]
             k, v = self.projection.joined("keys", before.k, k), self.projection.joined("values", before.v, v)
         scores = self.policy.score(Observation(layer, q, k, v, past))
-        kept = self._entries(layer, scores, count) if drops else None
+        kept: Kept = None
+        if drops and self.policy.per_head:
+            counts = self.policy.head_budgets(layer, len(self.layers), count, scores)
+            kept = select_per_head(scores, counts, self.policy.window)
+        elif drops:
+            kept = select_entries(scores, count, self.policy.window)
         self.positions = positions if kept is None else positions_of(kept, positions)
         self.cache.store(layer, k, v, kept, self.positions)
+        if plan.propagated is None and self.selector is None:
+            return [Part(k, v)], None
         return [Part(k, v)], self._propagated(layer, plan, scores[..., past:])
 
     def _keep_all(self, layer: int, state: TokenState, k: Tensor, v: Tensor) -> list[Part]:
@@ -177,15 +184,10 @@ class LayerRun:
         self.cache.extend(layer, k, v, state.positions)
         return self.cache.read(layer)
 
-    def _entries(self, layer: int, scores: Tensor, count: int) -> Kept:
-        if not self.policy.per_head:
-            return select_entries(scores, count, self.policy.window)
-        counts = self.policy.head_budgets(layer, len(self.layers), count, scores)
-        return select_per_head(scores, counts, self.policy.window)
-
     def _propagated(self, layer: int, plan: LayerPlan, scores: Tensor) -> Tensor | None:
         """The indices of the tokens that are propagated after this layer, int64 [B, n], or None: all of them."""
-        importance, keep = (scores, plan.propagated)
+        importance: Tensor | None = scores
+        keep = plan.propagated
         if self.selector is not None:
             importance, keep = self.selector(layer, scores), self.keep
         if importance is None or keep is None:
@@ -201,7 +203,7 @@ class LayerRun:
 
     def _attend_all(self, layer: int, q: Tensor, parts: list[Part]) -> Tensor:
         """Attention of all new tokens: q [B, Hq, T, D] -> the same shape."""
-        window = self.model.config.window_of(layer)
+        window = self.model.windows[layer]
         if len(parts) == 1 and parts[0].k.shape[2] == q.shape[2]:
             return causal_attention(q, parts[0].k, parts[0].v, window, self.attention)
         return attend_parts(parts, q, window)

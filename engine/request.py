@@ -17,6 +17,7 @@ from fastkv.errors import FastKVError
 from fastkv.models.config import ModelConfig
 
 DEFAULT_MAX_TOKENS = 256
+_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.uint16, torch.uint32, torch.uint64)
 
 
 @dataclass(frozen=True)
@@ -43,30 +44,28 @@ class Request:
 
 def id_tensor(token_ids: Any, vocab_size: int) -> Tensor:
     """list[int], or an integer array or tensor [N] or [B, N] -> int64 [B, N], every id inside the vocabulary."""
-    wrong = FastKVError(f"a prompt is a string or a list of token ids, not {_brief(token_ids)}", setting="prompt")
     try:
         ids = torch.as_tensor(token_ids)
     except (TypeError, ValueError, RuntimeError, OverflowError):
-        raise wrong from None
+        raise _no_prompt(token_ids) from None
     ids = ids.unsqueeze(0) if ids.dim() == 1 else ids
     if ids.numel() == 0:
         raise FastKVError("the prompt is empty", setting="prompt")
-    if ids.dim() != 2 or not _is_integer(ids):
-        raise wrong
+    if ids.dim() != 2 or ids.dtype not in _INTEGERS:
+        raise _no_prompt(token_ids)
     return checked_ids(ids, vocab_size)
 
 
 def step_tensor(token_ids: Any, batch: int, vocab_size: int) -> Tensor:
     """The tokens of a decode step: integers [B] or [B, T] -> int64 [B, T], every id inside the vocabulary."""
-    wrong = FastKVError(f"decode takes one token id or several for each of {batch} prompts, not {_brief(token_ids)}")
     try:
         ids = torch.as_tensor(token_ids)
     except (TypeError, ValueError, RuntimeError, OverflowError):
-        raise wrong from None
+        ids = torch.empty(0)
     ids = ids.unsqueeze(1) if ids.dim() == 1 else ids
-    if ids.dim() != 2 or ids.shape[0] != batch or not ids.shape[1] or not _is_integer(ids):
-        raise wrong
-    return checked_ids(ids, vocab_size)
+    if ids.dim() == 2 and ids.shape[0] == batch and ids.shape[1] and ids.dtype in _INTEGERS:
+        return checked_ids(ids, vocab_size)
+    raise FastKVError(f"decode takes one token id or several for each of {batch} prompts, not {_brief(token_ids)}")
 
 
 def checked_ids(ids: Tensor, vocab_size: int) -> Tensor:
@@ -126,8 +125,8 @@ def params_of_each(params: Any, count: int) -> Sequence[Any]:
     return params
 
 
-def _is_integer(ids: Tensor) -> bool:
-    return not (ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool)
+def _no_prompt(value: Any) -> FastKVError:
+    return FastKVError(f"a prompt is a string or a list of token ids, not {_brief(value)}", setting="prompt")
 
 
 def _brief(value: Any) -> str:

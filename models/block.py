@@ -46,6 +46,7 @@ class Attention(nn.Module):
         self.o_proj = Linear(config.n_heads * self.head_dim, config.hidden_size, bias=config.o_bias)
         self.q_norm = nn.Identity() if q_norm is None else q_norm
         self.k_norm = nn.Identity() if k_norm is None else k_norm
+        self.has_norms = q_norm is not None
         ratio = 1.0 if scale is None else scale * math.sqrt(self.head_dim)
         self.q_factor = None if math.isclose(ratio, 1.0) else ratio
 
@@ -56,48 +57,30 @@ class Attention(nn.Module):
         """
         n_q, n_k, n_v = self.heads
         rotation = rope.rotations[self.rotary]
-        heads = self._split(self.qkv_proj(hidden))
+        heads = self.qkv_proj(hidden).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
         turning, v = heads.split((n_q + n_k, n_v), dim=1)
-        turning = self._normed(turning, n_q)
-        if out is None:
-            q, k = self._scaled_(rotation.rotate(turning), n_q).split((n_q, n_k), dim=1)
-            return q, k, v
-        rotation.rotate(turning, out=out[:, : n_q + n_k])
-        out[:, n_q + n_k :] = v
-        q, k, v = self._scaled_(out, n_q).split(self.heads, dim=1)
-        return q, k, v
+        if self.has_norms:
+            turning = torch.cat((self.q_norm(turning[:, :n_q]), self.k_norm(turning[:, n_q:])), dim=1)
+        turned = rotation.rotate(turning, None if out is None else out[:, : n_q + n_k])
+        if self.q_factor is not None:
+            turned[:, :n_q].mul_(self.q_factor)
+        if out is not None:
+            out[:, n_q + n_k :] = v
+        q, k = turned.split((n_q, n_k), dim=1)
+        return q, k, v if out is None else out[:, n_q + n_k :]
 
     def project_q(self, hidden: Tensor, rope: Rope) -> Tensor:
         """hidden [B, T, E] -> q [B, Hq, T, D] alone, rotated."""
-        q = self._split(self.qkv_proj.part(hidden, 0, 1))
-        return self._scaled_(rope.rotations[self.rotary].rotate(self.q_norm(q)), self.heads[0])
+        q = self.qkv_proj.part(hidden, 0, 1).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+        q = rope.rotations[self.rotary].rotate(self.q_norm(q))
+        return q if self.q_factor is None else q.mul_(self.q_factor)
 
     def project_kv(self, hidden: Tensor, rope: Rope, out: Tensor) -> None:
         """hidden [B, T, E] -> k, rotated, and v into `out` [B, 2 Hkv, T, D]."""
         n_k = self.heads[1]
-        heads = self._split(self.qkv_proj.part(hidden, 1, 3))
+        heads = self.qkv_proj.part(hidden, 1, 3).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
         rope.rotations[self.rotary].rotate(self.k_norm(heads[:, :n_k]), out=out[:, :n_k])
         out[:, n_k:] = heads[:, n_k:]
-
-    def output(self, attended: Tensor) -> Tensor:
-        """attended [B, Hq, T, D] -> [B, T, E]."""
-        return self.o_proj(attended.transpose(1, 2).flatten(2))
-
-    def _normed(self, heads: Tensor, n_q: int) -> Tensor:
-        """The norms of a family that has them, of the n_q query heads and of the key heads after them."""
-        if isinstance(self.q_norm, nn.Identity):
-            return heads
-        return torch.cat((self.q_norm(heads[:, :n_q]), self.k_norm(heads[:, n_q:])), dim=1)
-
-    def _scaled_(self, heads: Tensor, n_q: int) -> Tensor:
-        """The heads, the first n_q of them multiplied in place where the family's scale asks for it."""
-        if self.q_factor is not None:
-            heads[:, :n_q].mul_(self.q_factor)
-        return heads
-
-    def _split(self, heads: Tensor) -> Tensor:
-        """[B, T, H * D] -> [B, H, T, D]."""
-        return heads.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
 
 
 class Block(nn.Module):
@@ -118,7 +101,7 @@ class Block(nn.Module):
 
     def attention_output(self, attended: Tensor) -> Tensor:
         """attended [B, Hq, T, D] -> what attention adds to the hidden states, [B, T, E]."""
-        return self.self_attn.output(attended)
+        return self.self_attn.o_proj(attended.transpose(1, 2).flatten(2))
 
     def mlp_output(self, hidden: Tensor) -> Tensor:
         """hidden [B, T, E] -> what the MLP adds to it, [B, T, E]. Leaves `hidden` as it is."""

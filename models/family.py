@@ -6,7 +6,7 @@ A family is listed in catalogue.py, and nothing else in this folder knows its na
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
@@ -64,17 +64,15 @@ class Family:
         """All rotary embeddings of the model; each block picks one by its index (Attention.rotary)."""
         return (config.rope,)
 
-    def embedded_(self, config: NetworkConfig, hidden: Tensor) -> Tensor:
-        """What the first layer gets of the embeddings, hidden [B, T, E]; may write into them."""
-        return hidden
+    # (config, hidden [B, T, E]) -> what the first layer gets of the embeddings; may write into them. None: as they are.
+    embedded_: Callable[[NetworkConfig, Tensor], Tensor] | None = None
 
     def final_norm(self, config: NetworkConfig) -> nn.Module:
         """The norm between the last layer and the head."""
         return RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def logits_(self, config: NetworkConfig, logits: Tensor) -> Tensor:
-        """The logits of what the head gives, float32 [..., V]; may write into it."""
-        return logits
+    # (config, float32 [..., V]) -> the logits of what the head gives; may write into it. None: as it is.
+    logits_: Callable[[NetworkConfig, Tensor], Tensor] | None = None
 
     # --- where a checkpoint keeps the weights ---
 

@@ -143,7 +143,7 @@ class RotaryEmbeddings(nn.Module):
 
     def forward(self, positions: Tensor) -> Rope:
         """positions: int64 [B, T], the tokens' original positions, all of them reserved."""
-        return Rope(tuple(embedding(positions) for embedding in self._each))
+        return Rope(tuple(map(RotaryEmbedding.forward, self._each, [positions] * len(self._each))))
 
     def range(self, start: int, end: int) -> Rope:
         """The rotations of the positions start … end - 1, all of them reserved: views of the tables."""

@@ -50,16 +50,12 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
     Where gradients are on it is F.linear: the other way has none.
     """
-    if not _may_gain(x, weight):
+    on_cpu = x.device.type == "cpu" and x.dtype == torch.float32
+    if not on_cpu or weight.numel() < SMALLEST or torch.is_grad_enabled():
         return F.linear(x, weight, bias)
     if torch.compiler.is_compiling():
         return torch.ops.fastkv.linear(x, weight, bias)
     return _multiply(x, weight, bias)
-
-
-def _may_gain(x: Tensor, weight: Tensor) -> bool:
-    on_cpu = x.device.type == "cpu" and x.dtype == torch.float32
-    return on_cpu and weight.numel() >= SMALLEST and not torch.is_grad_enabled()
 
 
 def _multiply(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

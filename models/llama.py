@@ -6,7 +6,6 @@ What a family builds otherwise it says itself (family.py); one layer is a Block 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +27,10 @@ class Llama(nn.Module):
         # Not nn.Embedding(V, E): drawing its values on the meta device makes torch import symbolic mathematics.
         table = torch.empty(config.vocab_size, config.hidden_size)
         self.embed_tokens = nn.Embedding.from_pretrained(table, freeze=False)
-        self.layers = nn.ModuleList(self.family.block(config, layer) for layer in range(config.n_layers))
+        # The layers, first to last, as what they are: ModuleList forgets the type.
+        self.blocks: Sequence[Block] = [self.family.block(config, layer) for layer in range(config.n_layers)]
+        self.layers = nn.ModuleList(self.blocks)
+        self.windows = config.windows
         self.norm = self.family.final_norm(config)
         self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
         self.rotary = RotaryEmbeddings(self.family.rotary_embeddings(config), config.head_dim)
@@ -38,11 +40,6 @@ class Llama(nn.Module):
         """Let the head be the embedding, where the checkpoint says so."""
         if self.config.tie_word_embeddings:
             self.lm_head.weight = self.embed_tokens.weight
-
-    @property
-    def blocks(self) -> Sequence[Block]:
-        """The layers, first to last, as what they are (ModuleList forgets the type)."""
-        return cast("Sequence[Block]", self.layers)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -55,9 +52,12 @@ class Llama(nn.Module):
     def embed(self, ids: Tensor, out: Tensor | None = None) -> Tensor:
         """ids int64 [B, T] -> hidden [B, T, E], in `out` if there is one."""
         if out is None:
-            return self.family.embedded_(self.config, self.embed_tokens(ids))
-        torch.index_select(self.embed_tokens.weight, 0, ids.flatten(), out=out.flatten(0, 1))
-        return self.family.embedded_(self.config, out)
+            hidden = self.embed_tokens(ids)
+        else:
+            torch.index_select(self.embed_tokens.weight, 0, ids.flatten(), out=out.flatten(0, 1))
+            hidden = out
+        change = self.family.embedded_
+        return hidden if change is None else change(self.config, hidden)
 
     def reserve(self, n_positions: int) -> None:
         """Let `rope` know the positions below `n_positions`."""
@@ -78,4 +78,6 @@ class Llama(nn.Module):
 
     def head(self, hidden: Tensor) -> Tensor:
         """hidden [..., E] -> logits float32 [..., V]."""
-        return self.family.logits_(self.config, self.lm_head(self.norm(hidden)).float())
+        logits = self.lm_head(self.norm(hidden)).float()
+        change = self.family.logits_
+        return logits if change is None else change(self.config, logits)

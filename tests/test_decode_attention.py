@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from caches import CPU, entries, live_entries, make_pool
+from caches import CPU, advance, entries, live_entries, make_pool
 from torch import Tensor
 
 from fastkv.cache.dense import DenseLayer
@@ -136,15 +136,14 @@ def test_eager_attention_is_the_slow_twin(
 ) -> None:
     """Of the slots 0, 2 and 3, which are two runs of neighbours, for several steps."""
     pool, slots = pool_of(layout, lengths), [0, 2, 3]
-    attention = EagerAttention(pool, [range(1), range(2, 4)], count, [window] * 2)
     for step in range(2):
-        attention.begin()
+        attention = EagerAttention(pool, [range(1), range(2, 4)], count, [window] * 2)
         for layer in range(2):
             new = step_of(3, 6, count, seed=step)
             expected = slow(pool, layer, slots, new, window)
             torch.testing.assert_close(attention(layer, *new), expected, atol=1e-5, rtol=1e-5)
         for run in (range(1), range(2, 4)):
-            pool.advance(run, count)
+            advance(pool, run, count)
 
 
 @pytest.mark.parametrize("lengths", LENGTHS.values(), ids=list(LENGTHS))
@@ -157,10 +156,9 @@ def test_masked_attention_is_the_eager_one(
     pool, eager = pool_of(layout, lengths), pool_of(layout, lengths)
     spans = SPANS if layout is DenseLayer else (2 * 96, 2 * 64)
     masked = MaskedAttention(pool, n, spans, [window] * 2)
-    plain = EagerAttention(eager, [range(n)], 1, [window] * 2)
     for step in range(3):
+        plain = EagerAttention(eager, [range(n)], 1, [window] * 2)
         masked.begin()
-        plain.begin()
         for layer in range(2):
             new = step_of(n, 6, 1, seed=step)
             expected = slow(eager, layer, range(n), new, window)
@@ -169,7 +167,7 @@ def test_masked_attention_is_the_eager_one(
             torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
             torch.testing.assert_close(found, plain(layer, *new), atol=1e-5, rtol=1e-5)
         pool.lengths[:, :n] += 1  # as a graph does it: the host counts nothing
-        eager.advance(range(n), 1)
+        advance(eager, range(n), 1)
     assert pool.appended == [0] * 4
 
 

@@ -64,7 +64,7 @@ def whole_attention(llm: LLM, ids: list[int]) -> Tensor:
             products = (q @ k.transpose(2, 3) / llm.config.head_dim**0.5).masked_fill(~seen, float("-inf"))
             attention = products.softmax(dim=-1)
             found.append(attention[0])
-            hidden = block.mlp(hidden + block.self_attn.output(attention @ v))
+            hidden = block.mlp(hidden + block.attention_output(attention @ v))
     return torch.stack(found)
 
 
@@ -101,6 +101,7 @@ def test_strongest_positions_are_those_of_whole_attention_matrices(
         config = dataclasses.replace(tiny_llm.config, sliding_windows=(window,) * tiny_llm.config.n_layers)
         monkeypatch.setattr(tiny_llm, "config", config)
         monkeypatch.setattr(tiny_llm._model, "config", config)
+        monkeypatch.setattr(tiny_llm._model, "windows", config.windows)
     needle = made_up_needle(tiny_llm)
     seen: list[Tensor] = []
     monkeypatch.setattr(head_retrieval.torch, "isin", lambda strongest, _: seen.append(strongest) or strongest > 0)
