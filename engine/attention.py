@@ -14,7 +14,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.attention.bias import causal_lower_right
 
 from fastkv.cache.layer import Part
 from fastkv.errors import FastKVError, check_choice
@@ -96,6 +95,8 @@ def attend_last(q: Tensor, k: Tensor, v: Tensor, window: int | None = None, live
     if live is None and n_new == n_entries:
         return causal_attention(q, k, v, window)
     if live is None and window is None and q.device.type == "cuda" and q.dtype != torch.float32:
+        from torch.nn.attention.bias import causal_lower_right  # loads torch's compiler: seconds, not for every command
+
         return F.scaled_dot_product_attention(q, k, v, attn_mask=causal_lower_right(n_new, n_entries), enable_gqa=True)
     if live is None:
         return _in_blocks(n_entries - n_new, q, k, v, window)
