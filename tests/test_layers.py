@@ -77,6 +77,20 @@ def test_fewer_entries_leave_nothing_of_the_earlier_ones(layout: type[KVLayer]) 
             assert (live_entries(pool, layer, 0, head)[0] == INF).all(), "a neighbour was touched"
 
 
+def test_a_store_after_decode_steps_counts_anew(layout: type[KVLayer]) -> None:
+    """A sequence that goes on may be compressed again: what its decode steps added is among the old entries."""
+    pool = make_pool(layout)
+    fill(pool, range(1), 9)
+    for layer, places in zip(pool.layers, pool.places(range(1), 2), strict=True):
+        layer.append(range(1), *entries(2), places)
+    advance(pool, range(1), 2)
+    k, _ = fill(pool, range(1), 5)
+    for index, layer in enumerate(pool.layers):
+        assert (layer.count(0), layer.entries(0)) == (5, 10)
+        assert torch.equal(live_entries(pool, index, 0, 1)[0], k[0, 1])
+        assert sum(part.k.shape[1] * part.k.shape[2] for part in layer.read(range(1))) == 10
+
+
 def test_heads_of_the_next_sequence_begin_on_cleared_memory() -> None:
     """Two sequences whose heads lie elsewhere: the whole slot is cleared, not the ends of the new heads alone."""
     pool = make_pool(PerHeadLayer, [16])
