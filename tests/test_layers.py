@@ -78,7 +78,7 @@ def test_fewer_entries_leave_nothing_of_the_earlier_ones(layout: type[KVLayer]) 
 
 
 def test_a_store_after_decode_steps_counts_anew(layout: type[KVLayer]) -> None:
-    """A sequence that goes on may be compressed again: what its decode steps added is among the old entries."""
+    """A sequence that continues may be compressed again: what its decode steps added is among the old entries."""
     pool = make_pool(layout)
     fill(pool, range(1), 9)
     for layer, places in zip(pool.layers, pool.places(range(1), 2), strict=True):
@@ -144,7 +144,7 @@ def test_truncated_entries_are_zero(layout: type[KVLayer]) -> None:
 
 
 @pytest.mark.parametrize("count", [1, 3])
-def test_append_writes_behind_the_live_entries_and_nowhere_else(layout: type[KVLayer], count: int) -> None:
+def test_append_writes_after_the_live_entries_and_nowhere_else(layout: type[KVLayer], count: int) -> None:
     """The slow twin writes entry by entry."""
     pool = make_pool(layout, (32, 64), n_slots=3)
     for slot, stored in enumerate((9, 2, 14)):
@@ -238,7 +238,7 @@ def test_padded_begins_with_the_live_entries(layout: type[KVLayer]) -> None:
 
 
 def test_padded_never_reads_beyond_the_memory() -> None:
-    """A span for the longest head that there could be is far more than what lies behind the last head's beginning."""
+    """A span for the longest head that there could be is far more than what lies after the last head's beginning."""
     pool = make_pool(PerHeadLayer, [32], n_slots=2)
     k, _ = fill(pool, range(1, 2), 20)
     span = pool.layers[0].span(1)
