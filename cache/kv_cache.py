@@ -95,11 +95,16 @@ class KVCache:
             self._chosen[layer] = torch.cat((before, new), dim=2)
         self.layers[layer].extend(self.slots, k, v, self.pool.places(self.slots, k.shape[2])[layer])
 
-    def end(self, position: int, room: int, position_limit: int) -> None:
-        """The prefill is done: the next token stands at `position`, and there is `room` for more."""
+    def end(self, position: int, room: int, position_limit: int | None = None) -> None:
+        """The prefill is done: the next token stands at `position`, and there is `room` for more.
+
+        position_limit: a new one, where the prefill has changed it.
+        """
         if not self._whole:
             self.whole_from = position
-        self.position, self.room, self.position_limit = position, room, position_limit
+        self.position, self.room = position, room
+        if position_limit is not None:
+            self.position_limit = position_limit
         self.next_position.fill_(position)
         self.unfinished = False
 
@@ -118,12 +123,7 @@ class KVCache:
         """End a step of `count` tokens. on_device: False where a graph has counted there itself."""
         self.position += count
         self.room -= count
-        pool, part = self.pool, slice(self.slots.start, self.slots.stop)
-        for slot in self.slots:
-            pool.appended[slot] += count
-        if on_device:
-            pool.lengths[:, part] += count
-            pool.next_position[part] += count
+        self.pool.advance(self.slots, count, on_device)
 
     def truncate(self, count: int) -> None:
         """Forget the last `count` tokens, as if they had never been.

@@ -87,7 +87,7 @@ class KVLayer(Protocol):
         """Add T entries, k and v [B, Hkv, T, D], to each head, and count them."""
 
     def append(self, slots: range, k: Tensor, v: Tensor, places: Tensor) -> None:
-        """Write T new entries, k and v [B, Hkv, T, D], after the live ones. KVCache.advance counts them, after a step.
+        """Write T new entries, k and v [B, Hkv, T, D], after the live ones. KVPool.advance counts them, after a step.
 
         places: int64 [B, Hkv, T], where they belong by `starts` and `lengths`; once a step for all layers.
         """

@@ -101,3 +101,15 @@ class KVPool:
         part = slice(slots.start, slots.stop)
         ends = (self.starts[:, part] + self.lengths[:, part]).unsqueeze(3)
         return ends if count == 1 else ends + torch.arange(count, device=self.device)
+
+    def advance(self, slots: range, count: int, on_device: bool = True) -> None:
+        """End a step: every layer has appended `count` tokens to each of these slots.
+
+        on_device: False where a graph has counted there itself.
+        """
+        for slot in slots:
+            self.appended[slot] += count
+        if on_device:
+            part = slice(slots.start, slots.stop)
+            self.lengths[:, part] += count
+            self.next_position[part] += count

@@ -95,7 +95,7 @@ def attend_last(q: Tensor, k: Tensor, v: Tensor, window: int | None = None, live
     if live is None and n_new == n_entries:
         return causal_attention(q, k, v, window)
     if live is None and window is None and q.device.type == "cuda" and q.dtype != torch.float32:
-        from torch.nn.attention.bias import causal_lower_right  # loads torch's compiler: seconds, not for every command
+        from torch.nn.attention.bias import causal_lower_right  # it imports torch's compiler
 
         return F.scaled_dot_product_attention(q, k, v, attn_mask=causal_lower_right(n_new, n_entries), enable_gqa=True)
     if live is None:

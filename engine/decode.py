@@ -23,7 +23,7 @@ def decode_step(model: Llama, cache: KVCache, ids: Tensor) -> Tensor:
     positions = cache.pool.next_position[cache.slots.start : cache.slots.stop].unsqueeze(1)
     if count > 1:
         positions = positions + torch.arange(count, device=ids.device)
-    attention = EagerAttention(cache.pool, [cache.slots], count, model.windows)
+    attention = EagerAttention(cache.pool, [cache.slots], count, model.config.windows)
     logits = run_layers(model, ids, positions, attention)
     cache.advance(count)
     return logits

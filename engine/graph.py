@@ -85,7 +85,7 @@ class GraphStepper:
         key = (n_slots, *spans)
         if key not in self._steps:
             _make_room(self._steps)
-            attention = self._attention(self._state.pool, n_slots, spans, self._model.windows)
+            attention = self._attention(self._state.pool, n_slots, spans, self._model.config.windows)
             self._mark(())  # warmed up for no slot at all: nothing is counted
             # The graph reads the attention's tensors, which must live as long.
             self._steps[key] = self._record(lambda: self._layers(n_slots, attention)), attention

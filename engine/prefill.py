@@ -88,6 +88,7 @@ class LayerRun:
         self.model, self.plan, self.cache, self.attention = model, plan, cache, attention
         self.policy, self.layers = plan.policy, list(plan.layers)
         self.projection, self.workspace = Projection(model, workspace), workspace
+        self.windows = model.config.windows
         self.idle_hidden = "other hidden"  # of the two buffers for hidden states the one that is not in use
         # A policy may decide during the prefill at which layer tokens are dropped; the plan then says at the latest.
         self.keep = next((layer.propagated for layer in self.layers if layer.propagated is not None), None)
@@ -142,7 +143,7 @@ class LayerRun:
         state = self._gather(state, chosen)
         rope = self.model.rope(state.positions)
         q = self.model.blocks[layer].project_q(state.hidden, rope)
-        window = self.model.windows[layer]
+        window = self.windows[layer]
         self.projection.finish_(layer, state.hidden, attend_parts(parts, q, window, chosen, n_tokens))
         return state, rope
 
@@ -203,7 +204,7 @@ class LayerRun:
 
     def _attend_all(self, layer: int, q: Tensor, parts: list[Part]) -> Tensor:
         """Attention of all new tokens: q [B, Hq, T, D] -> the same shape."""
-        window = self.model.windows[layer]
+        window = self.windows[layer]
         if len(parts) == 1 and parts[0].k.shape[2] == q.shape[2]:
             return causal_attention(q, parts[0].k, parts[0].v, window, self.attention)
         return attend_parts(parts, q, window)

@@ -64,7 +64,7 @@ class EagerStepper:
         slots = torch.tensor([slot for run in runs for slot in run], device=state.tokens.device)
         ids = state.tokens[slots].clamp_min(0).unsqueeze(1)  # what was not finite is no token: see Sampler
         positions = state.pool.next_position[slots].unsqueeze(1)
-        attention = EagerAttention(state.pool, runs, 1, self._model.windows)
+        attention = EagerAttention(state.pool, runs, 1, self._model.config.windows)
         logits = run_layers(self._model, ids, positions, attention)
         for cache in caches.values():
             cache.advance()

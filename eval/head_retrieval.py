@@ -110,7 +110,7 @@ class _NotingAttention:
     """Attention of one decode step (a StepAttention) that notes the strongest entries of each layer: int64 [Hq]."""
 
     def __init__(self, llm: LLM, cache: KVCache) -> None:
-        self._cache, self._windows = cache, llm.model.windows
+        self._cache, self._windows = cache, llm.config.windows
         self._attend = EagerAttention(cache.pool, [cache.slots], 1, self._windows)
         self.strongest: list[Tensor] = []
 

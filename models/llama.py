@@ -30,7 +30,6 @@ class Llama(nn.Module):
         # The layers, first to last, as what they are: ModuleList forgets the type.
         self.blocks: Sequence[Block] = [self.family.block(config, layer) for layer in range(config.n_layers)]
         self.layers = nn.ModuleList(self.blocks)
-        self.windows = config.windows
         self.norm = self.family.final_norm(config)
         self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
         self.rotary = RotaryEmbeddings(self.family.rotary_embeddings(config), config.head_dim)

@@ -41,11 +41,6 @@ def entries(count: int, batch: int = 1, seed: int = 0, head_dim: int = 3) -> tup
     return k, v
 
 
-def advance(pool: KVPool, slots: range, count: int = 1) -> None:
-    """End a step: every layer has appended `count` tokens to each of these slots."""
-    KVCache(pool, slots, count, position_limit=1000).advance(count)
-
-
 def memory_of(pool: KVPool, layer: int) -> tuple[Tensor, Tensor]:
     """K and V of one layer: [S, Hkv * C, D], as the pool's `starts` count."""
     flat = pool.layers[layer].flat()

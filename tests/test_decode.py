@@ -127,7 +127,7 @@ def test_neighbours_are_attended_to_together(
         tokens = torch.arange(len(made))[:, None] + 7 + step
         with monkeypatch.context() as patched:
             patched.setattr(decode_attention, "attend_parts", count)
-            together = EagerAttention(pool, runs, 1, model.windows)
+            together = EagerAttention(pool, runs, 1, model.config.windows)
             logits = run_layers(model, tokens, pool.next_position[slots].unsqueeze(1), together)
         assert counted == calls * 6
         counted.clear()

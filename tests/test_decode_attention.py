@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from caches import CPU, advance, entries, live_entries, make_pool
+from caches import CPU, entries, live_entries, make_pool
 from torch import Tensor
 
 from fastkv.cache.dense import DenseLayer
@@ -143,7 +143,7 @@ def test_eager_attention_is_the_slow_twin(
             expected = slow(pool, layer, slots, new, window)
             torch.testing.assert_close(attention(layer, *new), expected, atol=1e-5, rtol=1e-5)
         for run in (range(1), range(2, 4)):
-            advance(pool, run, count)
+            pool.advance(run, count)
 
 
 @pytest.mark.parametrize("lengths", LENGTHS.values(), ids=list(LENGTHS))
@@ -167,7 +167,7 @@ def test_masked_attention_is_the_eager_one(
             torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
             torch.testing.assert_close(found, plain(layer, *new), atol=1e-5, rtol=1e-5)
         pool.lengths[:, :n] += 1  # as a graph does it: the host counts nothing
-        advance(eager, range(n), 1)
+        eager.advance(range(n), 1)
     assert pool.appended == [0] * 4
 
 

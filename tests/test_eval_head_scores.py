@@ -101,7 +101,6 @@ def test_strongest_positions_are_those_of_whole_attention_matrices(
         config = dataclasses.replace(tiny_llm.config, sliding_windows=(window,) * tiny_llm.config.n_layers)
         monkeypatch.setattr(tiny_llm, "config", config)
         monkeypatch.setattr(tiny_llm._model, "config", config)
-        monkeypatch.setattr(tiny_llm._model, "windows", config.windows)
     needle = made_up_needle(tiny_llm)
     seen: list[Tensor] = []
     monkeypatch.setattr(head_retrieval.torch, "isin", lambda strongest, _: seen.append(strongest) or strongest > 0)

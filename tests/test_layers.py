@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from caches import advance, dead_entries, entries, live_entries, make_pool, memory_of
+from caches import dead_entries, entries, live_entries, make_pool, memory_of
 from torch import Tensor
 
 from fastkv.cache.dense import DenseLayer
@@ -83,7 +83,7 @@ def test_a_store_after_decode_steps_counts_anew(layout: type[KVLayer]) -> None:
     fill(pool, range(1), 9)
     for layer, places in zip(pool.layers, pool.places(range(1), 2), strict=True):
         layer.append(range(1), *entries(2), places)
-    advance(pool, range(1), 2)
+    pool.advance(range(1), 2)
     k, _ = fill(pool, range(1), 5)
     for index, layer in enumerate(pool.layers):
         assert (layer.count(0), layer.entries(0)) == (5, 10)
@@ -115,7 +115,7 @@ def test_a_released_slot_is_empty(layout: type[KVLayer], counted: bool) -> None:
         for layer, of_layer in zip(pool.layers, places, strict=True):
             layer.append(range(3), new, new, of_layer)
         if counted or step < 2:
-            advance(pool, range(3), 1)
+            pool.advance(range(3), 1)
     assert not pool.has_room
     pool.release(range(1, 2))
     assert pool.has_room
@@ -163,7 +163,7 @@ def test_append_writes_after_the_live_entries_and_nowhere_else(layout: type[KVLa
                         expected[1][slot, first + token] = v[index, head, token]
             storage.append(slots, k, v, places[layer])
             assert all(torch.equal(a, b) for a, b in zip(memory_of(pool, layer), expected, strict=True))
-        advance(pool, slots, count)
+        pool.advance(slots, count)
     added = 2 * count
     assert pool.lengths[:, :, 0].tolist() == [[9, 2 + added, 14 + added]] * 2
     assert pool.next_position.tolist() == [0, added, added]
@@ -178,7 +178,7 @@ def test_heads_of_one_sequence_do_not_write_over_one_another(layout: type[KVLaye
     more = [entries(1, seed=step) for step in range(ROOM)]
     for new_k, new_v in more:
         pool.layers[0].append(range(1), new_k, new_v, pool.places(range(1), 1)[0])
-        advance(pool, range(1), 1)
+        pool.advance(range(1), 1)
     for head in range(2):
         for rows, old, new in zip(live_entries(pool, 0, 0, head), (k, v), zip(*more, strict=True), strict=True):
             assert torch.equal(rows, torch.cat((old, *new), dim=2)[0, head])
@@ -278,7 +278,7 @@ def test_addresses_never_change(layout: type[KVLayer]) -> None:
     new = torch.ones(2, 2, 1, 3)
     for layer, places in zip(pool.layers, pool.places(range(2), 1), strict=True):
         layer.append(range(2), new, new, places)
-    advance(pool, range(2), 1)
+    pool.advance(range(2), 1)
     pool.release(range(2))
     assert addresses() == before
 
@@ -293,7 +293,7 @@ def test_state_is_taken_back_by_any_pool_of_the_layout(layout: type[KVLayer]) ->
     new = entries(1, seed=3)
     for layer, places in zip(pool.layers, pool.places(range(1, 2), 1), strict=True):
         layer.append(range(1, 2), *new, places)
-    advance(pool, range(1, 2), 1)
+    pool.advance(range(1, 2), 1)
     states = [layer.state(1) for layer in pool.layers]
     before = [[live_entries(pool, layer, 1, head) for head in range(2)] for layer in range(2)]
     pool.release(range(1, 2))
