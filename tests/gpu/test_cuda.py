@@ -25,6 +25,7 @@ from fastkv.cache.policy import Policy
 from fastkv.cache.pool import KVPool
 from fastkv.engine.decode_attention import MaskedAttention, VarlenAttention, graph_attention
 from fastkv.engine.graph import GraphStepper
+from fastkv.errors import FaultError
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device")
 
@@ -274,3 +275,55 @@ def test_the_bundled_example(tmp_path: Path) -> None:
     llm = LLM(ARCHIVE, device="cuda")
     for policy in (FullKV(), FastKV()):
         assert llm.generate(text, policy=policy).text == f" {answer}.\n"
+
+
+@pytest.mark.parametrize("policy", [FullKV(), AdaKV()], ids=["full", "heads differ"])
+def test_going_on_in_pieces(pair: tuple[LLM, LLM], policy: Policy) -> None:
+    """Flash attention aligned to the end in bfloat16, masked attention over repeated heads in float32."""
+    llm = pair[1]
+    name = str(llm.dtype).removeprefix("torch.")
+    ids = torch.tensor([PROMPT])
+    whole = llm.prefill(ids[:, :2000], policy, 1100)
+    pre = llm.prefill(ids[:, :2000], policy, 16)
+    for piece in ids[:, 2000:].split((1, 300, 699), dim=1):
+        pre = llm.prefill(piece, policy, 16, cache=pre.cache)
+    logits = llm.decode(whole.cache, ids[:, 2000:])[:, -1]
+    torch.testing.assert_close(pre.logits, logits, atol=TOLERANCE[name], rtol=0)
+    if isinstance(policy, FullKV):
+        torch.testing.assert_close(pre.logits, llm.prefill(ids, policy).logits, atol=TOLERANCE[name], rtol=0)
+
+
+def test_a_sliding_window_goes_on(tmp_path: Path) -> None:
+    llm = random_model(tmp_path, architectures=["MistralForCausalLM"], sliding_window=512)
+    ids = torch.tensor([PROMPT])
+    whole, pre = llm.prefill(ids, FullKV(), 8), llm.prefill(ids[:, :1500], FullKV(), 8)
+    pre = llm.prefill(ids[:, 1500:], FullKV(), 8, cache=pre.cache)
+    torch.testing.assert_close(pre.logits, whole.logits, atol=TOLERANCE["bfloat16"], rtol=0)
+
+
+def test_several_tokens_in_a_step_and_back(wide: LLM) -> None:
+    ids = torch.randint(32_000, (1, 3000), generator=torch.Generator().manual_seed(0))
+    new = ids[:, :6]
+    one, many = (wide.prefill(ids, FastKV(), 16).cache for _ in range(2))
+    slow = torch.stack([wide.decode(one, new[:, index]) for index in range(6)], dim=1)
+    torch.testing.assert_close(wide.decode(many, new), slow, atol=TOLERANCE["bfloat16"], rtol=0)
+    many.truncate(6)
+    torch.testing.assert_close(wide.decode(many, new), slow, atol=TOLERANCE["bfloat16"], rtol=0)
+
+
+def test_models_without_groups_are_replayed(tmp_path: Path) -> None:
+    llm = random_model(tmp_path, num_key_value_heads=16)
+    params = SamplingParams(max_tokens=16, ignore_eos=True)
+    tokens = llm.generate(PROMPT, params, FastKV()).token_ids
+    pre = llm.prefill(PROMPT, FastKV(), 16)
+    logits = pre.logits
+    for token in tokens[:-1]:
+        logits = llm.decode(pre.cache, torch.tensor([token]))
+    torch.testing.assert_close(stepper_of(llm)._logits, logits, atol=TOLERANCE["bfloat16"], rtol=0)
+
+
+def test_logits_that_are_not_finite_end_a_request(tmp_path: Path) -> None:
+    llm = random_model(tmp_path)
+    llm.model.norm.weight.fill_(torch.inf)
+    with pytest.raises(FaultError, match="NaN or infinite in bfloat16"):
+        llm.generate(PROMPT[:100], SamplingParams(max_tokens=8, ignore_eos=True))
