@@ -126,7 +126,7 @@ def _filled(model: Llama, ids: Tensor, plan: RequestPlan, cache: KVCache, *_: An
         k, v = (torch.randn(shape, dtype=plan.shape.dtype, device=model.device) for _ in range(2))
         positions = torch.arange(sizes.kept, device=model.device).expand(shape[:3])
         cache.store(layer, k, v, None, positions)
-    cache.end(plan.layers[0].seen, plan.max_tokens)
+    cache.end(plan.layers[0].seen, plan.max_tokens, plan.position_limit)
     logits = torch.randn(ids.shape[0], model.config.vocab_size, device=model.device)
     return Prefill(logits, [], [], cache)
 

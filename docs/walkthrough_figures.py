@@ -25,12 +25,14 @@ from torch import Tensor
 
 from fastkv import LLM, FastKV, FullKV
 from fastkv.cache import scores
+from fastkv.cache.dense import DenseLayer
 from fastkv.cache.kv_cache import KVCache
 from fastkv.cache.policy import Policy
 from fastkv.cache.selection import select_entries
 from fastkv.cli import read_prompt
-from fastkv.engine import decode, decoders, prefill
+from fastkv.engine import decode_attention, prefill
 from fastkv.engine.sampler import Sampler
+from fastkv.engine.step import Caches, EagerStepper
 from fastkv.engine.tsp import TokenState
 from fastkv.eval.statistics import mean_estimate, paired_estimate
 from fastkv.eval.tasks.archive_compose import compose, make_prompt
@@ -44,7 +46,7 @@ ANSWER = 7  # tokens: a space with a digit, three digits, full stop, newline, en
 SEVERAL, RECORDS = 8, 24  # questions about one text (as many as the model saw in training), of so many records
 
 # min_tokens=8: else a text of 1,000 tokens would keep 128 of them, more than 10 %.
-CONTENDERS: dict[str, Policy] = {
+COMPARED: dict[str, Policy] = {
     "full": FullKV(),
     "FastKV, 10 %": FastKV(min_tokens=8),
     "10 %, no TSP": FastKV(min_tokens=8, tsp_rate=1.0),
@@ -53,17 +55,18 @@ CONTENDERS: dict[str, Policy] = {
 WATCHED: dict[Any, tuple[str, ...]] = {
     Llama: ("embed", "head"),
     Block: ("project", "project_kv", "project_q", "finish_"),
-    KVCache: ("load", "append"),
+    KVCache: ("store",),
+    DenseLayer: ("append",),
     TokenState: ("take",),
-    Sampler: ("__call__",),
+    Sampler: ("sample_slots",),
     scores: ("window_scores",),
-    prefill: ("select_entries", "select_tokens", "causal_attention", "attend_from"),
-    decode: ("decode_attention",),
+    prefill: ("select_entries", "select_tokens", "causal_attention", "attend_parts"),
+    decode_attention: ("attend_parts",),
 }
 
 
 class CallLog:
-    """What the watched functions took and gave, in groups: what is in front of the layers, each layer, each step."""
+    """What the watched functions took and gave, in groups: what is before the layers, each layer, each step."""
 
     def __init__(self) -> None:
         self.groups: list[tuple[str, list[str]]] = [("before the layers", [])]
@@ -71,12 +74,12 @@ class CallLog:
     def watch(self, owner: Any, name: str) -> Callable[..., Any]:
         """The function, and a line for each call of it."""
         real = getattr(owner, name)
-        label = f"{owner.__name__}.{name}".removesuffix(".__call__") if isinstance(owner, type) else name
+        label = f"{owner.__name__}.{name}" if isinstance(owner, type) else name
 
         def called(*args: Any, **kwargs: Any) -> Any:
             result = real(*args, **kwargs)
             made = _shapes(kwargs.get("out") if result is None else result) or "in place"
-            line = f"  {label:<17} {_shapes(args)} -> {made}"
+            line = f"  {label:<20} {_shapes(args)} -> {made}"
             if line not in self.groups[-1][1]:  # a decode step does the same in every layer
                 self.groups[-1][1].append(line)
             return result
@@ -98,30 +101,30 @@ class CallLog:
 def watching() -> Iterator[CallLog]:
     """Log the calls of the watched functions while the block runs."""
     log = CallLog()
-    layer, step = prefill.LayerRun.layer, decode.decode_step
+    layer, step = prefill.LayerRun.layer, EagerStepper.step
 
     def next_layer(run: prefill.LayerRun, index: int, *rest: Any) -> Any:
         log.groups.append((f"layer {index}", []))
         result = layer(run, index, *rest)
-        log.groups.append(("behind the layers", []))
+        log.groups.append(("after the layers", []))
         return result
 
-    def next_step(*args: Any) -> Tensor:
+    def next_step(stepper: EagerStepper, caches: Caches) -> None:
         log.groups.append(("decode step", []))
-        return step(*args)
+        step(stepper, caches)
 
     with ExitStack() as stack:
         for owner, names in WATCHED.items():
             for name in names:
                 stack.enter_context(patch.object(owner, name, log.watch(owner, name)))
         stack.enter_context(patch.object(prefill.LayerRun, "layer", next_layer))
-        stack.enter_context(patch.object(decoders, "decode_step", next_step))
+        stack.enter_context(patch.object(EagerStepper, "step", next_step))
         yield log
 
 
 def _shapes(value: Any) -> str:
-    """Of a tensor, of the hidden states of a TokenState, of each that a tuple holds; nothing of anything else."""
-    if isinstance(value, tuple):
+    """Of a tensor, of the hidden states of a TokenState, of each that is in a tuple or list; nothing of all else."""
+    if isinstance(value, (tuple, list)):
         return ", ".join(filter(None, map(_shapes, value)))
     tensor = value.hidden if isinstance(value, TokenState) else value
     return str(list(tensor.shape)) if isinstance(tensor, Tensor) else ""
@@ -140,17 +143,17 @@ def request_figures(llm: LLM) -> dict[str, Any]:
 
     with patch.object(prefill, "select_entries", noted):
         pre = llm.prefill(ids_of(llm, text))
-    behind = len(ids_of(llm, text[: text.index(f" {code}.") + len(f" {code}")]))
-    digits = set(range(behind - len(code), behind))
+    end = len(ids_of(llm, text[: text.index(f" {code}.") + len(f" {code}")]))
+    digits = set(range(end - len(code), end))
     kept = [[set(head.tolist()) for head in layer[0]] for layer in pre.kept]
     return {
         "calls": log.text(),
         "characters": len(text),
-        "slots": pre.cache.k[0].shape[2],
+        "capacity": pre.cache.pool.capacities[0],
         "metrics": output.metrics,
         "answer": output.token_ids,
         "digits": sorted(digits),
-        "digits that go on": len(digits & set(pre.tokens[-1][0].tolist())),
+        "digits propagated": len(digits & set(pre.tokens[-1][0].tolist())),
         "digits kept": [[len(digits & head) for head in layer] for layer in kept],
         "kept by both heads": [len(first & second) for first, second in kept],
         "different scores": len(set(scored[0][0].tolist())),
@@ -163,8 +166,8 @@ def ids_of(llm: LLM, text: str) -> list[int]:
     return llm.tokenizer.encode(text)
 
 
-def behind_bos(llm: LLM, text: str) -> list[int]:
-    """The ids of a text that goes on behind another one."""
+def without_bos(llm: LLM, text: str) -> list[int]:
+    """The ids of a text that follows on another one."""
     return ids_of(llm, text)[1:]
 
 
@@ -177,14 +180,14 @@ def ask(llm: LLM, cache: KVCache, ids: Sequence[int], code: str, logits: Tensor 
         answer.append(int(logits.argmax()))
         done = len(answer) == ANSWER or answer[-1] in llm.config.eos_token_ids
         logits = None if done else llm.decode(cache, torch.tensor(answer[-1:]))
-    return float(answer[: len(code)] == behind_bos(llm, f" {code}")), answer[-1]
+    return float(answer[: len(code)] == without_bos(llm, f" {code}")), answer[-1]
 
 
 def late_questions(llm: LLM, seed: int, policy: Policy) -> dict[str, float]:
     """One text, one question: last in the prompt, fed after the prefill alone, and at the front of the prompt too."""
-    prompt = make_prompt(partial(behind_bos, llm), TOKENS, depth=(seed % 5) / 4, seed=seed)
+    prompt = make_prompt(partial(without_bos, llm), TOKENS, depth=(seed % 5) / 4, seed=seed)
     text, asked = prompt.text.rsplit("\n", 1)
-    later = behind_bos(llm, "\n" + asked)
+    later = without_bos(llm, "\n" + asked)
     cases: dict[str, tuple[str, list[int]]] = {
         "last in the prompt": (prompt.text, []),
         "fed after the prefill": (text, later),
@@ -200,7 +203,7 @@ def late_questions(llm: LLM, seed: int, policy: Policy) -> dict[str, float]:
 
 def several_questions(llm: LLM, seed: int, policy: Policy) -> dict[str, float]:
     """Eight records of one text: their names listed at the end of the prompt, then asked for one by one."""
-    rng, encode = random.Random(seed), partial(behind_bos, llm)
+    rng, encode = random.Random(seed), partial(without_bos, llm)
     archive = compose(rng, encode, TOKENS - 100, RECORDS)  # the list takes about 100 tokens
     keys = rng.sample(archive.askable, SEVERAL)
     names = " ".join(f"The access code of the {first} {second}." for first, second in keys)
@@ -216,19 +219,19 @@ def measure(llm: LLM, scores_of: Callable[[LLM, int, Policy], dict[str, float]],
     """A Markdown table: right codes in % with 95 % intervals, and differences to the full cache text by text."""
     found: dict[str, dict[str, list[float]]] = {}
     for seed in range(examples):
-        for name, policy in CONTENDERS.items():
+        for name, policy in COMPARED.items():
             for case, score in scores_of(llm, seed, policy).items():
                 found.setdefault(case, {}).setdefault(name, []).append(score)
-    rows = [["the question", *CONTENDERS], ["---"] * (1 + len(CONTENDERS))]
-    rows += [[case, *(_cell(each[name], each["full"]) for name in CONTENDERS)] for case, each in found.items()]
+    rows = [["the question", *COMPARED], ["---"] * (1 + len(COMPARED))]
+    rows += [[case, *(_cell(each[name], each["full"]) for name in COMPARED)] for case, each in found.items()]
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)
 
 
 def _cell(scores: list[float], full: list[float]) -> str:
     own, off = mean_estimate(scores), paired_estimate(scores, full)
     cell = f"{100 * own.mean:.0f} ({100 * own.low:.0f} – {100 * own.high:.0f})"
-    behind = f"{100 * off.mean:+.0f} ({100 * off.low:+.0f} to {100 * off.high:+.0f})".replace("-", "−")
-    return cell if scores is full else f"{cell}; {behind}"
+    difference = f"{100 * off.mean:+.0f} ({100 * off.low:+.0f} to {100 * off.high:+.0f})".replace("-", "−")
+    return cell if scores is full else f"{cell}; {difference}"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

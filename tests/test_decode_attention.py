@@ -157,8 +157,8 @@ def test_masked_attention_is_the_eager_one(
     spans = SPANS if layout is DenseLayer else (2 * 96, 2 * 64)
     masked = MaskedAttention(pool, n, spans, [window] * 2)
     for step in range(3):
-        masked.begin()
         plain = EagerAttention(eager, [range(n)], 1, [window] * 2)
+        masked.begin()
         for layer in range(2):
             new = step_of(n, 6, 1, seed=step)
             expected = slow(eager, layer, range(n), new, window)

@@ -72,8 +72,8 @@ def test_the_lowest_free_slot_is_taken() -> None:
     """Sequences that lie next to one another are attended to in one call."""
     pool = make_pool(DenseLayer, n_slots=4)
     assert [pool.take() for _ in range(4)] == [0, 1, 2, 3]
-    pool.release(range(2, 3))
     pool.release(range(1))
+    pool.release(range(2, 3))
     assert [pool.take(), pool.take()] == [0, 2]
     assert not pool.has_room
 
@@ -101,7 +101,7 @@ def test_the_host_counts_where_the_device_counts_for_itself() -> None:
     cache.begin(whole=True)
     for layer in range(2):
         cache.store(layer, *entries(5), None, torch.arange(5).expand(1, 2, -1))
-    cache.end(5, room=4)
+    cache.end(5, room=4, position_limit=1000)
     cache.advance(on_device=False)
     assert cache.count(0) == 6
     assert (cache.lengths == 5).all()
@@ -122,7 +122,7 @@ def test_store_gathers_each_heads_own_entries() -> None:
     cache.begin(whole=False)
     for layer in range(2):
         cache.store(layer, k, -k, index, index + 10)
-    cache.end(100, room=4)
+    cache.end(100, room=4, position_limit=1000)
     for head, chosen in ((0, [0, 3]), (1, [1, 2])):
         found_k, found_v = live_entries(cache.pool, 0, 0, head)
         assert torch.equal(found_k, k[0, head, chosen])
@@ -141,7 +141,7 @@ def test_append_writes_the_next_entry_and_nothing_else(layout: type[KVLayer]) ->
     for layer, count in enumerate([2, 5]):
         filled = torch.full((1, 2, count, 3), 7.0)
         cache.store(layer, filled, filled, None, torch.arange(count).expand(1, 2, -1))
-    cache.end(100, room=4)
+    cache.end(100, room=4, position_limit=1000)
     for step in range(3):
         new = torch.full((1, 2, 1, 3), float(step))
         places = cache.pool.places(cache.slots, 1)
@@ -193,7 +193,7 @@ def test_a_cache_in_a_used_slot_is_as_good_as_new(layout: type[KVLayer]) -> None
         for layer, count in enumerate(counts):
             k, v = entries(count, seed=seed) if seed else (torch.full((1, 2, count, 3), float("inf")),) * 2
             cache.store(layer, k, v, None, torch.arange(count).expand(1, 2, -1))
-        cache.end(100, room=4)
+        cache.end(100, room=4, position_limit=1000)
         if not seed:
             cache.advance()
             pool.release(cache.slots)

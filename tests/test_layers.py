@@ -77,6 +77,20 @@ def test_fewer_entries_leave_nothing_of_the_earlier_ones(layout: type[KVLayer]) 
             assert (live_entries(pool, layer, 0, head)[0] == INF).all(), "a neighbour was touched"
 
 
+def test_a_store_after_decode_steps_counts_anew(layout: type[KVLayer]) -> None:
+    """A sequence that continues may be compressed again: what its decode steps added is among the old entries."""
+    pool = make_pool(layout)
+    fill(pool, range(1), 9)
+    for layer, places in zip(pool.layers, pool.places(range(1), 2), strict=True):
+        layer.append(range(1), *entries(2), places)
+    pool.advance(range(1), 2)
+    k, _ = fill(pool, range(1), 5)
+    for index, layer in enumerate(pool.layers):
+        assert (layer.count(0), layer.entries(0)) == (5, 10)
+        assert torch.equal(live_entries(pool, index, 0, 1)[0], k[0, 1])
+        assert sum(part.k.shape[1] * part.k.shape[2] for part in layer.read(range(1))) == 10
+
+
 def test_heads_of_the_next_sequence_begin_on_cleared_memory() -> None:
     """Two sequences whose heads lie elsewhere: the whole slot is cleared, not the ends of the new heads alone."""
     pool = make_pool(PerHeadLayer, [16])
@@ -130,7 +144,7 @@ def test_truncated_entries_are_zero(layout: type[KVLayer]) -> None:
 
 
 @pytest.mark.parametrize("count", [1, 3])
-def test_append_writes_behind_the_live_entries_and_nowhere_else(layout: type[KVLayer], count: int) -> None:
+def test_append_writes_after_the_live_entries_and_nowhere_else(layout: type[KVLayer], count: int) -> None:
     """The slow twin writes entry by entry."""
     pool = make_pool(layout, (32, 64), n_slots=3)
     for slot, stored in enumerate((9, 2, 14)):
@@ -224,7 +238,7 @@ def test_padded_begins_with_the_live_entries(layout: type[KVLayer]) -> None:
 
 
 def test_padded_never_reads_beyond_the_memory() -> None:
-    """A span for the longest head that there could be is far more than what lies behind the last head's beginning."""
+    """A span for the longest head that there could be is far more than what lies after the last head's beginning."""
     pool = make_pool(PerHeadLayer, [32], n_slots=2)
     k, _ = fill(pool, range(1, 2), 20)
     span = pool.layers[0].span(1)

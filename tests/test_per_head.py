@@ -32,7 +32,7 @@ def test_heads_follow_one_another_with_room_for_the_answer() -> None:
     cache.begin(whole=False)
     for layer in range(2):
         cache.store(layer, k, -k, kept, kept.positions(torch.arange(5)[None]))
-    cache.end(5, room=4)
+    cache.end(5, room=4, position_limit=1000)
     assert cache.pool.starts[0].tolist() == [[0, 5]]  # one entry and four tokens to come
     assert cache.lengths[0].tolist() == [[1, 5]]
     assert (cache.count(0), cache.entries) == (5, 12)

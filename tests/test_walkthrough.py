@@ -143,7 +143,7 @@ def test_what_was_kept_of_the_record_is_this(figures: dict[str, Any]) -> None:
         assert table_row(f"KV head {head}") == [str(layer[head]) for layer in figures["digits kept"]]
     first, *_, last = figures["digits"]
     assert f"tokens {first} to {last} of the prompt" in WORDS
-    assert figures["digits that go on"] == 0
+    assert figures["digits propagated"] == 0
     assert "None of the four is among the 598 that went on" in WORDS
 
 
@@ -153,21 +153,22 @@ def test_the_answer_is_this(figures: dict[str, Any]) -> None:
 
 
 def test_sizes_in_the_prose_are_these(figures: dict[str, Any]) -> None:
-    metrics, slots = figures["metrics"], figures["slots"]
+    metrics, capacity = figures["metrics"], figures["capacity"]
     kept, seen, sent = metrics.kv_tokens, metrics.prompt_tokens, metrics.tsp_tokens
     for sentence in (
         f"the text has {figures['characters']:,} characters",
         f"gives N = {seen:,} ids",
         f"says {sent}, `int(0.2 * {seen})`, behind layer {FastKV().tsp_layer_of(8)}",
         f"says {kept}, `int(0.1 * {seen})`",
-        f"has {slots} slots in each layer, for {kept} entries and 256 tokens to come",
-        f"`[1, 2, {slots}, 32]` for K and the same for V, {metrics.kv_bytes:,} bytes",
+        f"has room for {capacity} entries of each KV head, for {kept} of the prompt and 256 tokens to come",
+        f"`[1, 2, {capacity}, 32]` for K and the same for V in a",
+        f"{metrics.kv_bytes:,} bytes in all",
         f"A full cache would take {metrics.kv_full_bytes:,}",
         f"the {kept - 8} best of each KV head, and the window: {kept} entries",
         f"the {sent - 8} best, and the window: `[1, {sent}]`",
-        f"into slots 0 to {kept - 1}",
+        f"into entries 0 to {kept - 1}",
         f"{metrics.kv_entries:,} of {metrics.kv_full_entries:,} entries are kept",
-        f"has position {seen} and goes into slot {kept}",
+        f"has position {seen} and becomes entry {kept}",
         f"over {kept + 1} entries instead of {seen + 1:,}",
         f"After {metrics.new_tokens} tokens and {metrics.new_tokens - 1} steps",
     ):
@@ -191,7 +192,7 @@ def test_no_other_large_number_stands_in_the_request(figures: dict[str, Any]) ->
     """Those of the two tests above, of the shapes, and of the tables: a number that nobody checks can go stale."""
     metrics = figures["metrics"]
     checked = set(re.findall(r"\d+", figures["calls"])) | {str(token) for token in figures["answer"]}
-    checked |= {str(number) for number in (*figures["digits"], *figures["kept by both heads"][:2], figures["slots"])}
+    checked |= {str(number) for number in (*figures["digits"], *figures["kept by both heads"][:2], figures["capacity"])}
     checked |= {
         str(metrics.kv_bytes),
         str(metrics.kv_full_bytes),
@@ -214,7 +215,7 @@ def test_positions_and_lengths_after_the_answer_are_these(figures: dict[str, Any
     for token in figures["answer"][:-1]:
         archive_llm.decode(cache, torch.tensor([token]))
     position = int(cache.next_position)
-    assert f"each layer holds {cache.length(0)} entries, and the next position would be {position}." in REQUEST
+    assert f"each layer holds {cache.count(0)} entries, and the next position would be {position}." in REQUEST
 
 
 def test_the_weaknesses_show(script: ModuleType, archive_llm: LLM) -> None:
