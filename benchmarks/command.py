@@ -37,7 +37,7 @@ def guarded(name: str, work: Callable[[], None]) -> int:
 
 
 def check_writable(path: Path) -> None:
-    """FastKVError unless `path` can be written: tried before anything is measured. Leaves no file behind."""
+    """FastKVError unless `path` can be written: tried before anything is measured. Leaves no new file."""
     existed = path.exists()
     try:
         path.open("a").close()

@@ -111,15 +111,15 @@ def load(args: argparse.Namespace) -> tuple[LLM, str]:
 
 def rows_of(args: argparse.Namespace, llm: LLM, ceilings: Ceilings) -> Iterator[list[dict[str, Any]]]:
     """Measure: the rows of one context and batch after the other."""
-    from contestants import contestants, measure, random_prompts, transformers
+    from runners import measure, random_prompts, runners, transformers
     from table import compare_with_one, summarise
 
-    runs = contestants(llm, args.policy, transformers(llm) if args.peer else None)
+    runs = runners(llm, args.policy, transformers(llm) if args.peer else None)
     for context in args.context:
         alone: list[dict[str, Any]] = []
         for batch in sorted(args.batch):
             prompts = random_prompts(llm.config.vocab_size, context, batch)
-            samples = measure(runs, prompts, args.new_tokens, args.rounds, args.warm_ups)
+            samples = measure(runs, prompts, args.new_tokens, args.rounds, args.warm_ups, llm.free_buffers)
             rows = summarise(samples, llm, ceilings, context, batch, args.new_tokens)
             alone = rows if batch == 1 else alone
             compare_with_one(rows, alone)

@@ -2,7 +2,7 @@
 
     python benchmarks/plot.py RESULT.json OUT.png
 
-One row of panels for each batch; a line for each contestant through its medians, with bars from the lowest to the
+One row of panels for each batch; a line for each policy through its medians, with bars from the lowest to the
 highest run. Knows no engine: it reads what was measured and measures nothing.
 """
 
@@ -63,12 +63,12 @@ def figure_of(result: dict[str, Any]) -> Figure:
     grid = figure.subplots(len(batches), 2, squeeze=False)
     for (left, right), batch in zip(grid, batches, strict=True):
         shown = [row for row in rows if batch_of(row) == batch]
-        behind = f" (batch {batch})" if len(batches) > 1 or batch > 1 else ""
+        suffix = f" (batch {batch})" if len(batches) > 1 or batch > 1 else ""
         _panel(left, shown, names, "ttft_s", "ttft_range")
-        left.set_ylabel(f"time to first token, s{behind}")
+        left.set_ylabel(f"time to first token, s{suffix}")
         _time_axis(left, shown, "ttft_range")
         _panel(right, shown, names, "decode_tokens_per_s", "decode_range")
-        right.set_ylabel(f"decoding, tokens/s{behind}")
+        right.set_ylabel(f"decoding, tokens/s{suffix}")
         right.set_ylim(bottom=0)
     _title(figure, result, grid[0][0])
     return figure
@@ -80,7 +80,7 @@ def batch_of(row: Row) -> int:
 
 
 def _panel(axes: Axes, rows: list[Row], names: list[str], key: str, span: str) -> None:
-    """One figure of every contestant against the context length."""
+    """One figure of every policy against the context length."""
     for index, name in enumerate(names):
         colour, marker = STYLES[index % len(STYLES)]
         line = sorted((row for row in rows if row["name"] == name), key=lambda row: row["context"])
@@ -137,7 +137,7 @@ def _time_axis(axes: Axes, rows: list[Row], span: str) -> None:
 
 
 def _title(figure: Figure, result: dict[str, Any], axes: Axes) -> None:
-    """What was measured and where, above all panels, and the contestants below."""
+    """What was measured and where, above all panels, and the policies below."""
     title = f"{result['model']}, {result['dtype']} on {result['device']}, {result['date']}"
     figure.suptitle(title, fontsize=11)
     handles, labels = axes.get_legend_handles_labels()

@@ -1,4 +1,4 @@
-"""What a suite of measurements leaves behind: a JSON file and a text, both written anew after every figure."""
+"""What a suite of measurements writes: a JSON file and a text, both written anew after every figure."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Record:
     def _save(self) -> None:
         fresh = self._json.with_suffix(".part")
         fresh.write_text(json.dumps({**self.about, "figures": self.entries}, indent=1) + "\n", encoding="utf-8")
-        fresh.replace(self._json)  # whoever stops the run between two writes finds the one before
+        fresh.replace(self._json)  # a run that is stopped between two writes leaves the one before
 
 
 class Warnings(logging.Handler):

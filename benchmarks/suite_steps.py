@@ -24,9 +24,9 @@ from typing import Any
 import device_ceilings
 import synthetic
 import torch
-from contestants import Contestant, engine, measure, random_prompts, transformers
 from cost import wait_for
 from kernels import lines, profiled
+from runners import Runner, engine, measure, random_prompts, transformers
 from selection import timed
 from suite_record import Record
 
@@ -272,10 +272,10 @@ def profile(suite: Suite, title: str, work: Callable[[], object]) -> dict[str, A
 def end_to_end(suite: Suite) -> Iterator[Case]:
     """A prompt of 8K and 33 new tokens, through this engine and through the peer."""
 
-    def ours(name: str) -> Contestant:
+    def ours(name: str) -> Runner:
         return engine(suite.llm, POLICIES[name]())
 
-    makers: dict[str, Callable[[], Contestant]] = {
+    makers: dict[str, Callable[[], Runner]] = {
         "fastkv": lambda: ours("fastkv"),
         "full": lambda: ours("full"),
         "transformers": lambda: transformers(suite.llm),
@@ -284,7 +284,7 @@ def end_to_end(suite: Suite) -> Iterator[Case]:
         yield Case(f"{name} 8K + 33", seconds, partial(answer, suite, makers[name]))
 
 
-def answer(suite: Suite, make: Callable[[], Contestant]) -> dict[str, Any]:
+def answer(suite: Suite, make: Callable[[], Runner]) -> dict[str, Any]:
     """Medians of two rounds after one that does not count."""
     suite.clean()
     n_tokens = suite.tokens(8 * K)

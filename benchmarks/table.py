@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
-from contestants import Sample
 from cost import Ceilings
+from runners import Sample
 
 from fastkv import LLM
 from fastkv.cache.catalogue import POLICIES
@@ -38,7 +38,7 @@ HEADER = f"| {' | '.join(COLUMNS)} |\n|{'---|' * len(COLUMNS)}"
 def summarise(
     samples: dict[str, list[Sample]], llm: LLM, ceilings: Ceilings, context: int, batch: int, new_tokens: int
 ) -> list[dict[str, Any]]:
-    """A row for each contestant: medians, range, ratios to the full cache, and shares of the ceilings."""
+    """A row for each policy: medians, range, ratios to the full cache, and shares of the ceilings."""
     rows = []
     for name, taken in samples.items():
         row: dict[str, Any] = {"context": context, "batch": batch, "name": name, **_figures(taken)}
@@ -153,7 +153,7 @@ def head(about: dict[str, Any]) -> str:
         ("batch", "prompts that decode together; time to the first tokens of all of them, tokens/s of all of them"),
         ("× full", baseline),
         ("× batch 1", "how many times the tokens/s of one prompt, same context, same run"),
-        ("peak", f"during a run, {_peak_of(about)}"),
+        ("peak", f"during the first warm-up, with no memory of other runs left, {_peak_of(about)}"),
     )
     return "\n".join(f"- {label}: {text}" for label, text in lines)
 

@@ -1,1 +1,1 @@
-"""What a prompt leaves behind: the KV cache, and the policies that decide what goes into it. Knows no model."""
+"""The KV cache, and the policies that decide what goes into it. Knows no model."""

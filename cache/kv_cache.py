@@ -1,4 +1,4 @@
-"""KVCache: the handle of a sequence in a pool. It may outlive the request that filled it, and go on, or back."""
+"""KVCache: the handle of a sequence in a pool. It may outlive the request that filled it, continue and rewind."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from fastkv.errors import FastKVError
 
 
 class KVCache:
-    """What B sequences of one length have left behind: their slots in a pool, and where they have come to.
+    """The entries of B sequences of one length: their slots in a pool, and where they have come to.
 
     position: the next token's, an int; the device has it too (KVPool.next_position). Positions from `position_limit`
     on are beyond what the model can tell apart. room: tokens that can still be appended.
@@ -169,6 +169,6 @@ def check_cache(cache: Any, n_layers: int, shape: EntryShape, device: torch.devi
         raise FastKVError(f"a cache is what a prefill has left (pre.cache), not {type(cache).__name__}")
     pool = cache.pool
     if (len(pool.layers), pool.shape, pool.device) != (n_layers, shape, device):
-        raise FastKVError("this cache is of another model, dtype or device than the one that goes on with it")
+        raise FastKVError("this cache is of another model, dtype or device than the one that is to use it")
     if cache.unfinished:  # its layers do not belong together
         raise FastKVError("the cache was left by a prefill that failed; start with a new one")

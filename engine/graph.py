@@ -162,7 +162,7 @@ class _CudaRecorder:
     def _capture(self, run: Callable[[], None]) -> Replay:
         graph, current = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
         try:
-            # Other threads may go on using the device meanwhile.
+            # Other threads may use the device meanwhile.
             with torch.cuda.graph(
                 graph, pool=self._pool, stream=_stream_of(self._device), capture_error_mode="thread_local"
             ):

@@ -121,7 +121,7 @@ class LLM:
 
     @property
     def model(self) -> Llama:
-        """The network itself, for whoever wants to look into it."""
+        """The network itself, for those who want to look into it."""
         return self._model
 
     @property
@@ -190,7 +190,7 @@ class LLM:
         """Continue many prompts: (index, output) of each as soon as it is done.
 
         Each prompt is prefilled on its own; up to `batch_size` of them decode together, each with its own position,
-        stop rules and sampling settings, and whoever is done makes room for the next. kv_memory: bytes that their KV
+        stop rules and sampling settings, and one that is done makes room for the next. kv_memory: bytes that their KV
         caches may take together (None: what the device has left); fewer decode together where they do not fit.
 
         Raises FastKVError as `generate` does, before anything runs; its `prompt` is the index of the one at fault.

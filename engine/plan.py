@@ -76,7 +76,7 @@ def plan_request(
 ) -> RequestPlan:
     """The plan of a prefill of `n_tokens`, from the beginning or from what `cache` holds.
 
-    A sequence that goes on is compressed again by a policy that can (Policy.compresses_again), if there are more new
+    A sequence that continues is compressed again by a policy that can (Policy.compresses_again), if there are more new
     tokens than its observation window. Else the earlier entries stay, and the new tokens are kept whole.
     """
     n_layers = config.n_layers
@@ -85,7 +85,7 @@ def plan_request(
     if cache is None:
         layers, first_pass = plan_layers(policy, n_layers, n_tokens), policy.first_pass(n_layers, n_tokens)
     elif policy.compresses_again and n_tokens > policy.window and not cache.pool.layout.per_head:
-        layers, first_pass = _layers_going_on(policy, past, n_tokens, cache.position + n_tokens), None
+        layers, first_pass = _layers_continued(policy, past, n_tokens, cache.position + n_tokens), None
     else:
         layers, first_pass = [LayerPlan(n_tokens, before + n_tokens, None) for before in past], None
     seen_at_most = [before + layers[0].seen for before in past]
@@ -99,7 +99,7 @@ def plan_request(
     )
 
 
-def _layers_going_on(policy: Policy, past: Sequence[int], n_tokens: int, n_in_all: int) -> list[LayerPlan]:
+def _layers_continued(policy: Policy, past: Sequence[int], n_tokens: int, n_in_all: int) -> list[LayerPlan]:
     """As `plan_layers`, for new tokens after `past` entries of each layer: budgets count from the whole sequence."""
     plans = plan_layers(policy, len(past), n_tokens)
     return [

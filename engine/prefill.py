@@ -3,7 +3,7 @@
 A layer computes K and V of all its tokens, from them importance scores, and from these what stays in the cache and
 which tokens are propagated. Only for the latter it then computes attention and MLP where that is faster (`_narrow`): a
 token whose state no later layer reads costs its key and value. So it is at the last layer, which only the last token
-leaves. A sequence may begin here, or go on from what its cache holds: then the new tokens attend to those entries, too.
+leaves. A sequence may begin here, or continue from its cache: then the new tokens attend to what that holds, too.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from fastkv.models.llama import Llama
 
 @dataclass(frozen=True)
 class Prefill:
-    """What a prefill leaves behind.
+    """What a prefill gives back.
 
     logits: float32 [B, V], of the last token.
     tokens: for each layer int64 [B, T], the original positions of the new tokens whose keys it computed (the TSP layer:

@@ -1,4 +1,4 @@
-"""A safetensors checkpoint, one file or several behind an index, opened lazily. No other format is ever opened."""
+"""A safetensors checkpoint, one file or several with an index, opened lazily. No other format is ever opened."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Text <-> token ids behind one small interface: `tokenizer.json` (tokenizers) or `tokenizer.model` (sentencepiece).
+"""Text <-> token ids through one small interface: `tokenizer.json` (tokenizers) or `tokenizer.model` (sentencepiece).
 
 Knows the BOS and EOS rules that a model folder states. Knows nothing of streaming or chat (detokenizer.py, chat.py).
 """

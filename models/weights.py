@@ -45,7 +45,7 @@ class Target:
 
 
 def meta_model(config: ModelConfig) -> Llama:
-    """The network without memory behind its parameters."""
+    """The network whose parameters have no memory yet."""
     with torch.device("meta"):
         return Llama(config)
 

@@ -28,7 +28,7 @@ from fastkv.models.presets import PRESETS
 MODULES = (
     "choices",
     "command",
-    "contestants",
+    "runners",
     "cost",
     "device_ceilings",
     "gpu_suite",
@@ -167,7 +167,7 @@ def test_the_peer_goes_on_as_its_own_model_would(benchmarks: Any, dummy: LLM) ->
 def test_greedy_counts_the_tokens_of_all_sequences(benchmarks: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """By a clock that ticks when work is done: 5 s for the first tokens, 2 s for each of the 3 steps after them."""
     clock = SimpleNamespace(now=100.0)
-    monkeypatch.setattr(benchmarks.contestants, "time", SimpleNamespace(perf_counter=lambda: clock.now))
+    monkeypatch.setattr(benchmarks.runners, "time", SimpleNamespace(perf_counter=lambda: clock.now))
 
     def work(seconds: float, result: int) -> int:
         clock.now += seconds
@@ -179,7 +179,7 @@ def test_greedy_counts_the_tokens_of_all_sequences(benchmarks: Any, monkeypatch:
         states.append(state)
         return work(2, 10 * state)
 
-    sample = benchmarks.contestants.greedy(lambda: work(5, 1), step, torch.device("cpu"), 7, 4)
+    sample = benchmarks.runners.greedy(lambda: work(5, 1), step, torch.device("cpu"), 7, 4)
     assert (sample.ttft_s, sample.decode_tokens_per_s, sample.total_s) == (5, 7 * 3 / 6, 11)
     assert states == [1, 10, 100]
 
@@ -195,14 +195,14 @@ def test_prompts_that_decode_together_are_counted_from_the_last_first_token(benc
         figures(ttft, 6.0, kv_bytes=size, peak_bytes=peak)
         for ttft, size, peak in ((5.0, 100, 900), (5.5, 30, 950), (5.25, 7, None))
     ]
-    sample = benchmarks.contestants.together(each)
+    sample = benchmarks.runners.together(each)
     assert (sample.ttft_s, sample.decode_tokens_per_s, sample.total_s) == (5.5, 9 / 6, 11.5)
     assert (sample.kv_bytes, sample.peak_bytes) == (137, 950)
 
 
 def test_prompts_that_did_not_fit_together_are_not_passed_off_as_a_batch(benchmarks: Any) -> None:
     with pytest.raises(FastKVError, match=r"--batch 2: not all .* take fewer"):
-        benchmarks.contestants.together([figures(1.0, 2.0), figures(3.5, 2.0)])
+        benchmarks.runners.together([figures(1.0, 2.0), figures(3.5, 2.0)])
 
 
 def test_a_batch_is_what_users_get(benchmarks: Any, dummy: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -215,7 +215,7 @@ def test_a_batch_is_what_users_get(benchmarks: Any, dummy: LLM, monkeypatch: pyt
         step(self, caches)
 
     monkeypatch.setattr(EagerStepper, "step", counted)
-    sample = benchmarks.contestants.engine(dummy, FullKV())(torch.arange(3, 123).view(12, 10), 5)
+    sample = benchmarks.runners.engine(dummy, FullKV())(torch.arange(3, 123).view(12, 10), 5)
     assert seen == [12] * 4
     assert sample.kv_bytes == 12 * dummy.generate(list(range(3, 13)), SamplingParams(max_tokens=5)).metrics.kv_bytes
 
@@ -267,7 +267,7 @@ def test_a_batch_without_one_prompt_to_compare_with(
 def test_shares_of_the_ceilings(benchmarks: Any, dummy: LLM) -> None:
     """2 s for the first tokens of 3 prompts, and 10 steps a second."""
     ceilings = benchmarks.cost.Ceilings(1e12, 1e11)
-    samples = [benchmarks.contestants.Sample(2.0, 30.0, 3.0, 100, peak) for peak in (200, 900, 300)]
+    samples = [benchmarks.runners.Sample(2.0, 30.0, 3.0, 100, peak) for peak in (200, 900, 300)]
     (row,) = benchmarks.table.summarise({"full": samples}, dummy, ceilings, 500, 3, 8)
     plans = plan_layers(FullKV(), dummy.config.n_layers, 500)
     flops = prefill_flops(dummy.config, plans, 3)
@@ -332,7 +332,7 @@ def test_mistakes_are_told_before_anything_is_measured(
 ) -> None:
     pytest.importorskip("matplotlib")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(benchmarks.contestants, "measure", lambda *_: pytest.fail("the run began"))
+    monkeypatch.setattr(benchmarks.runners, "measure", lambda *_: pytest.fail("the run began"))
     assert run(*argv) == 2
     out, error = capsys.readouterr()
     assert out == ""
@@ -345,7 +345,7 @@ def test_mistakes_are_told_before_anything_is_measured(
 def test_a_run_that_breaks_off_leaves_what_it_has(
     benchmarks: Any, run: Callable[..., int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    measure = benchmarks.contestants.measure
+    measure = benchmarks.runners.measure
 
     def out_of_memory(runs: Any, prompts: Any, *rest: Any) -> Any:
         ids = next(prompts)
@@ -353,7 +353,7 @@ def test_a_run_that_breaks_off_leaves_what_it_has(
             raise FastKVError("out of memory")
         return measure(runs, iter([ids] * 9), *rest)
 
-    monkeypatch.setattr(benchmarks.contestants, "measure", out_of_memory)
+    monkeypatch.setattr(benchmarks.runners, "measure", out_of_memory)
     assert run("--context", 200, 300, "--json", tmp_path / "out.json") == 2
     assert {row["context"] for row in json.loads((tmp_path / "out.json").read_text())["rows"]} == {200}
 
@@ -502,15 +502,34 @@ def test_warm_ups_run_and_do_not_count(benchmarks: Any, warm_ups: int) -> None:
 
     def once(ids: torch.Tensor, new_tokens: int) -> Any:
         seen.append(ids)
-        return benchmarks.contestants.Sample(1.0, float(len(seen)), 2.0)
+        return benchmarks.runners.Sample(1.0, float(len(seen)), 2.0)
 
-    prompts = benchmarks.contestants.random_prompts(50, 30, 2)
-    samples = benchmarks.contestants.measure({"one": once}, prompts, 4, 3, warm_ups)
+    prompts = benchmarks.runners.random_prompts(50, 30, 2)
+    samples = benchmarks.runners.measure({"one": once}, prompts, 4, 3, warm_ups)
     assert [sample.decode_tokens_per_s for sample in samples["one"]] == [warm_ups + 1, warm_ups + 2, warm_ups + 3]
     assert {tuple(ids.shape) for ids in seen} == {(2, 30)}
     assert len({ids.sum().item() for ids in seen}) == len(seen)  # other tokens each time
-    again = next(benchmarks.contestants.random_prompts(50, 30, 2))
+    again = next(benchmarks.runners.random_prompts(50, 30, 2))
     assert torch.equal(seen[0], again)
+
+
+def test_a_peak_holds_no_other_policys_memory(benchmarks: Any) -> None:
+    """Policies that take turns share one pool, and the largest would be the peak of all."""
+    pool: list[int] = []
+
+    def runner(size: int) -> Any:
+        def run(ids: torch.Tensor, new_tokens: int) -> Any:
+            pool.append(size)
+            return benchmarks.runners.Sample(1.0, 1.0, 1.0, peak_bytes=sum(pool))
+
+        return run
+
+    runs, prompts = {"full": runner(100), "fastkv": runner(10)}, benchmarks.runners.random_prompts(50, 30, 1)
+    for warm_ups, peaks in ((1, {"full": 100, "fastkv": 10}), (0, {"full": None, "fastkv": None})):
+        samples = benchmarks.runners.measure(runs, prompts, 4, 2, warm_ups, pool.clear)
+        assert {name: {each.peak_bytes for each in taken} for name, taken in samples.items()} == {
+            name: {peak} for name, peak in peaks.items()
+        }
 
 
 @pytest.mark.parametrize(("more", "size"), [([], "fastkv, 300 tokens"), (["--batch", "3"], "fastkv, 3 x 300 tokens")])

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 import torch
@@ -38,10 +38,10 @@ class Sample:
     peak_bytes: int | None = None
 
 
-Contestant = Callable[[Tensor, int], Sample]  # prompts int64 [B, N] on the host, tokens to generate for each
+Runner = Callable[[Tensor, int], Sample]  # prompts int64 [B, N] on the host, tokens to generate for each
 
 
-def engine(llm: LLM, policy: Policy) -> Contestant:
+def engine(llm: LLM, policy: Policy) -> Runner:
     """A policy of this engine. Raises FastKVError where memory is too short for all prompts at a time."""
 
     def run(ids: Tensor, new_tokens: int) -> Sample:
@@ -63,7 +63,7 @@ def together(each: Sequence[Metrics]) -> Sample:
     return Sample(begun, speed, max(ended), sum(one.kv_bytes for one in each), max(peaks, default=None))
 
 
-def transformers(llm: LLM) -> Contestant:
+def transformers(llm: LLM) -> Runner:
     """Hugging Face's model on the same weights."""
     from peer import transformers_peer
 
@@ -93,7 +93,7 @@ def greedy(
     return Sample(first - begun, speed, ended - begun, peak_bytes=peak_bytes(device))
 
 
-def contestants(llm: LLM, policies: Sequence[str], peer: Contestant | None) -> dict[str, Contestant]:
+def runners(llm: LLM, policies: Sequence[str], peer: Runner | None) -> dict[str, Runner]:
     """Everyone that is compared, by name."""
     found = {name: engine(llm, POLICIES[name]()) for name in policies}
     return found if peer is None else {**found, "transformers": peer}
@@ -107,13 +107,28 @@ def random_prompts(vocab_size: int, context: int, batch: int) -> Iterator[Tensor
 
 
 def measure(
-    runs: dict[str, Contestant], prompts: Iterator[Tensor], new_tokens: int, rounds: int, warm_ups: int
+    runs: dict[str, Runner],
+    prompts: Iterator[Tensor],
+    new_tokens: int,
+    rounds: int,
+    warm_ups: int,
+    free: Callable[[], None] | None = None,
 ) -> dict[str, list[Sample]]:
-    """`rounds` samples of each contestant, taken in turn after `warm_ups` rounds that are not counted."""
+    """`rounds` samples of each, taken in turn after `warm_ups` rounds that are not counted.
+
+    free: lets go of the memory that runs hand to one another. With it, peaks are those of the first warm-up, where each
+    run begins without what another has left; without a warm-up there is no peak.
+    """
     samples: dict[str, list[Sample]] = {name: [] for name in runs}
+    peaks: dict[str, int | None] = {}
     for counted, ids in zip(range(-warm_ups, rounds), prompts):  # noqa: B905 - there is no end to the prompts
         for name, run in runs.items():
+            alone = free is not None and name not in peaks and counted < 0
+            if alone and free is not None:
+                free()
             sample = run(ids, new_tokens)
+            if alone:
+                peaks[name] = sample.peak_bytes
             if counted >= 0:
-                samples[name].append(sample)
+                samples[name].append(sample if free is None else replace(sample, peak_bytes=peaks.get(name)))
     return samples

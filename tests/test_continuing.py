@@ -1,4 +1,4 @@
-"""A sequence that goes on from its cache: in pieces, by several tokens a step, compressed again, and back."""
+"""A sequence that continues from its cache: in pieces, by several tokens a step, compressed again, and back."""
 
 from __future__ import annotations
 
