@@ -23,7 +23,7 @@ if TYPE_CHECKING:
         StructKV,
     )
     from fastkv.engine.llm import LLM
-    from fastkv.engine.output import Metrics, Output, Piece
+    from fastkv.engine.output import Metrics, Output, Piece, RunInfo
     from fastkv.engine.prefill import Prefill
     from fastkv.engine.sampler import SamplingParams
 
@@ -45,6 +45,7 @@ __all__ = [
     "Prefill",
     "PyramidInfer",
     "PyramidKV",
+    "RunInfo",
     "SamplingParams",
     "SnapKV",
     "StreamingLLM",
@@ -64,6 +65,7 @@ _LAZY = {
     "Metrics": "fastkv.engine.output",
     "Output": "fastkv.engine.output",
     "Piece": "fastkv.engine.output",
+    "RunInfo": "fastkv.engine.output",
     "Prefill": "fastkv.engine.prefill",
     "SamplingParams": "fastkv.engine.sampler",
 }

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from fastkv.engine.generation import Generation
     from fastkv.engine.job import Job
     from fastkv.engine.llm import LLM
-    from fastkv.engine.output import Metrics
+    from fastkv.engine.output import Output
     from fastkv.engine.sampler import SamplingParams
 
 
@@ -150,9 +150,9 @@ def _jobs(args: argparse.Namespace) -> list[Job]:
 def _run_one(args: argparse.Namespace, llm: LLM, job: Job, params: SamplingParams) -> int:
     """The answer to standard output, as it is made."""
     stream = llm.stream(_prompt(args, llm, job), params, keep_selection=args.report is not None)
-    status = _print_json(llm, stream) if args.json else _print_text(stream)
+    status = _print_json(stream) if args.json else _print_text(stream)
     if not args.quiet:
-        _print_figures(llm, stream.output().metrics)
+        _print_figures(stream.output())
     if args.report is not None:
         _write_report(args.report, llm, stream)
     return status
@@ -252,7 +252,7 @@ def _print_text(stream: Generation) -> int:
     return status
 
 
-def _print_json(llm: LLM, stream: Generation) -> int:
+def _print_json(stream: Generation) -> int:
     status = DONE
     _write_utf8()
     try:
@@ -262,14 +262,14 @@ def _print_json(llm: LLM, stream: Generation) -> int:
         status = INTERRUPTED
     from fastkv.engine.summary import as_json
 
-    print(json.dumps(as_json(llm, stream.output()), ensure_ascii=False), flush=True)
+    print(json.dumps(as_json(stream.output()), ensure_ascii=False), flush=True)
     return status
 
 
-def _print_figures(llm: LLM, metrics: Metrics) -> None:
+def _print_figures(output: Output) -> None:
     from fastkv.engine.summary import figures
 
-    for label, value in figures(llm, metrics):
+    for label, value in figures(output):
         say(f"{label:<12} {value}")
 
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 
 from fastkv.cache.kv_cache import KVCache
-from fastkv.engine.output import Metrics, Output, Piece
+from fastkv.engine.output import Metrics, Output, Piece, RunInfo
 from fastkv.engine.request import Request
 from fastkv.engine.stopping import StopStrings
 from fastkv.models.config import ModelConfig
@@ -28,12 +28,13 @@ class Answer:
         self,
         config: ModelConfig,
         dtype: torch.dtype,
+        device: torch.device,
         tokenizer: Tokenizer | None,
         request: Request,
         called_at: float,
     ) -> None:
         self.request = request
-        self._config, self._dtype, self._called_at = config, dtype, called_at
+        self._config, self._dtype, self._device, self._called_at = config, dtype, device, called_at
         self._detokenizer = Detokenizer(tokenizer.decode if tokenizer else lambda ids: "", request.prompt)
         self._stops = StopStrings(request.params.stop)
         self._kv_bytes = self._kv_entries = 0
@@ -73,7 +74,19 @@ class Answer:
 
     def output(self) -> Output:
         """Text, tokens and figures so far."""
-        return Output("".join(self._text), list(self._token_ids), self._finish_reason, self._metrics())
+        text, token_ids = "".join(self._text), list(self._token_ids)
+        return Output(text, token_ids, self._finish_reason, self._metrics(), self._run())
+
+    def _run(self) -> RunInfo:
+        policy, n_layers = self.request.policy, self._config.n_layers
+        first = policy.first_pass(n_layers, len(self.request.prompt))
+        return RunInfo(
+            policy=policy.name,
+            settings=policy.settings(n_layers),
+            device=str(self._device),
+            dtype=str(self._dtype).removeprefix("torch."),
+            first_pass_layer=None if first is None else first.layer,
+        )
 
     def _metrics(self) -> Metrics:
         request, config, times = self.request, self._config, self._times

@@ -26,8 +26,8 @@ def run_batch(
     called_at: time.perf_counter() when the user asked. Each prompt is prefilled on its own, as soon as there is a row
     for it. Leaving the iterator early ends all of them.
     """
-    config, dtype = runtime.model.config, runtime.model.dtype
-    answers = [Answer(config, dtype, tokenizer, request, called_at) for request in requests]
+    model = runtime.model
+    answers = [Answer(model.config, model.dtype, model.device, tokenizer, one, called_at) for one in requests]
     with explain_out_of_memory():
         rows = Rows(runtime, requests, n_rows)
     waiting, at_work = deque(range(len(requests))), dict[int, int]()

@@ -37,7 +37,8 @@ class Generation(Iterator[Piece]):
         # time.perf_counter() when the user asked, if that was before now
         asked = time.perf_counter() if called_at is None else called_at
         self._runtime = runtime
-        self._answer = Answer(runtime.model.config, runtime.model.dtype, tokenizer, request, asked)
+        model = runtime.model
+        self._answer = Answer(model.config, model.dtype, model.device, tokenizer, request, asked)
         self._rows: Rows | None = None
         self._keep_selection = keep_selection
         self._ended = False

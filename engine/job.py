@@ -202,7 +202,7 @@ def run_jobs(
         raise FastKVError(f"prompt {todo[error.prompt].id}: {error.__cause__}", setting=setting) from None
     with ProgressLine(sys.stderr, answering) as line:
         for count, (index, answer) in enumerate(each, 1):
-            said = as_json(llm, answer)
+            said = as_json(answer)
             records.append(
                 todo[index], {name: said[name] for name in ("text", "token_ids", "finish_reason", "metrics")}
             )

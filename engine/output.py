@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -42,14 +43,32 @@ class Metrics:
 
 
 @dataclass(frozen=True)
+class RunInfo:
+    """What ran a request.
+
+    policy: its name. settings: those of the policy, with defaults that depend on the model worked out. device and
+    dtype: as torch names them ("cuda:0", "bfloat16"). first_pass_layer: where a first pass chose the tokens that the
+    model then read anew, None where there was none.
+    """
+
+    policy: str
+    settings: dict[str, Any]
+    device: str
+    dtype: str
+    first_pass_layer: int | None = None
+
+
+@dataclass(frozen=True)
 class Output:
     """A finished request.
 
     text has neither the EOS nor the stop string that ended it; token_ids has every token generated.
     finish_reason: "stop" (EOS or stop string) or "length"; "interrupted" for a stream that was left before its end.
+    run: the policy, device and dtype of this very request.
     """
 
     text: str
     token_ids: list[int]
     finish_reason: str
     metrics: Metrics
+    run: RunInfo

@@ -6,30 +6,30 @@ import dataclasses
 import itertools
 from typing import Any
 
-from fastkv.engine.llm import LLM
-from fastkv.engine.output import Metrics, Output
+from fastkv.engine.output import Metrics, Output, RunInfo
 
 MOST_STAGES = 4  # reductions that are told one by one
 
 
-def as_json(llm: LLM, output: Output) -> dict[str, Any]:
+def as_json(output: Output) -> dict[str, Any]:
     """The object that `--json` prints."""
     return {
         "text": output.text,
         "token_ids": output.token_ids,
         "finish_reason": output.finish_reason,
-        "policy": {"name": llm.policy.name, **llm.policy.settings(llm.config.n_layers)},
-        "device": str(llm.device),
-        "dtype": _dtype_of(llm),
+        "policy": {"name": output.run.policy, **output.run.settings},
+        "device": output.run.device,
+        "dtype": output.run.dtype,
         "metrics": dataclasses.asdict(output.metrics),
     }
 
 
-def figures(llm: LLM, metrics: Metrics) -> list[tuple[str, str]]:
+def figures(output: Output) -> list[tuple[str, str]]:
     """The summary of a request, as (label, text) rows."""
+    run, metrics = output.run, output.metrics
     speed = metrics.decode_tokens_per_s
     rows = [
-        ("policy", f"{llm.policy.name}, on {llm.device} in {_dtype_of(llm)}"),
+        ("policy", f"{run.policy}, on {run.device} in {run.dtype}"),
         ("prompt", _tokens(metrics.prompt_tokens)),
     ]
     if not metrics.new_tokens:  # interrupted before there was anything to measure
@@ -44,36 +44,31 @@ def figures(llm: LLM, metrics: Metrics) -> list[tuple[str, str]]:
             f" {_mebibytes(metrics.kv_bytes)} of {_mebibytes(metrics.kv_full_bytes)}",
         ),
     ]
-    rows += _reductions(llm, metrics)
+    rows += _reductions(run, metrics)
     if metrics.peak_bytes is not None:
-        rows.append(("peak memory", f"{_mebibytes(metrics.peak_bytes)} ({_peak_of(llm)})"))
+        rows.append(("peak memory", f"{_mebibytes(metrics.peak_bytes)} ({_peak_of(run)})"))
     return rows
 
 
-def _reductions(llm: LLM, metrics: Metrics) -> list[tuple[str, str]]:
+def _reductions(run: RunInfo, metrics: Metrics) -> list[tuple[str, str]]:
     """Where the prompt became shorter on its way."""
-    first = llm.policy.first_pass(llm.config.n_layers, metrics.prompt_tokens)
     rows = []
-    if first is not None:
-        share = _percent(first.keep, metrics.prompt_tokens)
-        rows.append(("first pass", f"{_tokens(first.keep)} ({share}) chosen at layer {first.layer}, then read anew"))
+    if run.first_pass_layer is not None:
+        chosen = f"{_tokens(metrics.layer_tokens[0])} ({_percent(metrics.layer_tokens[0], metrics.prompt_tokens)})"
+        rows.append(("first pass", f"{chosen} chosen at layer {run.first_pass_layer}, then read anew"))
     stages = [
-        f"{_tokens(goes_on)} ({_percent(goes_on, metrics.prompt_tokens)}) go on behind layer {layer}"
-        for layer, (seen, goes_on) in enumerate(itertools.pairwise(metrics.layer_tokens))
-        if goes_on < seen
+        f"{_tokens(left)} ({_percent(left, metrics.prompt_tokens)}) propagated after layer {layer}"
+        for layer, (seen, left) in enumerate(itertools.pairwise(metrics.layer_tokens))
+        if left < seen
     ]
     if len(stages) > MOST_STAGES:
         return [*rows, ("tokens", f"{stages[0]}, fewer from layer to layer, {stages[-1]}")]
-    label = "TSP" if hasattr(llm.policy, "tsp_layer") else "tokens"
+    label = "TSP" if "tsp_layer" in run.settings else "tokens"
     return rows + [(label, stage) for stage in stages]
 
 
-def _dtype_of(llm: LLM) -> str:
-    return str(llm.dtype).removeprefix("torch.")
-
-
-def _peak_of(llm: LLM) -> str:
-    return "allocated on the GPU" if llm.device.type == "cuda" else "the whole process"
+def _peak_of(run: RunInfo) -> str:
+    return "allocated on the GPU" if run.device.startswith("cuda") else "the whole process"
 
 
 def _tokens(count: int) -> str:

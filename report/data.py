@@ -41,7 +41,7 @@ class Report:
 def report_of(
     llm: LLM, prompt_ids: Sequence[int], tokens: Sequence[Tensor], kept: Sequence[Tensor], output: Output
 ) -> Report:
-    """The report of a finished request of `llm`, under its policy.
+    """The report of a finished request of `llm`, under the policy that it ran with.
 
     tokens: for each layer int64 [1, T], the original positions of what its keys saw; kept: for each layer int64
     [1, Hkv, n], the original positions in its cache, -1 being none (both as `LLM.prefill` returns them). Without a
@@ -54,7 +54,7 @@ def report_of(
     if llm.tokenizer is not None:
         texts, kinds = token_texts(llm.tokenizer.decode, ids)
     return Report(
-        policy=llm.policy.name,
+        policy=output.run.policy,
         texts=texts,
         kinds=kinds,
         ids=ids,
@@ -64,7 +64,7 @@ def report_of(
         answer=output.text,
         finish_reason=output.finish_reason,
         echoes=echoes(output.text, texts),
-        figures=figures(llm, output.metrics),
+        figures=figures(output),
     )
 
 

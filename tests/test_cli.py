@@ -152,7 +152,7 @@ def test_figures(run: Run) -> None:
     assert f"{entries // 4:,} of {entries:,} entries (25.0 %)" in figures["KV kept"]
     kept, full = (-(-(tokens + 10) // 32) * 32 * SLOT_BYTES / 2**20 for tokens in (250, 1000))
     assert f"{kept:.1f} MiB of {full:.1f} MiB" in figures["KV kept"]
-    assert figures["TSP"] == "500 tokens (50.0 %) go on behind layer 1"
+    assert figures["TSP"] == "500 tokens (50.0 %) propagated after layer 1"
     assert "MiB" in figures["peak memory"]
     assert len(figures) == 7
 
@@ -161,9 +161,9 @@ def test_figures_of_many_reductions_are_one_line(run: Run, monkeypatch: pytest.M
     monkeypatch.setattr(summary, "MOST_STAGES", 1)
     settings = ["--first-layer", "0", "--decay", "0.5", "--floor", "0.1", "--min-tokens", "8"]
     err = run("x" * 1000, "--policy", "pyramidinfer", *settings).err
-    (line,) = (line for line in err.splitlines() if " go on " in line)
-    assert line.startswith("tokens       500 tokens (50.0 %) go on behind layer 0, fewer from layer to layer, ")
-    assert line.endswith(f" go on behind layer {N_LAYERS - 2}")
+    (line,) = (line for line in err.splitlines() if " propagated after " in line)
+    assert line.startswith("tokens       500 tokens (50.0 %) propagated after layer 0, fewer from layer to layer, ")
+    assert line.endswith(f" propagated after layer {N_LAYERS - 2}")
 
 
 def test_figures_of_a_single_token_have_no_speed(run: Run) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from fastkv import LLM, FastKVError, Metrics, Output, SamplingParams
+from fastkv import LLM, FastKVError, Metrics, Output, RunInfo, SamplingParams
 from fastkv.cache.policy import Policy
 from fastkv.eval.contenders import parse_contenders
 from fastkv.eval.prompts import Prompts
@@ -38,7 +38,7 @@ class Scripted:
         assert params.max_tokens is not None
         self.asked.append((ids, policy, params.max_tokens))
         metrics = Metrics(len(ids), 2, 0.1, 50.0, 10, 40, 400, 1000, 9000, 10, (), None)
-        return Output(f" {len(self.asked)}", [1, 2], "length", metrics)
+        return Output(f" {len(self.asked)}", [1, 2], "length", metrics, RunInfo(policy.name, {}, "cpu", "float32"))
 
 
 @pytest.fixture
