@@ -1,16 +1,12 @@
-"""The flags of fastkv-run, what they say of themselves, and how a mistake in them is told. Runs nothing."""
+"""The flags of fastkv-run, and what they say of themselves. Runs nothing."""
 
 from __future__ import annotations
 
-import argparse
-import sys
 from collections.abc import Callable
-from typing import Any, NoReturn
+from typing import Any
 
 from fastkv import __version__
-from fastkv.errors import FastKVError
-
-DONE, FAULT, USER_ERROR, INTERRUPTED = 0, 1, 2, 130
+from fastkv.console.parser import Parser, add_machine_flags, add_model_flag, flag_of
 
 
 def _one_or_more(kind: Callable[[str], Any], name: str) -> Callable[[str], Any]:
@@ -99,41 +95,23 @@ _METAVARS = {
     "repetition_penalty": "X",
     "seed": "S",
 }
-_OTHER_SETTINGS = (
+# What a complaint names the flag of.
+SETTINGS = {
+    *POLICY_FLAGS,
+    *SAMPLING_FLAGS,
     *("prompt", "chat", "stop", "policy", "device", "dtype"),
     *("threads", "revision", "compile", "attention", "report"),
     *("prompts", "output", "batch_size", "kv_memory"),
-)
+}
 
 
-class _Parser(argparse.ArgumentParser):
-    """Complains in one line, without the usage text."""
-
-    def error(self, message: str) -> NoReturn:
-        complain(str(FastKVError(message)))  # one line, whatever the arguments hold
-        sys.exit(USER_ERROR)
-
-
-def flag_of(setting: str) -> str:
-    return "--" + setting.replace("_", "-")
-
-
-def add_machine_flags(group: argparse._ArgumentGroup) -> None:
-    """Where and how a model runs: the same for every command."""
-    group.add_argument("--device", default="auto", metavar="D", help="auto (default), cpu, cuda or cuda:N")
-    group.add_argument("--dtype", default="auto", metavar="T", help="auto (default), float32, bfloat16 or float16")
-    group.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: torch's choice)")
-    group.add_argument("--revision", metavar="R", help="revision of a hub id")
-
-
-def build_parser() -> argparse.ArgumentParser:
+def build_parser() -> Parser:
     """Every flag of the command. Unset settings are None, so that the library's own defaults hold."""
-    parser = _Parser(
+    parser = Parser(
         prog="fastkv-run",
         description="Continue a long prompt with a Llama-family model, through FastKV (arXiv 2502.01068).",
-        allow_abbrev=False,
     )
-    parser.add_argument("--model", required=True, metavar="PATH_OR_ID", help="model folder, or hub id like org/name")
+    add_model_flag(parser)
     parser.add_argument(
         "--prompt",
         action="append",
@@ -176,15 +154,3 @@ def build_parser() -> argparse.ArgumentParser:
     machine.add_argument("--quiet", action="store_true", help="print no figures")
     machine.add_argument("--version", action="version", version=f"fastkv-run {__version__}")
     return parser
-
-
-def complain(message: str, setting: str | None = None) -> None:
-    """One line on stderr, naming the flag of the setting at fault."""
-    flags = {*POLICY_FLAGS, *SAMPLING_FLAGS, *_OTHER_SETTINGS}
-    prefix = f"{flag_of(setting)}: " if setting in flags and setting is not None else ""
-    say(f"fastkv-run: error: {prefix}{message}")
-
-
-def say(line: str) -> None:
-    if sys.stderr is not None:  # closed: print would turn to stdout
-        print(line, file=sys.stderr)

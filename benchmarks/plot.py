@@ -15,8 +15,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from command import Parser, check_installed, check_writable, guarded
-
+from fastkv.console.files import check_writable
+from fastkv.console.parser import Parser, check_installed, guarded
 from fastkv.errors import FastKVError
 
 if TYPE_CHECKING:
@@ -174,7 +174,7 @@ def _main(argv: Sequence[str] | None) -> None:
     args = made.parse_args(argv)
     check_plot(args.picture)
     result = read_result(args.result)
-    check_writable(args.picture)
+    check_writable(args.picture, "picture")
     draw(result, args.picture)
 
 

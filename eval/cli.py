@@ -6,22 +6,17 @@ go to stdout, progress and complaints to stderr. Exit status as fastkv-run: 0, 1
 
 from __future__ import annotations
 
-import argparse
-import os
 import sys
 from collections.abc import Callable
-from typing import NoReturn
 
-from fastkv.cli_flags import DONE, FAULT, INTERRUPTED, USER_ERROR
+from fastkv.console.parser import guarded, write_utf8
 from fastkv.errors import FastKVError
 
-
-class Parser(argparse.ArgumentParser):
-    """Complains in one line, without the usage text."""
-
-    def error(self, message: str) -> NoReturn:
-        say(f"fastkv-eval: error: {FastKVError(message)}")
-        sys.exit(USER_ERROR)
+# Settings that have a flag of the same name; those of policies are named in the message already.
+SETTINGS = (
+    *("model", "task", "length", "depth", "examples", "seed", "max_tokens", "qa_file", "chat"),
+    *("longbench", "longbench_tokens", "device", "dtype", "threads", "revision"),
+)
 
 
 def _run_tasks(argv: list[str]) -> int:
@@ -60,24 +55,8 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command; returns its exit status."""
-    arguments = sys.argv[1:] if argv is None else argv
-    # The tables have typographic signs, whatever the locale says.
-    reconfigure = getattr(sys.stdout, "reconfigure", None)
-    if reconfigure is not None:
-        reconfigure(encoding="utf-8", errors="replace")
-    try:
-        return _dispatch(arguments)
-    except FastKVError as error:
-        say(f"fastkv-eval: error: {_flag(error)}{error}")
-        return USER_ERROR
-    except KeyboardInterrupt:
-        return INTERRUPTED
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader has gone
-        return DONE
-    except OSError as error:
-        say(f"fastkv-eval: error: {error}")
-        return FAULT
+    write_utf8()  # the tables have typographic signs, whatever the locale says
+    return guarded("fastkv-eval", lambda: _dispatch(sys.argv[1:] if argv is None else argv), SETTINGS)
 
 
 def _dispatch(arguments: list[str]) -> int:
@@ -87,17 +66,3 @@ def _dispatch(arguments: list[str]) -> int:
         known = ", ".join(COMMANDS)
         raise FastKVError(f"no command {arguments[0]!r}; there are {known}, and flags alone mean tasks")
     return COMMANDS[arguments[0]](arguments[1:])
-
-
-def _flag(error: FastKVError) -> str:
-    """The flag of the setting at fault; those of policies are named in the message already."""
-    flags = ("model", "task", "length", "depth", "examples", "seed", "max_tokens", "qa_file", "chat")
-    longbench = ("longbench", "longbench_tokens")
-    machine = ("device", "dtype", "threads", "revision")
-    return f"--{error.setting.replace('_', '-')}: " if error.setting in (*flags, *longbench, *machine) else ""
-
-
-def say(line: str) -> None:
-    """One line on stderr, unless it is closed."""
-    if sys.stderr is not None:
-        print(line, file=sys.stderr)

@@ -6,8 +6,8 @@ import argparse
 from pathlib import Path
 
 from fastkv import __version__
-from fastkv.cli_flags import add_machine_flags
-from fastkv.eval.cli import COMMANDS, Parser
+from fastkv.console.parser import Parser, add_machine_flags
+from fastkv.eval.cli import COMMANDS
 from fastkv.eval.tasks import GENERATED
 
 DEFAULT_POLICIES = ["full", "fastkv"]
@@ -73,7 +73,6 @@ def build_parser() -> Parser:
         description="Ask a model questions about long texts, under several policies, and compare the answers.",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     parser.add_argument("--model", required=True, metavar="PATH_OR_ID", help="model folder, or hub id like org/name")
     parser.add_argument("--task", nargs="+", required=True, metavar="NAME", help="one or more of those below")

@@ -8,9 +8,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fastkv.cli_flags import DONE, INTERRUPTED
+from fastkv.console.parser import DONE, INTERRUPTED, say
 from fastkv.errors import FastKVError, check_integer, check_number
-from fastkv.eval.cli import say
 from fastkv.eval.cli_flags import DEFAULT_EXAMPLES, DEFAULT_LENGTHS, DEFAULT_POLICIES
 from fastkv.eval.contenders import Contender, parse_contenders
 from fastkv.eval.example import Task

@@ -10,9 +10,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from fastkv.cli_flags import add_machine_flags
+from fastkv.console.parser import Parser, add_machine_flags
 from fastkv.errors import FastKVError, check_choice
-from fastkv.eval.cli import Parser
 from fastkv.eval.cli_flags import DEFAULT_EXAMPLES, add_text_flags
 from fastkv.eval.cli_tasks import ask, check, load, plan_of, say_missing, say_written
 from fastkv.eval.tasks import NAMES, build_tasks
@@ -34,7 +33,6 @@ def build_parser() -> Parser:
         description="Compare all policies at equal kept bytes: accuracy, time to first token, tokens/s, bytes.",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     parser.add_argument("--model", required=True, metavar="PATH_OR_ID", help="model folder, or hub id like org/name")
     parser.add_argument(

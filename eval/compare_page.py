@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from fastkv.engine.files import write_atomically
+from fastkv.console.files import write_atomically
 from fastkv.errors import FastKVError
 
 BEGIN, END = "<!-- results -->", "<!-- /results -->"

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from fastkv import __version__
-from fastkv.engine.files import write_atomically
+from fastkv.console.files import write_atomically
 from fastkv.errors import FastKVError
 from fastkv.eval.header import fingerprint
 from fastkv.eval.table import markdown

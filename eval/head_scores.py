@@ -15,9 +15,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fastkv.cli_flags import DONE, add_machine_flags
+from fastkv.console.parser import DONE, Parser, add_machine_flags
 from fastkv.errors import FastKVError, check_choice, check_integer, check_number
-from fastkv.eval.cli import Parser
 from fastkv.eval.cli_flags import DEFAULT_EXAMPLES, add_text_flags
 from fastkv.eval.cli_tasks import load, plan_of
 from fastkv.eval.tasks import NAMES, build_tasks
@@ -35,7 +34,6 @@ def build_parser() -> Parser:
     parser = Parser(
         prog="fastkv-eval head-scores",
         description="Find the heads that copy from the prompt, and write their scores for policy headkv.",
-        allow_abbrev=False,
     )
     parser.add_argument("--model", required=True, metavar="PATH_OR_ID", help="model folder, or hub id like org/name")
     parser.add_argument("--output", type=Path, required=True, metavar="FILE.json", help="write the scores there")

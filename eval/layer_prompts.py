@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from fastkv.cli import read_prompt
+from fastkv.console.prompt import read_prompt
 from fastkv.engine.request import position_limit
 from fastkv.errors import FastKVError
 from fastkv.eval.contenders import Contender

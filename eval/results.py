@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from fastkv.engine.files import write_atomically
+from fastkv.console.files import write_atomically
 from fastkv.errors import FastKVError
 
 FORMAT = "fastkv-eval 1"

@@ -12,9 +12,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fastkv.cli_flags import DONE, add_machine_flags
+from fastkv.console.parser import DONE, Parser, add_machine_flags
 from fastkv.errors import FastKVError, check_choice, check_integer, check_number
-from fastkv.eval.cli import Parser
 from fastkv.eval.cli_flags import DEFAULT_DEPTHS, DEFAULT_EXAMPLES, DEFAULT_LENGTHS
 from fastkv.eval.cli_tasks import load
 from fastkv.eval.contenders import parse_contenders
@@ -36,7 +35,6 @@ def build_parser() -> Parser:
     parser = Parser(
         prog="fastkv-eval tsp-layers",
         description="Advise a TSP layer and rate for a model, and check the advice by running it.",
-        allow_abbrev=False,
     )
     parser.add_argument("--model", required=True, metavar="PATH_OR_ID", help="model folder, or hub id like org/name")
     what = parser.add_argument_group("prompts: one of these two")

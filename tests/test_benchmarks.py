@@ -27,7 +27,6 @@ from fastkv.models.presets import PRESETS
 
 MODULES = (
     "choices",
-    "command",
     "contestants",
     "cost",
     "kernels",
@@ -468,7 +467,7 @@ def test_a_missing_package_is_one_line(
     monkeypatch.setitem(sys.modules, package, None)
     assert run("--context", 200, flag) == 2
     error = capsys.readouterr().err
-    assert f"pip install {package} (or the extra fastkv[" in error
+    assert 'pip install "fastkv[' in error
     assert len(error.splitlines()) == 1
 
 

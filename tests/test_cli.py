@@ -20,10 +20,11 @@ from tokenizers import Tokenizer, decoders, models
 
 import fastkv
 from fastkv import FastKV
-from fastkv.cli import main, read_prompt
+from fastkv.cli import main
 from fastkv.cli_flags import build_parser
+from fastkv.console import summary
+from fastkv.console.prompt import read_prompt
 from fastkv.engine import decoders as engine_decoders
-from fastkv.engine import summary
 from fastkv.engine.output import Metrics
 
 # A model that recites: behind each character comes the next one of this list, behind the last the end of the text.

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from fastkv import LLM, FastKV, FullKV, GemFilter, Output, SamplingParams
-from fastkv.engine.summary import as_json, figures
+from fastkv.console.summary import as_json, figures
 from fastkv.report.data import report_of
 
 IDS = list(range(40))
