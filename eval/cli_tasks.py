@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 from fastkv.console.parser import DONE, INTERRUPTED, say
 from fastkv.errors import FastKVError, check_integer, check_number
 from fastkv.eval.cli_flags import DEFAULT_EXAMPLES, DEFAULT_LENGTHS, DEFAULT_POLICIES
-from fastkv.eval.contenders import Contender, parse_contenders
 from fastkv.eval.example import Task
+from fastkv.eval.policy_spec import PolicySpec, parse_policies
 from fastkv.eval.tasks import build_tasks
 
 if TYPE_CHECKING:
@@ -26,15 +26,15 @@ def run(args: argparse.Namespace) -> int:
     check(args)
     tasks = build_tasks(args.task, args.qa_file, args.longbench)
     _check_lengths(args, tasks)
-    contenders = parse_contenders(args.policy or DEFAULT_POLICIES)
+    specs = parse_policies(args.policy or DEFAULT_POLICIES)
 
     from fastkv.eval.table import render
 
     llm, folder = load(args)
-    contenders = parse_contenders([contender.label for contender in contenders], llm.config.n_layers)
+    specs = parse_policies([spec.label for spec in specs], llm.config.n_layers)
     plan = plan_of(args, tasks, llm.config.context_length)
-    results, status = ask(args, llm, folder, plan, contenders)
-    labels = [contender.label for contender in contenders]
+    results, status = ask(args, llm, folder, plan, specs)
+    labels = [spec.label for spec in specs]
     print(render(results.records, labels), end="", flush=True)
     say_missing(args, len(plan.slots()) * len(labels) - len(results.records))
     if args.plots is not None:
@@ -62,7 +62,7 @@ def ask(
     llm: LLM,
     folder: Path,
     plan: Plan,
-    contenders: list[Contender],
+    specs: list[PolicySpec],
     notes: Iterable[str] = (),
 ) -> tuple[Results, int]:
     """Put every question to every policy, but for those that --output holds; all answers, and the exit status.
@@ -75,9 +75,9 @@ def ask(
     from fastkv.eval.results import Results
     from fastkv.eval.runner import Runner
 
-    runner = Runner(llm, plan, contenders, Prompts(llm, args.chat))
+    runner = Runner(llm, plan, specs, Prompts(llm, args.chat))
     about = {"model": args.model, "revision": args.revision, "chat": args.chat}
-    results = Results({**about, **describe(llm, folder, plan, contenders)}, args.output)
+    results = Results({**about, **describe(llm, folder, plan, specs)}, args.output)
     status = DONE
     progress = ProgressLine(None if args.quiet else sys.stderr, results.resumed)
     for line in () if args.quiet else notes:
@@ -85,7 +85,7 @@ def ask(
     if results.resumed and not args.quiet:
         say(f"{args.output}: going on behind {results.resumed} records" + " (the last line was cut off)" * results.torn)
     try:
-        if len(results.records) < len(plan.slots()) * len(contenders):
+        if len(results.records) < len(plan.slots()) * len(specs):
             runner.warm_up()
         runner.run(results, progress.show)
     except KeyboardInterrupt:

@@ -79,7 +79,7 @@ def main(argv: list[str]) -> int:
     plan = plan_of(args, tasks, llm.config.context_length)
     terms = Terms(llm.config.n_layers, llm.config.n_kv_heads, plan.lengths, args.head_scores)
     rivals, left_out = entrants(args.policy, sorted(set(args.kv_retention)), terms)
-    results, status = ask(args, llm, folder, plan, [rival.contender for rival in rivals], left_out)
+    results, status = ask(args, llm, folder, plan, [rival.spec for rival in rivals], left_out)
     entry_bytes = 2 * llm.config.head_dim * llm.dtype.itemsize
     tables = render(results.records, rivals, entry_bytes, left_out)
     print(tables, end="", flush=True)

@@ -18,7 +18,7 @@ from fastkv.cache.policies.compressed import Compressed
 from fastkv.cache.policy import Policy, plan_layers
 from fastkv.cli import build_policy
 from fastkv.errors import FastKVError
-from fastkv.eval.contenders import Contender, read_settings
+from fastkv.eval.policy_spec import PolicySpec, read_settings
 
 FLOOR = 8  # the min_tokens of all: the least that a window of eight tokens allows
 NEAR = 0.05  # how far from the others a policy without a budget may be
@@ -38,18 +38,18 @@ class Terms:
 
 @dataclass(frozen=True)
 class Entrant:
-    """A policy of the comparison: `name` as the tables have it, `contender` with the settings that it runs under.
+    """A policy of the comparison: `name` as the tables have it, `spec` with the settings that it runs under.
 
     retention: the share of the prompt that it keeps; None for the full cache.
     """
 
     name: str
-    contender: Contender
+    spec: PolicySpec
     retention: float | None = None
 
     @property
     def label(self) -> str:
-        return self.contender.label
+        return self.spec.label
 
 
 class _UnequalError(FastKVError):
@@ -76,7 +76,7 @@ def entrants(texts: Sequence[str] | None, retentions: Sequence[float], terms: Te
     texts: the policies, as `NAME` or `NAME:setting=value,…`; None means all there are, and only of these one may be
     missing. Raises FastKVError for a mistake in them, for one named twice, and where none is left.
     """
-    found, missing = [Entrant(FullKV.name, Contender(FullKV.name, FullKV()))], []
+    found, missing = [Entrant(FullKV.name, PolicySpec(FullKV.name, FullKV()))], []
     for retention in retentions:
         for text in POLICIES if texts is None else texts:
             if read_settings(text) == (FullKV.name, {}):
@@ -136,7 +136,7 @@ def _entrant(text: str, retention: float, terms: Terms) -> Entrant:
         more, share = ("more" if off > 0 else "less"), 100 * abs(off)
         raise _UnequalError(f"it keeps {share:.1f} % {more} than the others at --kv-retention {retention:g}")
     label = f"{name}:{','.join(f'{setting}={_written(value)}' for setting, value in settings.items())}"
-    return Entrant(text, Contender(label, policy), retention)
+    return Entrant(text, PolicySpec(label, policy), retention)
 
 
 def _equal_settings(name: str, own: dict[str, Any], retention: float, head_scores: Path | None) -> dict[str, Any]:
@@ -163,7 +163,7 @@ def _equal_settings(name: str, own: dict[str, Any], retention: float, head_score
 
 def _check_twin(entrant: Entrant, others: Sequence[Entrant]) -> None:
     for other in others:
-        if other.contender.policy == entrant.contender.policy:
+        if other.spec.policy == entrant.spec.policy:
             raise FastKVError(
                 f"--policy {entrant.name}: is the same policy as {other.name} at --kv-retention "
                 f"{entrant.retention:g}; leave one of them out"

@@ -32,7 +32,7 @@ class Slot:
 
 
 @dataclass(frozen=True)
-class Draft:
+class Example:
     """The text of an example: what is asked, the beginning of the answer, and the answers expected behind it.
 
     `lead` ends where the model's own words begin; under a chat template it is the beginning of the model's turn.
@@ -51,7 +51,7 @@ class Draft:
     def text(self) -> str:
         return self.prompt + self.lead
 
-    def behind(self, text: str) -> Draft:
+    def after(self, text: str) -> Example:
         """The same with `text` in front."""
         return replace(self, prompt=text + self.prompt)
 
@@ -60,20 +60,20 @@ class Draft:
 class Draw:
     """All that a task may look at while it writes: the slot, the seed, and the model's tokenizer as two functions.
 
-    count: tokens of a whole draft, BOS and chat template included. encode: ids of a bare text, nothing added; decode:
+    count: tokens of a whole example, BOS and chat template included. encode: ids of a bare text, nothing added; decode:
     the text of such ids. room: the tokens that the model has for a text of its own length.
     """
 
     slot: Slot
     seed: int
-    count: Callable[[Draft], int]
+    count: Callable[[Example], int]
     encode: Callable[[str], list[int]]
     decode: Callable[[list[int]], str]
     room: int = 0
 
     @property
     def limit(self) -> int:
-        """The tokens that the draft may have."""
+        """The tokens that the example may have."""
         return self.room if self.slot.length is None else self.slot.length
 
     def rng(self, *purpose: str | int) -> random.Random:
@@ -94,7 +94,7 @@ class Task:
     summary: str
     rule: str
     max_new_tokens: int
-    write: Callable[[Draw], Draft]
+    write: Callable[[Draw], Example]
     has_depth: bool = False
     has_length: bool = True
     source: str | None = None

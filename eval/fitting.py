@@ -1,4 +1,4 @@
-"""Texts of a wanted length: the longest of a growing family of drafts that is not too long.
+"""Texts of a wanted length: the longest of a growing family of examples that is not too long.
 
 Tokens are counted on the whole text, because the tokens of its parts need not add up.
 """
@@ -8,13 +8,13 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from fastkv.errors import FastKVError
-from fastkv.eval.example import Draft, Draw
+from fastkv.eval.example import Draw, Example
 
 FIRST_STEP = 32
 EXAMPLE_SHARE = 0.25  # of a prompt that a worked example may take
 
 
-def fit(draw: Draw, build: Callable[[int], Draft], most: int | None = None) -> Draft:
+def fit(draw: Draw, build: Callable[[int], Example], most: int | None = None) -> Example:
     """`build(n)` for the largest n at which it takes at most the slot's length; one more n would be too long.
 
     `build(n)` is a text with n pieces of filling, the same pieces each time. `most` is the largest n that it knows.
@@ -36,12 +36,12 @@ def fit(draw: Draw, build: Callable[[int], Draft], most: int | None = None) -> D
         else:
             middle = (low + high) // 2 if halve else _between(low, low_size, high, high_size, limit)
             halve = not halve
-        draft = build(middle)
-        size = draw.count(draft)
+        example = build(middle)
+        size = draw.count(example)
         if size > limit:
             high, high_size = middle, size
         else:
-            low, low_size, best = middle, size, draft
+            low, low_size, best = middle, size, example
             if low == most:
                 raise FastKVError(
                     f"{limit} tokens are too many for task {task}: its texts give {size}; ask for less, or give more",
@@ -50,10 +50,10 @@ def fit(draw: Draw, build: Callable[[int], Draft], most: int | None = None) -> D
     return best
 
 
-def worked_example(draw: Draw, shown: Draft, answer: str) -> str:
+def worked_example(draw: Draw, shown: Example, answer: str) -> str:
     """`shown` with its answer, to stand in front of a question of the same kind; "" where it would take too much."""
     text = f"{shown.text} {answer}\n\n"
-    return text if draw.count(Draft(text, ())) <= EXAMPLE_SHARE * draw.limit else ""
+    return text if draw.count(Example(text, ())) <= EXAMPLE_SHARE * draw.limit else ""
 
 
 def _beyond(low: int, low_size: int, limit: int, empty_size: int) -> int:

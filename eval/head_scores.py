@@ -137,20 +137,20 @@ def _may_be_replaced(path: Path) -> bool:
 def _needles(llm: LLM, plan: Plan, chat: bool, show: Callable[[str, int, int], None]) -> tuple[list[Needle], int]:
     """The examples of a plan, and how many of them had to be left out. All is checked before the model runs."""
     from fastkv.cache.policies import FullKV
-    from fastkv.eval.contenders import Contender
     from fastkv.eval.head_retrieval import find_needle
+    from fastkv.eval.policy_spec import PolicySpec
     from fastkv.eval.prompts import Prompts
     from fastkv.eval.runner import Runner
 
     prompts = Prompts(llm, chat)
-    runner = Runner(llm, plan, [Contender("full", FullKV())], prompts)
+    runner = Runner(llm, plan, [PolicySpec("full", FullKV())], prompts)
     slots = plan.slots()
     found = []
     for done, slot in enumerate(slots):
         show("writing", done, len(slots))
-        draft = runner.draft(slot)
-        continued = replace(draft, lead=f"{draft.lead} {draft.answers[0]}")
-        found.append(find_needle(prompts.ids(draft), prompts.ids(continued)))
+        example = runner.example(slot)
+        continued = replace(example, lead=f"{example.lead} {example.answers[0]}")
+        found.append(find_needle(prompts.ids(example), prompts.ids(continued)))
     needles = [needle for needle in found if needle is not None]
     if not needles:
         raise FastKVError(

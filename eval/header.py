@@ -12,13 +12,13 @@ import torch
 
 from fastkv import __version__
 from fastkv.engine.llm import LLM
-from fastkv.eval.contenders import Contender
+from fastkv.eval.policy_spec import PolicySpec
 from fastkv.eval.runner import Plan
 
 SAMPLE = 1 << 16  # bytes of a large file that are read, at each of its ends
 
 
-def describe(llm: LLM, folder: Path, plan: Plan, contenders: list[Contender]) -> dict[str, Any]:
+def describe(llm: LLM, folder: Path, plan: Plan, specs: list[PolicySpec]) -> dict[str, Any]:
     """A JSON object: date, model files, machine, versions, examples and policies of a run."""
     return {
         "date": date.today().isoformat(),
@@ -39,8 +39,7 @@ def describe(llm: LLM, folder: Path, plan: Plan, contenders: list[Contender]) ->
         "longbench_examples": plan.longbench_examples,
         "longbench_tokens": plan.longbench_tokens,
         "policies": [
-            {"label": one.label, "name": one.policy.name, **one.policy.settings(llm.config.n_layers)}
-            for one in contenders
+            {"label": one.label, "name": one.policy.name, **one.policy.settings(llm.config.n_layers)} for one in specs
         ],
     }
 

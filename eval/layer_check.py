@@ -22,7 +22,7 @@ from fastkv.eval.statistics import paired_estimate
 if TYPE_CHECKING:
     from fastkv.cache.policy import Policy
     from fastkv.engine.llm import LLM
-    from fastkv.eval.example import Draft
+    from fastkv.eval.example import Example
 
 Show = Callable[[str, int, int], None]  # what is being done, prompts done, prompts in all
 
@@ -33,7 +33,7 @@ class Question:
 
     group: str
     ids: list[int]
-    draft: Draft
+    example: Example
     rule: str
     max_tokens: int
 
@@ -106,7 +106,7 @@ class Answers:
 
     def _score(self, question: Question, policy: Policy) -> float:
         output = self._llm.generate(question.ids, SamplingParams(max_tokens=question.max_tokens), policy=policy)
-        return score(question.rule, output.text, question.draft)
+        return score(question.rule, output.text, question.example)
 
 
 class Continuations:

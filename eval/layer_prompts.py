@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 from fastkv.console.prompt import read_prompt
 from fastkv.engine.request import position_limit
 from fastkv.errors import FastKVError
-from fastkv.eval.contenders import Contender
 from fastkv.eval.layer_check import Question
+from fastkv.eval.policy_spec import PolicySpec
 from fastkv.eval.prompts import Prompts
 from fastkv.eval.runner import Plan, Runner
 
@@ -21,12 +21,12 @@ if TYPE_CHECKING:
 def questions(llm: LLM, plan: Plan, policy: Policy, chat: bool) -> list[Question]:
     """The examples of a plan; FastKVError, before any is written, where they do not fit the model under `policy`."""
     prompts = Prompts(llm, chat)
-    runner = Runner(llm, plan, [Contender("fastkv", policy)], prompts)
+    runner = Runner(llm, plan, [PolicySpec("fastkv", policy)], prompts)
     found = []
     for slot in plan.slots():
-        task, draft = plan.task(slot.task), runner.draft(slot)
+        task, example = plan.task(slot.task), runner.example(slot)
         group = slot.task if slot.length is None else f"{slot.task}, {slot.length:,} tokens"
-        found.append(Question(group, prompts.ids(draft), draft, task.rule, plan.answer_tokens(task)))
+        found.append(Question(group, prompts.ids(example), example, task.rule, plan.answer_tokens(task)))
     return found
 
 

@@ -1,11 +1,11 @@
-"""From a draft to the token ids that every policy is given: plain, or as a message in the model's chat template."""
+"""From a example to the token ids that every policy is given: plain, or as a message in the model's chat template."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
 from fastkv.errors import FastKVError
-from fastkv.eval.example import Draft
+from fastkv.eval.example import Example
 
 if TYPE_CHECKING:
     from fastkv.engine.llm import LLM
@@ -20,14 +20,14 @@ class Prompts:
         self._llm, self._tokenizer, self._chat = llm, llm.tokenizer, chat
         self._added = len(llm.tokenizer.encode(""))  # BOS, and what else the model's files ask for
 
-    def ids(self, draft: Draft) -> list[int]:
+    def ids(self, example: Example) -> list[int]:
         """Token ids of the prompt and the beginning of its answer, which a chat template puts into the model's turn."""
-        if self._chat and draft.chat:
-            return self._llm.chat([{"role": "user", "content": draft.prompt}]) + self.bare(draft.lead.lstrip())
-        return self._tokenizer.encode(draft.text)
+        if self._chat and example.chat:
+            return self._llm.chat([{"role": "user", "content": example.prompt}]) + self.bare(example.lead.lstrip())
+        return self._tokenizer.encode(example.text)
 
-    def count(self, draft: Draft) -> int:
-        return len(self.ids(draft))
+    def count(self, example: Example) -> int:
+        return len(self.ids(example))
 
     def bare(self, text: str) -> list[int]:
         """Ids of a text without BOS: as many as the text takes inside a prompt."""

@@ -11,8 +11,8 @@ from itertools import product
 from fastkv.engine.llm import LLM
 from fastkv.engine.sampler import SamplingParams
 from fastkv.errors import FastKVError
-from fastkv.eval.contenders import Contender
-from fastkv.eval.example import Draft, Draw, Slot, Task
+from fastkv.eval.example import Draw, Example, Slot, Task
+from fastkv.eval.policy_spec import PolicySpec
 from fastkv.eval.prompts import Prompts
 from fastkv.eval.results import Record, Results
 from fastkv.eval.room import check_room, longest_prompt
@@ -69,8 +69,8 @@ class Plan:
 class Runner:
     """Runs a plan on a model. Everything that can be wrong with it is found here, before the first example runs."""
 
-    def __init__(self, llm: LLM, plan: Plan, contenders: list[Contender], prompts: Prompts) -> None:
-        self._llm, self._plan, self._contenders, self._prompts = llm, plan, contenders, prompts
+    def __init__(self, llm: LLM, plan: Plan, specs: list[PolicySpec], prompts: Prompts) -> None:
+        self._llm, self._plan, self._specs, self._prompts = llm, plan, specs, prompts
         for task in plan.tasks:
             if task.most is not None and plan.count(task) > task.most:
                 raise FastKVError(
@@ -78,13 +78,13 @@ class Runner:
                 )
             lengths = plan.lengths if task.has_length else (self._room(task),)
             setting = "length" if task.has_length else "longbench_tokens"
-            for length, contender in product(lengths, contenders):
-                check_room(llm.config, contender.policy, length, plan.answer_tokens(task), task.name, setting)
+            for length, spec in product(lengths, specs):
+                check_room(llm.config, spec.policy, length, plan.answer_tokens(task), task.name, setting)
         for task in plan.tasks:
             for own_or_length in plan.lengths_of(task):
-                self.draft(Slot(task.name, own_or_length, plan.depths[0] if task.has_depth else None, 0))
+                self.example(Slot(task.name, own_or_length, plan.depths[0] if task.has_depth else None, 0))
 
-    def draft(self, slot: Slot) -> Draft:
+    def example(self, slot: Slot) -> Example:
         """The text of an example. Raises FastKVError where the slot is too short for its task."""
         task = self._plan.task(slot.task)
         prompts, room = self._prompts, 0 if task.has_length else self._room(task)
@@ -93,42 +93,42 @@ class Runner:
     def warm_up(self) -> None:
         """An answer that nobody sees: the first one of a process takes longer than it would later on."""
         slot = self._plan.slots()[0]
-        draft = self.draft(slot)
-        self._answer(slot, draft, self._prompts.ids(draft), self._contenders[0])
+        example = self.example(slot)
+        self._answer(slot, example, self._prompts.ids(example), self._specs[0])
 
     def run(self, results: Results, report: Report = lambda record, done, total: None) -> None:
         """Add the records that `results` lacks, in order. Texts are drawn as they are needed."""
         slots = self._plan.slots()
         there = {(record.id, record.policy) for record in results.records}
         texts = {record.id: record.prompt_sha256 for record in results.records}
-        done, total = len(results.records), len(slots) * len(self._contenders)
+        done, total = len(results.records), len(slots) * len(self._specs)
         for number, slot in enumerate(slots):
             missing = [one for one in self._in_turn(number) if (slot.id, one.label) not in there]
             if not missing:
                 continue
-            draft = self.draft(slot)
-            ids = self._prompts.ids(draft)
+            example = self.example(slot)
+            ids = self._prompts.ids(example)
             if texts.setdefault(slot.id, checksum(ids)) != checksum(ids):
                 raise FastKVError(f"--output: example {slot.id} was another text when the run began; name another file")
-            for contender in missing:
-                record = self._answer(slot, draft, ids, contender)
+            for spec in missing:
+                record = self._answer(slot, example, ids, spec)
                 results.add(record)
                 done += 1
                 report(record, done, total)
 
-    def _in_turn(self, number: int) -> list[Contender]:
-        """The contenders, each time another one first: whoever comes first at a new text is a little slower."""
-        turn = number % len(self._contenders)
-        return self._contenders[turn:] + self._contenders[:turn]
+    def _in_turn(self, number: int) -> list[PolicySpec]:
+        """The specs, each time another one first: whoever comes first at a new text is a little slower."""
+        turn = number % len(self._specs)
+        return self._specs[turn:] + self._specs[:turn]
 
-    def _answer(self, slot: Slot, draft: Draft, ids: list[int], contender: Contender) -> Record:
+    def _answer(self, slot: Slot, example: Example, ids: list[int], spec: PolicySpec) -> Record:
         task = self._plan.task(slot.task)
         params = SamplingParams(max_tokens=self._plan.answer_tokens(task))
-        output = self._llm.generate(ids, params, policy=contender.policy)
+        output = self._llm.generate(ids, params, policy=spec.policy)
         metrics = output.metrics
         return Record(
             id=slot.id,
-            policy=contender.label,
+            policy=spec.label,
             task=slot.task,
             length=slot.length,
             depth=slot.depth,
@@ -136,23 +136,23 @@ class Runner:
             prompt_sha256=checksum(ids),
             prompt_tokens=metrics.prompt_tokens,
             new_tokens=metrics.new_tokens,
-            answers=draft.answers,
+            answers=example.answers,
             prediction=output.text,
-            score=score(task.rule, output.text, draft),
+            score=score(task.rule, output.text, example),
             ttft_s=metrics.ttft_s,
             decode_tokens_per_s=metrics.decode_tokens_per_s,
             kv_bytes=metrics.kv_bytes,
             kv_full_bytes=metrics.kv_full_bytes,
             kv_entries=metrics.kv_entries,
             kv_full_entries=metrics.kv_full_entries,
-            cut=draft.cut,
+            cut=example.cut,
         )
 
     def _room(self, task: Task) -> int:
         """The tokens that a prompt of this task may have where its texts have lengths of their own."""
         if self._plan.longbench_tokens is not None:
             return self._plan.longbench_tokens
-        policies = [contender.policy for contender in self._contenders]
+        policies = [spec.policy for spec in self._specs]
         return longest_prompt(self._llm.config, policies, self._plan.answer_tokens(task))
 
 

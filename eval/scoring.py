@@ -6,17 +6,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from fastkv.eval.example import Draft
+from fastkv.eval.example import Example
 from fastkv.eval.longbench import longbench_score
 
 LONGBENCH = "longbench:"  # in front of a dataset's name: the rule, and the task, of that dataset
 
 
-def score(rule: str, prediction: str, draft: Draft) -> float:
-    """The score of what a model says to `draft`. rule: a name in RULES, or `longbench:` and a dataset."""
+def score(rule: str, prediction: str, example: Example) -> float:
+    """The score of what a model says to `example`. rule: a name in RULES, or `longbench:` and a dataset."""
     if rule.startswith(LONGBENCH):
-        return longbench_score(rule.removeprefix(LONGBENCH), prediction, draft.answers, draft.classes)
-    return RULES[rule](prediction, draft.answers)
+        return longbench_score(rule.removeprefix(LONGBENCH), prediction, example.answers, example.classes)
+    return RULES[rule](prediction, example.answers)
 
 
 def string_match_all(prediction: str, answers: tuple[str, ...]) -> float:

@@ -16,7 +16,7 @@ from fastkv.console.parser import DONE, Parser, add_machine_flags
 from fastkv.errors import FastKVError, check_choice, check_integer, check_number
 from fastkv.eval.cli_flags import DEFAULT_DEPTHS, DEFAULT_EXAMPLES, DEFAULT_LENGTHS
 from fastkv.eval.cli_tasks import load
-from fastkv.eval.contenders import parse_contenders
+from fastkv.eval.policy_spec import parse_policies
 from fastkv.eval.tasks import NAMES, build_tasks
 
 if TYPE_CHECKING:
@@ -137,7 +137,7 @@ def _policy(args: argparse.Namespace, n_layers: int | None = None) -> FastKV:
     from fastkv.cache.policies import FastKV
     from fastkv.eval.layer_advice import highest_void_rate
 
-    policy = parse_contenders([args.policy], n_layers)[0].policy
+    policy = parse_policies([args.policy], n_layers)[0].policy
     if not isinstance(policy, FastKV):
         raise FastKVError(f"--policy {args.policy}: has no TSP layer; give fastkv, with settings or without")
     if isinstance(policy.tsp_layer, tuple) or isinstance(policy.tsp_rate, tuple):

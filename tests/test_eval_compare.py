@@ -23,8 +23,8 @@ from fastkv.eval import cli
 from fastkv.eval.compare_page import BEGIN, END, check_page, page_part, write_page
 from fastkv.eval.compare_settings import Entrant, Terms, entrants, nearest_decay, off_by, wanted
 from fastkv.eval.compare_table import render
-from fastkv.eval.contenders import Contender, parse_contenders
 from fastkv.eval.plots import style
+from fastkv.eval.policy_spec import PolicySpec, parse_policies
 from fastkv.eval.results import Record
 
 MODEL = str(ROOT / "examples" / "archive" / "model")
@@ -50,7 +50,7 @@ def test_every_policy_plans_the_same_number_of_entries(heads: Path, retention: f
     assert (found[0].name, found[0].retention) == ("full", None)
     for entrant in found[1:]:
         for n_tokens in lengths:
-            kept = sum(plan.kept for plan in plan_layers(entrant.contender.policy, 8, n_tokens))
+            kept = sum(plan.kept for plan in plan_layers(entrant.spec.policy, 8, n_tokens))
             if entrant.name == "pyramidinfer":
                 assert kept == pytest.approx(8 * int(retention * n_tokens), rel=0.01)
             else:
@@ -61,7 +61,7 @@ def test_short_prompts_keep_the_same_floor(heads: Path) -> None:
     found, _ = entrants(None, [0.1], Terms(8, 2, (60,), heads))
     assert (wanted(0.1, 60), wanted(0.1, 5), wanted(0.1, 99)) == (8, 5, 9)
     for entrant in found[1:]:
-        assert sum(plan.kept for plan in plan_layers(entrant.contender.policy, 8, 60)) == 8 * 8, entrant.label
+        assert sum(plan.kept for plan in plan_layers(entrant.spec.policy, 8, 60)) == 8 * 8, entrant.label
 
 
 @pytest.mark.parametrize(("n_layers", "retention"), [(8, 0.1), (8, 0.4), (32, 0.1), (32, 0.05), (2, 0.2)])
@@ -84,31 +84,31 @@ def test_a_label_is_what_policy_takes(heads: Path) -> None:
     texts = ["fastkv:tsp_layer=1/3/5,tsp_rate=0.5/0.3/0.2", *POLICIES]
     found, _ = entrants(texts, [0.1, 0.2], Terms(8, 2, (900,), heads))
     assert len(found) == 1 + 2 * len(POLICIES)
-    again = parse_contenders([one.label for one in found], 8)
-    assert [one.policy for one in again] == [one.contender.policy for one in found]
+    again = parse_policies([one.label for one in found], 8)
+    assert [one.policy for one in again] == [one.spec.policy for one in found]
 
 
 def test_several_values_stand_between_slashes() -> None:
-    (several,) = parse_contenders(["fastkv:tsp_layer=9/15/23, tsp_rate=0.5/0.2/0.1"], 32)
+    (several,) = parse_policies(["fastkv:tsp_layer=9/15/23, tsp_rate=0.5/0.2/0.1"], 32)
     assert several.policy == FastKV(tsp_layer=(9, 15, 23), tsp_rate=(0.5, 0.2, 0.1))
     with pytest.raises(FastKVError, match="pooling must be one of max, avg, not '1/max'"):  # a text, as any other
-        parse_contenders(["fastkv:pooling=1/max"])
+        parse_policies(["fastkv:pooling=1/max"])
     with pytest.raises(FastKVError, match=r"--policy fastkv:tsp_layer=1/2: tsp_rate must have a value for each"):
-        parse_contenders(["fastkv:tsp_layer=1/2"])
+        parse_policies(["fastkv:tsp_layer=1/2"])
 
 
 def test_what_reaches_a_layer_is_enough_for_it() -> None:
     """Above the default rate of TSP, as many go on as are kept; a rate of one's own is left alone."""
     terms = Terms(8, 2, (1000,))
     found, _ = entrants(["fastkv", "fastkv:tsp_rate=0.5"], [0.1, 0.3], terms)
-    assert [one.contender.policy for one in found[1:]] == [
+    assert [one.spec.policy for one in found[1:]] == [
         FastKV(kv_retention=0.1, min_tokens=8),
         FastKV(kv_retention=0.1, min_tokens=8, tsp_rate=0.5),
         FastKV(kv_retention=0.3, min_tokens=8, tsp_rate=0.3),
         FastKV(kv_retention=0.3, min_tokens=8, tsp_rate=0.5),
     ]
     (_, wide), _ = entrants(["snapkv:window=32"], [0.1], terms)
-    assert wide.contender.policy == POLICIES["snapkv"](window=32, kv_retention=0.1, min_tokens=32)  # type: ignore[call-arg]
+    assert wide.spec.policy == POLICIES["snapkv"](window=32, kv_retention=0.1, min_tokens=32)  # type: ignore[call-arg]
 
 
 def test_who_cannot_keep_as_much_takes_no_part() -> None:
@@ -149,7 +149,9 @@ def test_policies_that_cannot_be_compared(texts: list[str], says: str) -> None:
 
 def rival(name: str, retention: float | None = 0.1) -> Entrant:
     label = name if retention is None else f"{name}:kv_retention={retention:g}"
-    return Entrant(name, Contender(label, FullKV() if retention is None else FastKV(kv_retention=retention)), retention)
+    return Entrant(
+        name, PolicySpec(label, FullKV() if retention is None else FastKV(kv_retention=retention)), retention
+    )
 
 
 def record(entrant: Entrant, index: int, length: int = 500, **changes: Any) -> Record:
@@ -209,7 +211,7 @@ def test_a_table_for_each_retention() -> None:
 
 def test_entries_that_were_not_equal_are_named() -> None:
     """One policy kept two entries too many of one of two prompts; the other one all that it should."""
-    full, good, bad = rival("full", None), rival("good"), replace(rival("bad"), contender=Contender("bad", FastKV()))
+    full, good, bad = rival("full", None), rival("good"), replace(rival("bad"), spec=PolicySpec("bad", FastKV()))
     records = [record(one, index) for index in (0, 1) for one in (full, good, bad)]
     records[-1] = replace(records[-1], kv_entries=records[-1].kv_entries + 2)
     text = render(records, [full, good, bad], 256)

@@ -19,7 +19,7 @@ from torch import Tensor
 import fastkv
 from fastkv import LLM, FastKVError, FullKV, HeadKV
 from fastkv.eval import cli, head_retrieval, head_scores
-from fastkv.eval.example import Draft, Draw, Task
+from fastkv.eval.example import Draw, Example, Task
 from fastkv.eval.head_report import table
 from fastkv.eval.head_retrieval import Copying, HeadScores, Needle, find_needle, strongest_entry, watch_copying
 from fastkv.eval.tasks import GENERATED
@@ -309,9 +309,9 @@ def answered_otherwise(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[D
     archive = GENERATED["archive"]
 
     def change(where: Callable[[Draw], bool]) -> None:
-        def write(draw: Draw) -> Draft:
-            draft = archive.write(draw)
-            return dataclasses.replace(draft, answers=("no code",)) if where(draw) else draft
+        def write(draw: Draw) -> Example:
+            example = archive.write(draw)
+            return dataclasses.replace(example, answers=("no code",)) if where(draw) else example
 
         task: Task = dataclasses.replace(archive, write=write)
         monkeypatch.setitem(GENERATED, "archive", task)

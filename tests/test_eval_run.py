@@ -13,7 +13,7 @@ import pytest
 
 from fastkv import LLM, FastKVError, Metrics, Output, RunInfo, SamplingParams
 from fastkv.cache.policy import Policy
-from fastkv.eval.contenders import parse_contenders
+from fastkv.eval.policy_spec import parse_policies
 from fastkv.eval.prompts import Prompts
 from fastkv.eval.results import Results
 from fastkv.eval.runner import Plan, Runner, checksum
@@ -50,7 +50,7 @@ def scripted(archive_llm: LLM, monkeypatch: pytest.MonkeyPatch) -> Scripted:
 
 @pytest.fixture
 def runner(archive_llm: LLM) -> Runner:
-    return Runner(archive_llm, PLAN, parse_contenders(LABELS, archive_llm.config.n_layers), Prompts(archive_llm))
+    return Runner(archive_llm, PLAN, parse_policies(LABELS, archive_llm.config.n_layers), Prompts(archive_llm))
 
 
 def test_every_policy_reads_the_same_ids_in_turn(runner: Runner, scripted: Scripted) -> None:
@@ -76,7 +76,7 @@ def test_every_policy_reads_the_same_ids_in_turn(runner: Runner, scripted: Scrip
 
 def test_scores_are_of_the_record_s_own_prediction(runner: Runner, archive_llm: LLM, monkeypatch: Any) -> None:
     """A model that says every right answer gets 1, and one that says none 0."""
-    answers = {checksum(Prompts(archive_llm).ids(draft)): draft for draft in map(runner.draft, PLAN.slots())}
+    answers = {checksum(Prompts(archive_llm).ids(example)): example for example in map(runner.example, PLAN.slots())}
     script = Scripted()
 
     def generate(ids: list[int], params: SamplingParams, policy: Policy) -> Output:
@@ -236,7 +236,7 @@ def test_a_plan_that_cannot_run(
 
 @pytest.fixture
 def build(archive_llm: LLM) -> Callable[[Plan], Runner]:
-    return lambda plan: Runner(archive_llm, plan, parse_contenders(LABELS), Prompts(archive_llm))
+    return lambda plan: Runner(archive_llm, plan, parse_policies(LABELS), Prompts(archive_llm))
 
 
 @pytest.mark.parametrize(
@@ -256,11 +256,11 @@ def build(archive_llm: LLM) -> Callable[[Plan], Runner]:
 )
 def test_policies_that_are_none(texts: list[str], says: str) -> None:
     with pytest.raises(FastKVError, match=says):
-        parse_contenders(texts, n_layers=8)
+        parse_policies(texts, n_layers=8)
 
 
 def test_policies() -> None:
-    full, fastkv = parse_contenders(["full", "fastkv:kv-retention=0.05, tsp_len=64,pooling=avg"])
+    full, fastkv = parse_policies(["full", "fastkv:kv-retention=0.05, tsp_len=64,pooling=avg"])
     assert (full.label, full.policy.name) == ("full", "full")
     settings = fastkv.policy.settings(8)
     assert (settings["kv_retention"], settings["tsp_len"], settings["pooling"]) == (0.05, 64, "avg")

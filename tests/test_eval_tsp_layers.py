@@ -21,7 +21,7 @@ from fastkv.cache.scores import window_scores
 from fastkv.engine.attention import causal_attention
 from fastkv.engine.cost import prefill_flops
 from fastkv.eval import cli, tsp_layers
-from fastkv.eval.example import Draft
+from fastkv.eval.example import Example
 from fastkv.eval.layer_advice import Setting, candidates, default_setting, settled_layers
 from fastkv.eval.layer_check import Answers, Continuations, Question, Result, divergence
 from fastkv.eval.layer_cost import prefill_share
@@ -246,7 +246,7 @@ def test_questions_stop_behind_a_group_that_is_clearly_lower(archive_llm: LLM) -
     said = archive_llm.generate(ids, SamplingParams(max_tokens=3), policy=FullKV()).text
     shown: list[tuple[str, int, int]] = []
     questions = [
-        Question(group, ids, Draft(text, (answer,)), "part", 3)
+        Question(group, ids, Example(text, (answer,)), "part", 3)
         for group in ("a", "b")
         for answer in (said, "never said", *[said] * 4)
     ]
@@ -257,7 +257,7 @@ def test_questions_stop_behind_a_group_that_is_clearly_lower(archive_llm: LLM) -
     # One answer less is not clearly lower. Five are, from the other side.
     assert list(exam.run("again", FullKV(), Result({"a": [1.0] * 6, "b": some})).scores) == ["a", "b"]
     assert exam.run("nothing kept", FastKV(kv_len=1, window=1)).total == 0  # the policy is what is put to it
-    mistaken = [replace(question, draft=Draft(text, ("never said",))) for question in questions]
+    mistaken = [replace(question, example=Example(text, ("never said",))) for question in questions]
     assert list(Answers(archive_llm, mistaken, silent).run("lost", FullKV(), result).scores) == ["a"]
 
 

@@ -17,7 +17,7 @@ from string import Formatter
 from typing import Any
 
 from fastkv.errors import FastKVError
-from fastkv.eval.example import Draft, Draw, Task
+from fastkv.eval.example import Draw, Example, Task
 from fastkv.eval.longbench import METRICS, WITHOUT_CHAT, longbench_score
 from fastkv.eval.scoring import LONGBENCH
 from fastkv.eval.tasks.jsonl import checksum, read_jsonl, read_text
@@ -29,7 +29,7 @@ _HOLDS = "input, context, answers and all_classes"
 
 
 @dataclass(frozen=True)
-class Example:
+class Row:
     prompt: str
     answers: tuple[str, ...]
     classes: tuple[str, ...]
@@ -73,41 +73,41 @@ def _task(folder: Path, dataset: str, templates: dict[str, Any], longest: dict[s
     except FastKVError as error:
         raise FastKVError(f"{LONGBENCH}{dataset}: {error}", setting="task") from None
     lines, source = read_jsonl(path, SETTING, _HOLDS)
-    examples = [_example(where, dataset, template, fields) for where, fields in lines]
+    rows = [_row(where, dataset, template, fields) for where, fields in lines]
     return Task(
         f"{LONGBENCH}{dataset}",
         f"{dataset} of LongBench",
         f"{LONGBENCH}{dataset}",
         max_new_tokens,
-        lambda draw: write(draw, examples[draw.slot.index], chat=dataset not in WITHOUT_CHAT),
+        lambda draw: write(draw, rows[draw.slot.index], chat=dataset not in WITHOUT_CHAT),
         has_length=False,
         source=checksum(f"{source} {max_new_tokens} {template}".encode()),
-        most=len(examples),
+        most=len(rows),
     )
 
 
-def write(draw: Draw, example: Example, chat: bool) -> Draft:
+def write(draw: Draw, row: Row, chat: bool) -> Example:
     """The example's prompt, without as much of its middle as the room asks for: two halves of its tokens are left."""
-    draft = Draft(example.prompt, example.answers, chat=chat, classes=example.classes)
-    size = draw.count(draft)
+    example = Example(row.prompt, row.answers, chat=chat, classes=row.classes)
+    size = draw.count(example)
     if size <= draw.limit:
-        return draft
-    ids = draw.encode(example.prompt)
+        return example
+    ids = draw.encode(row.prompt)
     keep = len(ids) + draw.limit - size
     for _ in range(ATTEMPTS):
         half = keep // 2
         if half < 1:
             break
         text = draw.decode(ids[:half]) + draw.decode(ids[-half:])
-        draft = Draft(text, example.answers, chat=chat, classes=example.classes, cut=True)
-        size = draw.count(draft)
+        example = Example(text, row.answers, chat=chat, classes=row.classes, cut=True)
+        size = draw.count(example)
         if size <= draw.limit:
-            return draft
+            return example
         keep -= size - draw.limit  # where the halves meet, tokens may come out otherwise
     raise FastKVError(f"{draw.limit} tokens are too short for task {draw.slot.task}", setting="longbench_tokens")
 
 
-def _example(where: str, dataset: str, template: str, fields: dict[str, Any]) -> Example:
+def _row(where: str, dataset: str, template: str, fields: dict[str, Any]) -> Row:
     answers = _strings(fields.get("answers"))
     classes = _strings(fields.get("all_classes"))
     if not answers:
@@ -119,7 +119,7 @@ def _example(where: str, dataset: str, template: str, fields: dict[str, Any]) ->
         longbench_score(dataset, "", answers, classes)  # some metrics look for something in the answer
     except FastKVError as error:
         raise FastKVError(f"{where}: {error}", setting=SETTING) from None
-    return Example(prompt, answers, classes)
+    return Row(prompt, answers, classes)
 
 
 def fill(template: str, fields: dict[str, Any]) -> str:

@@ -16,25 +16,25 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Contender:
+class PolicySpec:
     """A policy under the name that the user gave it."""
 
     label: str
     policy: Policy
 
 
-def parse_contenders(texts: list[str], n_layers: int | None = None) -> list[Contender]:
+def parse_policies(texts: list[str], n_layers: int | None = None) -> list[PolicySpec]:
     """The policies of a command line; with `n_layers`, checked against a model of so many.
 
     Raises FastKVError for an unknown policy, a setting it does not have, a value out of range, and one named twice.
     """
-    found: list[Contender] = []
+    found: list[PolicySpec] = []
     for text in texts:
-        contender = _parse(text, n_layers)
-        twin = next((other for other in found if other.policy == contender.policy), None)
+        spec = _parse(text, n_layers)
+        twin = next((other for other in found if other.policy == spec.policy), None)
         if twin is not None:
             raise FastKVError(f"--policy {text}: is the same policy as {twin.label}; leave one of them out")
-        found.append(contender)
+        found.append(spec)
     return found
 
 
@@ -53,7 +53,7 @@ def read_settings(text: str) -> tuple[str, dict[str, Any]]:
     return name.strip(), values
 
 
-def _parse(text: str, n_layers: int | None) -> Contender:
+def _parse(text: str, n_layers: int | None) -> PolicySpec:
     name, values = read_settings(text)
     try:
         policy = build_policy(name, values)
@@ -61,7 +61,7 @@ def _parse(text: str, n_layers: int | None) -> Contender:
             policy.validate(n_layers)
     except FastKVError as error:
         raise FastKVError(f"--policy {text}: {error}") from None
-    return Contender(text, policy)
+    return PolicySpec(text, policy)
 
 
 def _value(text: str) -> Any:
