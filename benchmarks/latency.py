@@ -18,11 +18,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from plot import check_plot, draw
+from plot import draw
 
-from fastkv.console.files import check_writable, write_whole
+from fastkv.console.files import check_replaceable, write_whole
 from fastkv.console.load import load_model
 from fastkv.console.parser import Parser, check_installed, guarded
+from fastkv.console.picture import check_picture
 from fastkv.errors import FastKVError, check_choice, check_integer
 
 if TYPE_CHECKING:
@@ -73,10 +74,9 @@ def check(args: argparse.Namespace) -> None:
     if args.peer:
         check_installed("--peer", args.peer, "test")
     if args.plot is not None:
-        check_plot(args.plot)
-    for setting in ("json", "plot"):
-        if getattr(args, setting) is not None:
-            check_writable(getattr(args, setting), setting)
+        check_picture(args.plot, "plot", "bench")
+    if args.json is not None:
+        check_replaceable(args.json, "json")
 
 
 def load(args: argparse.Namespace) -> tuple[LLM, str]:

@@ -9,24 +9,17 @@ from typing import Any
 
 import torch
 
-import fastkv
 from fastkv import LLM
+from fastkv.console import machine as shared
 
 
 def machine(llm: LLM) -> dict[str, Any]:
-    """Date, device, dtype and versions, as they go into a result."""
-    on_gpu = llm.device.type == "cuda"
-    threads = torch.get_num_threads()
-    on_cpu = f"{_cpu_name()}, {threads} thread{'s' if threads > 1 else ''}"
-    return {
-        "date": date.today().isoformat(),
-        "device": torch.cuda.get_device_name(llm.device) if on_gpu else on_cpu,
-        "on_gpu": on_gpu,
-        "dtype": str(llm.dtype).removeprefix("torch."),
-        "fastkv": fastkv.__version__,
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-    }
+    """Date, device, dtype and versions, as they go into a result; of a CPU its name and threads."""
+    about = {"date": date.today().isoformat(), **shared.machine(llm), "on_gpu": llm.device.type == "cuda"}
+    if not about["on_gpu"]:
+        threads = torch.get_num_threads()
+        about["device"] = f"{_cpu_name()}, {threads} thread{'s' if threads > 1 else ''}"
+    return {**about, "python": platform.python_version()}
 
 
 def _cpu_name() -> str:

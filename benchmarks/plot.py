@@ -15,8 +15,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fastkv.console.files import check_writable
-from fastkv.console.parser import Parser, check_installed, guarded
+from fastkv.console.parser import Parser, guarded
+from fastkv.console.picture import check_picture, save_picture
 from fastkv.errors import FastKVError
 
 if TYPE_CHECKING:
@@ -35,20 +35,12 @@ STYLES = (
     ("#E69F00", "P"),
     ("#56B4E9", "X"),
 )
-WIDTH, HEIGHT, TITLE, DPI = 10.0, 3.8, 0.7, 150  # inches: of a row of panels, and of what stands above; dots per inch
-
-
-def check_plot(path: Path) -> None:
-    """FastKVError unless `path` is named as a picture and there is something to draw it with."""
-    if path.suffix.lower() != ".png":
-        raise FastKVError(f"{path}: the plot is a PNG; let its name end in .png")
-    check_installed("a plot", "matplotlib", "bench")
+WIDTH, HEIGHT, TITLE = 10.0, 3.8, 0.7  # inches: of a row of panels, and of what stands above
 
 
 def draw(result: dict[str, Any], path: Path) -> None:
     """Write the PNG of a result, as latency.py makes it."""
-    check_plot(path)
-    figure_of(result).savefig(path, format="png")
+    save_picture(figure_of(result), path, "plot")
 
 
 def figure_of(result: dict[str, Any]) -> Figure:
@@ -58,7 +50,7 @@ def figure_of(result: dict[str, Any]) -> Figure:
     rows: list[Row] = result["rows"]
     batches = sorted({batch_of(row) for row in rows})
     names = list(dict.fromkeys(row["name"] for row in rows))
-    figure = Figure(figsize=(WIDTH, TITLE + HEIGHT * len(batches)), dpi=DPI)
+    figure = Figure(figsize=(WIDTH, TITLE + HEIGHT * len(batches)))
     figure.set_layout_engine("constrained", wspace=0.06, hspace=0.06)
     grid = figure.subplots(len(batches), 2, squeeze=False)
     for (left, right), batch in zip(grid, batches, strict=True):
@@ -172,9 +164,8 @@ def _main(argv: Sequence[str] | None) -> None:
     made.add_argument("result", type=Path, metavar="RESULT.json")
     made.add_argument("picture", type=Path, metavar="OUT.png")
     args = made.parse_args(argv)
-    check_plot(args.picture)
+    check_picture(args.picture, "picture", "bench")
     result = read_result(args.result)
-    check_writable(args.picture, "picture")
     draw(result, args.picture)
 
 

@@ -68,6 +68,15 @@ def check_regular(path: Path, setting: str) -> None:
         raise FastKVError(f"{path}: cannot be written, for it is no ordinary file; name another one", setting=setting)
 
 
+def check_folder(folder: Path, setting: str) -> None:
+    """Raise FastKVError, naming the setting, unless files can be put into `folder`, which may not be there yet."""
+    there = next(path for path in (folder, *folder.parents) if path.exists())
+    if not there.is_dir():
+        raise FastKVError(f"{folder}: {there} is no folder; name another one", setting=setting)
+    if not os.access(there, os.W_OK):
+        raise FastKVError(f"{folder}: the folder {there} cannot be written to", setting=setting)
+
+
 def unwritable(path: str | Path, error: OSError, setting: str) -> FastKVError:
     """The complaint, in one line."""
     return FastKVError(f"{path}: cannot be written ({error.strerror})", setting=setting)

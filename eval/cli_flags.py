@@ -1,19 +1,55 @@
-"""The flags of fastkv-eval's task run, and the texts of its --help and --list."""
+"""The flags of fastkv-eval's commands, what can be wrong with them before a model is there, and the texts of --help.
+
+A flag that several commands have means the same in all of them, and is described once, in FLAGS.
+"""
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from fastkv import __version__
-from fastkv.console.parser import Parser, add_machine_flags
-from fastkv.eval.cli import COMMANDS
-from fastkv.eval.tasks import GENERATED
+from fastkv.console.files import check_folder, check_replaceable
+from fastkv.console.jsonl import check_output
+from fastkv.console.parser import Parser, add_machine_flags, add_model_flag, check_installed, flag_of
+from fastkv.console.picture import check_picture
+from fastkv.errors import FastKVError, check_choice, check_integer, check_number
+from fastkv.eval.tasks import COPYING, GENERATED, NAMES, build_tasks
+from fastkv.eval.tasks.longbench import is_longbench
 
-DEFAULT_POLICIES = ["full", "fastkv"]
-DEFAULT_LENGTHS = (1024, 2048, 4096)
-DEFAULT_DEPTHS = [0.0, 0.25, 0.5, 0.75, 1.0]
-DEFAULT_EXAMPLES = 5
+_NUMBER, _NUMBERS = {"type": int, "metavar": "N"}, {"type": int, "nargs": "+", "metavar": "N"}
+_FILE, _FOLDER = {"type": Path, "metavar": "FILE"}, {"type": Path, "metavar": "FOLDER"}
+_DEPTHS = {
+    "type": float,
+    "nargs": "+",
+    "metavar": "D",
+    "help": "where a single needle lies, 0 to 1 (0 0.25 0.5 0.75 1)",
+}
+_PAGE = "write the results there, between its two marks if it is a page"
+FLAGS: dict[str, dict[str, Any]] = {
+    "task": {"nargs": "+", "metavar": "NAME"},
+    "policy": {"action": "append", "metavar": "P"},
+    "length": {**_NUMBERS, "help": "prompts of N tokens (default 1024 2048 4096, as fits)"},
+    "depth": _DEPTHS,
+    "seed": {"type": int, "metavar": "S", "help": "fixes every text (0)"},
+    "examples": {**_NUMBER, "help": "of each task, length and depth (5)"},
+    "max_tokens": {**_NUMBER, "help": "of an answer (default: the task's own)"},
+    "qa_file": {**_FILE, "help": "questions of task qa"},
+    "longbench": {**_FOLDER, "help": "your copy of LongBench"},
+    "longbench_tokens": {**_NUMBER, "help": "cut its longer prompts to N tokens (what the model reads)"},
+    "chat": {"action": "store_true", "help": "put prompts into the model's chat template"},
+    "output": {**_FILE, "help": "keep every answer there, and continue from it"},
+    "plots": {**_FOLDER, "help": "draw PNG pictures there (extra: eval)"},
+    "plot": {"type": Path, "metavar": "FILE.png", "help": "draw how importance settles (extra: eval)"},
+    "json": {**_FILE, "help": "write every figure there"},
+    "page": {"type": Path, "metavar": "FILE.md", "help": _PAGE},
+    "quiet": {"action": "store_true", "help": "nothing but the tables"},
+}
+TEXTS = ("length", "depth", "seed", "examples")  # which texts are drawn
+# What a complaint names the flag of; the settings of policies are named in its message already.
+SETTINGS = {*FLAGS, "model", "device", "dtype", "threads", "revision"} - {"policy"}
 
 FROM_FILES = {
     "qa": "questions over distractors, from --qa-file",
@@ -23,8 +59,10 @@ TASK_LIST = "".join(
     f"  {name:<17}{summary}\n"
     for name, summary in {**{t.name: t.summary for t in GENERATED.values()}, **FROM_FILES}.items()
 )
-
-EPILOG = f"""\
+CONTINUES = (
+    "--output FILE.jsonl keeps every answer. The same command with the same file continues where it was stopped."
+)
+TASKS_EPILOG = f"""\
 tasks:
 {TASK_LIST}
   --qa-file FILE.jsonl holds one JSON object a line, such as
@@ -38,8 +76,20 @@ policies:
   values of one stand between slashes, as in fastkv:tsp_layer=2/4,tsp_rate=0.5/0.2. FastKV
   keeps 128 tokens at the least, so a short prompt keeps more than its 10 %: fastkv:min_tokens=8 makes 10 % mean 10 %.
 
---output FILE.jsonl keeps every answer. The same command with the same file goes on where it was stopped.
-{"".join(f"{chr(10)}another command: fastkv-eval {name} --help" for name in COMMANDS if name != "tasks")}
+{CONTINUES}
+
+another command: fastkv-eval tsp-layers --help
+another command: fastkv-eval head-scores --help
+another command: fastkv-eval compare --help
+"""
+COMPARE_EPILOG = f"""\
+policies:
+  --policy fastkv --policy fastkv:tsp_layer=9/15/23,tsp_rate=0.5/0.2/0.1
+  A name, or a name and settings of its own; several values of one setting stand between slashes. The full cache is
+  always there, and the baseline of the differences. What makes the policies keep the same is set for all of them:
+  kv_retention and min_tokens, and the decay of pyramidinfer, which has no budget.
+
+{CONTINUES}
 """
 
 
@@ -51,55 +101,179 @@ class ListTasks(argparse.Action):
         parser.exit()
 
 
-def add_text_flags(group: argparse._ActionsContainer) -> None:
-    """Which texts are drawn: the same for every command that only draws them."""
-    group.add_argument(
-        "--length", type=int, nargs="+", metavar="N", help="prompts of N tokens (default 1024 2048 4096, as fits)"
-    )
-    group.add_argument(
-        "--depth",
-        type=float,
-        nargs="+",
-        default=DEFAULT_DEPTHS,
-        metavar="D",
-        help="where a single needle lies, 0 to 1 (0 0.25 0.5 0.75 1)",
-    )
-    group.add_argument("--seed", type=int, default=0, metavar="S", help="fixes every text (0)")
-
-
 def build_parser() -> Parser:
-    parser = Parser(
-        prog="fastkv-eval",
-        description="Ask a model questions about long texts, under several policies, and compare the answers.",
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+    """The parser of the command without a name, which runs tasks."""
+    parser = _parser(
+        "fastkv-eval",
+        "Ask a model questions about long texts, under several policies, and compare the answers.",
+        TASKS_EPILOG,
     )
-    parser.add_argument("--model", required=True, metavar="PATH_OR_ID", help="model folder, or hub id like org/name")
-    parser.add_argument("--task", nargs="+", required=True, metavar="NAME", help="one or more of those below")
+    _add(parser, "task", required=True, help="one or more of those below")
     parser.add_argument("--list", action=ListTasks, nargs=0, help="print the tasks and exit")
-    parser.add_argument("--policy", action="append", metavar="P", help="repeatable (default: full, then fastkv)")
-    add_text_flags(parser)
-    parser.add_argument(
-        "--examples",
-        type=int,
-        metavar="N",
-        help="of each task, length and depth (5); of a LongBench dataset the first N (all)",
-    )
-    parser.add_argument("--max-tokens", type=int, metavar="N", help="of an answer (default: the task's own)")
-    parser.add_argument("--qa-file", type=Path, metavar="FILE", help="questions of task qa")
-    parser.add_argument("--longbench", type=Path, metavar="FOLDER", help="your copy of LongBench")
-    parser.add_argument(
-        "--longbench-tokens", type=int, metavar="N", help="cut its longer prompts to N tokens (what the model reads)"
-    )
-    parser.add_argument(
-        "--chat",
-        action="store_true",
-        help="put prompts into the model's chat template, but for LongBench's few-shot and code datasets",
-    )
-    parser.add_argument("--output", type=Path, metavar="FILE", help="keep every answer there, and go on from it")
-    parser.add_argument("--plots", type=Path, metavar="FOLDER", help="draw PNG pictures there (extra: eval)")
-    machine = parser.add_argument_group("machine")
-    add_machine_flags(machine)
-    machine.add_argument("--quiet", action="store_true", help="nothing but the tables")
+    _add(parser, "policy", help="repeatable (default: full, then fastkv)")
+    _add(parser, *TEXTS[:-1])
+    _add(parser, "examples", help="of each task, length and depth (5); of a LongBench dataset the first N (all)")
+    _add(parser, "max_tokens", "qa_file", "longbench", "longbench_tokens")
+    chat = "put prompts into the model's chat template, but for LongBench's few-shot and code datasets"
+    _add(parser, "chat", help=chat)
+    _add(parser, "output", "plots")
+    _add_machine(parser)
     parser.add_argument("--version", action="version", version=f"fastkv-eval {__version__}")
     return parser
+
+
+def _tsp_layers() -> Parser:
+    parser = _parser("fastkv-eval tsp-layers", "Advise a TSP layer and rate for a model, and check it by running it.")
+    what = parser.add_argument_group("prompts: one of these two")
+    what.add_argument("--prompt", action="append", metavar="FILE", help="a text of your own (repeatable)")
+    _add(what, "task", help="generated questions, by the tasks of fastkv-eval")
+    _add(parser.add_argument_group("generated questions"), *TEXTS, "qa_file")
+    _add(parser, "policy", action="store", default="fastkv", help="fastkv:setting=value,… (default fastkv)")
+    rates = [0.05, 0.1, 0.2, 0.3, 0.5]
+    parser.add_argument(
+        "--tsp-rate", type=float, nargs="+", default=rates, metavar="R", help="rates (0.05 0.1 0.2 0.3 0.5)"
+    )
+    _add(parser, "max_tokens", help="of an answer (the task's own); compared of a --prompt (32)")
+    _add(parser, "chat", "plot", "json")
+    _add_machine(parser, "no progress line")
+    return parser
+
+
+def _head_scores() -> Parser:
+    parser = _parser(
+        "fastkv-eval head-scores", "Find the heads that copy from the prompt, and write their scores for policy headkv."
+    )
+    parser.add_argument("--output", type=Path, required=True, metavar="FILE.json", help="write the scores there")
+    copied = f"what is to be copied: {', '.join(COPYING)} (default niah_single)"
+    _add(parser, "task", default=["niah_single"], help=copied)
+    _add(parser, *TEXTS, "chat")
+    _add_machine(parser, "no progress line")
+    return parser
+
+
+def _compare() -> Parser:
+    parser = _parser(
+        "fastkv-eval compare",
+        "Compare all policies at equal kept bytes: accuracy, time to first token, tokens/s, bytes.",
+        COMPARE_EPILOG,
+    )
+    parser.add_argument(
+        "--kv-retention", type=float, nargs="+", default=[0.1], metavar="R", help="share of the KV that all keep (0.1)"
+    )
+    _add(parser, "policy", help="repeatable (default: all there are)")
+    parser.add_argument("--head-scores", type=Path, metavar="FILE", help="of headkv, by fastkv-eval head-scores")
+    tasks = parser.add_argument_group("questions")
+    _add(tasks, "task", default=["niah_single"], help="of fastkv-eval --list (niah_single)")
+    _add(tasks, *TEXTS, "max_tokens", "qa_file", "chat")
+    _add(parser.add_argument_group("files"), "output", "plots", "page")
+    _add_machine(parser)
+    return parser
+
+
+PARSERS: dict[str, Callable[[], Parser]] = {
+    "tasks": build_parser,
+    "tsp-layers": _tsp_layers,
+    "head-scores": _head_scores,
+    "compare": _compare,
+}
+
+
+def _parser(prog: str, description: str, epilog: str | None = None) -> Parser:
+    """A parser with --model; a flag that the command lacks reads as one that was not given."""
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = Parser(prog=prog, description=description, epilog=epilog, formatter_class=formatter)
+    parser.set_defaults(**{name: None for name, flag in FLAGS.items() if "action" not in flag})
+    parser.set_defaults(command=prog.removeprefix("fastkv-eval").strip() or "tasks")
+    add_model_flag(parser)
+    return parser
+
+
+def _add(group: argparse._ActionsContainer, *names: str, **changes: Any) -> None:
+    """Flags of FLAGS, with what this command has otherwise."""
+    for name in names:
+        group.add_argument(flag_of(name), **{**FLAGS[name], **changes})
+
+
+def _add_machine(parser: Parser, quiet: str = "nothing but the tables") -> None:
+    machine = parser.add_argument_group("machine")
+    add_machine_flags(machine)
+    _add(machine, "quiet", help=quiet)
+
+
+def check(args: argparse.Namespace) -> None:
+    """FastKVError for flags out of range or at odds with each other, and for what could not be written at the end.
+
+    Adds `args.tasks`, which --task names.
+    """
+    if args.command in _CHECKS:
+        _CHECKS[args.command](args)
+    args.tasks = build_tasks(args.task or [], args.qa_file, args.longbench)
+    _check_lengths(args)
+    for length in args.length or []:
+        check_integer("length", length, 1)
+    for depth in args.depth or []:
+        check_number("depth", depth, 0, 1)
+    for name in ("examples", "max_tokens", "longbench_tokens", "threads"):
+        if getattr(args, name) is not None:
+            check_integer(name, getattr(args, name), 1, 4096 if name == "threads" else None)
+    if args.output is not None and args.command != "head-scores":
+        check_output(args.output)
+    if args.plots is not None:
+        check_installed("--plots", "matplotlib", "eval")
+        check_folder(args.plots, "plots")
+    if args.json is not None:
+        check_replaceable(args.json, "json")
+    if args.plot is not None:
+        check_picture(args.plot, "plot", "eval")
+
+
+def _check_lengths(args: argparse.Namespace) -> None:
+    if args.length and not any(task.has_length for task in args.tasks):
+        raise FastKVError(
+            "LongBench's prompts have lengths of their own; --longbench-tokens cuts them", setting="length"
+        )
+    if args.longbench_tokens is not None and all(task.has_length for task in args.tasks):
+        raise FastKVError("is for --task longbench: add it, or leave it out", setting="longbench_tokens")
+
+
+def _check_tsp_layers(args: argparse.Namespace) -> None:
+    if (args.prompt is None) == (args.task is None):
+        raise FastKVError("give either --prompt FILE or --task NAME: what to measure on")
+    given = [flag_of(name) for name in (*TEXTS, "qa_file") if getattr(args, name) is not None]
+    if args.prompt and given:
+        raise FastKVError(f"{given[0]} is for --task: leave it out with --prompt")
+    for name in args.task or []:
+        check_choice("task", name, NAMES)
+    _check_shares("tsp_rate", args.tsp_rate)
+
+
+def _check_head_scores(args: argparse.Namespace) -> None:
+    for name in args.task:
+        if name in (set(NAMES) - set(COPYING)) or is_longbench(name):
+            raise FastKVError(
+                f"{name} has no single answer that always stands in its text word for word, to be copied; "
+                f"take {', '.join(COPYING)}",
+                setting="task",
+            )
+        check_choice("task", name, COPYING)
+
+
+def _check_compare(args: argparse.Namespace) -> None:
+    for name in args.task:
+        check_choice("task", name, NAMES)
+    _check_shares("kv_retention", args.kv_retention)
+    if args.page is not None and args.output is not None and args.page.resolve() == args.output.resolve():
+        raise FastKVError(f"{args.page}: is the file of --output; name another one", setting="page")
+
+
+def _check_shares(setting: str, shares: list[float]) -> None:
+    for share in shares:
+        if not 0 < share < 1:
+            raise FastKVError(f"{flag_of(setting)} {share:g}: must be above 0 and below 1")
+
+
+_CHECKS: dict[str, Callable[[argparse.Namespace], None]] = {
+    "tsp-layers": _check_tsp_layers,
+    "head-scores": _check_head_scores,
+    "compare": _check_compare,
+}

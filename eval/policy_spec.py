@@ -6,21 +6,25 @@ Several values of one setting stand between slashes: `fastkv:tsp_layer=9/15/23,t
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from fastkv.cache.policy import Policy
 from fastkv.cli import build_policy
 from fastkv.errors import FastKVError
-
-if TYPE_CHECKING:
-    from fastkv.cache.policy import Policy
 
 
 @dataclass(frozen=True)
 class PolicySpec:
-    """A policy under the name that the user gave it."""
+    """A policy of a run. label: all its settings, as `--policy` takes them; it is the policy's name in the records.
+
+    title: as tables name it, where that is shorter. retention: the share of a prompt's KV that it keeps, where a run
+    compares policies at equal shares; None for the full cache.
+    """
 
     label: str
     policy: Policy
+    title: str = ""
+    retention: float | None = None
 
 
 def parse_policies(texts: list[str], n_layers: int | None = None) -> list[PolicySpec]:
@@ -30,12 +34,22 @@ def parse_policies(texts: list[str], n_layers: int | None = None) -> list[Policy
     """
     found: list[PolicySpec] = []
     for text in texts:
-        spec = _parse(text, n_layers)
-        twin = next((other for other in found if other.policy == spec.policy), None)
-        if twin is not None:
-            raise FastKVError(f"--policy {text}: is the same policy as {twin.label}; leave one of them out")
+        try:
+            spec = PolicySpec(text, build_policy(*read_settings(text)))
+            if n_layers is not None:
+                spec.policy.validate(n_layers)
+            check_twin(spec, found)
+        except FastKVError as error:
+            raise FastKVError(f"--policy {text}: {error}") from None
         found.append(spec)
     return found
+
+
+def check_twin(spec: PolicySpec, others: list[PolicySpec]) -> None:
+    """FastKVError where one of the others is the very same policy."""
+    twin = next((other for other in others if other.policy == spec.policy), None)
+    if twin is not None:
+        raise FastKVError(f"is the same policy as {twin.title or twin.label}; leave one of them out")
 
 
 def read_settings(text: str) -> tuple[str, dict[str, Any]]:
@@ -45,23 +59,12 @@ def read_settings(text: str) -> tuple[str, dict[str, Any]]:
     for part in settings.split(",") if settings else []:
         setting, equals, value = part.partition("=")
         if not equals or not setting.strip():
-            raise FastKVError(f"--policy {text}: must be NAME or NAME:setting=value,…; {part!r} is no setting=value")
+            raise FastKVError(f"must be NAME or NAME:setting=value,…; {part!r} is no setting=value")
         key = setting.strip().replace("-", "_")
         if key in values:
-            raise FastKVError(f"--policy {text}: has {key} twice; several values of one setting stand between slashes")
+            raise FastKVError(f"has {key} twice; several values of one setting stand between slashes")
         values[key] = _value(value.strip())
     return name.strip(), values
-
-
-def _parse(text: str, n_layers: int | None) -> PolicySpec:
-    name, values = read_settings(text)
-    try:
-        policy = build_policy(name, values)
-        if n_layers is not None:
-            policy.validate(n_layers)
-    except FastKVError as error:
-        raise FastKVError(f"--policy {text}: {error}") from None
-    return PolicySpec(text, policy)
 
 
 def _value(text: str) -> Any:

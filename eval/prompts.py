@@ -1,14 +1,10 @@
-"""From a example to the token ids that every policy is given: plain, or as a message in the model's chat template."""
+"""From an example to the token ids that every policy is given: plain, or as a message in the model's chat template."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
+from fastkv.engine.llm import LLM
 from fastkv.errors import FastKVError
 from fastkv.eval.example import Example
-
-if TYPE_CHECKING:
-    from fastkv.engine.llm import LLM
 
 
 class Prompts:

@@ -14,13 +14,12 @@ from typing import Any
 import pytest
 
 from fastkv import LLM, FastKVError
-from fastkv.eval import longbench_metrics as metrics
+from fastkv.eval import longbench as metrics
 from fastkv.eval.example import Draw, Example, Slot, Task
 from fastkv.eval.longbench import METRICS, longbench_score
 from fastkv.eval.policy_spec import parse_policies
 from fastkv.eval.prompts import Prompts
-from fastkv.eval.room import longest_prompt
-from fastkv.eval.runner import Plan, Runner
+from fastkv.eval.runner import Plan, Runner, longest_prompt
 from fastkv.eval.tasks import build_tasks
 from fastkv.eval.tasks.longbench import fill
 
@@ -326,5 +325,5 @@ def test_a_length_that_does_not_fit(folder: Path, archive_llm: LLM) -> None:
     tasks = tuple(build_tasks(["longbench:qasper"], longbench=folder))
     plan = Plan(tasks, (), (), examples=1, longbench_tokens=8190)
     with pytest.raises(FastKVError, match="8190 tokens and an answer of 6") as raised:
-        Runner(archive_llm, plan, parse_policies(["full"]), Prompts(archive_llm))
+        Runner(archive_llm, plan, parse_policies(["full"]))
     assert raised.value.setting == "longbench_tokens"

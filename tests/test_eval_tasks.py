@@ -125,7 +125,7 @@ def test_variable_tracking(prompts: Prompts) -> None:
     """The chains, read back from the text in its order, give the asked variables that value and the others another."""
     for index in range(5):
         example = write(prompts, GENERATED["vt"], 1500, index=index)
-        example, asked_of = example.prompt.rsplit("The text below", 1)
+        worked, asked_of = example.prompt.rsplit("The text below", 1)
         hay, asked = asked_of.rsplit("Question:", 1)
         values: dict[str, str] = {}
         for name, source in re.findall(r"Variable ([A-Z]{5}) is set to (?:variable )?(\w+)\.", hay):
@@ -134,7 +134,7 @@ def test_variable_tracking(prompts: Prompts) -> None:
         assert value is not None
         assert {name for name, held in values.items() if held == value[0]} == set(example.answers)
         assert len(values) == len(example.answers) == 5
-        assert not any(name in example.lead or name in example for name in values)
+        assert not any(name in example.lead or name in worked for name in values)
 
 
 @pytest.mark.parametrize(("name", "length"), [("vt", 1500), ("cwe", 3000), ("cwe", 9000)])
@@ -142,11 +142,11 @@ def test_a_worked_example_stands_in_front(prompts: Prompts, name: str, length: i
     """Of the same kind, with its right answer, in other words; short prompts have none."""
     example = write(prompts, GENERATED[name], length)
     asked = example.lead.split("\n")[1].split(" value ")[0]
-    example, rest = example.prompt.split("\n\n" + example.prompt.split("\n")[0])  # the intro, when it comes again
-    text, said = example.split("\nAnswer:")
-    found = said.split(":")[1].split()
+    worked, rest = example.prompt.split("\n\n" + example.prompt.split("\n")[0])  # the intro, when it comes again
+    text, answer = worked.split("\nAnswer:")
+    found = answer.split(":")[1].split()
     words = [word for word in found if not word.endswith(".")]
-    assert said.strip().startswith(asked.removeprefix("Answer: "))
+    assert answer.strip().startswith(asked.removeprefix("Answer: "))
     assert len(set(words)) == len(example.answers)
     assert all(word not in rest for word in words)
     if name == "vt":
@@ -155,7 +155,7 @@ def test_a_worked_example_stands_in_front(prompts: Prompts, name: str, length: i
         counts = Counter(word for _, word in re.findall(r"(\d+)\. ([a-z]+)", text)).most_common()
         assert {word for word, _ in counts[:10]} == set(words)
         assert counts[9][1] >= 3 * counts[10][1]
-    assert prompts.count(Example(example, ())) <= length / 4
+    assert prompts.count(Example(worked, ())) <= length / 4
     assert "Question:" not in write(prompts, GENERATED[name], 600).prompt.rsplit("Question:", 1)[0]
 
 

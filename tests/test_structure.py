@@ -106,7 +106,9 @@ def test_nothing_that_could_run_a_models_code_is_used() -> None:
 
 
 def test_packages_listed_are_the_packages_there_are() -> None:
-    listed = set(re.findall(r'"(fastkv(?:\.[a-z.]+)?)"', (ROOT / "pyproject.toml").read_text().split("packages = ")[1]))
+    listed = set(
+        re.findall(r'"(fastkv(?:\.[a-z_.]+)?)"', (ROOT / "pyproject.toml").read_text().split("packages = ")[1])
+    )
     folders = {"fastkv"} | {
         "fastkv." + str(path.parent.relative_to(ROOT)).replace("/", ".")
         for top in LAYERS

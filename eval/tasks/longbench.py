@@ -16,11 +16,12 @@ from pathlib import Path
 from string import Formatter
 from typing import Any
 
+from fastkv.console.files import read_text
+from fastkv.console.jsonl import checksum, read_objects
 from fastkv.errors import FastKVError
 from fastkv.eval.example import Draw, Example, Task
 from fastkv.eval.longbench import METRICS, WITHOUT_CHAT, longbench_score
 from fastkv.eval.scoring import LONGBENCH
-from fastkv.eval.tasks.jsonl import checksum, read_jsonl, read_text
 
 ALL = "longbench"  # the task name that stands for every dataset that is there
 ATTEMPTS = 8
@@ -72,7 +73,7 @@ def _task(folder: Path, dataset: str, templates: dict[str, Any], longest: dict[s
         longbench_score(dataset, "1", ("Paragraph 1 段落1",), ("1",))  # before a model has answered for hours
     except FastKVError as error:
         raise FastKVError(f"{LONGBENCH}{dataset}: {error}", setting="task") from None
-    lines, source = read_jsonl(path, SETTING, _HOLDS)
+    lines, source = read_objects(path, SETTING, _HOLDS)
     rows = [_row(where, dataset, template, fields) for where, fields in lines]
     return Task(
         f"{LONGBENCH}{dataset}",

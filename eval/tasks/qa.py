@@ -17,10 +17,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fastkv.console.jsonl import read_objects
 from fastkv.errors import FastKVError
 from fastkv.eval.example import Draw, Example, Task
 from fastkv.eval.fitting import fit
-from fastkv.eval.tasks.jsonl import read_jsonl
 
 INTRO = (
     "Answer the question that follows these passages, in as few words as possible. One of them tells the answer.\n\n"
@@ -37,7 +37,7 @@ class Question:
 
 def qa_task(path: Path) -> Task:
     """The task of a file of questions. Raises FastKVError for a file that cannot be read as one."""
-    lines, source = read_jsonl(path, "qa_file", "question, answers and context")
+    lines, source = read_objects(path, "qa_file", "question, answers and context")
     questions = [_read(where, value) for where, value in lines]
     return Task(
         "qa",

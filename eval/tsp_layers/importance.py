@@ -1,15 +1,15 @@
 """How the importance of tokens settles with depth: what each layer would choose, held against what later layers read.
 
 For a prompt, a full-context prefill gives every layer's TSP scores (arXiv 2502.01068). At a rate r, layer l's choice
-are the int(r·N) tokens that TSP at layer l would send on. The window, which is always sent on, counts on neither side.
-Knows nothing of answers: whether a choice is good enough is for layer_check.py to find out.
+are the int(r·N) tokens that TSP at layer l would propagate. The observation window, which is always propagated, counts
+on neither side. Knows nothing of answers: whether a choice is good enough is for check.py to find out.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -17,10 +17,8 @@ from torch import Tensor
 from fastkv.cache.policies import FastKV
 from fastkv.cache.policy import Observation, Policy
 from fastkv.cache.selection import select_tokens
+from fastkv.engine.llm import LLM
 from fastkv.errors import FastKVError
-
-if TYPE_CHECKING:
-    from fastkv.engine.llm import LLM
 
 _NOTHING = 1e-6  # shares of attention are sums of float32: what is smaller is rounding
 
@@ -31,7 +29,7 @@ class Importance:
 
     overlap: [R, L, L], the share of layer l's choice that layer m would choose too.
     coverage: [R, L, L], the share of layer m's scores that falls on layer l's choice.
-    attained: [R, L - 1], how much of what could be covered of the layers behind l its choice does cover, between as
+    attained: [R, L - 1], how much of what could be covered of the layers after l its choice does cover, between as
     many tokens at random (0; worse than that is negative) and those layers' own choices (1).
     """
 
@@ -46,24 +44,24 @@ class Importance:
 
 
 class Recorder(Policy):
-    """Full context in every layer, and each layer's scores by `voter`, summed over KV heads: float32 [L, N - W].
+    """Full context in every layer, and each layer's scores by `scorer`, summed over KV heads: float32 [L, N - W].
 
     A prefill attends to all K and V, whatever the cache keeps of them. So the smallest budget is asked for: it makes
-    every layer vote, changes nothing that is computed, and costs no memory.
+    every layer score, changes nothing that is computed, and costs no memory.
     """
 
     name: ClassVar[str] = FastKV.name  # whose choices these are: what refuses FastKV a prompt refuses this one
 
-    def __init__(self, voter: FastKV) -> None:
-        self._voter = voter
-        self.window = voter.window
+    def __init__(self, scorer: FastKV) -> None:
+        self._scorer = scorer
+        self.window = scorer.window
         self._scores: list[Tensor] = []
 
     def budget(self, layer: int, n_layers: int, n_tokens: int) -> int:
         return self.window
 
     def score(self, observed: Observation) -> Tensor:
-        scores = self._voter.score(observed)
+        scores = self._scorer.score(observed)
         self._scores.append(scores[0].sum(dim=0).cpu())
         return scores
 
@@ -72,17 +70,17 @@ class Recorder(Policy):
         return torch.stack(self._scores)
 
 
-def measure(llm: LLM, ids: list[int], voter: FastKV, rates: Sequence[float]) -> Importance:
+def measure(llm: LLM, ids: list[int], scorer: FastKV, rates: Sequence[float]) -> Importance:
     """Prefill a prompt and compare the layers. Raises FastKVError where a rate leaves no token beyond the window."""
     smallest = min(rates)
-    if int(smallest * len(ids)) <= voter.window:
+    if int(smallest * len(ids)) <= scorer.window:
         raise FastKVError(
             f"a prompt of {len(ids)} tokens is too short: at a rate of {smallest:g} nothing but the window of "
-            f"{voter.window} would go on; give longer prompts, or higher rates with --tsp-rate"
+            f"{scorer.window} would be propagated; give longer prompts, or higher rates with --tsp-rate"
         )
-    recorder = Recorder(voter)
+    recorder = Recorder(scorer)
     llm.prefill(ids, recorder, max_tokens=0)
-    return compare(recorder.scores, len(ids), voter.window, rates)
+    return compare(recorder.scores, len(ids), scorer.window, rates)
 
 
 def compare(scores: Tensor, n_tokens: int, window: int, rates: Sequence[float]) -> Importance:

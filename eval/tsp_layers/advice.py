@@ -9,14 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
-from fastkv.cache.policies import FastKV
-from fastkv.eval.layer_cost import prefill_share
-
-if TYPE_CHECKING:
-    from fastkv.eval.layer_importance import Importance
-    from fastkv.models.config import ModelConfig
+from fastkv.cache.policies import FastKV, FullKV
+from fastkv.cache.policy import Policy, plan_layers
+from fastkv.engine.cost import prefill_flops
+from fastkv.eval.tsp_layers.importance import Importance
+from fastkv.models.config import ModelConfig
 
 RULE = """\
 Rule: importance has settled, at a rate, in the layers around the best one (by attained share) that come, without a gap
@@ -49,6 +47,15 @@ def setting(base: FastKV, layer: int, rate: float, config: ModelConfig, lengths:
     return Setting(layer, rate, prefill_share(config, policy, lengths), policy)
 
 
+def prefill_share(config: ModelConfig, policy: Policy, lengths: Sequence[int]) -> float:
+    """The operations of prefills of these lengths under `policy`, counted, as a share of those with everything kept."""
+
+    def total(one: Policy) -> float:
+        return sum(prefill_flops(config, plan_layers(one, config.n_layers, n)) for n in lengths)
+
+    return total(policy) / total(FullKV())
+
+
 def default_setting(base: FastKV, config: ModelConfig, lengths: Sequence[int]) -> Setting:
     """What `base` does by itself."""
     assert not isinstance(base.tsp_rate, tuple), "one stage: several are refused before"
@@ -70,7 +77,7 @@ def settled_layers(attained: Sequence[float]) -> list[int]:
 
 
 def highest_void_rate(base: FastKV) -> float:
-    """Up to this rate no more tokens go on than each head may keep: nothing would be left to choose.
+    """Up to this rate no more tokens are propagated than each head may keep: nothing would be left to choose.
 
     Where heads choose nothing anyway, or their budget is no rate, there is none.
     """

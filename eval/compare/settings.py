@@ -7,6 +7,7 @@ budget but a decay, which is found by its plan. A policy that cannot keep that m
 from __future__ import annotations
 
 import dataclasses
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,8 +18,8 @@ from fastkv.cache.policies import POLICIES, FullKV, PyramidInfer
 from fastkv.cache.policies.compressed import Compressed
 from fastkv.cache.policy import Policy, plan_layers
 from fastkv.cli import build_policy
-from fastkv.errors import FastKVError
-from fastkv.eval.policy_spec import PolicySpec, read_settings
+from fastkv.errors import FastKVError, check_choice
+from fastkv.eval.policy_spec import PolicySpec, check_twin, read_settings
 
 FLOOR = 8  # the min_tokens of all: the least that a window of eight tokens allows
 NEAR = 0.05  # how far from the others a policy without a budget may be
@@ -34,22 +35,6 @@ class Terms:
     n_kv_heads: int
     lengths: tuple[int, ...]
     head_scores: Path | None = None
-
-
-@dataclass(frozen=True)
-class Entrant:
-    """A policy of the comparison: `name` as the tables have it, `spec` with the settings that it runs under.
-
-    retention: the share of the prompt that it keeps; None for the full cache.
-    """
-
-    name: str
-    spec: PolicySpec
-    retention: float | None = None
-
-    @property
-    def label(self) -> str:
-        return self.spec.label
 
 
 class _UnequalError(FastKVError):
@@ -70,28 +55,27 @@ def off_by(policy: Policy, retention: float, terms: Terms) -> float:
     return fmean(mean_kept(length) / wanted(retention, length) - 1 for length in terms.lengths)
 
 
-def entrants(texts: Sequence[str] | None, retentions: Sequence[float], terms: Terms) -> tuple[list[Entrant], list[str]]:
+def equal_policies(
+    texts: Sequence[str] | None, retentions: Sequence[float], terms: Terms
+) -> tuple[list[PolicySpec], list[str]]:
     """The full cache, then every policy at each retention; and a line for each that takes no part.
 
     texts: the policies, as `NAME` or `NAME:setting=value,…`; None means all there are, and only of these one may be
     missing. Raises FastKVError for a mistake in them, for one named twice, and where none is left.
     """
-    found, missing = [Entrant(FullKV.name, PolicySpec(FullKV.name, FullKV()))], []
+    found, missing = [PolicySpec(FullKV.name, FullKV(), FullKV.name)], []
     for retention in retentions:
         for text in POLICIES if texts is None else texts:
-            if read_settings(text) == (FullKV.name, {}):
-                continue
             try:
-                entrant = _entrant(text, retention, terms)
-            except _UnequalError as error:
-                if texts is not None:
+                if read_settings(text) == (FullKV.name, {}):
+                    continue
+                spec = _equal_policy(text, retention, terms)
+                check_twin(spec, found)
+                found.append(spec)
+            except FastKVError as error:
+                if texts is not None or not isinstance(error, _UnequalError):
                     raise FastKVError(f"--policy {text}: {error}") from None
                 missing.append(f"{text} is left out: {error}")
-                continue
-            except FastKVError as error:
-                raise FastKVError(f"--policy {text}: {error}") from None
-            _check_twin(entrant, found)
-            found.append(entrant)
     if len(found) == 1:
         raise FastKVError("--policy: there is nothing to compare with the full cache; name another policy")
     return found, list(dict.fromkeys(missing))
@@ -99,28 +83,29 @@ def entrants(texts: Sequence[str] | None, retentions: Sequence[float], terms: Te
 
 def check_names(texts: Sequence[str] | None, head_scores: Path | None) -> None:
     """FastKVError for a policy that there is not, and for a file that none of them reads."""
-    names = list(POLICIES) if texts is None else [read_settings(text)[0] for text in texts]
-    for name, text in zip(names, texts or names, strict=True):
-        if name not in POLICIES:
-            raise FastKVError(f"--policy {text}: policy must be one of {', '.join(POLICIES)}, not {name!r}")
-    if head_scores is not None and not any("head_scores" in _defaults(name) for name in names):
+    known: list[str] = []
+    for text in POLICIES if texts is None else texts:
+        try:
+            name, _ = read_settings(text)
+            check_choice("policy", name, POLICIES)
+            known += _defaults(POLICIES[name])
+        except FastKVError as error:
+            raise FastKVError(f"--policy {text}: {error}") from None
+    if head_scores is not None and "head_scores" not in known:
         raise FastKVError("--head-scores is for a policy that reads them, and none of these does; leave it out")
 
 
 def nearest_decay(policy: PyramidInfer, retention: float, terms: Terms) -> float:
     """The decay with which `policy` keeps most nearly what is wanted, in the mean over layers and lengths."""
 
-    def off(decay: float) -> float:
-        return off_by(dataclasses.replace(policy, decay=decay), retention, terms)
+    def off(step: int) -> float:
+        return off_by(dataclasses.replace(policy, decay=step / STEPS), retention, terms)
 
-    low, high = 1, STEPS
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if off(middle / STEPS) < 0 else (low, middle)
-    return min((low / STEPS, high / STEPS), key=lambda decay: abs(off(decay)))
+    high = bisect_left(range(STEPS), True, lo=2, key=lambda step: off(step) >= 0)
+    return min(high - 1, high, key=lambda step: abs(off(step))) / STEPS
 
 
-def _entrant(text: str, retention: float, terms: Terms) -> Entrant:
+def _equal_policy(text: str, retention: float, terms: Terms) -> PolicySpec:
     name, own = read_settings(text)
     for setting in own:
         if setting in EQUAL:
@@ -136,22 +121,22 @@ def _entrant(text: str, retention: float, terms: Terms) -> Entrant:
         more, share = ("more" if off > 0 else "less"), 100 * abs(off)
         raise _UnequalError(f"it keeps {share:.1f} % {more} than the others at --kv-retention {retention:g}")
     label = f"{name}:{','.join(f'{setting}={_written(value)}' for setting, value in settings.items())}"
-    return Entrant(text, PolicySpec(label, policy), retention)
+    return PolicySpec(label, policy, text, retention)
 
 
 def _equal_settings(name: str, own: dict[str, Any], retention: float, head_scores: Path | None) -> dict[str, Any]:
     """The settings of a policy that make the entries equal. Raises _UnequalError where it has none."""
-    defaults = _defaults(name)
-    settings: dict[str, Any] = {}
+    policy, settings = POLICIES[name], dict[str, Any]()
+    defaults = _defaults(policy)
     if "head_scores" in defaults and "head_scores" not in own:
         if head_scores is None:
             raise _UnequalError("it needs --head-scores FILE")
         settings["head_scores"] = str(head_scores)
-    if POLICIES[name] is PyramidInfer:
+    if policy is PyramidInfer:
         # It falls from the first layer on, and no further than to half of the mean: the upper layers keep a share, too.
         pyramid = {"first_layer": 0, "floor": retention / 2}
         settings |= {setting: value for setting, value in pyramid.items() if setting not in own}
-    elif issubclass(POLICIES[name], Compressed):
+    elif issubclass(policy, Compressed):
         settings["kv_retention"] = retention
         if "tsp_rate" in defaults and not {"tsp_rate", "tsp_len"} & own.keys() and retention > defaults["tsp_rate"]:
             settings["tsp_rate"] = retention  # a layer cannot keep more than reaches it
@@ -161,18 +146,9 @@ def _equal_settings(name: str, own: dict[str, Any], retention: float, head_score
     return {**settings, "min_tokens": max(FLOOR, window) if isinstance(window, int) else FLOOR}
 
 
-def _check_twin(entrant: Entrant, others: Sequence[Entrant]) -> None:
-    for other in others:
-        if other.spec.policy == entrant.spec.policy:
-            raise FastKVError(
-                f"--policy {entrant.name}: is the same policy as {other.name} at --kv-retention "
-                f"{entrant.retention:g}; leave one of them out"
-            )
-
-
-def _defaults(name: str) -> dict[str, Any]:
+def _defaults(policy: type[Policy]) -> dict[str, Any]:
     """The settings of a policy, with their defaults."""
-    return {field.name: field.default for field in dataclasses.fields(POLICIES[name])}  # type: ignore[arg-type]
+    return {field.name: field.default for field in dataclasses.fields(policy)}  # type: ignore[arg-type]
 
 
 def _written(value: Any) -> str:

@@ -6,9 +6,17 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from fastkv.cache.policies import FullKV
-from fastkv.eval.layer_advice import Setting
-from fastkv.eval.layer_check import Exam, Result
-from fastkv.eval.layer_table import Checked
+from fastkv.eval.tsp_layers.advice import Setting
+from fastkv.eval.tsp_layers.check import Check, Result
+
+
+@dataclass(frozen=True)
+class Checked:
+    """A setting that was run; `verdict` says in words what came of it."""
+
+    setting: Setting
+    result: Result
+    verdict: str
 
 
 @dataclass(frozen=True)
@@ -25,19 +33,19 @@ class Findings:
         return self.advice is not self.checked[0].setting
 
 
-def search(exam: Exam, default: Setting, candidates: Iterable[Setting]) -> Findings:
-    """Check `candidates` in order, by the rule of layer_advice.py; the default itself needs no check against itself."""
-    full = exam.run("full cache", FullKV())
-    reference = exam.run(f"default ({default.label})", default.policy)
-    behind = full.clearly_higher(reference)
-    checked = [Checked(default, reference, "the default" + ", clearly lower than the full cache" * behind)]
+def search(check: Check, default: Setting, candidates: Iterable[Setting]) -> Findings:
+    """Check `candidates` in order, by the rule of advice.py; the default itself needs no check against itself."""
+    full = check.run("full cache", FullKV())
+    reference = check.run(f"default ({default.label})", default.policy)
+    clearly_lower = full.clearly_higher(reference)
+    checked = [Checked(default, reference, "the default" + ", clearly lower than the full cache" * clearly_lower)]
     for one in candidates:
         if (one.layer, one.rate) == (default.layer, default.rate):
             continue
         dearer = one.work >= default.work
-        if dearer and not behind:
+        if dearer and not clearly_lower:
             continue
-        result = exam.run(one.label, one.policy, reference)
+        result = check.run(one.label, one.policy, reference)
         verdict = _verdict(result, reference, dearer)
         checked.append(Checked(one, result, verdict or "advised"))
         if verdict is None:

@@ -3,23 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
-from fastkv.eval.layer_advice import Setting, settled_layers
-from fastkv.eval.layer_check import Result
-from fastkv.eval.statistics import Estimate, mean_estimate, paired_estimate
-from fastkv.eval.table import markdown
-
-if TYPE_CHECKING:
-    from fastkv.eval.layer_importance import Importance
+from fastkv.eval.statistics import mean_estimate, paired_estimate
+from fastkv.eval.table import markdown, percent, points
+from fastkv.eval.tsp_layers.advice import settled_layers
+from fastkv.eval.tsp_layers.check import Result
+from fastkv.eval.tsp_layers.importance import Importance
+from fastkv.eval.tsp_layers.search import Checked
 
 NOTE = """\
-Of each layer's choice, the tokens that TSP there would send on at that rate, in %, means over the prompts.
+Of each layer's choice, the tokens that TSP there would propagate at that rate, in %, means over the prompts.
 overlap: how many of them a later layer would choose too, the mean over the later layers (and the lowest of them).
 coverage: the share of a later layer's scores that falls on them, likewise.
 attained: what they cover of the later layers between as many tokens at random (0) and those layers' own choices (100);
-* settled. The window, which always goes on, counts nowhere.
+* settled. The observation window, which is always propagated, counts nowhere.
 """
 
 ANSWERS = "Right answers in %, by the rules of the tasks. "
@@ -30,15 +27,6 @@ CHECK_NOTE = """\
 Differences in points over the same prompts; 95 % confidence intervals.
 A setting that is clearly lower than the default is stopped there. Work: a prefill's operations, counted.
 """
-
-
-@dataclass(frozen=True)
-class Checked:
-    """A setting that was run; `verdict` says in words what came of it."""
-
-    setting: Setting
-    result: Result
-    verdict: str
 
 
 def importance_tables(importance: Importance) -> str:
@@ -52,7 +40,7 @@ def importance_tables(importance: Importance) -> str:
 
 
 def later(importance: Importance, rate: int, layer: int, what: str) -> list[float]:
-    """Overlap or coverage of `layer`'s choice at the rate of that index, for each layer behind it."""
+    """Overlap or coverage of `layer`'s choice at the rate of that index, for each layer after it."""
     values: list[float] = getattr(importance, what)[rate, layer, layer + 1 :].tolist()
     return values
 
@@ -99,16 +87,9 @@ def _check_row(
     row += [f"{100 * sum(of) / len(of):.1f}" if (of := result.scores.get(group)) else "–" for group in groups]
     row += ["–"] * (1 + (len(groups) > 1))
     if len(result.scores) == len(groups):
-        score = mean_estimate(result.all_scores)
-        row[-2] = f"{100 * score.mean:.1f} ({100 * score.low:.1f} – {100 * score.high:.1f})"
+        row[-2] = percent(mean_estimate(result.all_scores))
         if result is not default:
-            row[-1] = _points(paired_estimate(result.all_scores, default.all_scores))
+            row[-1] = points(paired_estimate(result.all_scores, default.all_scores))
     if result.divergence:
         row.append(f"{sum(result.divergence) / len(result.divergence):.4g}")
     return [*row, verdict]
-
-
-def _points(gap: Estimate) -> str:
-    """Points with their signs, and none for what rounds to zero."""
-    mean, low, high = (round(100 * value, 1) or 0.0 for value in (gap.mean, gap.low, gap.high))
-    return f"{mean:{'+' if mean else ''}.1f} ({low:+.1f} to {high:+.1f})".replace("-", "−")

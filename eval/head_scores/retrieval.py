@@ -2,7 +2,7 @@
 
 The retrieval score of arXiv 2404.15574, by which HeadKV (arXiv 2410.19258) shares out the cache. A prompt asks for an
 answer that stands in it word for word. It is read into a full cache, and the answer is then given token by token,
-whatever the model would say. A hit of a head is a step at which, of all keys up to its own, its query scores one of the
+whatever the model predicts. A hit of a head is a step at which, of all keys up to its own, its query scores one of the
 answer in the prompt highest, and the token there is the one that comes next.
 
 What differs from arXiv 2404.15574: the answer is given, where the paper lets the model generate and counts only the
@@ -13,18 +13,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from fastkv.cache.kv_cache import KVCache
 from fastkv.cache.policies import FullKV
 from fastkv.engine.attention import decode_attention
 from fastkv.engine.decode import one_token
-
-if TYPE_CHECKING:
-    from fastkv.cache.kv_cache import KVCache
-    from fastkv.engine.llm import LLM
+from fastkv.engine.llm import LLM
 
 
 @dataclass(frozen=True)
@@ -44,11 +41,11 @@ class Needle:
 class Copying:
     """What the heads did while one answer of m tokens was copied.
 
-    hits: bool [m, L, Hq]. said: bool [m], whether the model's own most probable token was the answer's.
+    hits: bool [m, L, Hq]. predicted: bool [m], whether the model's own most probable token was the answer's.
     """
 
     hits: Tensor
-    said: Tensor
+    predicted: Tensor
 
 
 @dataclass(frozen=True)
@@ -56,12 +53,12 @@ class HeadScores:
     """Shares of the copied tokens, in [0, 1], the mean over examples that count the same.
 
     query_heads: float64 [L, Hq]. kv_heads: float64 [L, Hkv], the mean over the query heads that read a KV head.
-    said: of the copied tokens, those that the model would have said itself.
+    predicted: of the copied tokens, those that were the model's own prediction.
     """
 
     query_heads: Tensor
     kv_heads: Tensor
-    said: float
+    predicted: float
 
 
 def find_needle(prompt: list[int], continued: list[int]) -> Needle | None:
@@ -84,16 +81,16 @@ def watch_copying(llm: LLM, needle: Needle) -> Copying:
     """Read the prompt, then give the answer token by token. Raises FastKVError where they do not fit the model.
 
     The answer's first token is predicted by the prompt's last one, which is therefore a step and no part of the
-    prefill; the answer's last token, which predicts what comes behind it, is never read.
+    prefill; the answer's last token, which predicts what comes after it, is never read.
     """
     cache = llm.prefill(needle.prompt[:-1], FullKV(), max_tokens=len(needle.answer)).cache
     hits: list[Tensor] = []
-    said: list[Tensor] = []
+    predicted: list[Tensor] = []
     for step, token in enumerate([needle.prompt[-1], *needle.answer[:-1]]):
         strongest, logits = _read(llm, cache, token)
         hits.append(torch.isin(strongest, torch.tensor(needle.sources(step), device=llm.device)))
-        said.append(logits.argmax() == needle.answer[step])
-    return Copying(torch.stack(hits).cpu(), torch.stack(said).cpu())
+        predicted.append(logits.argmax() == needle.answer[step])
+    return Copying(torch.stack(hits).cpu(), torch.stack(predicted).cpu())
 
 
 def _read(llm: LLM, cache: KVCache, token: int) -> tuple[Tensor, Tensor]:
@@ -125,5 +122,5 @@ def head_scores(parts: Sequence[Copying], n_kv_heads: int) -> HeadScores:
     """The scores of all examples together; every example counts the same, however long its answer."""
     query_heads = torch.stack([part.hits.double().mean(dim=0) for part in parts]).mean(dim=0)
     kv_heads = query_heads.unflatten(1, (n_kv_heads, -1)).mean(dim=2)
-    said = torch.stack([part.said.double().mean() for part in parts]).mean()
-    return HeadScores(query_heads, kv_heads, said.item())
+    predicted = torch.stack([part.predicted.double().mean() for part in parts]).mean()
+    return HeadScores(query_heads, kv_heads, predicted.item())

@@ -6,19 +6,18 @@ Needs matplotlib, the extra `eval`. Drawn without a display.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from fastkv.errors import FastKVError
-from fastkv.eval.layer_table import later
+from matplotlib import colormaps
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
+from fastkv.console.picture import save_picture
+from fastkv.eval.tsp_layers.advice import Setting
+from fastkv.eval.tsp_layers.importance import Importance
+from fastkv.eval.tsp_layers.table import later
 
-    from fastkv.eval.layer_advice import Setting
-    from fastkv.eval.layer_importance import Importance
-
-DPI = 150
 PANELS = {
     "overlap": "shared with later layers' choices, %",
     "coverage": "later layers' scores covered, %",
@@ -26,31 +25,13 @@ PANELS = {
 }
 
 
-def check_plot(path: Path) -> None:
-    """FastKVError unless `path` is named as a picture, in a folder that is there, and can be drawn."""
-    if path.suffix.lower() != ".png":
-        raise FastKVError(f"--plot {path}: the plot is a PNG; let its name end in .png")
-    if not path.parent.is_dir():
-        raise FastKVError(f"--plot {path}: there is no folder {path.parent}")
-    try:
-        import matplotlib.figure  # noqa: F401
-    except ImportError:
-        raise FastKVError('--plot needs matplotlib: pip install "fastkv[eval]"') from None
-
-
 def draw(importance: Importance, default: Setting, advice: Setting, title: str, path: Path) -> None:
     """Write the PNG; FastKVError where it cannot be written."""
-    try:
-        figure_of(importance, default, advice, title).savefig(path, dpi=DPI, format="png")
-    except OSError as error:
-        raise FastKVError(f"--plot {path}: cannot be written ({error.strerror})") from None
+    save_picture(figure_of(importance, default, advice, title), path, "plot")
 
 
 def figure_of(importance: Importance, default: Setting, advice: Setting, title: str) -> Figure:
     """A panel for each quantity, a line for each rate; the lowest of the later layers is dotted."""
-    from matplotlib import colormaps
-    from matplotlib.figure import Figure
-
     figure = Figure(figsize=(12, 4.4), layout="constrained")
     panels: dict[str, Axes] = dict(zip(PANELS, figure.subplots(1, 3), strict=True))
     layers = range(importance.n_layers - 1)
@@ -73,8 +54,6 @@ def figure_of(importance: Importance, default: Setting, advice: Setting, title: 
 
 
 def _finish(axes: Axes, label: str, default: Setting, advice: Setting) -> None:
-    from matplotlib.ticker import MaxNLocator
-
     if advice.layer == default.layer:
         _mark(axes, default.layer, "default and advice", "0.5", "center")
     else:  # the labels on the outer sides, for neighbours leave no room between them

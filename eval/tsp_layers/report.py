@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-import json
+import argparse
 from datetime import date
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import torch
-
-from fastkv import __version__
-from fastkv.errors import FastKVError
-from fastkv.eval.layer_advice import RULE, settled_layers
-
-if TYPE_CHECKING:
-    from fastkv.engine.llm import LLM
-    from fastkv.eval.layer_importance import Importance
-    from fastkv.eval.layer_search import Findings
+from fastkv.console.machine import machine
+from fastkv.engine.llm import LLM
+from fastkv.eval.tsp_layers.advice import RULE, settled_layers
+from fastkv.eval.tsp_layers.importance import Importance
+from fastkv.eval.tsp_layers.search import Findings
 
 FORMAT = "fastkv-eval tsp-layers 1"
+_NO_FLAGS = ("command", "tasks", "words")  # what is known of a command beyond its flags
 
 
 def advice_line(found: Findings) -> str:
@@ -39,17 +34,15 @@ def advice_line(found: Findings) -> str:
 
 
 def report(
-    command: dict[str, Any], llm: LLM, lengths: list[int], importance: Importance, found: Findings
+    args: argparse.Namespace, llm: LLM, lengths: list[int], importance: Importance, found: Findings
 ) -> dict[str, Any]:
-    """The JSON object: `command` (its flags by name), the machine, the measurement, the check and the advice."""
+    """The JSON object: the command (its flags by name), the machine, the measurement, the check and the advice."""
+    given = {name: value for name, value in vars(args).items() if value is not None and name not in _NO_FLAGS}
     return {
         "format": FORMAT,
         "date": date.today().isoformat(),
-        "command": {name: value for name, value in command.items() if value is not None},
-        "fastkv": __version__,
-        "torch": torch.__version__,
-        "device": torch.cuda.get_device_name(llm.device) if llm.device.type == "cuda" else str(llm.device),
-        "dtype": str(llm.dtype).removeprefix("torch."),
+        "command": given,
+        **machine(llm),
         "prompt_tokens": lengths,
         "rates": importance.rates,
         "overlap": importance.overlap.tolist(),
@@ -65,11 +58,3 @@ def report(
         ],
         "advice": {"tsp_layer": found.advice.layer, "tsp_rate": found.advice.rate, "is_default": not found.found},
     }
-
-
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    """FastKVError where it cannot be written."""
-    try:
-        path.write_text(json.dumps(content, default=str) + "\n", encoding="utf-8")
-    except OSError as error:
-        raise FastKVError(f"--json {path}: cannot be written ({error.strerror})") from None

@@ -1,7 +1,7 @@
-"""The check of a setting: run it, and see what it costs. Two exams, by what is known of the prompts.
+"""The check of a setting: run it, and see what it costs. Two kinds, by what is known of the prompts.
 
 Questions with answers are scored as in every other run of fastkv-eval. A user's own prompts have no answers: what the
-full cache says next is the measure, and the first token at which a setting departs from it.
+full cache predicts next is the measure, and the first token at which a setting departs from it.
 """
 
 from __future__ import annotations
@@ -9,40 +9,26 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from math import fsum
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from fastkv.cache.policies import FullKV
-from fastkv.engine.sampler import SamplingParams
-from fastkv.eval.scoring import score
+from fastkv.cache.policy import Policy
+from fastkv.engine.llm import LLM
+from fastkv.eval.policy_spec import PolicySpec
+from fastkv.eval.runner import Question, Runner
 from fastkv.eval.statistics import paired_estimate
 
-if TYPE_CHECKING:
-    from fastkv.cache.policy import Policy
-    from fastkv.engine.llm import LLM
-    from fastkv.eval.example import Example
-
 Show = Callable[[str, int, int], None]  # what is being done, prompts done, prompts in all
-
-
-@dataclass(frozen=True)
-class Question:
-    """A prompt with answers. Questions of one group (a task at a length) are counted together."""
-
-    group: str
-    ids: list[int]
-    example: Example
-    rule: str
-    max_tokens: int
 
 
 @dataclass
 class Result:
     """scores: for each group, one in [0, 1] for each prompt, in order. divergence: KL in nats for each prompt, or none.
 
-    A result that stopped at a group where it was clearly lower lacks the groups behind it. Clearly: the whole 95 %
+    A result that stopped at a group where it was clearly lower lacks the groups after it. Clearly: the whole 95 %
     confidence interval of the difference over the same prompts is on one side of zero.
     """
 
@@ -79,37 +65,37 @@ class Result:
         return "a higher KL" if level and fsum(self.divergence) > fsum(other.divergence) else None
 
 
-class Exam(Protocol):
-    """What a policy is put to."""
+class Check(Protocol):
+    """Runs a policy on all prompts."""
 
     def run(self, label: str, policy: Policy, default: Result | None = None) -> Result:
-        """With `default`, stop behind the first group where `policy` is clearly lower than that."""
+        """With `default`, stop after the first group where `policy` is clearly lower than that."""
 
 
-class Answers:
-    """Questions, answered greedily and scored by their tasks' own rules."""
+class AnswerCheck:
+    """Questions, answered greedily and scored by their tasks' own rules. A group is a task at a length."""
 
-    def __init__(self, llm: LLM, questions: Sequence[Question], show: Show) -> None:
-        self._llm, self._questions, self._show = llm, questions, show
-        self.groups = list(dict.fromkeys(question.group for question in questions))
+    def __init__(self, runner: Runner, questions: Sequence[Question], show: Show) -> None:
+        self._runner, self._show, self._total = runner, show, len(questions)
+        self._groups: dict[str, list[Question]] = {}
+        for question in questions:
+            length = question.slot.length
+            group = question.slot.task if length is None else f"{question.slot.task}, {length:,} tokens"
+            self._groups.setdefault(group, []).append(question)
 
     def run(self, label: str, policy: Policy, default: Result | None = None) -> Result:
-        result = Result()
-        for group in self.groups:
-            result.scores[group] = []
-            for question in (one for one in self._questions if one.group == group):
-                self._show(label, len(result.all_scores), len(self._questions))
-                result.scores[group].append(self._score(question, policy))
+        result, spec = Result(), PolicySpec(label, policy)
+        for group, questions in self._groups.items():
+            scores = result.scores[group] = []
+            for question in questions:
+                self._show(label, len(result.all_scores), self._total)
+                scores.append(self._runner.answer(question, spec).score)
             if default is not None and result.clearly_lower_in(default):
                 break
         return result
 
-    def _score(self, question: Question, policy: Policy) -> float:
-        output = self._llm.generate(question.ids, SamplingParams(max_tokens=question.max_tokens), policy=policy)
-        return score(question.rule, output.text, question.example)
 
-
-class Continuations:
+class ContinuationCheck:
     """Prompts without answers: the share of the full cache's first `n_tokens` greedy tokens before one differs.
 
     Its divergence is KL(full cache ‖ policy) of the next token's distribution.
@@ -118,10 +104,10 @@ class Continuations:
     def __init__(self, llm: LLM, prompts: Sequence[list[int]], n_tokens: int, show: Show) -> None:
         self._llm, self._prompts, self._n_tokens, self._show = llm, prompts, n_tokens, show
         self._references: list[tuple[Tensor, list[int]]] = []
-        self.groups = ["greedy tokens"]
 
     def run(self, label: str, policy: Policy, default: Result | None = None) -> Result:
-        result = Result({group: [] for group in self.groups})
+        scores: list[float] = []
+        result = Result({"greedy tokens": scores})
         for number, ids in enumerate(self._prompts):
             self._show(label, number, len(self._prompts))
             if len(self._references) == number:
@@ -129,7 +115,7 @@ class Continuations:
             logits, expected = self._references[number]
             # The full cache is what the others are held against: it need not run twice.
             found, tokens = (logits, expected) if isinstance(policy, FullKV) else self._continue(ids, policy, expected)
-            result.scores[self.groups[0]].append(len(tokens) / len(expected))
+            scores.append(len(tokens) / len(expected))
             result.divergence.append(divergence(logits, found))
         return result
 

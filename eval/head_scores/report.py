@@ -2,22 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import torch
-
-from fastkv import __version__
-from fastkv.console.files import write_atomically
-from fastkv.errors import FastKVError
-from fastkv.eval.header import fingerprint
+from fastkv.console.machine import fingerprint, machine
+from fastkv.engine.llm import LLM
+from fastkv.eval.head_scores.retrieval import HeadScores
+from fastkv.eval.runner import Plan
 from fastkv.eval.table import markdown
-
-if TYPE_CHECKING:
-    from fastkv.engine.llm import LLM
-    from fastkv.eval.head_retrieval import HeadScores
-    from fastkv.eval.runner import Plan
 
 KIND = "fastkv-head-scores"
 SHOWN = 10  # rows of the table, at most
@@ -50,50 +42,27 @@ def table(scores: HeadScores) -> str:
         "being copied; of a KV head the mean over its query heads. Means over the examples.\n"
         f"Of {scores.query_heads.numel()} query heads {retrieval} have a score above {RETRIEVAL_HEAD}; "
         f"of {len(flat)} KV heads {nothing} have none.\n"
-        f"Given those before it, {100 * scores.said:.1f} % of these tokens were the model's own choice.\n"
-        + (TOO_FEW if scores.said < FEW else "")
+        f"Given those before it, {100 * scores.predicted:.1f} % of these tokens were the model's own choice.\n"
+        + (TOO_FEW if scores.predicted < FEW else "")
     )
 
 
-def left_out_line(left_out: int, total: int) -> str:
-    """Which examples are missing in the means, and why."""
-    return (
-        f"{left_out} of {total} examples were left out: their answer's tokens do not stand in the prompt exactly once."
-    )
-
-
-def content(
-    llm: LLM, folder: Path, name: str, plan: Plan, chat: bool, scores: HeadScores, measured: int, left_out: int
-) -> dict[str, Any]:
+def content(llm: LLM, folder: Path, plan: Plan, scores: HeadScores, about: dict[str, Any]) -> dict[str, Any]:
     """The JSON object. Nothing in it changes from one run of the same command on the same machine to the next.
 
-    scores: [[Hkv] x L] in [0, 1]; query_heads: [[Hq] x L]. examples: of each task, length and depth; measured: in all.
+    about: what else it says of the run. scores: [[Hkv] x L] in [0, 1]; query_heads: [[Hq] x L].
     """
     return {
         "kind": KIND,
-        "model": name,
         "files": fingerprint(folder),
         "tasks": [task.name for task in plan.tasks],
         "lengths": list(plan.lengths),
         "depths": list(plan.depths),
         "examples": plan.examples,
         "seed": plan.seed,
-        "chat": chat,
-        "measured": measured,
-        "left_out": left_out,
-        "said": scores.said,
-        "fastkv": __version__,
-        "torch": torch.__version__,
-        "device": torch.cuda.get_device_name(llm.device) if llm.device.type == "cuda" else str(llm.device),
-        "dtype": str(llm.dtype).removeprefix("torch."),
+        **about,
+        "said": scores.predicted,
+        **machine(llm),
         "scores": scores.kv_heads.tolist(),
         "query_heads": scores.query_heads.tolist(),
     }
-
-
-def write_scores(path: Path, content: dict[str, Any]) -> None:
-    """Put the file there, whole. FastKVError where that cannot be done."""
-    try:
-        write_atomically(path, (json.dumps(content) + "\n").encode())
-    except OSError as error:
-        raise FastKVError(f"--output {path}: cannot be written ({error.strerror})") from None

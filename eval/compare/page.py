@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from fastkv.console.files import write_atomically
+from fastkv.console.files import check_replaceable, read_text, write_whole
 from fastkv.errors import FastKVError
 
 BEGIN, END = "<!-- results -->", "<!-- /results -->"
@@ -19,21 +19,15 @@ _LINE = 110  # columns of the command before it is broken
 
 def check_page(path: Path) -> None:
     """FastKVError unless the results can go there: into a new file, or between the markers of one that has them."""
-    if not path.parent.is_dir():
-        raise FastKVError(f"--page {path}: there is no folder {path.parent}")
-    if not os.access(path.parent, os.W_OK):
-        raise FastKVError(f"--page {path}: the folder {path.parent} cannot be written to")
+    check_replaceable(path, "page")
     if path.exists():
         _around(path)
 
 
 def write_page(path: Path, results: str) -> None:
     """Put `results` between the markers of the page, or into a page of its own where there is none."""
-    before, behind = _around(path) if path.exists() else (f"{TITLE}\n\n", "\n")
-    try:
-        write_atomically(path, f"{before}{BEGIN}\n\n{results.strip()}\n\n{END}{behind}".encode())
-    except OSError as error:
-        raise FastKVError(f"--page {path}: cannot be written ({error.strerror})") from None
+    before, after = _around(path) if path.exists() else (f"{TITLE}\n\n", "\n")
+    write_whole(path, f"{before}{BEGIN}\n\n{results.strip()}\n\n{END}{after}", "page")
 
 
 def page_part(header: dict[str, Any], argv: Sequence[str], tables: str, pictures: Sequence[Path], page: Path) -> str:
@@ -46,19 +40,13 @@ def page_part(header: dict[str, Any], argv: Sequence[str], tables: str, pictures
 
 
 def _around(path: Path) -> tuple[str, str]:
-    """The page's text in front of the markers, and behind them."""
-    if not path.is_file():  # reading a device or a pipe might never end
-        raise FastKVError(f"--page {path}: is there already, and is no file; name another one")
-    try:
-        text = path.read_bytes().decode()
-    except OSError as error:
-        raise FastKVError(f"--page {path}: cannot be read ({error.strerror})") from None
-    except UnicodeDecodeError:
-        raise FastKVError(f"--page {path}: is not UTF-8") from None
+    """The page's text in front of the markers, and after them."""
+    text = read_text(path, "page")[0].decode()  # with a byte-order mark, where it has one
     if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(END) < text.index(BEGIN):
         raise FastKVError(
-            f"--page {path}: is there already, without one {BEGIN} and one {END} behind it to write between; "
-            "put them in, or name a new file"
+            f"{path}: is there already, without one {BEGIN} and one {END} after it to write between; "
+            "put them in, or name a new file",
+            setting="page",
         )
     return text[: text.index(BEGIN)], text[text.index(END) + len(END) :]
 
