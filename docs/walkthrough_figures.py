@@ -33,7 +33,7 @@ from fastkv.engine import decode, decoders, prefill
 from fastkv.engine.sampler import Sampler
 from fastkv.engine.tsp import TokenState
 from fastkv.eval.statistics import mean_estimate, paired_estimate
-from fastkv.eval.tasks.archive_compose import compose, make_prompt
+from fastkv.eval.tasks.archive import compose, make_prompt
 from fastkv.eval.tasks.archive_text import question
 from fastkv.models.llama import Block, Llama
 

@@ -8,10 +8,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from tokenizers import Tokenizer
 
 from fastkv import LLM, FastKV, FullKV, SamplingParams, StreamingLLM
 from fastkv.cache.policy import Policy
-from fastkv.eval.tasks.archive_compose import Prompt, load_encode, make_prompt
+from fastkv.eval.tasks.archive import Prompt, make_prompt
 
 EXAMPLES = 20
 PARAMS = SamplingParams(max_tokens=8)
@@ -21,7 +22,11 @@ TENTH = {"kv_retention": 0.1, "min_tokens": 8}
 @pytest.fixture(scope="module")
 def questions(archive_folder: Path) -> list[Prompt]:
     """Texts of about 1,000 tokens, the record asked for at five depths."""
-    encode = load_encode(archive_folder / "tokenizer.json")
+    tokenizer = Tokenizer.from_file(str(archive_folder / "tokenizer.json"))
+
+    def encode(text: str) -> list[int]:
+        return tokenizer.encode(text, add_special_tokens=False).ids
+
     return [make_prompt(encode, 1000, depth=(seed % 5) / 4, seed=seed) for seed in range(EXAMPLES)]
 
 

@@ -21,11 +21,18 @@ from fastkv.eval import cli
 from fastkv.eval.example import Example, Task
 from fastkv.eval.policy_spec import PolicySpec
 from fastkv.eval.runner import Plan, Runner
-from fastkv.eval.tsp_layers.advice import Setting, candidates, default_setting, prefill_share, settled_layers
+from fastkv.eval.tsp_layers.advice import (
+    Findings,
+    Setting,
+    candidates,
+    default_setting,
+    prefill_share,
+    search,
+    settled_layers,
+)
 from fastkv.eval.tsp_layers.check import AnswerCheck, ContinuationCheck, Result, Show, divergence
 from fastkv.eval.tsp_layers.importance import Importance, Recorder, choices, compare, mean, measure
-from fastkv.eval.tsp_layers.search import Findings, search
-from fastkv.eval.tsp_layers.table import check_table
+from fastkv.eval.tsp_layers.report import check_table
 
 MODEL = str(ROOT / "examples" / "archive" / "model")
 IDS = torch.randint(1000, (400,), generator=torch.Generator().manual_seed(3)).tolist()

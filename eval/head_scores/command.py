@@ -15,15 +15,18 @@ from pathlib import Path
 
 from fastkv.cache.policies import FullKV
 from fastkv.console.files import check_replaceable, write_whole
+from fastkv.console.machine import fingerprint, machine
 from fastkv.console.parser import DONE
 from fastkv.console.progress import ProgressLine
 from fastkv.engine.llm import LLM
 from fastkv.errors import FastKVError
 from fastkv.eval.head_scores import retrieval
-from fastkv.eval.head_scores.report import KIND, content, table
+from fastkv.eval.head_scores.report import table
 from fastkv.eval.policy_spec import PolicySpec
 from fastkv.eval.run import load, plan_of
 from fastkv.eval.runner import Plan, Runner
+
+KIND = "fastkv-head-scores"
 
 
 def run(args: argparse.Namespace) -> int:
@@ -43,9 +46,25 @@ def run(args: argparse.Namespace) -> int:
             f"in {len(needles)} examples no head ever attended most to the token being copied, so there is nothing to "
             f"tell heads apart by, and {args.output} was not written; try shorter texts or another task"
         )
-    counts = {"measured": len(needles), "left_out": left_out}
-    about = {"model": model_name(args.model), "chat": args.chat, **counts}
-    write_whole(args.output, json.dumps(content(llm, folder, plan, scores, about)) + "\n", "output")
+    # Nothing in it changes from one run of the same command on the same machine to the next.
+    content = {
+        "kind": KIND,
+        "model": model_name(args.model),
+        "files": fingerprint(folder),
+        "tasks": [task.name for task in plan.tasks],
+        "lengths": plan.lengths,
+        "depths": plan.depths,
+        "examples": plan.examples,
+        "seed": plan.seed,
+        "chat": args.chat,
+        "measured": len(needles),
+        "left_out": left_out,
+        "said": scores.predicted,
+        **machine(llm),
+        "scores": scores.kv_heads.tolist(),
+        "query_heads": scores.query_heads.tolist(),
+    }
+    write_whole(args.output, json.dumps(content) + "\n", "output")
     print(table(scores), end="")
     if left_out:
         total = len(needles) + left_out

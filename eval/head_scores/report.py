@@ -1,17 +1,10 @@
-"""The retrieval scores of a model's heads, as a table for people and as the file that policy headkv reads."""
+"""The retrieval scores of a model's heads, as a table for people."""
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Any
-
-from fastkv.console.machine import fingerprint, machine
-from fastkv.engine.llm import LLM
 from fastkv.eval.head_scores.retrieval import HeadScores
-from fastkv.eval.runner import Plan
 from fastkv.eval.table import markdown
 
-KIND = "fastkv-head-scores"
 SHOWN = 10  # rows of the table, at most
 RETRIEVAL_HEAD = 0.1  # a query head with a score above this is a retrieval head in arXiv 2404.15574
 FEW = 0.5  # of the copied tokens
@@ -45,24 +38,3 @@ def table(scores: HeadScores) -> str:
         f"Given those before it, {100 * scores.predicted:.1f} % of these tokens were the model's own choice.\n"
         + (TOO_FEW if scores.predicted < FEW else "")
     )
-
-
-def content(llm: LLM, folder: Path, plan: Plan, scores: HeadScores, about: dict[str, Any]) -> dict[str, Any]:
-    """The JSON object. Nothing in it changes from one run of the same command on the same machine to the next.
-
-    about: what else it says of the run. scores: [[Hkv] x L] in [0, 1]; query_heads: [[Hq] x L].
-    """
-    return {
-        "kind": KIND,
-        "files": fingerprint(folder),
-        "tasks": [task.name for task in plan.tasks],
-        "lengths": list(plan.lengths),
-        "depths": list(plan.depths),
-        "examples": plan.examples,
-        "seed": plan.seed,
-        **about,
-        "said": scores.predicted,
-        **machine(llm),
-        "scores": scores.kv_heads.tolist(),
-        "query_heads": scores.query_heads.tolist(),
-    }

@@ -2,7 +2,7 @@
 
 It measures on the user's own prompts, or on generated questions, how the importance of tokens settles with depth
 (importance.py), advises a TSP layer and rate by a rule that it prints (advice.py), and has that advice checked by
-running it (check.py, search.py).
+running it (check.py).
 """
 
 from __future__ import annotations
@@ -25,12 +25,10 @@ from fastkv.errors import FastKVError
 from fastkv.eval.policy_spec import PolicySpec, parse_policies
 from fastkv.eval.run import load, plan_of
 from fastkv.eval.runner import Runner
-from fastkv.eval.tsp_layers.advice import RULE, candidates, default_setting, highest_void_rate
+from fastkv.eval.tsp_layers.advice import RULE, candidates, default_setting, highest_void_rate, search
 from fastkv.eval.tsp_layers.check import AnswerCheck, Check, ContinuationCheck, Show
 from fastkv.eval.tsp_layers.importance import Recorder, mean, measure
-from fastkv.eval.tsp_layers.report import advice_line, report
-from fastkv.eval.tsp_layers.search import search
-from fastkv.eval.tsp_layers.table import check_table, importance_tables
+from fastkv.eval.tsp_layers.report import advice_line, check_table, importance_tables, report
 
 COMPARED = 32  # greedy tokens of each prompt that has no answer
 

@@ -16,7 +16,7 @@ from matplotlib.ticker import MaxNLocator
 from fastkv.console.picture import save_picture
 from fastkv.eval.tsp_layers.advice import Setting
 from fastkv.eval.tsp_layers.importance import Importance
-from fastkv.eval.tsp_layers.table import later
+from fastkv.eval.tsp_layers.report import later
 
 PANELS = {
     "overlap": "shared with later layers' choices, %",

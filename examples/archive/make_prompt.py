@@ -12,8 +12,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from arguments import Parser, integer, number
+from encoding import load_encode
 
-from fastkv.eval.tasks.archive_compose import Prompt, load_encode, make_prompt
+from fastkv.eval.tasks.archive import Prompt, make_prompt
 
 TOKENIZER = Path(__file__).parent / "model" / "tokenizer.json"
 
