@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastkv.console.parser import Parser, guarded
-from fastkv.console.picture import check_picture, save_picture
+from fastkv.console.picture import check_picture, legend_below, save_picture
 from fastkv.errors import FastKVError
 
 if TYPE_CHECKING:
@@ -132,8 +132,7 @@ def _title(figure: Figure, result: dict[str, Any], axes: Axes) -> None:
     """What was measured and where, above all panels, and the contestants below."""
     title = f"{result['model']}, {result['dtype']} on {result['device']}, {result['date']}"
     figure.suptitle(title, fontsize=11)
-    handles, labels = axes.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
+    legend_below(figure, axes)
 
 
 def _length(tokens: int) -> str:

@@ -17,22 +17,16 @@ from fastkv.console.parser import Parser, add_machine_flags, add_model_flag, che
 from fastkv.console.picture import check_picture
 from fastkv.errors import FastKVError, check_choice, check_integer, check_number
 from fastkv.eval.tasks import COPYING, GENERATED, NAMES, build_tasks
-from fastkv.eval.tasks.longbench import is_longbench
 
 _NUMBER, _NUMBERS = {"type": int, "metavar": "N"}, {"type": int, "nargs": "+", "metavar": "N"}
 _FILE, _FOLDER = {"type": Path, "metavar": "FILE"}, {"type": Path, "metavar": "FOLDER"}
-_DEPTHS = {
-    "type": float,
-    "nargs": "+",
-    "metavar": "D",
-    "help": "where a single needle lies, 0 to 1 (0 0.25 0.5 0.75 1)",
-}
+_WHERE = "where a single needle lies, 0 to 1 (0 0.25 0.5 0.75 1)"
 _PAGE = "write the results there, between its two marks if it is a page"
 FLAGS: dict[str, dict[str, Any]] = {
     "task": {"nargs": "+", "metavar": "NAME"},
     "policy": {"action": "append", "metavar": "P"},
     "length": {**_NUMBERS, "help": "prompts of N tokens (default 1024 2048 4096, as fits)"},
-    "depth": _DEPTHS,
+    "depth": {"type": float, "nargs": "+", "metavar": "D", "help": _WHERE},
     "seed": {"type": int, "metavar": "S", "help": "fixes every text (0)"},
     "examples": {**_NUMBER, "help": "of each task, length and depth (5)"},
     "max_tokens": {**_NUMBER, "help": "of an answer (default: the task's own)"},
@@ -51,14 +45,12 @@ TEXTS = ("length", "depth", "seed", "examples")  # which texts are drawn
 # What a complaint names the flag of; the settings of policies are named in its message already.
 SETTINGS = {*FLAGS, "model", "device", "dtype", "threads", "revision"} - {"policy"}
 
-FROM_FILES = {
+SUMMARIES = {
+    **{task.name: task.summary for task in GENERATED.values()},
     "qa": "questions over distractors, from --qa-file",
     "longbench": "every dataset of --longbench, or longbench:qasper … for one",
 }
-TASK_LIST = "".join(
-    f"  {name:<17}{summary}\n"
-    for name, summary in {**{t.name: t.summary for t in GENERATED.values()}, **FROM_FILES}.items()
-)
+TASK_LIST = "".join(f"  {name:<17}{summary}\n" for name, summary in SUMMARIES.items())
 CONTINUES = (
     "--output FILE.jsonl keeps every answer. The same command with the same file continues where it was stopped."
 )
@@ -182,6 +174,7 @@ def _parser(prog: str, description: str, epilog: str | None = None) -> Parser:
     """A parser with --model; a flag that the command lacks reads as one that was not given."""
     formatter = argparse.RawDescriptionHelpFormatter
     parser = Parser(prog=prog, description=description, epilog=epilog, formatter_class=formatter)
+    parser.set_defaults(**dict.fromkeys(("kv_retention", "tsp_rate")))
     parser.set_defaults(**{name: None for name, flag in FLAGS.items() if "action" not in flag})
     parser.set_defaults(command=prog.removeprefix("fastkv-eval").strip() or "tasks")
     add_model_flag(parser)
@@ -205,17 +198,12 @@ def check(args: argparse.Namespace) -> None:
 
     Adds `args.tasks`, which --task names.
     """
-    if args.command in _CHECKS:
-        _CHECKS[args.command](args)
+    if args.command == "tsp-layers":
+        _check_prompts(args)
+    for name in [] if args.command == "tasks" else args.task or []:
+        check_choice("task", name, COPYING if args.command == "head-scores" else NAMES)
     args.tasks = build_tasks(args.task or [], args.qa_file, args.longbench)
-    _check_lengths(args)
-    for length in args.length or []:
-        check_integer("length", length, 1)
-    for depth in args.depth or []:
-        check_number("depth", depth, 0, 1)
-    for name in ("examples", "max_tokens", "longbench_tokens", "threads"):
-        if getattr(args, name) is not None:
-            check_integer(name, getattr(args, name), 1, 4096 if name == "threads" else None)
+    _check_numbers(args)
     if args.output is not None and args.command != "head-scores":
         check_output(args.output)
     if args.plots is not None:
@@ -225,55 +213,32 @@ def check(args: argparse.Namespace) -> None:
         check_replaceable(args.json, "json")
     if args.plot is not None:
         check_picture(args.plot, "plot", "eval")
+    if args.page is not None and args.output is not None and args.page.resolve() == args.output.resolve():
+        raise FastKVError(f"{args.page}: is the file of --output; name another one", setting="page")
 
 
-def _check_lengths(args: argparse.Namespace) -> None:
-    if args.length and not any(task.has_length for task in args.tasks):
-        raise FastKVError(
-            "LongBench's prompts have lengths of their own; --longbench-tokens cuts them", setting="length"
-        )
-    if args.longbench_tokens is not None and all(task.has_length for task in args.tasks):
-        raise FastKVError("is for --task longbench: add it, or leave it out", setting="longbench_tokens")
-
-
-def _check_tsp_layers(args: argparse.Namespace) -> None:
+def _check_prompts(args: argparse.Namespace) -> None:
     if (args.prompt is None) == (args.task is None):
         raise FastKVError("give either --prompt FILE or --task NAME: what to measure on")
     given = [flag_of(name) for name in (*TEXTS, "qa_file") if getattr(args, name) is not None]
     if args.prompt and given:
         raise FastKVError(f"{given[0]} is for --task: leave it out with --prompt")
-    for name in args.task or []:
-        check_choice("task", name, NAMES)
-    _check_shares("tsp_rate", args.tsp_rate)
 
 
-def _check_head_scores(args: argparse.Namespace) -> None:
-    for name in args.task:
-        if name in (set(NAMES) - set(COPYING)) or is_longbench(name):
-            raise FastKVError(
-                f"{name} has no single answer that always stands in its text word for word, to be copied; "
-                f"take {', '.join(COPYING)}",
-                setting="task",
-            )
-        check_choice("task", name, COPYING)
-
-
-def _check_compare(args: argparse.Namespace) -> None:
-    for name in args.task:
-        check_choice("task", name, NAMES)
-    _check_shares("kv_retention", args.kv_retention)
-    if args.page is not None and args.output is not None and args.page.resolve() == args.output.resolve():
-        raise FastKVError(f"{args.page}: is the file of --output; name another one", setting="page")
-
-
-def _check_shares(setting: str, shares: list[float]) -> None:
-    for share in shares:
-        if not 0 < share < 1:
-            raise FastKVError(f"{flag_of(setting)} {share:g}: must be above 0 and below 1")
-
-
-_CHECKS: dict[str, Callable[[argparse.Namespace], None]] = {
-    "tsp-layers": _check_tsp_layers,
-    "head-scores": _check_head_scores,
-    "compare": _check_compare,
-}
+def _check_numbers(args: argparse.Namespace) -> None:
+    for length in args.length or []:
+        check_integer("length", length, 1)
+    for depth in args.depth or []:
+        check_number("depth", depth, 0, 1)
+    for name in ("examples", "max_tokens", "longbench_tokens", "threads"):
+        if getattr(args, name) is not None:
+            check_integer(name, getattr(args, name), 1, 4096 if name == "threads" else None)
+    for name in ("kv_retention", "tsp_rate"):
+        for share in getattr(args, name) or []:
+            if not 0 < share < 1:
+                raise FastKVError(f"{flag_of(name)} {share:g}: must be above 0 and below 1")
+    if args.length and not any(task.has_length for task in args.tasks):
+        message = "LongBench's prompts have lengths of their own; --longbench-tokens cuts them"
+        raise FastKVError(message, setting="length")
+    if args.longbench_tokens is not None and all(task.has_length for task in args.tasks):
+        raise FastKVError("is for --task longbench: add it, or leave it out", setting="longbench_tokens")

@@ -85,14 +85,14 @@ class Draw:
 class Task:
     """A family of examples.
 
-    write: the text for a slot, never longer than its limit. rule: how answers are scored (scoring.py). has_depth,
+    write: the text for a slot, never longer than its limit. score: of a prediction, in [0, 1]. has_depth,
     has_length: whether the run's depths and lengths apply to it. source: what the file it reads holds, as a checksum,
     where it reads one. most: how many examples there are, where they are not drawn without end.
     """
 
     name: str
     summary: str
-    rule: str
+    score: Callable[[str, Example], float]
     max_new_tokens: int
     write: Callable[[Draw], Example]
     has_depth: bool = False

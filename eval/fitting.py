@@ -12,6 +12,7 @@ from functools import cache
 from fastkv.errors import FastKVError
 from fastkv.eval.example import Draw, Example
 
+ATTEMPTS = 8
 FIRST_STEP = 32
 NEAR = 0.1  # how far a guess by the size of the first pieces may be off
 EXAMPLE_SHARE = 0.25  # of a prompt that a worked example may take
@@ -48,6 +49,26 @@ def fit(draw: Draw, build: Callable[[int], Example], most: int | None = None) ->
             setting="length",
         )
     return build(low + bisect_right(range(low, high), limit, key=size) - 1)
+
+
+def adjust(draw: Draw, build: Callable[[int], Example | None], room: int, slack: int | None = None) -> Example | None:
+    """An example of at most the slot's length, if it can be less than `slack` tokens short of it; None: there is none.
+
+    `build(n)` aims at n tokens by adding up those of parts, or gives None for an n that is too small. Where the whole
+    has more tokens or fewer than that, it is asked for as many more or fewer, from `room` on.
+    """
+    best: tuple[int, Example | None] = (0, None)
+    for _ in range(ATTEMPTS):
+        example = build(room)
+        if example is None:
+            break
+        missing = draw.limit - draw.count(example)
+        if missing >= 0 and (best[1] is None or missing < best[0]):
+            best = missing, example
+        if missing >= 0 and (slack is None or missing < slack):
+            break
+        room += missing
+    return best[1]
 
 
 def worked_example(draw: Draw, shown: Example, answer: str) -> str:

@@ -17,6 +17,7 @@ from importlib import import_module
 from typing import Any
 
 from fastkv.errors import FastKVError
+from fastkv.eval.example import Example
 
 Metric = Callable[[str, str, tuple[str, ...]], float]  # prediction, answer, all classes of the dataset
 
@@ -104,6 +105,7 @@ def code_sim_score(prediction: str, answer: str, classes: tuple[str, ...] = ()) 
     return round(ratio(line, answer)) / 100
 
 
+LONGBENCH = "longbench:"  # in front of a dataset's name: its task
 METRICS: dict[str, Metric] = {
     "narrativeqa": qa_f1_score,
     "qasper": qa_f1_score,
@@ -133,14 +135,14 @@ FIRST_LINE = frozenset({"trec", "triviaqa", "samsum", "lsht"})
 WITHOUT_CHAT = FIRST_LINE | {"lcc", "repobench-p"}
 
 
-def longbench_score(dataset: str, prediction: str, answers: tuple[str, ...], classes: tuple[str, ...] = ()) -> float:
-    """The score of the answer that fits best. `classes`: of a dataset of classification.
+def longbench_score(dataset: str, prediction: str, example: Example) -> float:
+    """The score of the answer that fits best.
 
     Raises FastKVError where the metric needs a package that is not installed.
     """
     if dataset in FIRST_LINE:
         prediction = prediction.lstrip("\n").split("\n", 1)[0]
-    return max(METRICS[dataset](prediction, answer, classes) for answer in answers)
+    return max(METRICS[dataset](prediction, answer, example.classes) for answer in example.answers)
 
 
 def _words(text: str) -> list[str]:

@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 
 from fastkv.console.files import unwritable
-from fastkv.console.picture import save_picture
+from fastkv.console.picture import legend_below, save_picture
 from fastkv.eval.results import Record
 from fastkv.eval.statistics import mean_estimate
 from fastkv.eval.table import (
@@ -172,13 +172,6 @@ def from_zero(axes: Axes, title: str, ticks: int) -> None:
     axes.set_xlim(0, 1.05 * axes.get_xlim()[1])
     axes.locator_params(axis="x", nbins=ticks)
     axes.grid(alpha=0.3)
-
-
-def legend_below(figure: Figure, axes: Axes, columns: int) -> None:
-    """The legend of all panels, from one of them; a label that comes up again stands there once."""
-    handles, labels = axes.get_legend_handles_labels()
-    once = dict(zip(labels, handles, strict=True))
-    figure.legend(once.values(), once, loc="outside lower center", ncols=columns, fontsize=9, frameon=False)
 
 
 def style(index: int) -> tuple[str, str]:

@@ -69,10 +69,8 @@ def read_settings(text: str) -> tuple[str, dict[str, Any]]:
 
 def _value(text: str) -> Any:
     """A number where it is one, a tuple where all parts between slashes are; the policy itself says whether it fits."""
-    parts = [_number(part) for part in text.split("/")]
-    if len(parts) > 1 and not any(isinstance(part, str) for part in parts):
-        return tuple(parts)
-    return _number(text)
+    parts = tuple(map(_number, text.split("/")))
+    return parts if len(parts) > 1 and str not in map(type, parts) else _number(text)
 
 
 def _number(text: str) -> int | float | str:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from fastkv.console.jsonl import RecordFile, difference
+from fastkv.engine.output import Metrics
 
 FORMAT = "fastkv-eval 1"
 _NOT_COMPARED = ("date",)  # when a run began decides nothing
@@ -50,6 +51,7 @@ class Record:
 
 
 _FIELDS = {field.name for field in fields(Record)}
+MEASURED = sorted(_FIELDS & {field.name for field in fields(Metrics)})  # as the engine measures them
 
 
 class Results:

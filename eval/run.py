@@ -37,13 +37,12 @@ def run(args: argparse.Namespace) -> int:
     llm, folder = load(args)
     plan = plan_of(args, llm.config.context_length)
     results, missing = ask(args, llm, folder, plan, parse_policies(labels, llm.config.n_layers))
-    print(render(results.records, labels), end="", flush=True)
-    say_missing(args, missing)
+    status = conclude(args, render(results.records, labels), missing)
     if args.plots is not None:
         from fastkv.eval.plots import draw_plots
 
-        say_written(args, draw_plots(results.records, labels, args.plots))
-    return INTERRUPTED if missing else DONE
+        tell(args, *(f"wrote {path}" for path in draw_plots(results.records, labels, args.plots)))
+    return status
 
 
 def load(args: argparse.Namespace) -> tuple[LLM, Path]:
@@ -84,8 +83,7 @@ def ask(
     resumed = (
         f"{args.output}: continues after {results.resumed} records" + " (the last line was cut off)" * results.torn
     )
-    for line in () if args.quiet else (*notes, *([resumed] if results.resumed else ())):
-        say(line)
+    tell(args, *notes, *([resumed] if results.resumed else ()))
     total = len(plan.slots()) * len(specs)
     scores: dict[str, list[float]] = {}
     with ProgressLine(None if args.quiet else sys.stderr, results.resumed) as progress:
@@ -128,20 +126,18 @@ def describe(llm: LLM, folder: Path, plan: Plan, specs: Sequence[PolicySpec]) ->
     }
 
 
-def say_missing(args: argparse.Namespace, missing: int) -> None:
-    """A word on a run that is not complete."""
-    if missing and not args.quiet:
-        kept = (
-            f"the same command continues in {args.output}" if args.output else "nothing was kept: there is no --output"
-        )
-        say(f"interrupted with {missing} answers to go: {kept}")
+def conclude(args: argparse.Namespace, tables: str, missing: int) -> int:
+    """Print the tables, and a word on a run that is not complete; the exit status."""
+    print(tables, end="", flush=True)
+    kept = f"the same command continues in {args.output}" if args.output else "nothing was kept: there is no --output"
+    tell(args, *[f"interrupted with {missing} answers to go: {kept}"] * bool(missing))
+    return INTERRUPTED if missing else DONE
 
 
-def say_written(args: argparse.Namespace, paths: Iterable[Path]) -> None:
-    """A line for each file that is there now."""
-    for path in paths:
-        if not args.quiet:
-            say(f"wrote {path}")
+def tell(args: argparse.Namespace, *lines: str) -> None:
+    """Lines on stderr, but for --quiet."""
+    for line in () if args.quiet else lines:
+        say(line)
 
 
 def _standings(scores: dict[str, list[float]]) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from array import array
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import product
 
 from fastkv.cache.policy import Policy, drops_tokens
@@ -15,9 +15,7 @@ from fastkv.engine.sampler import SamplingParams
 from fastkv.errors import FastKVError
 from fastkv.eval.example import Draw, Example, Slot, Task
 from fastkv.eval.policy_spec import PolicySpec
-from fastkv.eval.prompts import Prompts
-from fastkv.eval.results import Record, Results
-from fastkv.eval.scoring import score
+from fastkv.eval.results import MEASURED, Record, Results
 from fastkv.models.config import ModelConfig
 
 Report = Callable[[Record, int, int], None]  # the latest record, records there, records in all
@@ -82,6 +80,33 @@ class Question:
         return hashlib.sha256(array("q", self.ids).tobytes()).hexdigest()[:16]
 
 
+class Prompts:
+    """The model's own tokenizer, and its chat template where `chat`. Raises FastKVError where it has none."""
+
+    def __init__(self, llm: LLM, chat: bool = False) -> None:
+        if llm.tokenizer is None:
+            raise FastKVError("the model has no tokenizer, and a task is a text", setting="model")
+        self._llm, self._tokenizer, self._chat = llm, llm.tokenizer, chat
+        self._added = len(llm.tokenizer.encode(""))  # BOS, and what else the model's files ask for
+
+    def ids(self, example: Example) -> list[int]:
+        """Token ids of the prompt and the beginning of its answer, which a chat template puts into the model's turn."""
+        if self._chat and example.chat:
+            return self._llm.chat([{"role": "user", "content": example.prompt}]) + self.bare(example.lead.lstrip())
+        return self._tokenizer.encode(example.text)
+
+    def count(self, example: Example) -> int:
+        return len(self.ids(example))
+
+    def bare(self, text: str) -> list[int]:
+        """Ids of a text without BOS: as many as the text takes inside a prompt."""
+        return self._tokenizer.encode(text)[self._added :] if text else []
+
+    def text(self, ids: list[int]) -> str:
+        """The text of ids; special tokens give nothing."""
+        return self._tokenizer.decode(ids)
+
+
 class Runner:
     """Runs a plan on a model. Everything that can be wrong with it is found here, before the first example runs.
 
@@ -114,27 +139,16 @@ class Runner:
         slot, example, task = question.slot, question.example, self._plan.task(question.slot.task)
         params = SamplingParams(max_tokens=self._plan.answer_tokens(task))
         output = self._llm.generate(question.ids, params, policy=spec.policy)
-        metrics = output.metrics
         return Record(
             id=slot.id,
             policy=spec.label,
-            task=slot.task,
-            length=slot.length,
-            depth=slot.depth,
-            index=slot.index,
             prompt_sha256=question.checksum,
-            prompt_tokens=metrics.prompt_tokens,
-            new_tokens=metrics.new_tokens,
             answers=example.answers,
             prediction=output.text,
-            score=score(task.rule, output.text, example),
-            ttft_s=metrics.ttft_s,
-            decode_tokens_per_s=metrics.decode_tokens_per_s,
-            kv_bytes=metrics.kv_bytes,
-            kv_full_bytes=metrics.kv_full_bytes,
-            kv_entries=metrics.kv_entries,
-            kv_full_entries=metrics.kv_full_entries,
+            score=task.score(output.text, example),
             cut=example.cut,
+            **asdict(slot),
+            **{name: getattr(output.metrics, name) for name in MEASURED},
         )
 
     def warm_up(self) -> None:

@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from statistics import median
 from typing import Any
 
+from fastkv.eval.longbench import LONGBENCH
 from fastkv.eval.results import Record
-from fastkv.eval.scoring import LONGBENCH
 from fastkv.eval.statistics import Estimate, mean_estimate, mean_of_means, paired_estimate
 
 Answers = list[dict[str, Record]]  # of each example: policy label -> record

@@ -18,8 +18,7 @@ from fastkv.eval import longbench as metrics
 from fastkv.eval.example import Draw, Example, Slot, Task
 from fastkv.eval.longbench import METRICS, longbench_score
 from fastkv.eval.policy_spec import parse_policies
-from fastkv.eval.prompts import Prompts
-from fastkv.eval.runner import Plan, Runner, longest_prompt
+from fastkv.eval.runner import Plan, Prompts, Runner, longest_prompt
 from fastkv.eval.tasks import build_tasks
 from fastkv.eval.tasks.longbench import fill
 
@@ -148,7 +147,7 @@ def test_chinese() -> None:
     ],
 )
 def test_datasets(dataset: str, prediction: str, answers: tuple[str, ...], score: float) -> None:
-    assert longbench_score(dataset, prediction, answers, ("City", "Color")) == pytest.approx(score)
+    assert longbench_score(dataset, prediction, Example("", answers, classes=("City", "Color"))) == pytest.approx(score)
 
 
 def test_all_21_datasets_have_a_metric() -> None:

@@ -15,7 +15,7 @@ import pytest
 from fastkv import LLM, FastKVError
 from fastkv.eval.example import Draw, Example, Slot, Task
 from fastkv.eval.fitting import fit
-from fastkv.eval.prompts import Prompts
+from fastkv.eval.runner import Prompts
 from fastkv.eval.tasks import GENERATED, NAMES, build_tasks
 from fastkv.eval.tasks.archive_text import question, record
 from fastkv.eval.tasks.haystack import different, hide

@@ -21,6 +21,7 @@ from fastkv.eval import cli
 from fastkv.eval.example import Example, Task
 from fastkv.eval.policy_spec import PolicySpec
 from fastkv.eval.runner import Plan, Runner
+from fastkv.eval.scoring import contains_any
 from fastkv.eval.tsp_layers.advice import (
     Findings,
     Setting,
@@ -254,7 +255,7 @@ def test_questions_stop_after_a_group_that_is_clearly_lower(archive_llm: LLM) ->
     def check(*answers: str, show: Show = silent) -> AnswerCheck:
         """The question, with each of these answers expected in turn, in two groups."""
         tasks = [
-            Task(name, "", "part", 3, lambda draw: Example(text, (answers[draw.slot.index],)), has_length=False)
+            Task(name, "", contains_any, 3, lambda draw: Example(text, (answers[draw.slot.index],)), has_length=False)
             for name in ("a", "b")
         ]
         plan = Plan(tuple(tasks), (), (), examples=len(answers))

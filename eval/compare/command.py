@@ -9,11 +9,10 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from fastkv.console.parser import DONE, INTERRUPTED
 from fastkv.eval.compare.page import check_page, page_part, write_page
 from fastkv.eval.compare.settings import Terms, check_names, equal_policies
 from fastkv.eval.compare.table import render
-from fastkv.eval.run import ask, load, plan_of, say_missing, say_written
+from fastkv.eval.run import ask, conclude, load, plan_of, tell
 
 
 def run(args: argparse.Namespace) -> int:
@@ -28,15 +27,14 @@ def run(args: argparse.Namespace) -> int:
     results, missing = ask(args, llm, folder, plan, specs, left_out)
     entry_bytes = 2 * llm.config.head_dim * llm.dtype.itemsize
     tables = render(results.records, specs, entry_bytes, left_out)
-    print(tables, end="", flush=True)
-    say_missing(args, missing)
+    status = conclude(args, tables, missing)
     pictures: list[Path] = []
     if args.plots is not None:
         from fastkv.eval.compare.plots import draw
 
         pictures = draw(results.records, specs, entry_bytes, args.plots)
-        say_written(args, pictures)
     if args.page is not None and not missing:  # a page tells of whole runs alone
         write_page(args.page, page_part(results.header, args.words, tables, pictures, args.page))
-        say_written(args, [args.page])
-    return INTERRUPTED if missing else DONE
+    written = [*pictures, *([args.page] if args.page is not None and not missing else [])]
+    tell(args, *(f"wrote {path}" for path in written))
+    return status

@@ -14,8 +14,9 @@ from typing import Any
 from matplotlib import colormaps
 from matplotlib.figure import Figure
 
+from fastkv.console.picture import legend_below
 from fastkv.eval.compare.table import MIB, at, retentions_of
-from fastkv.eval.plots import AGAINST, KEPT, accuracy, from_zero, heat_maps, legend_below, needle_tasks, save
+from fastkv.eval.plots import AGAINST, KEPT, accuracy, from_zero, heat_maps, needle_tasks, save
 from fastkv.eval.policy_spec import PolicySpec
 from fastkv.eval.results import Record
 from fastkv.eval.statistics import mean_estimate
@@ -75,7 +76,7 @@ def rows(answers: Answers, specs: Sequence[PolicySpec], entry_bytes: int) -> Fig
     panels[0].set_xlim(-3, 103)
     panels[0].set_yticks(range(len(names)), names)
     panels[0].set_ylim(len(names) - 0.5, -0.5)  # the first policy on top
-    legend_below(figure, panels[0], len(retentions) + 1)
+    legend_below(figure, panels[0])
     task = answers[0][specs[0].label].task
     figure.suptitle(f"{task}: {len(answers)} examples for each policy; times are medians", fontsize=11)
     return figure

@@ -13,11 +13,12 @@ from dataclasses import dataclass
 
 from fastkv.errors import FastKVError
 from fastkv.eval.example import Draw, Example, Task
+from fastkv.eval.fitting import adjust
+from fastkv.eval.scoring import first_word
 from fastkv.eval.tasks.archive_text import Key, filler, question, record, records
 
 Encode = Callable[[str], list[int]]  # no BOS added
 
-ATTEMPTS = 8
 MIN_RECORDS, MAX_RECORDS = 3, 48
 MIN_SHARE, MAX_SHARE = 0.1, 0.6  # of a text's tokens that are records
 
@@ -106,25 +107,12 @@ def size(encode: Encode, sentence: str) -> int:
 
 
 def write(draw: Draw) -> Example:
-    """A prompt of the slot's length with the asked record at the slot's depth.
-
-    make_prompt adds up the tokens of sentences. Where a tokenizer or a chat template makes another sum of the whole,
-    it is asked for that much more or less.
-    """
-    length = room = draw.limit
+    """A prompt of the slot's length with the asked record at the slot's depth."""
     sentence = size(draw.encode, record(("calm", "owl"), "0123"))
-    best: tuple[int, Example] | None = None
-    for _ in range(ATTEMPTS):
-        example = _compose(draw, room)
-        tokens = draw.count(example)
-        if tokens <= length and (best is None or tokens > best[0]):
-            best = tokens, example
-        if length - sentence < tokens <= length:
-            break
-        room += length - tokens
-    if best is None:
-        raise FastKVError(f"{length} tokens are too short for task archive", setting="length")
-    return best[1]
+    example = adjust(draw, lambda room: _compose(draw, room), draw.limit, sentence)
+    if example is None:
+        raise FastKVError(f"{draw.limit} tokens are too short for task archive", setting="length")
+    return example
 
 
 def _compose(draw: Draw, tokens: int) -> Example:
@@ -137,6 +125,4 @@ def _compose(draw: Draw, tokens: int) -> Example:
     return Example(prompt.text, (prompt.code,))
 
 
-TASKS = (
-    Task("archive", "the bundled model's own: one access code among many", "first_word", 8, write, has_depth=True),
-)
+TASKS = (Task("archive", "the bundled model's own: one access code among many", first_word, 8, write, has_depth=True),)

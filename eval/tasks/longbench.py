@@ -11,7 +11,8 @@ that is not their first token; here the first-line rule of the scores leaves the
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from string import Formatter
 from typing import Any
@@ -20,20 +21,12 @@ from fastkv.console.files import read_text
 from fastkv.console.jsonl import checksum, read_objects
 from fastkv.errors import FastKVError
 from fastkv.eval.example import Draw, Example, Task
-from fastkv.eval.longbench import METRICS, WITHOUT_CHAT, longbench_score
-from fastkv.eval.scoring import LONGBENCH
+from fastkv.eval.fitting import adjust
+from fastkv.eval.longbench import LONGBENCH, METRICS, WITHOUT_CHAT, longbench_score
 
 ALL = "longbench"  # the task name that stands for every dataset that is there
-ATTEMPTS = 8
 SETTING = "longbench"
 _HOLDS = "input, context, answers and all_classes"
-
-
-@dataclass(frozen=True)
-class Row:
-    prompt: str
-    answers: tuple[str, ...]
-    classes: tuple[str, ...]
 
 
 def is_longbench(name: str) -> bool:
@@ -69,46 +62,43 @@ def _task(folder: Path, dataset: str, templates: dict[str, Any], longest: dict[s
         raise FastKVError(f"{folder}: dataset2prompt.json has no template for {dataset}", setting=SETTING)
     if type(max_new_tokens) is not int or max_new_tokens < 1:
         raise FastKVError(f"{folder}: dataset2maxlen.json has no number of tokens for {dataset}", setting=SETTING)
+    score = partial(longbench_score, dataset)
     try:
-        longbench_score(dataset, "1", ("Paragraph 1 段落1",), ("1",))  # before a model has answered for hours
+        score("1", Example("", ("Paragraph 1 段落1",), classes=("1",)))  # before a model has answered for hours
     except FastKVError as error:
         raise FastKVError(f"{LONGBENCH}{dataset}: {error}", setting="task") from None
     lines, source = read_objects(path, SETTING, _HOLDS)
-    rows = [_row(where, dataset, template, fields) for where, fields in lines]
+    examples = [_example(where, dataset, template, fields) for where, fields in lines]
     return Task(
         f"{LONGBENCH}{dataset}",
         f"{dataset} of LongBench",
-        f"{LONGBENCH}{dataset}",
+        score,
         max_new_tokens,
-        lambda draw: write(draw, rows[draw.slot.index], chat=dataset not in WITHOUT_CHAT),
+        lambda draw: write(draw, examples[draw.slot.index]),
         has_length=False,
         source=checksum(f"{source} {max_new_tokens} {template}".encode()),
-        most=len(rows),
+        most=len(examples),
     )
 
 
-def write(draw: Draw, row: Row, chat: bool) -> Example:
-    """The example's prompt, without as much of its middle as the room asks for: two halves of its tokens are left."""
-    example = Example(row.prompt, row.answers, chat=chat, classes=row.classes)
-    size = draw.count(example)
-    if size <= draw.limit:
-        return example
-    ids = draw.encode(row.prompt)
-    keep = len(ids) + draw.limit - size
-    for _ in range(ATTEMPTS):
+def write(draw: Draw, example: Example) -> Example:
+    """The example, without as much of its prompt's middle as the room asks for: two halves of its tokens are left."""
+    ids = draw.encode(example.prompt)
+
+    def shortened(keep: int) -> Example | None:
         half = keep // 2
-        if half < 1:
-            break
-        text = draw.decode(ids[:half]) + draw.decode(ids[-half:])
-        example = Example(text, row.answers, chat=chat, classes=row.classes, cut=True)
-        size = draw.count(example)
-        if size <= draw.limit:
-            return example
-        keep -= size - draw.limit  # where the halves meet, tokens may come out otherwise
-    raise FastKVError(f"{draw.limit} tokens are too short for task {draw.slot.task}", setting="longbench_tokens")
+        text = draw.decode(ids[:half]) + draw.decode(ids[-half:]) if half else ""
+        return replace(example, prompt=text, cut=True) if text else None
+
+    if draw.count(example) <= draw.limit:
+        return example
+    found = adjust(draw, shortened, len(ids) + draw.limit - draw.count(example))
+    if found is None:
+        raise FastKVError(f"{draw.limit} tokens are too short for task {draw.slot.task}", setting="longbench_tokens")
+    return found
 
 
-def _row(where: str, dataset: str, template: str, fields: dict[str, Any]) -> Row:
+def _example(where: str, dataset: str, template: str, fields: dict[str, Any]) -> Example:
     answers = _strings(fields.get("answers"))
     classes = _strings(fields.get("all_classes"))
     if not answers:
@@ -116,11 +106,11 @@ def _row(where: str, dataset: str, template: str, fields: dict[str, Any]) -> Row
     if dataset in ("trec", "lsht") and not classes:
         raise FastKVError(f"{where}: all_classes must be a list of strings for {dataset}", setting=SETTING)
     try:
-        prompt = fill(template, fields)
-        longbench_score(dataset, "", answers, classes)  # some metrics look for something in the answer
+        example = Example(fill(template, fields), answers, chat=dataset not in WITHOUT_CHAT, classes=classes)
+        longbench_score(dataset, "", example)  # some metrics look for something in the answer
     except FastKVError as error:
         raise FastKVError(f"{where}: {error}", setting=SETTING) from None
-    return Row(prompt, answers, classes)
+    return example
 
 
 def fill(template: str, fields: dict[str, Any]) -> str:

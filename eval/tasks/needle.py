@@ -14,6 +14,7 @@ from collections.abc import Callable
 
 from fastkv.eval.example import Draw, Example, Task
 from fastkv.eval.fitting import fit
+from fastkv.eval.scoring import contains_all
 from fastkv.eval.tasks.haystack import hide, keys, numbers, sentences
 
 SEVERAL = 4
@@ -59,8 +60,10 @@ def _ask(asked: list[str], n_numbers: int) -> tuple[str, str]:
 
 
 TASKS = (
-    Task("niah_single", "one needle, over depths and lengths", "all", ANSWER, writer(), has_depth=True),
-    Task("niah_multikey", "a needle among others with other keys", "all", ANSWER, writer(n_keys=SEVERAL)),
-    Task("niah_multivalue", "several numbers of one key, all asked", "all", ANSWER, writer(n_numbers=SEVERAL)),
-    Task("niah_multiquery", "several keys asked at once", "all", ANSWER, writer(n_keys=SEVERAL, n_asked=SEVERAL)),
+    Task("niah_single", "one needle, over depths and lengths", contains_all, ANSWER, writer(), has_depth=True),
+    Task("niah_multikey", "a needle among others with other keys", contains_all, ANSWER, writer(n_keys=SEVERAL)),
+    Task("niah_multivalue", "several numbers of one key, all asked", contains_all, ANSWER, writer(n_numbers=SEVERAL)),
+    Task(
+        "niah_multiquery", "several keys asked at once", contains_all, ANSWER, writer(n_keys=SEVERAL, n_asked=SEVERAL)
+    ),
 )

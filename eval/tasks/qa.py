@@ -21,6 +21,7 @@ from fastkv.console.jsonl import read_objects
 from fastkv.errors import FastKVError
 from fastkv.eval.example import Draw, Example, Task
 from fastkv.eval.fitting import fit
+from fastkv.eval.scoring import contains_any
 
 INTRO = (
     "Answer the question that follows these passages, in as few words as possible. One of them tells the answer.\n\n"
@@ -42,7 +43,7 @@ def qa_task(path: Path) -> Task:
     return Task(
         "qa",
         "questions of --qa-file over distractors",
-        "part",
+        contains_any,
         32,
         lambda draw: write(draw, questions),
         source=source,

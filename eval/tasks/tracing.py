@@ -14,6 +14,7 @@ from string import ascii_uppercase
 
 from fastkv.eval.example import Draw, Example, Task
 from fastkv.eval.fitting import fit, worked_example
+from fastkv.eval.scoring import contains_all
 from fastkv.eval.tasks.haystack import different, hide, numbers, sentences
 
 HOPS = 4  # the chain has one variable more
@@ -48,4 +49,4 @@ def _question(rng: random.Random, names: Iterator[str], values: Iterator[str]) -
     return lambda hay: Example(f"{INTRO}{hide(hay, needles)}\n\n{question}", tuple(chained), lead)
 
 
-TASKS = (Task("vt", "variable tracking: a chain of assignments", "all", 48, write),)
+TASKS = (Task("vt", "variable tracking: a chain of assignments", contains_all, 48, write),)

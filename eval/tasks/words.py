@@ -17,6 +17,7 @@ from collections.abc import Sequence
 
 from fastkv.eval.example import Draw, Example, Task
 from fastkv.eval.fitting import fit, worked_example
+from fastkv.eval.scoring import contains_all
 from fastkv.eval.tasks.haystack import Pieces, different
 
 COMMON = 10  # words asked for in cwe
@@ -103,6 +104,6 @@ def zipf_counts(total: int) -> list[int]:
 
 
 TASKS = (
-    Task("cwe", "common words extraction from a list", "all", 120, write_common),
-    Task("fwe", "frequent words extraction, Zipf's law", "all", 50, write_frequent),
+    Task("cwe", "common words extraction from a list", contains_all, 120, write_common),
+    Task("fwe", "frequent words extraction, Zipf's law", contains_all, 50, write_frequent),
 )

@@ -45,10 +45,8 @@ class Result:
 
     def clearly_lower_in(self, other: Result) -> str | None:
         """The first group that is, or None."""
-        lower = (
-            group for group, scores in self.scores.items() if paired_estimate(scores, other.scores[group]).high < 0
-        )
-        return next(lower, None)
+        pairs = ((group, paired_estimate(scores, other.scores[group])) for group, scores in self.scores.items())
+        return next((group for group, difference in pairs if difference.high < 0), None)
 
     def clearly_higher(self, other: Result) -> bool:
         """Over all prompts, which both have."""

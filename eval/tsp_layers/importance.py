@@ -85,20 +85,14 @@ def measure(llm: LLM, ids: list[int], scorer: FastKV, rates: Sequence[float]) ->
 
 def compare(scores: Tensor, n_tokens: int, window: int, rates: Sequence[float]) -> Importance:
     """scores float32 [L, n_tokens - window] of one prompt; each rate gives more tokens than the window."""
-    overlap, coverage, attained = zip(
-        *(_at_one_rate(scores.double(), choices(scores, int(rate * n_tokens), window)) for rate in rates), strict=True
-    )
-    return Importance(tuple(rates), torch.stack(overlap), torch.stack(coverage), torch.stack(attained))
+    at_rates = (_at_one_rate(scores.double(), choices(scores, int(rate * n_tokens), window)) for rate in rates)
+    return Importance(tuple(rates), *map(torch.stack, zip(*at_rates, strict=True)))
 
 
 def mean(parts: Sequence[Importance]) -> Importance:
     """The mean over prompts, each counting the same."""
-
-    def over(tensors: list[Tensor]) -> Tensor:
-        return torch.stack(tensors).mean(dim=0)
-
-    overlap, coverage = over([part.overlap for part in parts]), over([part.coverage for part in parts])
-    return Importance(parts[0].rates, overlap, coverage, over([part.attained for part in parts]))
+    tensors = zip(*((part.overlap, part.coverage, part.attained) for part in parts), strict=True)
+    return Importance(parts[0].rates, *(torch.stack(over_prompts).mean(dim=0) for over_prompts in tensors))
 
 
 def choices(scores: Tensor, count: int, window: int) -> Tensor:

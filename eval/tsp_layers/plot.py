@@ -13,7 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from fastkv.console.picture import save_picture
+from fastkv.console.picture import legend_below, save_picture
 from fastkv.eval.tsp_layers.advice import Setting
 from fastkv.eval.tsp_layers.importance import Importance
 from fastkv.eval.tsp_layers.report import later
@@ -47,8 +47,7 @@ def figure_of(importance: Importance, default: Setting, advice: Setting, title: 
         panels["attained"].plot(layers, shares, color=shade, marker="o", markersize=4)
     for what, axes in panels.items():
         _finish(axes, PANELS[what], default, advice)
-    handles, labels = panels["overlap"].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels) or 1, frameon=False, fontsize=9)
+    legend_below(figure, panels["overlap"])
     figure.suptitle(f"{title}\nsolid: mean over the later layers; dotted: the lowest of them", fontsize=10)
     return figure
 

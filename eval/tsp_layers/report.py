@@ -37,11 +37,11 @@ A setting that is clearly lower than the default is stopped there. Work: a prefi
 
 def importance_tables(importance: Importance) -> str:
     """Three tables, layers down and rates across, and what they mean."""
-    parts = [
-        _layers("overlap", importance, _over_later(importance, "overlap")),
-        _layers("coverage", importance, _over_later(importance, "coverage")),
-        _layers("attained", importance, _attained(importance)),
-    ]
+    overlap, coverage = (_over_later(importance, what) for what in ("overlap", "coverage"))
+    tables = {"overlap": overlap, "coverage": coverage, "attained": _attained(importance)}
+    rates, parts = [f"rate {rate:g}" for rate in importance.rates], []
+    for title, cells in tables.items():
+        parts.append(markdown([title, *rates], [[f"layer {layer}", *row] for layer, row in enumerate(cells)]))
     return "\n".join([*parts, NOTE])
 
 
@@ -81,11 +81,6 @@ def _attained(importance: Importance) -> list[list[str]]:
     ]
 
 
-def _layers(title: str, importance: Importance, cells: list[list[str]]) -> str:
-    header = [title, *(f"rate {rate:g}" for rate in importance.rates)]
-    return markdown(header, [[f"layer {layer}", *row] for layer, row in enumerate(cells)])
-
-
 def _check_row(
     label: str, work: float, result: Result, default: Result, groups: Sequence[str], verdict: str
 ) -> list[str]:
@@ -109,12 +104,8 @@ def advice_line(found: Findings) -> str:
             f"Advice: --tsp-layer {advice.layer} --tsp-rate {advice.rate:g}. Its prefill has {100 * advice.work:.1f} % "
             f"of the work of a full one; the default, {default.label}, has {100 * default.work:.1f} %."
         )
-    tried = len(found.checked) - 1
-    why = (
-        f"{tried} other settings were run, and none passed"
-        if tried
-        else "no settled layer has less work at these rates"
-    )
+    tried, none = len(found.checked) - 1, "no settled layer has less work at these rates"
+    why = f"{tried} other settings were run, and none passed" if tried else none
     return f"Advice: keep the default, --tsp-layer {default.layer} --tsp-rate {default.rate:g}: {why}."
 
 
