@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastkv.console.parser import Parser, guarded
-from fastkv.console.picture import check_picture, legend_below, save_picture
+from fastkv.console.picture import check_picture, legend_below, save_picture, style
 from fastkv.errors import FastKVError
 
 if TYPE_CHECKING:
@@ -25,16 +25,6 @@ if TYPE_CHECKING:
 
 Row = dict[str, Any]
 
-# Colours of Okabe and Ito, told apart by people with any colour vision; the markers tell the lines apart without any.
-STYLES = (
-    ("#000000", "o"),
-    ("#0072B2", "s"),
-    ("#D55E00", "^"),
-    ("#009E73", "D"),
-    ("#CC79A7", "v"),
-    ("#E69F00", "P"),
-    ("#56B4E9", "X"),
-)
 WIDTH, HEIGHT, TITLE = 10.0, 3.8, 0.7  # inches: of a row of panels, and of what stands above
 
 
@@ -74,12 +64,12 @@ def batch_of(row: Row) -> int:
 def _panel(axes: Axes, rows: list[Row], names: list[str], key: str, span: str) -> None:
     """One figure of every contestant against the context length."""
     for index, name in enumerate(names):
-        colour, marker = STYLES[index % len(STYLES)]
+        colour, marker = style(index)
         line = sorted((row for row in rows if row["name"] == name), key=lambda row: row["context"])
         contexts, medians = [row["context"] for row in line], [row[key] for row in line]
         below = [row[key] - row[span][0] for row in line]
         above = [row[span][1] - row[key] for row in line]
-        style: dict[str, Any] = {
+        look: dict[str, Any] = {
             "color": colour,
             "marker": marker,
             "markersize": 5,
@@ -87,7 +77,7 @@ def _panel(axes: Axes, rows: list[Row], names: list[str], key: str, span: str) -
             "capsize": 3,
             "label": name,
         }
-        axes.errorbar(contexts, medians, yerr=[below, above], **style)
+        axes.errorbar(contexts, medians, yerr=[below, above], **look)
     _context_axis(axes, sorted({row["context"] for row in rows}))
     axes.grid(color="0.9", linewidth=0.8)
     axes.set_axisbelow(True)

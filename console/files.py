@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
+from typing import Any
 
 from fastkv.errors import FastKVError
 
@@ -17,6 +19,17 @@ def read_text(path: Path, setting: str) -> tuple[bytes, str]:
         raise FastKVError(f"{path}: cannot be read ({error.strerror})", setting=setting) from None
     except UnicodeDecodeError as error:
         raise FastKVError(f"{path}: is not UTF-8 (byte {error.start}); save it as UTF-8", setting=setting) from None
+
+
+def read_json(path: Path, setting: str, holds: str) -> dict[str, Any]:
+    """The object of a JSON file. Raises FastKVError where there is none; holds: what it is to have."""
+    try:
+        value = json.loads(read_text(path, setting)[1])
+    except (json.JSONDecodeError, RecursionError):
+        value = None
+    if not isinstance(value, dict):
+        raise FastKVError(f"{path}: is no JSON object with {holds}", setting=setting)
+    return value
 
 
 def write_atomically(path: Path, content: bytes) -> None:

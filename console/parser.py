@@ -32,12 +32,14 @@ def add_model_flag(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", required=True, metavar="PATH_OR_ID", help="model folder, or hub id like org/name")
 
 
-def add_machine_flags(group: argparse._ActionsContainer) -> None:
-    """Where and how a model runs: the same for every command."""
+def add_machine_flags(group: argparse._ActionsContainer, quiet: str | None = None) -> None:
+    """Where and how a model runs: the same for every command. quiet: the help of --quiet, where that is to be here."""
     group.add_argument("--device", default="auto", metavar="D", help="auto (default), cpu, cuda or cuda:N")
     group.add_argument("--dtype", default="auto", metavar="T", help="auto (default), float32, bfloat16 or float16")
     group.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: torch's choice)")
     group.add_argument("--revision", metavar="R", help="revision of a hub id")
+    if quiet is not None:
+        group.add_argument("--quiet", action="store_true", help=quiet)
 
 
 def guarded(name: str, work: Callable[[], int | None], settings: Collection[str] = ()) -> int:

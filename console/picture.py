@@ -14,6 +14,12 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 DPI = 150
+# The first six are told apart by people with any colour vision; the markers tell lines apart without any.
+COLOURS = (
+    *("#1b1b1b", "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00"),
+    *("#56b4e9", "#8c564b", "#7b3fbf", "#a3a500", "#8a8a8a", "#c2003f"),
+)
+MARKERS = "osD^vPX*<>hp"
 
 
 def check_picture(path: Path, setting: str, extra: str) -> None:
@@ -38,3 +44,19 @@ def save_picture(figure: Figure, path: Path, setting: str) -> None:
         figure.savefig(path, dpi=DPI, format="png")
     except OSError as error:
         raise unwritable(path, error, setting) from None
+
+
+def save_pictures(figures: dict[str, Figure], folder: Path, setting: str) -> list[Path]:
+    """Write the figures as PNG files of these names, into a folder that is made where there is none; their paths."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise unwritable(folder, error, setting) from None
+    for name, figure in figures.items():
+        save_picture(figure, folder / name, setting)
+    return [folder / name for name in figures]
+
+
+def style(index: int) -> tuple[str, str]:
+    """Colour and marker of a line by its place: the first twelve share neither, and no two share both for long."""
+    return COLOURS[index % len(COLOURS)], MARKERS[(index + index // len(COLOURS)) % len(MARKERS)]

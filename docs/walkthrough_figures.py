@@ -193,7 +193,7 @@ def late_questions(llm: LLM, seed: int, policy: Policy) -> dict[str, float]:
     scores: dict[str, float] = {}
     for case, (read, fed) in cases.items():
         pre = llm.prefill(ids_of(llm, read), policy, max_tokens=64)
-        scores[case], _ = ask(llm, pre.cache, fed, prompt.code, pre.logits)
+        scores[case], _ = ask(llm, pre.cache, fed, prompt.answers[0], pre.logits)
     return scores
 
 

@@ -39,7 +39,6 @@ FLAGS: dict[str, dict[str, Any]] = {
     "plot": {"type": Path, "metavar": "FILE.png", "help": "draw how importance settles (extra: eval)"},
     "json": {**_FILE, "help": "write every figure there"},
     "page": {"type": Path, "metavar": "FILE.md", "help": _PAGE},
-    "quiet": {"action": "store_true", "help": "nothing but the tables"},
 }
 TEXTS = ("length", "depth", "seed", "examples")  # which texts are drawn
 # What a complaint names the flag of; the settings of policies are named in its message already.
@@ -85,14 +84,6 @@ policies:
 """
 
 
-class ListTasks(argparse.Action):
-    """--list: print the tasks and leave, whatever else is given or missing."""
-
-    def __call__(self, parser: argparse.ArgumentParser, *args: object, **kwargs: object) -> None:
-        print(TASK_LIST, end="")
-        parser.exit()
-
-
 def build_parser() -> Parser:
     """The parser of the command without a name, which runs tasks."""
     parser = _parser(
@@ -101,7 +92,7 @@ def build_parser() -> Parser:
         TASKS_EPILOG,
     )
     _add(parser, "task", required=True, help="one or more of those below")
-    parser.add_argument("--list", action=ListTasks, nargs=0, help="print the tasks and exit")
+    parser.add_argument("--list", action="version", version=TASK_LIST, help="print the tasks and exit")
     _add(parser, "policy", help="repeatable (default: full, then fastkv)")
     _add(parser, *TEXTS[:-1])
     _add(parser, "examples", help="of each task, length and depth (5); of a LongBench dataset the first N (all)")
@@ -109,7 +100,7 @@ def build_parser() -> Parser:
     chat = "put prompts into the model's chat template, but for LongBench's few-shot and code datasets"
     _add(parser, "chat", help=chat)
     _add(parser, "output", "plots")
-    _add_machine(parser)
+    add_machine_flags(parser.add_argument_group("machine"), quiet="nothing but the tables")
     parser.add_argument("--version", action="version", version=f"fastkv-eval {__version__}")
     return parser
 
@@ -127,7 +118,7 @@ def _tsp_layers() -> Parser:
     )
     _add(parser, "max_tokens", help="of an answer (the task's own); compared of a --prompt (32)")
     _add(parser, "chat", "plot", "json")
-    _add_machine(parser, "no progress line")
+    add_machine_flags(parser.add_argument_group("machine"), quiet="no progress line")
     return parser
 
 
@@ -139,7 +130,7 @@ def _head_scores() -> Parser:
     copied = f"what is to be copied: {', '.join(COPYING)} (default niah_single)"
     _add(parser, "task", default=["niah_single"], help=copied)
     _add(parser, *TEXTS, "chat")
-    _add_machine(parser, "no progress line")
+    add_machine_flags(parser.add_argument_group("machine"), quiet="no progress line")
     return parser
 
 
@@ -158,7 +149,7 @@ def _compare() -> Parser:
     _add(tasks, "task", default=["niah_single"], help="of fastkv-eval --list (niah_single)")
     _add(tasks, *TEXTS, "max_tokens", "qa_file", "chat")
     _add(parser.add_argument_group("files"), "output", "plots", "page")
-    _add_machine(parser)
+    add_machine_flags(parser.add_argument_group("machine"), quiet="nothing but the tables")
     return parser
 
 
@@ -174,9 +165,8 @@ def _parser(prog: str, description: str, epilog: str | None = None) -> Parser:
     """A parser with --model; a flag that the command lacks reads as one that was not given."""
     formatter = argparse.RawDescriptionHelpFormatter
     parser = Parser(prog=prog, description=description, epilog=epilog, formatter_class=formatter)
-    parser.set_defaults(**dict.fromkeys(("kv_retention", "tsp_rate")))
-    parser.set_defaults(**{name: None for name, flag in FLAGS.items() if "action" not in flag})
-    parser.set_defaults(command=prog.removeprefix("fastkv-eval").strip() or "tasks")
+    unset = {name for name, flag in FLAGS.items() if "action" not in flag} | {"kv_retention", "tsp_rate"}
+    parser.set_defaults(command=prog.removeprefix("fastkv-eval").strip() or "tasks", **dict.fromkeys(unset))
     add_model_flag(parser)
     return parser
 
@@ -185,12 +175,6 @@ def _add(group: argparse._ActionsContainer, *names: str, **changes: Any) -> None
     """Flags of FLAGS, with what this command has otherwise."""
     for name in names:
         group.add_argument(flag_of(name), **{**FLAGS[name], **changes})
-
-
-def _add_machine(parser: Parser, quiet: str = "nothing but the tables") -> None:
-    machine = parser.add_argument_group("machine")
-    add_machine_flags(machine)
-    _add(machine, "quiet", help=quiet)
 
 
 def check(args: argparse.Namespace) -> None:

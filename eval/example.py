@@ -1,4 +1,6 @@
-"""What an example is, and what a task is: a function that writes one. Knows no model and no policy.
+"""What an example is, and what a task is: a function that writes one, and a rule that scores predictions.
+
+Knows no model and no policy. The rules here are RULER's two string matches (arXiv 2404.06654), and the first word.
 
 A slot says which example is meant; seed and slot together fix its text. So the same command asks the same questions
 again, and every policy of a run is asked the same ones.
@@ -99,3 +101,19 @@ class Task:
     has_length: bool = True
     source: str | None = None
     most: int | None = None
+
+
+def contains_all(prediction: str, example: Example) -> float:
+    """The share of the answers that the prediction contains, whatever the case."""
+    return sum(answer.lower() in prediction.lower() for answer in example.answers) / len(example.answers)
+
+
+def contains_any(prediction: str, example: Example) -> float:
+    """1 if the prediction contains any of the answers, whatever the case."""
+    return float(any(answer.lower() in prediction.lower() for answer in example.answers))
+
+
+def first_word(prediction: str, example: Example) -> float:
+    """1 if the prediction's first word, without a full stop at its end, is one of the answers."""
+    words = prediction.split(maxsplit=1)
+    return float(bool(words) and words[0].removesuffix(".") in example.answers)

@@ -5,6 +5,7 @@ Tokens are counted on the whole text, because the tokens of its parts need not a
 
 from __future__ import annotations
 
+import sys
 from bisect import bisect_right
 from collections.abc import Callable
 from functools import cache
@@ -34,15 +35,14 @@ def fit(draw: Draw, build: Callable[[int], Example], most: int | None = None) ->
         raise FastKVError(
             f"{limit} tokens are too short for task {task}: it takes {size(0)} without any filling", setting="length"
         )
-    step = FIRST_STEP if most is None else min(FIRST_STEP, most)
+    bound = sys.maxsize if most is None else most
+    step = min(FIRST_STEP, bound)
     guess = step * (limit - size(0)) / max(size(step) - size(0), 1)
-    low, high = int((1 - NEAR) * guess), int((1 + NEAR) * guess) + 1
-    if most is not None:
-        low, high = min(low, most), min(high, most)
+    low, high = min(int((1 - NEAR) * guess), bound), min(int((1 + NEAR) * guess) + 1, bound)
     while size(low) > limit:
         low //= 2
-    while size(high) <= limit and high != most:
-        high = 2 * high if most is None else min(2 * high, most)
+    while size(high) <= limit and high < bound:
+        high = min(2 * high, bound)
     if size(high) <= limit:
         raise FastKVError(
             f"{limit} tokens are too many for task {task}: its texts give {size(high)}; ask for less, or give more",
@@ -51,23 +51,27 @@ def fit(draw: Draw, build: Callable[[int], Example], most: int | None = None) ->
     return build(low + bisect_right(range(low, high), limit, key=size) - 1)
 
 
-def adjust(draw: Draw, build: Callable[[int], Example | None], room: int, slack: int | None = None) -> Example | None:
-    """An example of at most the slot's length, if it can be less than `slack` tokens short of it; None: there is none.
+def adjust(draw: Draw, build: Callable[[int], Example | None], room: int, slack: int | None = None) -> Example:
+    """An example of at most the slot's length, if it can be less than `slack` tokens short of it.
 
     `build(n)` aims at n tokens by adding up those of parts, or gives None for an n that is too small. Where the whole
-    has more tokens or fewer than that, it is asked for as many more or fewer, from `room` on.
+    has more tokens or fewer than that, it is asked for as many more or fewer, from `room` on. Raises FastKVError where
+    none is short enough.
     """
-    best: tuple[int, Example | None] = (0, None)
+    best: tuple[int, Example] | None = None
     for _ in range(ATTEMPTS):
         example = build(room)
         if example is None:
             break
         missing = draw.limit - draw.count(example)
-        if missing >= 0 and (best[1] is None or missing < best[0]):
+        if missing >= 0 and (best is None or missing < best[0]):
             best = missing, example
         if missing >= 0 and (slack is None or missing < slack):
             break
         room += missing
+    if best is None:
+        setting = "longbench_tokens" if draw.slot.length is None else "length"
+        raise FastKVError(f"{draw.limit} tokens are too short for task {draw.slot.task}", setting=setting)
     return best[1]
 
 

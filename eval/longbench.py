@@ -11,8 +11,7 @@ import re
 import string
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from importlib import import_module
 from typing import Any
 
@@ -56,11 +55,14 @@ def rouge_score(prediction: str, answer: str, classes: tuple[str, ...] = ()) -> 
     here, where LongBench's script counts the error as 0.
     """
     rouge = _package("rouge").Rouge(metrics=["rouge-l"])
-    with _recursion(len(prediction.split()) + len(answer.split())):
-        try:
-            scores = rouge.get_scores([prediction], [answer], avg=True)
-        except ValueError:  # a text without a sentence
-            return 0.0
+    usual = sys.getrecursionlimit()
+    sys.setrecursionlimit(usual + len(prediction.split()) + len(answer.split()))
+    try:
+        scores = rouge.get_scores([prediction], [answer], avg=True)
+    except ValueError:  # a text without a sentence
+        return 0.0
+    finally:
+        sys.setrecursionlimit(usual)
     return float(scores["rouge-l"]["f"])
 
 
@@ -176,14 +178,3 @@ def _package(module: str) -> Any:
         install = name if name == "jieba" else '"fastkv[eval]"'
         message = f"its metric needs the package {name}: pip install {install}, or leave this dataset out"
         raise FastKVError(message) from None
-
-
-@contextmanager
-def _recursion(depth: int) -> Iterator[None]:
-    """Lets Python recurse `depth` calls deeper than usual."""
-    usual = sys.getrecursionlimit()
-    sys.setrecursionlimit(usual + depth)
-    try:
-        yield
-    finally:
-        sys.setrecursionlimit(usual)

@@ -16,32 +16,18 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 
-from fastkv.console.files import unwritable
-from fastkv.console.picture import legend_below, save_picture
+from fastkv.console.picture import legend_below, save_pictures, style
+from fastkv.eval import table as tables
 from fastkv.eval.results import Record
 from fastkv.eval.statistics import mean_estimate
-from fastkv.eval.table import (
-    Answers,
-    answered_by_all,
-    grouped,
-    kept_share,
-    median_speed,
-    median_ttft,
-    records_of,
-    scores_of,
-)
+from fastkv.eval.table import Answers
 
 WIDEST = 12  # inches that heat maps next to each other may take
-COLOURS = (
-    *("#1b1b1b", "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00"),
-    *("#56b4e9", "#8c564b", "#7b3fbf", "#a3a500", "#8a8a8a", "#c2003f"),
-)
-MARKERS = "osD^vPX*<>hp"
 KEPT = "KV entries kept, %"
 AGAINST: dict[str, Callable[[Sequence[Record]], float]] = {
-    KEPT: lambda records: 100 * kept_share(records),
-    "time to first token, s (median)": median_ttft,
-    "decoding, tokens/s (median)": median_speed,
+    KEPT: lambda records: 100 * tables.kept_share(records),
+    "time to first token, s (median)": tables.median_ttft,
+    "decoding, tokens/s (median)": tables.median_speed,
 }
 LEGEND_WIDTH = 110  # characters next to each other in the legend
 DARK_BELOW = 0.55  # scores whose cell is so dark that it is labelled in white
@@ -49,29 +35,18 @@ DARK_BELOW = 0.55  # scores whose cell is so dark that it is labelled in white
 
 def draw_plots(records: Sequence[Record], labels: Sequence[str], folder: Path) -> list[Path]:
     """Write the PNG files into `folder`; their paths. Nothing is drawn of what no example tells."""
-    answers = answered_by_all(records, labels)
+    answers = tables.answered_by_all(records, labels)
     if not answers:
         return []
     names = {label: label for label in labels}
     figures = {f"needle-{task}.png": heat_maps(answers, names, task) for task in needle_tasks(answers)}
     figures["accuracy.png"] = accuracy(answers, {label: [label] for label in labels})
-    return save(figures, folder)
-
-
-def save(figures: dict[str, Figure], folder: Path) -> list[Path]:
-    """Write the figures as PNG files of these names; their paths. FastKVError where they cannot be written."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise unwritable(folder, error, "plots") from None
-    for name, figure in figures.items():
-        save_picture(figure, folder / name, "plots")
-    return [folder / name for name in figures]
+    return save_pictures(figures, folder, "plots")
 
 
 def needle_tasks(answers: Answers) -> list[str]:
     """The tasks whose needle lies at given depths."""
-    return sorted(task for task, of_task in grouped(answers, "task").items() if None not in grouped(of_task, "depth"))
+    return sorted({one.task for example in answers for one in example.values() if one.depth is not None})
 
 
 def heat_maps(answers: Answers, names: dict[str, str], task: str) -> Figure:
@@ -79,8 +54,8 @@ def heat_maps(answers: Answers, names: dict[str, str], task: str) -> Figure:
 
     names: what stands above the map of each label.
     """
-    of_task = grouped(answers, "task")[task]
-    n_lengths, n_depths = len(grouped(of_task, "length")), len(grouped(of_task, "depth"))
+    of_task = tables.grouped(answers, "task")[task]
+    n_lengths, n_depths = len(tables.grouped(of_task, "length")), len(tables.grouped(of_task, "depth"))
     width, height = max(2.9, 0.6 * n_lengths + 0.8), max(2.4, 0.3 * n_depths + 1.3)
     columns = min(len(names), max(1, int(WIDEST // width)))
     rows = -(-len(names) // columns)
@@ -90,14 +65,14 @@ def heat_maps(answers: Answers, names: dict[str, str], task: str) -> Figure:
         axes.remove()
     maps = list(grid.flat[: len(names)])
     for index, (axes, (label, name)) in enumerate(zip(maps, names.items(), strict=True)):
-        image = _heat_map(axes, records_of(of_task, label), name)
+        image = _heat_map(axes, tables.records_of(of_task, label), name)
         if index + columns >= len(names):
             axes.set_xlabel("prompt, tokens")
             axes.tick_params(labelbottom=True)
         if index % columns == 0:
             axes.set_ylabel("depth of the needle, %")
     figure.colorbar(image, ax=maps, label="score, %", fraction=0.04, pad=0.02)
-    sizes = Counter((record.length, record.depth) for record in records_of(of_task, next(iter(names)))).values()
+    sizes = Counter((record.length, record.depth) for record in tables.records_of(of_task, next(iter(names)))).values()
     low, high = min(sizes), max(sizes)
     count = f"{low} to {high}" if low < high else str(high)
     figure.suptitle(f"{task}: {count} example{'s' * (high > 1)} a cell", fontsize=11)
@@ -143,25 +118,28 @@ def accuracy(
         colour, marker = style(index)
         look: dict[str, Any] = {"color": colour, "marker": marker, "capsize": 3, "label": name, "linewidth": 1}
         look |= {"fillstyle": "none", "markersize": 9, "markeredgewidth": 1.6} if crowded else {"elinewidth": 1.5}
-        scores = [mean_estimate(scores_of(answers, label)) for label in labels]
+        scores = [mean_estimate(tables.scores_of(answers, label)) for label in labels]
         bars = [[100 * (one.mean - one.low) for one in scores], [100 * (one.high - one.mean) for one in scores]]
         for title, axes in panels.items():
-            places = [AGAINST[title](records_of(answers, label)) for label in labels]
+            places = [AGAINST[title](tables.records_of(answers, label)) for label in labels]
             joined = "-" if len(labels) > 1 and title == KEPT else "none"
             means, shown = [100 * one.mean for one in scores], None if crowded else bars
             axes.errorbar(places, means, yerr=shown, linestyle=joined, **look)
     for title, axes in panels.items():
         from_zero(axes, title, 6)
-    if crowded and KEPT in panels:
-        _spread(
-            panels[KEPT], [AGAINST[KEPT](records_of(answers, label)) for labels in series.values() for label in labels]
-        )
+    if crowded and KEPT in panels:  # shares in proportion to each other, with a label for each, to half a per cent
+        shares = [AGAINST[KEPT](tables.records_of(answers, label)) for labels in series.values() for label in labels]
+        ticks = sorted({round(2 * share) / 2 for share in shares})
+        panels[KEPT].set_xscale("log")
+        panels[KEPT].set_xlim(min(shares) / 1.2, 120)
+        panels[KEPT].minorticks_off()
+        panels[KEPT].set_xticks(ticks, [f"{tick:g}" for tick in ticks])
     first = panels[against[0]]
     first.set_ylabel("mean score, %" if crowded else "mean score, %, with 95 % interval")
     first.set_ylim(-4, 104)
     columns = max(1, min(len(series), 6, LEGEND_WIDTH // (max(map(len, series)) + 6)))
     legend_below(figure, first, columns)
-    tasks = ", ".join(sorted(grouped(answers, "task")))
+    tasks = ", ".join(sorted(tables.grouped(answers, "task")))
     figure.suptitle(f"{tasks}: {len(answers)} examples for each policy", fontsize=11)
     return figure
 
@@ -172,17 +150,3 @@ def from_zero(axes: Axes, title: str, ticks: int) -> None:
     axes.set_xlim(0, 1.05 * axes.get_xlim()[1])
     axes.locator_params(axis="x", nbins=ticks)
     axes.grid(alpha=0.3)
-
-
-def style(index: int) -> tuple[str, str]:
-    """Colour and marker of a policy by its place: the first twelve share neither, and no two share both for long."""
-    return COLOURS[index % len(COLOURS)], MARKERS[(index + index // len(COLOURS)) % len(MARKERS)]
-
-
-def _spread(axes: Axes, shares: Sequence[float]) -> None:
-    """Shares in proportion to each other, with a label for each that there is, to half a per cent."""
-    ticks = sorted({round(2 * share) / 2 for share in shares})
-    axes.set_xscale("log")
-    axes.set_xlim(min(shares) / 1.2, 120)
-    axes.minorticks_off()
-    axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterable, Sequence
 from datetime import date
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -90,7 +91,8 @@ def ask(
 
         def show(record: Record, done: int, total: int) -> None:
             scores.setdefault(record.policy, []).append(record.score)
-            progress.show(f"{done} of {total}", done, total, f"   {_standings(scores)}")
+            standings = ", ".join(f"{label} {100 * fmean(some):.1f} %" for label, some in scores.items())
+            progress.show(f"{done} of {total}", done, total, f"   {standings}")
 
         try:
             if len(results.records) < total:
@@ -138,7 +140,3 @@ def tell(args: argparse.Namespace, *lines: str) -> None:
     """Lines on stderr, but for --quiet."""
     for line in () if args.quiet else lines:
         say(line)
-
-
-def _standings(scores: dict[str, list[float]]) -> str:
-    return ", ".join(f"{label} {100 * sum(some) / len(some):.1f} %" for label, some in scores.items())

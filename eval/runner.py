@@ -87,6 +87,7 @@ class Prompts:
         if llm.tokenizer is None:
             raise FastKVError("the model has no tokenizer, and a task is a text", setting="model")
         self._llm, self._tokenizer, self._chat = llm, llm.tokenizer, chat
+        self.decode = llm.tokenizer.decode
         self._added = len(llm.tokenizer.encode(""))  # BOS, and what else the model's files ask for
 
     def ids(self, example: Example) -> list[int]:
@@ -101,10 +102,6 @@ class Prompts:
     def bare(self, text: str) -> list[int]:
         """Ids of a text without BOS: as many as the text takes inside a prompt."""
         return self._tokenizer.encode(text)[self._added :] if text else []
-
-    def text(self, ids: list[int]) -> str:
-        """The text of ids; special tokens give nothing."""
-        return self._tokenizer.decode(ids)
 
 
 class Runner:
@@ -162,7 +159,10 @@ class Runner:
         texts = {record.id: record.prompt_sha256 for record in results.records}
         done, total = len(results.records), len(slots) * len(self._specs)
         for number, slot in enumerate(slots):
-            missing = [spec for spec in self._in_turn(number) if (slot.id, spec.label) not in there]
+            # Each time another one first: the first one to read a new text is a little slower.
+            turn = number % len(self._specs)
+            in_turn = self._specs[turn:] + self._specs[:turn]
+            missing = [spec for spec in in_turn if (slot.id, spec.label) not in there]
             if not missing:
                 continue
             question = self.question(slot)
@@ -176,15 +176,10 @@ class Runner:
                 done += 1
                 report(record, done, total)
 
-    def _in_turn(self, number: int) -> list[PolicySpec]:
-        """The policies, each time another one first: the first one to read a new text is a little slower."""
-        turn = number % len(self._specs)
-        return self._specs[turn:] + self._specs[:turn]
-
     def _example(self, slot: Slot) -> Example:
         task, prompts = self._plan.task(slot.task), self.prompts
         room = 0 if task.has_length else self._room(task)
-        return task.write(Draw(slot, self._plan.seed, prompts.count, prompts.bare, prompts.text, room))
+        return task.write(Draw(slot, self._plan.seed, prompts.count, prompts.bare, prompts.decode, room))
 
     def _room(self, task: Task) -> int:
         """Tokens that a prompt may have whose length is its own: every policy reads all of it."""

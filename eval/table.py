@@ -5,10 +5,12 @@ Only examples that every policy has answered count, so that no policy looks bett
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from statistics import median
 from typing import Any
 
+from fastkv.console.markdown import markdown
 from fastkv.eval.longbench import LONGBENCH
 from fastkv.eval.results import Record
 from fastkv.eval.statistics import Estimate, mean_estimate, mean_of_means, paired_estimate
@@ -65,16 +67,13 @@ def render(records: Sequence[Record], labels: Sequence[str]) -> str:
 
 def _cut_note(records: Sequence[Record]) -> str:
     """How many prompts with lengths of their own have lost their middle; nothing where there are none of these."""
-    own = [record for record in records if record.length is None]
+    own = Counter(record.task for record in records if record.length is None)
+    cut = Counter(record.task for record in records if record.length is None and record.cut)
     if not own:
         return ""
-    parts = []
-    for task in dict.fromkeys(record.task for record in own if record.cut):
-        of_task = [record.cut for record in own if record.task == task]
-        parts.append(f"{task.removeprefix(LONGBENCH)} {sum(of_task)} of {len(of_task)}")
-    which = f" ({', '.join(parts)})" if parts else ""
-    n_cut = sum(record.cut for record in own)
-    return f"\n{n_cut} of {len(own)} LongBench prompts were too long and lost their middle{which}."
+    parts = ", ".join(f"{task.removeprefix(LONGBENCH)} {count} of {own[task]}" for task, count in cut.items())
+    which = f" ({parts})" if parts else ""
+    return f"\n{cut.total()} of {own.total()} LongBench prompts were too long and lost their middle{which}."
 
 
 def _score_rows(answers: Answers, labels: Sequence[str]) -> list[list[str]]:
@@ -152,9 +151,3 @@ def _signed(share: float) -> str:
     """Points with their sign, and none for what rounds to zero."""
     rounded = round(100 * share, 1)
     return f"{rounded:+.1f}".replace("-", "−") if rounded else "0.0"
-
-
-def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table; what would end a cell is replaced."""
-    lines = [header, ["---"] * len(header), *rows]
-    return "".join(f"| {' | '.join(cell.replace('|', '¦') for cell in line)} |\n" for line in lines)

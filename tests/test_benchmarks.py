@@ -376,7 +376,7 @@ def test_the_plot_of_a_run(run: Callable[..., int], tmp_path: Path) -> None:
         heights.append(height)
         with Image.open(path) as picture:
             pixels = np.asarray(picture.convert("RGB"), dtype=int)
-        for colour in ((0, 0, 0), (0x00, 0x72, 0xB2)):
+        for colour in ((0x1B, 0x1B, 0x1B), (0x00, 0x72, 0xB2)):
             for panel in (pixels[:, :750], pixels[:, 750:]):
                 assert (abs(panel - colour).sum(-1) < 10).sum() > 300
     assert heights == [675, 1245]

@@ -19,6 +19,7 @@ from fastkv.console.files import check_replaceable, write_whole
 from fastkv.console.jsonl import RecordFile, check_output, difference
 from fastkv.console.lock import holder, lock
 from fastkv.console.parser import Parser, guarded
+from fastkv.console.picture import style
 from fastkv.console.progress import ProgressLine, clock
 
 HOLDS = """
@@ -224,3 +225,9 @@ def test_how_a_command_ends(
 ) -> None:
     assert guarded("some", work, ["max_tokens"]) == status
     assert capsys.readouterr() == ("", line)
+
+
+def test_thirty_lines_look_different() -> None:
+    looks = [style(index) for index in range(30)]
+    assert len(set(looks)) == 30
+    assert len({colour for colour, _ in looks[:12]}) == len({marker for _, marker in looks[:12]}) == 12

@@ -17,8 +17,9 @@ from places import ROOT
 from fastkv import LLM, FastKV, FastKVError, FullKV
 from fastkv.cache.policies import POLICIES, PyramidInfer
 from fastkv.cache.policy import plan_layers
+from fastkv.console.markdown import BEGIN, END, check_page, write_page
 from fastkv.eval import cli
-from fastkv.eval.compare.page import BEGIN, END, check_page, page_part, write_page
+from fastkv.eval.compare.command import page_part
 from fastkv.eval.compare.settings import Terms, equal_policies, nearest_decay, off_by, wanted
 from fastkv.eval.compare.table import render
 from fastkv.eval.policy_spec import PolicySpec, parse_policies
@@ -224,15 +225,6 @@ def test_nothing_to_tell_yet() -> None:
 # Pictures
 
 
-def test_thirty_policies_look_different() -> None:
-    pytest.importorskip("matplotlib")
-    from fastkv.eval.plots import style
-
-    looks = [style(index) for index in range(30)]
-    assert len(set(looks)) == 30
-    assert len({colour for colour, _ in looks[:12]}) == len({marker for _, marker in looks[:12]}) == 12
-
-
 @pytest.mark.parametrize("retentions", [(0.1,), (0.05, 0.1, 0.2)])
 def test_pictures(tmp_path: Path, retentions: tuple[float, ...]) -> None:
     """A heat map for each retention; all PNG files, and none of them blank."""
@@ -269,17 +261,17 @@ def test_pictures(tmp_path: Path, retentions: tuple[float, ...]) -> None:
 
 def test_a_page_of_its_own_and_again(tmp_path: Path) -> None:
     path = tmp_path / "page.md"
-    write_page(path, "first\n")
-    assert path.read_text() == f"# Every policy at equal kept bytes\n\n{BEGIN}\n\nfirst\n\n{END}\n"
-    write_page(path, "second")
-    assert path.read_text() == f"# Every policy at equal kept bytes\n\n{BEGIN}\n\nsecond\n\n{END}\n"
+    write_page(path, "A title", "first\n", "page")
+    assert path.read_text() == f"# A title\n\n{BEGIN}\n\nfirst\n\n{END}\n"
+    write_page(path, "A title", "second", "page")
+    assert path.read_text() == f"# A title\n\n{BEGIN}\n\nsecond\n\n{END}\n"
 
 
 def test_what_is_around_the_marks_stays(tmp_path: Path) -> None:
     path = tmp_path / "page.md"
     path.write_bytes(f"Größe\r\n{BEGIN} old {END} behind".encode())
-    check_page(path)
-    write_page(path, "new")
+    check_page(path, "page")
+    write_page(path, "A title", "new", "page")
     assert path.read_bytes() == f"Größe\r\n{BEGIN}\n\nnew\n\n{END} behind".encode()
 
 
@@ -288,13 +280,13 @@ def test_a_page_without_marks_is_not_overwritten(tmp_path: Path, content: str) -
     path = tmp_path / "page.md"
     path.write_text(content)
     with pytest.raises(FastKVError, match=r"page\.md: is there already, without one <!-- results -->"):
-        check_page(path)
+        check_page(path, "page")
     assert path.read_text() == content
 
 
 def test_a_link_to_a_page_stays_a_link(tmp_path: Path) -> None:
     (tmp_path / "link.md").symlink_to(tmp_path / "page.md")
-    write_page(tmp_path / "link.md", "first")
+    write_page(tmp_path / "link.md", "A title", "first", "page")
     assert (tmp_path / "link.md").is_symlink()
     assert "first" in (tmp_path / "page.md").read_text()
 
@@ -303,7 +295,7 @@ def test_a_pipe_is_no_page(tmp_path: Path) -> None:
     """Reading one would wait for ever, and reading a device may never end."""
     os.mkfifo(tmp_path / "pipe.md")
     with pytest.raises(FastKVError, match=r"pipe\.md: cannot be written, for it is no ordinary file"):
-        check_page(tmp_path / "pipe.md")
+        check_page(tmp_path / "pipe.md", "page")
 
 
 def test_what_the_page_tells_of_the_run(tmp_path: Path) -> None:
@@ -321,7 +313,7 @@ def test_what_the_page_tells_of_the_run(tmp_path: Path) -> None:
 
 
 def test_the_page_of_the_repository_has_its_marks() -> None:
-    check_page(ROOT / "docs" / "comparison.md")
+    check_page(ROOT / "docs" / "comparison.md", "page")
 
 
 # The command

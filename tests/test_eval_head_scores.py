@@ -18,8 +18,7 @@ from fastkv import LLM, FastKVError, FullKV, HeadKV
 from fastkv.eval import cli
 from fastkv.eval.example import Draw, Example, Task
 from fastkv.eval.head_scores import retrieval
-from fastkv.eval.head_scores.command import check_output, model_name
-from fastkv.eval.head_scores.report import table
+from fastkv.eval.head_scores.command import check_output, model_name, table
 from fastkv.eval.head_scores.retrieval import Copying, HeadScores, Needle, find_needle, strongest_entry, watch_copying
 from fastkv.eval.tasks import GENERATED
 

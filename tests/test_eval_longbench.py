@@ -177,7 +177,7 @@ def test_a_missing_package(folder: Path, monkeypatch: pytest.MonkeyPatch, datase
 
 def write(task: Task, prompts: Prompts, room: int, index: int = 0) -> Example:
     slot = Slot(task.name, None, None, index)
-    return task.write(Draw(slot, 0, prompts.count, prompts.bare, prompts.text, room))
+    return task.write(Draw(slot, 0, prompts.count, prompts.bare, prompts.decode, room))
 
 
 def test_the_files_make_the_tasks(folder: Path, archive_llm: LLM) -> None:
@@ -246,7 +246,7 @@ def test_few_shot_and_code_prompts_get_no_chat_template(folder: Path, chat_folde
     llm = LLM(chat_folder, dtype="float32", device="cpu")
     prompts = Prompts(llm, chat=True)
     for task in build_tasks(["longbench"], longbench=folder):
-        said = prompts.text(prompts.ids(write(task, prompts, 1000)))
+        said = prompts.decode(prompts.ids(write(task, prompts, 1000)))
         assert said.endswith("Bot:") == (task.name in ("longbench:qasper", "longbench:passage_retrieval_en"))
 
 

@@ -7,8 +7,7 @@ from collections.abc import Callable
 
 import pytest
 
-from fastkv.eval.example import Example
-from fastkv.eval.scoring import contains_all, contains_any, first_word
+from fastkv.eval.example import Example, contains_all, contains_any, first_word
 from fastkv.eval.statistics import Estimate, mean_estimate, mean_of_means, paired_estimate, student_t, tango, wilson
 
 

@@ -50,7 +50,7 @@ def qa_file(tmp_path: Path) -> Path:
 def write(
     prompts: Prompts, task: Task, length: int, depth: float | None = None, index: int = 0, seed: int = 0
 ) -> Example:
-    return task.write(Draw(Slot(task.name, length, depth, index), seed, prompts.count, prompts.bare, prompts.text))
+    return task.write(Draw(Slot(task.name, length, depth, index), seed, prompts.count, prompts.bare, prompts.decode))
 
 
 def depths_of(task: Task) -> list[float | None]:

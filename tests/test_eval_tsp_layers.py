@@ -16,18 +16,16 @@ from fastkv import LLM, FastKV, FastKVError, FullKV, SamplingParams
 from fastkv.cache.policy import LayerPlan, Policy
 from fastkv.cache.scores import window_scores
 from fastkv.engine.attention import causal_attention
-from fastkv.engine.cost import prefill_flops
+from fastkv.engine.cost import prefill_flops, prefill_share
 from fastkv.eval import cli
-from fastkv.eval.example import Example, Task
+from fastkv.eval.example import Example, Task, contains_any
 from fastkv.eval.policy_spec import PolicySpec
 from fastkv.eval.runner import Plan, Runner
-from fastkv.eval.scoring import contains_any
 from fastkv.eval.tsp_layers.advice import (
     Findings,
     Setting,
     candidates,
     default_setting,
-    prefill_share,
     search,
     settled_layers,
 )

@@ -249,11 +249,11 @@ def test_prompt(tokens: int, depth: float) -> None:
         prompt = make_prompt.make_prompt(encode, tokens, depth, seed)
         assert prompt == make_prompt.make_prompt(encode, tokens, depth, seed)
         assert tokens - 20 <= len(encode(prompt.text)) + 1 <= tokens
-        assert prompt.text.count(prompt.code) == 1
+        assert prompt.text.count(prompt.answers[0]) == 1
         body, asked = prompt.text.split("\n")
         key = tuple(asked.split()[-3:-1])
         assert asked == archive_text.question(key)
-        before, after = (len(encode(part)) for part in body.split(archive_text.record(key, prompt.code)))
+        before, after = (len(encode(part)) for part in body.split(archive_text.record(key, prompt.answers[0])))
         assert before / (before + after) == pytest.approx(depth, abs=12 / tokens)
 
 

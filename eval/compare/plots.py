@@ -1,8 +1,4 @@
-"""The comparison as pictures: a row for each policy, accuracy against bytes and speed, and the needle heat maps.
-
-Needs matplotlib, the extra `eval`. Drawn without a display. Like the tables, the pictures count the examples that every
-policy has answered.
-"""
+"""The comparison as pictures: a row for each policy, accuracy against bytes and speed, and the needle heat maps."""
 
 from __future__ import annotations
 
@@ -14,9 +10,9 @@ from typing import Any
 from matplotlib import colormaps
 from matplotlib.figure import Figure
 
-from fastkv.console.picture import legend_below
-from fastkv.eval.compare.table import MIB, at, retentions_of
-from fastkv.eval.plots import AGAINST, KEPT, accuracy, from_zero, heat_maps, needle_tasks, save
+from fastkv.console.picture import COLOURS, legend_below, save_pictures
+from fastkv.eval.compare.table import MIB, retentions_of
+from fastkv.eval.plots import AGAINST, KEPT, accuracy, from_zero, heat_maps, needle_tasks
 from fastkv.eval.policy_spec import PolicySpec
 from fastkv.eval.results import Record
 from fastkv.eval.statistics import mean_estimate
@@ -25,7 +21,7 @@ from fastkv.eval.table import Answers, answered_by_all, grouped, median_speed, m
 PANELS = ("score, %, with 95 % interval", "time to first token, s", "decoding, tokens/s", "KV kept, MiB")
 ROW, MARGIN, WIDTH = 0.34, 1.5, 12.0  # inches: of a policy, of what stands above and below, of the picture
 SPREAD = 0.5  # of a row, taken by the marks of several retentions
-FULL = "#1b1b1b"
+FULL = COLOURS[0]
 
 
 def draw(records: Sequence[Record], specs: Sequence[PolicySpec], entry_bytes: int, folder: Path) -> list[Path]:
@@ -33,7 +29,7 @@ def draw(records: Sequence[Record], specs: Sequence[PolicySpec], entry_bytes: in
     answers = answered_by_all(records, [spec.label for spec in specs])
     if not answers:
         return []
-    full, retentions = specs[0], retentions_of(specs)
+    retentions = retentions_of(specs)
     # At one retention the marks of all policies would stand on each other in the panel of what was kept.
     panels = [title for title in AGAINST if title != KEPT or len(retentions) > 1]
     series = {name: [spec.label for spec in specs if spec.title == name] for name in _names(specs)}
@@ -43,10 +39,10 @@ def draw(records: Sequence[Record], specs: Sequence[PolicySpec], entry_bytes: in
         figures[f"accuracy-{task}.png"] = accuracy(of_task, dict(series), panels, crowded=True)
     for task in needle_tasks(answers):
         for retention in retentions:
-            names = {spec.label: spec.title for spec in (full, *at(specs, retention))}
+            names = {spec.label: spec.title for spec in specs if spec.retention in (None, retention)}
             share = f"-{100 * retention:g}" if len(retentions) > 1 else ""
             figures[f"needle-{task}{share}.png"] = heat_maps(answers, names, task)
-    return save(figures, folder)
+    return save_pictures(figures, folder, "plots")
 
 
 def rows(answers: Answers, specs: Sequence[PolicySpec], entry_bytes: int) -> Figure:

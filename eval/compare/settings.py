@@ -18,8 +18,9 @@ from fastkv.cache.policies import POLICIES, FullKV, PyramidInfer
 from fastkv.cache.policies.compressed import Compressed
 from fastkv.cache.policy import Policy, plan_layers
 from fastkv.cli import build_policy
+from fastkv.console.policy_text import read_settings, write_settings
 from fastkv.errors import FastKVError, check_choice
-from fastkv.eval.policy_spec import PolicySpec, check_twin, read_settings
+from fastkv.eval.policy_spec import PolicySpec, check_twin
 
 FLOOR = 8  # the min_tokens of all: the least that a window of eight tokens allows
 NEAR = 0.05  # how far from the others a policy without a budget may be
@@ -120,8 +121,7 @@ def _equal_policy(text: str, retention: float, terms: Terms) -> PolicySpec:
     if abs(off) > NEAR or (off != 0 and not isinstance(policy, PyramidInfer)):
         more, share = ("more" if off > 0 else "less"), 100 * abs(off)
         raise _UnequalError(f"it keeps {share:.1f} % {more} than the others at --kv-retention {retention:g}")
-    label = f"{name}:{','.join(f'{setting}={_written(value)}' for setting, value in settings.items())}"
-    return PolicySpec(label, policy, text, retention)
+    return PolicySpec(write_settings(name, settings), policy, text, retention)
 
 
 def _equal_settings(name: str, own: dict[str, Any], retention: float, head_scores: Path | None) -> dict[str, Any]:
@@ -149,8 +149,3 @@ def _equal_settings(name: str, own: dict[str, Any], retention: float, head_score
 def _defaults(policy: type[Policy]) -> dict[str, Any]:
     """The settings of a policy, with their defaults."""
     return {field.name: field.default for field in dataclasses.fields(policy)}  # type: ignore[arg-type]
-
-
-def _written(value: Any) -> str:
-    """A setting's value as `--policy` reads it."""
-    return "/".join(map(str, value)) if isinstance(value, tuple) else str(value)

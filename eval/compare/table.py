@@ -8,23 +8,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from statistics import fmean, median
 
+from fastkv.console.markdown import markdown
+from fastkv.eval import table as shared
 from fastkv.eval.compare.settings import FLOOR, wanted
 from fastkv.eval.policy_spec import PolicySpec
 from fastkv.eval.results import Record
 from fastkv.eval.statistics import mean_estimate, paired_estimate
-from fastkv.eval.table import (
-    NO_ANSWERS,
-    Answers,
-    answered_by_all,
-    cost_cells,
-    grouped,
-    kept_share,
-    markdown,
-    percent,
-    points,
-    records_of,
-    scores_of,
-)
 
 MIB = 2**20
 
@@ -41,17 +30,17 @@ def render(
 
     specs: the full cache first. entry_bytes: of one token's K and V in a KV head. left_out: who takes no part.
     """
-    answers = answered_by_all(records, [spec.label for spec in specs])
+    answers = shared.answered_by_all(records, [spec.label for spec in specs])
     if not answers:
-        return NO_ANSWERS
+        return shared.NO_ANSWERS
     full, parts = specs[0], []
-    for task, of_task in grouped(answers, "task").items():
+    for task, of_task in shared.grouped(answers, "task").items():
         for retention in retentions_of(specs):
-            compared = [full, *at(specs, retention)]
+            compared = [spec for spec in specs if spec.retention in (None, retention)]
             count = f"{len(of_task)} example{'s' * (len(of_task) != 1)}"
             title = f"### {task}, {100 * retention:g} % of the KV cache: {count}"
             rows = markdown(_HEADER, [_row(spec, full, of_task, entry_bytes) for spec in compared])
-            parts += [title, rows + kept_note(of_task, compared), _by_length(compared, of_task)]
+            parts += [title, rows + _kept_note(of_task, compared, retention), _by_length(compared, of_task)]
     settings = ", ".join(f"`{spec.label}`" for spec in specs)
     parts += [NOTE, f"The policies, with all that is not their default: {settings}.", *left_out]
     return "\n\n".join(part.rstrip("\n") for part in parts) + "\n"
@@ -62,82 +51,69 @@ def retentions_of(specs: Sequence[PolicySpec]) -> list[float]:
     return list(dict.fromkeys(spec.retention for spec in specs if spec.retention is not None))
 
 
-def at(specs: Sequence[PolicySpec], retention: float) -> list[PolicySpec]:
-    """Those that keep this share."""
-    return [spec for spec in specs if spec.retention == retention]
-
-
 _HEADER = ["policy", "score", "− full", "first token, s", "× full", "decode, tokens/s", "× full", "KV kept"]
 _HEADER += ["KV, MiB", "allocated, MiB"]
 
 
-def _row(spec: PolicySpec, full: PolicySpec, answers: Answers, entry_bytes: int) -> list[str]:
-    records, scores = records_of(answers, spec.label), scores_of(answers, spec.label)
-    gap = "" if spec is full else points(paired_estimate(scores, scores_of(answers, full.label)))
-    first, decode = cost_cells(records)
+def _row(spec: PolicySpec, full: PolicySpec, answers: shared.Answers, entry_bytes: int) -> list[str]:
+    records, scores = shared.records_of(answers, spec.label), shared.scores_of(answers, spec.label)
+    gap = "" if spec is full else shared.points(paired_estimate(scores, shared.scores_of(answers, full.label)))
+    first, decode = shared.cost_cells(records)
     return [
         spec.title,
-        percent(mean_estimate(scores)),
+        shared.percent(mean_estimate(scores)),
         gap,
         first,
         _first_token_gain(spec, full, answers),
         decode,
         _decode_gain(spec, full, answers),
-        f"{100 * kept_share(records):.2f} %",
+        f"{100 * shared.kept_share(records):.2f} %",
         f"{fmean(record.kv_entries for record in records) * entry_bytes / MIB:.3f}",
         f"{fmean(record.kv_bytes for record in records) / MIB:.3f}",
     ]
 
 
-def _first_token_gain(spec: PolicySpec, full: PolicySpec, answers: Answers) -> str:
+def _first_token_gain(spec: PolicySpec, full: PolicySpec, answers: shared.Answers) -> str:
     """How many times as fast as the full cache the first token came, example by example; the median."""
     return f"{median(example[full.label].ttft_s / example[spec.label].ttft_s for example in answers):.2f}"
 
 
-def _decode_gain(spec: PolicySpec, full: PolicySpec, answers: Answers) -> str:
+def _decode_gain(spec: PolicySpec, full: PolicySpec, answers: shared.Answers) -> str:
     """The same for decoding, where both answers had more than one token."""
     speeds = [(one[spec.label].decode_tokens_per_s, one[full.label].decode_tokens_per_s) for one in answers]
     gains = [ours / theirs for ours, theirs in speeds if ours is not None and theirs is not None]
     return f"{median(gains):.2f}" if gains else "–"
 
 
-def _by_length(specs: Sequence[PolicySpec], answers: Answers) -> str:
+def _by_length(specs: Sequence[PolicySpec], answers: shared.Answers) -> str:
     """Score, then gain to the first token, at each length. Nothing where there is but one length."""
-    full, lengths = specs[0], dict(sorted(grouped(answers, "length").items()))
+    full, lengths = specs[0], dict(sorted(shared.grouped(answers, "length").items()))
     if len(lengths) == 1:
         return ""
 
-    def table(title: str, cell: Callable[[PolicySpec, Answers], str]) -> str:
+    def table(title: str, cell: Callable[[PolicySpec, shared.Answers], str]) -> str:
         rows = [[spec.title, *(cell(spec, part) for part in lengths.values())] for spec in specs]
         return markdown([title, *(f"{length:,} tokens" for length in lengths)], rows)
 
-    scores = table("score", lambda spec, part: percent(mean_estimate(scores_of(part, spec.label))))
+    scores = table("score", lambda spec, part: shared.percent(mean_estimate(shared.scores_of(part, spec.label))))
     gains = table("first token, × full", lambda spec, part: _first_token_gain(spec, full, part))
     return f"{scores}\n{gains}"
 
 
-def kept_note(answers: Answers, specs: Sequence[PolicySpec]) -> str:
+def _kept_note(answers: shared.Answers, specs: Sequence[PolicySpec], retention: float) -> str:
     """Whether every policy kept what was wanted of every prompt, and by how much each of the others missed it."""
-    retention, missed = specs[-1].retention, []
+    missed = []
     for spec in specs[1:]:
-        off = misses(records_of(answers, spec.label), spec)
-        if any(off):
-            missed.append(f"{spec.title} {_signed(fmean(off))} ({_signed(min(off))} to {_signed(max(off))})")
+        records = shared.records_of(answers, spec.label)
+        off = [record.kv_entries / _wanted_entries(record, retention) - 1 for record in records]
+        mean, low, high = (f"{100 * share:+.2f} %".replace("-", "−") for share in (fmean(off), min(off), max(off)))
+        missed += [f"{spec.title} {mean} ({low} to {high})"] if any(off) else []
     same = f"int({retention:g} · N) entries of a prompt of N tokens for each layer and KV head, in the mean"
     others = f"; against that, in the mean and of single prompts: {', '.join(missed)}" if missed else ""
     which = "every policy but full" if not missed else "every policy but full and those named here"
     return f"\nCounted in every prompt: {which} kept {same} ({FLOOR} at least){others}.\n"
 
 
-def misses(records: Sequence[Record], spec: PolicySpec) -> list[float]:
-    """For each record how much more was kept than wanted, as a share of that."""
-    assert spec.retention is not None
-    found = []
-    for record in records:
-        heads = record.kv_full_entries // record.prompt_tokens  # of all layers
-        found.append(record.kv_entries / (heads * wanted(spec.retention, record.prompt_tokens)) - 1)
-    return found
-
-
-def _signed(share: float) -> str:
-    return f"{100 * share:+.2f} %".replace("-", "−")
+def _wanted_entries(record: Record, retention: float) -> int:
+    """What a policy was to keep of a prompt, in all layers and heads."""
+    return record.kv_full_entries // record.prompt_tokens * wanted(retention, record.prompt_tokens)

@@ -1,14 +1,13 @@
 """fastkv-eval head-scores: the table of retrieval-head scores that policy headkv reads.
 
 It has the model copy answers out of generated texts, counts how often each head looks at the token that is being copied
-(retrieval.py), prints the strongest heads (report.py) and writes the table as JSON.
+(retrieval.py), prints the strongest heads and writes the table as JSON.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -16,17 +15,21 @@ from pathlib import Path
 from fastkv.cache.policies import FullKV
 from fastkv.console.files import check_replaceable, write_whole
 from fastkv.console.machine import fingerprint, machine
+from fastkv.console.markdown import markdown
 from fastkv.console.parser import DONE
 from fastkv.console.progress import ProgressLine
 from fastkv.engine.llm import LLM
 from fastkv.errors import FastKVError
 from fastkv.eval.head_scores import retrieval
-from fastkv.eval.head_scores.report import table
 from fastkv.eval.policy_spec import PolicySpec
 from fastkv.eval.run import load, plan_of
 from fastkv.eval.runner import Plan, Runner
 
 KIND = "fastkv-head-scores"
+SHOWN = 10  # rows of the table, at most
+RETRIEVAL_HEAD = 0.1  # a query head with a score above this is a retrieval head in arXiv 2404.15574
+FEW = 0.5  # of the copied tokens
+TOO_FEW = "A model that chooses so few of them itself hardly shows how it copies: take shorter texts or another task.\n"
 
 
 def run(args: argparse.Namespace) -> int:
@@ -111,5 +114,34 @@ def _needles(llm: LLM, plan: Plan, chat: bool, progress: ProgressLine) -> tuple[
 
 def model_name(model: str) -> str:
     """A folder's name, or a hub id as it is."""
-    folder = os.path.expanduser(model)
-    return os.path.basename(os.path.abspath(folder)) if os.path.isdir(folder) else model
+    folder = Path(model).expanduser()
+    return folder.resolve().name if folder.is_dir() else model
+
+
+def table(scores: retrieval.HeadScores) -> str:
+    """The KV heads with the highest scores, highest first, and how much of all scores is theirs: some are above 0."""
+    n_kv_heads = scores.kv_heads.shape[1]
+    flat = scores.kv_heads.flatten()
+    order = flat.argsort(descending=True, stable=True).tolist()
+    of_groups = scores.query_heads.unflatten(1, (n_kv_heads, -1)).flatten(0, 1).tolist()  # [L * Hkv][G]
+    rows = [
+        [
+            *map(str, divmod(head, n_kv_heads)),
+            f"{flat[head]:.3f}",
+            " ".join(f"{score:.3f}" for score in of_groups[head]),
+            f"{100 * flat[order[: rank + 1]].sum() / flat.sum():.1f} %",
+        ]
+        for rank, head in enumerate(order[:SHOWN])
+        if flat[head] > 0
+    ]
+    above = int((scores.query_heads > RETRIEVAL_HEAD).sum())
+    nothing = int((flat == 0).sum())
+    return (
+        f"{markdown(['layer', 'KV head', 'score', 'of its query heads', 'of all scores, up to here'], rows)}\n"
+        "score: the share of the copied tokens to which a head attended more than to any other token, while they were\n"
+        "being copied; of a KV head the mean over its query heads. Means over the examples.\n"
+        f"Of {scores.query_heads.numel()} query heads {above} have a score above {RETRIEVAL_HEAD}; "
+        f"of {len(flat)} KV heads {nothing} have none.\n"
+        f"Given those before it, {100 * scores.predicted:.1f} % of these tokens were the model's own choice.\n"
+        + (TOO_FEW if scores.predicted < FEW else "")
+    )

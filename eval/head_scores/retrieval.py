@@ -84,8 +84,7 @@ def watch_copying(llm: LLM, needle: Needle) -> Copying:
     prefill; the answer's last token, which predicts what comes after it, is never read.
     """
     cache = llm.prefill(needle.prompt[:-1], FullKV(), max_tokens=len(needle.answer)).cache
-    hits: list[Tensor] = []
-    predicted: list[Tensor] = []
+    hits, predicted = list[Tensor](), list[Tensor]()
     for step, token in enumerate([needle.prompt[-1], *needle.answer[:-1]]):
         strongest, logits = _read(llm, cache, token)
         hits.append(torch.isin(strongest, torch.tensor(needle.sources(step), device=llm.device)))

@@ -42,6 +42,3 @@ def _check_files(task: str, asked: bool, flag: str, given: Path | None, needs: s
         raise FastKVError(f"task {task} needs {needs}", setting="task")
     if given is not None and not asked:
         raise FastKVError(f"{flag} is for --task {task}: add it, or leave {flag} out")
-
-
-__all__ = ["COPYING", "GENERATED", "NAMES", "build_tasks"]

@@ -12,23 +12,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from fastkv.errors import FastKVError
-from fastkv.eval.example import Draw, Example, Task
+from fastkv.eval.example import Draw, Example, Task, first_word
 from fastkv.eval.fitting import adjust
-from fastkv.eval.scoring import first_word
-from fastkv.eval.tasks.archive_text import Key, filler, question, record, records
+from fastkv.eval.tasks.archive_text import Key, filler, nearest, question, record, records
 
 Encode = Callable[[str], list[int]]  # no BOS added
 
 MIN_RECORDS, MAX_RECORDS = 3, 48
 MIN_SHARE, MAX_SHARE = 0.1, 0.6  # of a text's tokens that are records
-
-
-@dataclass(frozen=True)
-class Prompt:
-    """`text` ends where the answer ` 5831.\\n` begins; `code` is its four digits, found in `text` once."""
-
-    text: str
-    code: str
 
 
 @dataclass(frozen=True)
@@ -49,10 +40,11 @@ class Archive:
         return [key for key, code in self.codes.items() if uses[code] == 1]
 
 
-def make_prompt(encode: Encode, tokens: int, depth: float, seed: int | str, n_records: int | None = None) -> Prompt:
+def make_prompt(encode: Encode, tokens: int, depth: float, seed: int | str, n_records: int | None = None) -> Example:
     """A prompt of about `tokens` tokens, BOS included; `depth` in [0, 1] is where the asked record lies in the text.
 
-    Raises ValueError where the records do not fit.
+    It ends where the answer ` 5831.\\n` begins, whose four digits it has once. Raises ValueError where the records do
+    not fit.
     """
     rng = random.Random(seed)
     # Every question has the same number of tokens; BOS and the newline are the other two.
@@ -62,7 +54,7 @@ def make_prompt(encode: Encode, tokens: int, depth: float, seed: int | str, n_re
         raise ValueError("every code of the text appears twice; take another seed")
     key = rng.choice(archive.askable)
     text = place(archive, key, encode, depth).text
-    return Prompt(f"{text}\n{question(key)}", archive.codes[key])
+    return Example(f"{text}\n{question(key)}", (archive.codes[key],))
 
 
 def compose(rng: random.Random, encode: Encode, tokens: int, n_records: int | None = None) -> Archive:
@@ -71,7 +63,11 @@ def compose(rng: random.Random, encode: Encode, tokens: int, n_records: int | No
     `n_records` None draws it: records take 10 to 60 % of the text, 3 to 48 of them. Raises ValueError where the
     records alone do not fit.
     """
-    codes = records(rng, draw_record_count(rng, encode, tokens) if n_records is None else n_records)
+    if n_records is None:
+        share = rng.uniform(MIN_SHARE, MAX_SHARE)
+        count = round(share * tokens / size(encode, record(("calm", "owl"), "0123")))
+        n_records = min(max(count, MIN_RECORDS), MAX_RECORDS)
+    codes = records(rng, n_records)
     sentences = [record(key, code) for key, code in codes.items()]
     left = tokens - sum(size(encode, sentence) for sentence in sentences)
     if left < 0:
@@ -85,19 +81,11 @@ def compose(rng: random.Random, encode: Encode, tokens: int, n_records: int | No
     return Archive(sentences, codes)
 
 
-def draw_record_count(rng: random.Random, encode: Encode, tokens: int) -> int:
-    """How many records a text of `tokens` tokens gets."""
-    count = round(rng.uniform(MIN_SHARE, MAX_SHARE) * tokens / size(encode, record(("calm", "owl"), "0123")))
-    return min(max(count, MIN_RECORDS), MAX_RECORDS)
-
-
 def place(archive: Archive, key: Key, encode: Encode, depth: float) -> Archive:
     """The same sentences with the record of `key` moved: a share `depth` of the other tokens comes before it."""
     moved = record(key, archive.codes[key])
     others = [sentence for sentence in archive.sentences if sentence != moved]
-    sizes = [size(encode, sentence) for sentence in others]
-    before = [sum(sizes[:index]) for index in range(len(others) + 1)]
-    index = min(range(len(before)), key=lambda i: abs(before[i] - depth * before[-1]))
+    index = nearest([size(encode, sentence) for sentence in others], depth)
     return Archive([*others[:index], moved, *others[index:]], archive.codes)
 
 
@@ -109,20 +97,16 @@ def size(encode: Encode, sentence: str) -> int:
 def write(draw: Draw) -> Example:
     """A prompt of the slot's length with the asked record at the slot's depth."""
     sentence = size(draw.encode, record(("calm", "owl"), "0123"))
-    example = adjust(draw, lambda room: _compose(draw, room), draw.limit, sentence)
-    if example is None:
-        raise FastKVError(f"{draw.limit} tokens are too short for task archive", setting="length")
-    return example
+    return adjust(draw, lambda room: _compose(draw, room), draw.limit, sentence)
 
 
 def _compose(draw: Draw, tokens: int) -> Example:
     depth = 0.5 if draw.slot.depth is None else draw.slot.depth
     try:
-        prompt = make_prompt(draw.encode, tokens, depth, f"{draw.seed}/{draw.slot.id}")
+        return make_prompt(draw.encode, tokens, depth, f"{draw.seed}/{draw.slot.id}")
     except ValueError as error:
         message = f"{draw.limit} tokens are too short for task archive ({error})"
         raise FastKVError(message, setting="length") from None
-    return Example(prompt.text, (prompt.code,))
 
 
 TASKS = (Task("archive", "the bundled model's own: one access code among many", first_word, 8, write, has_depth=True),)

@@ -10,14 +10,13 @@ that is not their first token; here the first-line rule of the scores leaves the
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from string import Formatter
 from typing import Any
 
-from fastkv.console.files import read_text
+from fastkv.console.files import read_json
 from fastkv.console.jsonl import checksum, read_objects
 from fastkv.errors import FastKVError
 from fastkv.eval.example import Draw, Example, Task
@@ -92,10 +91,7 @@ def write(draw: Draw, example: Example) -> Example:
 
     if draw.count(example) <= draw.limit:
         return example
-    found = adjust(draw, shortened, len(ids) + draw.limit - draw.count(example))
-    if found is None:
-        raise FastKVError(f"{draw.limit} tokens are too short for task {draw.slot.task}", setting="longbench_tokens")
-    return found
+    return adjust(draw, shortened, len(ids) + draw.limit - draw.count(example))
 
 
 def _example(where: str, dataset: str, template: str, fields: dict[str, Any]) -> Example:
@@ -132,15 +128,7 @@ def _settings(folder: Path, name: str) -> dict[str, Any]:
     path = _find(folder, "config", name)
     if path is None:
         raise FastKVError(f"{folder}: has no {name}, neither itself nor in its config", setting=SETTING)
-    try:
-        value = json.loads(read_text(path, SETTING)[1])
-    except (ValueError, RecursionError) as error:
-        if isinstance(error, FastKVError):
-            raise
-        value = None
-    if not isinstance(value, dict):
-        raise FastKVError(f"{path}: is no JSON object with an entry for each dataset", setting=SETTING)
-    return value
+    return read_json(path, SETTING, "an entry for each dataset")
 
 
 def _find(folder: Path, inside: str, name: str) -> Path | None:

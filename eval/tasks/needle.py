@@ -12,9 +12,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from fastkv.eval.example import Draw, Example, Task
+from fastkv.eval.example import Draw, Example, Task, contains_all
 from fastkv.eval.fitting import fit
-from fastkv.eval.scoring import contains_all
 from fastkv.eval.tasks.haystack import hide, keys, numbers, sentences
 
 SEVERAL = 4

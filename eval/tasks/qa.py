@@ -19,9 +19,8 @@ from typing import Any
 
 from fastkv.console.jsonl import read_objects
 from fastkv.errors import FastKVError
-from fastkv.eval.example import Draw, Example, Task
+from fastkv.eval.example import Draw, Example, Task, contains_any
 from fastkv.eval.fitting import fit
-from fastkv.eval.scoring import contains_any
 
 INTRO = (
     "Answer the question that follows these passages, in as few words as possible. One of them tells the answer.\n\n"

@@ -12,9 +12,8 @@ from collections.abc import Callable, Iterator
 from itertools import pairwise
 from string import ascii_uppercase
 
-from fastkv.eval.example import Draw, Example, Task
+from fastkv.eval.example import Draw, Example, Task, contains_all
 from fastkv.eval.fitting import fit, worked_example
-from fastkv.eval.scoring import contains_all
 from fastkv.eval.tasks.haystack import different, hide, numbers, sentences
 
 HOPS = 4  # the chain has one variable more

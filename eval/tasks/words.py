@@ -15,9 +15,8 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 
-from fastkv.eval.example import Draw, Example, Task
+from fastkv.eval.example import Draw, Example, Task, contains_all
 from fastkv.eval.fitting import fit, worked_example
-from fastkv.eval.scoring import contains_all
 from fastkv.eval.tasks.haystack import Pieces, different
 
 COMMON = 10  # words asked for in cwe

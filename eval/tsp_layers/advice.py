@@ -11,8 +11,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from fastkv.cache.policies import FastKV, FullKV
-from fastkv.cache.policy import Policy, plan_layers
-from fastkv.engine.cost import prefill_flops
+from fastkv.engine.cost import prefill_share
 from fastkv.eval.tsp_layers.check import Check, Result
 from fastkv.eval.tsp_layers.importance import Importance
 from fastkv.models.config import ModelConfig
@@ -46,15 +45,6 @@ def setting(base: FastKV, layer: int, rate: float, config: ModelConfig, lengths:
     """`base` with this TSP layer and rate; its work is that of prompts of these lengths."""
     policy = replace(base, tsp_layer=layer, tsp_rate=rate)
     return Setting(layer, rate, prefill_share(config, policy, lengths), policy)
-
-
-def prefill_share(config: ModelConfig, policy: Policy, lengths: Sequence[int]) -> float:
-    """The operations of prefills of these lengths under `policy`, counted, as a share of those with everything kept."""
-
-    def total(one: Policy) -> float:
-        return sum(prefill_flops(config, plan_layers(one, config.n_layers, n)) for n in lengths)
-
-    return total(policy) / total(FullKV())
 
 
 def default_setting(base: FastKV, config: ModelConfig, lengths: Sequence[int]) -> Setting:
@@ -132,18 +122,12 @@ def search(check: Check, default: Setting, candidates: Iterable[Setting]) -> Fin
         if dearer and not clearly_lower:
             continue
         result = check.run(one.label, one.policy, reference)
-        verdict = _verdict(result, reference, dearer)
-        checked.append(Checked(one, result, verdict or "advised"))
-        if verdict is None:
+        verdict, worse = "advised", result.worse_than(reference)
+        if worse is not None:
+            verdict = f"worse than the default: {worse}"
+        elif dearer and not result.clearly_higher(reference):
+            verdict = "more work, and not clearly higher than the default"
+        checked.append(Checked(one, result, verdict))
+        if verdict == "advised":
             return Findings(full, checked, one)
     return Findings(full, checked, default)
-
-
-def _verdict(result: Result, reference: Result, dearer: bool) -> str | None:
-    """Why a candidate does not pass, or None."""
-    where = result.worse_than(reference)
-    if where is not None:
-        return f"worse than the default: {where}"
-    if dearer and not result.clearly_higher(reference):
-        return "more work, and not clearly higher than the default"
-    return None

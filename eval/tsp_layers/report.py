@@ -8,9 +8,10 @@ from datetime import date
 from typing import Any
 
 from fastkv.console.machine import machine
+from fastkv.console.markdown import markdown
 from fastkv.engine.llm import LLM
 from fastkv.eval.statistics import mean_estimate, paired_estimate
-from fastkv.eval.table import markdown, percent, points
+from fastkv.eval.table import percent, points
 from fastkv.eval.tsp_layers.advice import RULE, Checked, Findings, settled_layers
 from fastkv.eval.tsp_layers.check import Result
 from fastkv.eval.tsp_layers.importance import Importance
@@ -37,8 +38,12 @@ A setting that is clearly lower than the default is stopped there. Work: a prefi
 
 def importance_tables(importance: Importance) -> str:
     """Three tables, layers down and rates across, and what they mean."""
-    overlap, coverage = (_over_later(importance, what) for what in ("overlap", "coverage"))
-    tables = {"overlap": overlap, "coverage": coverage, "attained": _attained(importance)}
+    tables = {what: _over_later(importance, what) for what in ("overlap", "coverage")}
+    settled = [settled_layers(shares) for shares in importance.attained.tolist()]
+    tables["attained"] = [
+        [f"{100 * share:.0f}{' *' * (layer in settled[rate])}" for rate, share in enumerate(of_layer)]
+        for layer, of_layer in enumerate(importance.attained.T.tolist())
+    ]
     rates, parts = [f"rate {rate:g}" for rate in importance.rates], []
     for title, cells in tables.items():
         parts.append(markdown([title, *rates], [[f"layer {layer}", *row] for layer, row in enumerate(cells)]))
@@ -71,14 +76,6 @@ def _over_later(importance: Importance, what: str) -> list[list[str]]:
         of_rates = [later(importance, rate, layer, what) for rate in range(len(importance.rates))]
         cells.append([f"{100 * sum(some) / len(some):.0f} ({100 * min(some):.0f})" for some in of_rates])
     return cells
-
-
-def _attained(importance: Importance) -> list[list[str]]:
-    settled = [settled_layers(shares) for shares in importance.attained.tolist()]
-    return [
-        [f"{100 * share:.0f}{' *' if layer in settled[rate] else ''}" for rate, share in enumerate(of_layer)]
-        for layer, of_layer in enumerate(importance.attained.T.tolist())
-    ]
 
 
 def _check_row(
