@@ -11,7 +11,7 @@ try:
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
-_FAR = 2**40  # where Windows locks a byte: far behind the content, which stays readable
+_FAR = 2**40  # where Windows locks a byte: far after the content, which stays readable
 
 
 def lock(file: IO[bytes]) -> bool:

@@ -19,7 +19,7 @@ from fastkv.models.tokenizer import Tokenizer
 class Answer:
     """Books the tokens of a request as they come, until `take` says that one was the last.
 
-    called_at: time.perf_counter() when the user asked. peak: set by whoever runs the request.
+    called_at: time.perf_counter() when the user asked. peak: set by the code that runs the request.
     """
 
     peak: int | None = None

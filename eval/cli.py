@@ -37,5 +37,4 @@ def _dispatch(arguments: list[str]) -> int:
     args = PARSERS[name]().parse_args(words)
     args.words = words
     check(args)
-    status: int = import_module(COMMANDS[name]).run(args)
-    return status
+    return int(import_module(COMMANDS[name]).run(args))

@@ -35,7 +35,7 @@ class Slot:
 
 @dataclass(frozen=True)
 class Example:
-    """The text of an example: what is asked, the beginning of the answer, and the answers expected behind it.
+    """The text of an example: what is asked, the beginning of the answer, and the answers expected after it.
 
     `lead` ends where the model's own words begin; under a chat template it is the beginning of the model's turn.
     chat: whether a chat template may be put around the prompt. classes: all that the answer could be, where it is a

@@ -40,7 +40,7 @@ def draw_plots(records: Sequence[Record], labels: Sequence[str], folder: Path) -
         return []
     names = {label: label for label in labels}
     figures = {f"needle-{task}.png": heat_maps(answers, names, task) for task in needle_tasks(answers)}
-    figures["accuracy.png"] = accuracy(answers, {label: [label] for label in labels})
+    figures["accuracy.png"] = accuracy(answers, {label: [label] for label in labels}, list(AGAINST))
     return save_pictures(figures, folder, "plots")
 
 
@@ -100,11 +100,7 @@ def _heat_map(axes: Axes, records: Sequence[Record], name: str) -> AxesImage:
 
 
 def accuracy(
-    answers: Answers,
-    series: dict[str, Sequence[str]],
-    against: Sequence[str] = tuple(AGAINST),
-    *,
-    crowded: bool = False,
+    answers: Answers, series: dict[str, Sequence[str]], against: Sequence[str], *, crowded: bool = False
 ) -> Figure:
     """Mean score, with its confidence interval, against the share of KV kept and against both speeds.
 

@@ -53,7 +53,7 @@ def load(args: argparse.Namespace) -> tuple[LLM, Path]:
 
 
 def plan_of(args: argparse.Namespace, context: int) -> Plan:
-    """The examples that the flags ask for; lengths that are not said are those that fit the context."""
+    """The examples that the flags ask for; lengths that are not given are those that fit the context."""
     tasks = args.tasks
     answers = [task.max_new_tokens if args.max_tokens is None else args.max_tokens for task in tasks if task.has_length]
     lengths = args.length or [length for length in DEFAULT_LENGTHS if length + max(answers, default=0) <= context]

@@ -60,7 +60,7 @@ def test_the_bundled_model_finds_its_codes(capfd: pytest.CaptureFixture[str], tm
 def test_ctrl_c_keeps_everything(
     capfd: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Exit status 130, the table so far, and a word on how to go on; then the rest, each question once."""
+    """Exit status 130, the table so far, and a word on how to continue; then the rest, each question once."""
     path = str(tmp_path / "run.jsonl")
     arguments = [*SMALL[:-1], "--output", path]  # not quiet
     generate, calls = LLM.generate, []
@@ -100,7 +100,7 @@ def longbench(tmp_path: Path) -> Path:
 
 
 def test_longbench(capfd: pytest.CaptureFixture[str], longbench: Path, tmp_path: Path) -> None:
-    """Each dataset's whole file; what was cut is said; the average is that of the datasets, as LongBench has it."""
+    """Each dataset's whole file; what was cut is told; the average is that of the datasets, as LongBench has it."""
     path = tmp_path / "run.jsonl"
     arguments = ["--model", MODEL, "--task", "longbench", "--longbench", str(longbench), "--longbench-tokens", "300"]
     assert main([*arguments, "--dtype", "float32", "--policy", "full", "--output", str(path)]) == 0
@@ -225,7 +225,7 @@ def test_another_run_s_file(complaint: Complaint, tmp_path: Path, capfd: pytest.
 
 
 def test_plots_without_matplotlib(complaint: Complaint, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Said before the run, not behind it."""
+    """Told before the run, not after it."""
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     complaint(*SMALL, "--plots", str(tmp_path), says='--plots needs matplotlib: pip install "fastkv[eval]"')
 

@@ -96,7 +96,7 @@ def test_several_values_stand_between_slashes() -> None:
 
 
 def test_what_reaches_a_layer_is_enough_for_it() -> None:
-    """Above the default rate of TSP, as many go on as are kept; a rate of one's own is left alone."""
+    """Above the default rate of TSP, as many are propagated as are kept; a rate of one's own is left alone."""
     terms = Terms(8, 2, (1000,))
     found, _ = equal_policies(["fastkv", "fastkv:tsp_rate=0.5"], [0.1, 0.3], terms)
     assert [one.policy for one in found[1:]] == [

@@ -109,7 +109,7 @@ def test_strongest_positions_are_those_of_whole_attention_matrices(
 
 
 def test_a_hit_is_the_token_that_comes_next(tiny_llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Four heads that look where they are told: at the token to come, one before, one behind, and at its twin.
+    """Four heads that look where they are told: at the token to come, one before, one after, and at its twin.
 
     The twin is the same token outside the needle. Steps counted from one too few or too many would make the second or
     the third head the one that copies.

@@ -195,7 +195,7 @@ def test_the_files_make_the_tasks(folder: Path, archive_llm: LLM) -> None:
 
 @pytest.mark.parametrize("changed", [("prompt", {"qasper": "{context} {input}"}), ("maxlen", {"qasper": 7})])
 def test_the_settings_are_part_of_the_checksum(folder: Path, changed: tuple[str, dict[str, Any]]) -> None:
-    """A run must not go on with other prompts or shorter answers than it began with."""
+    """A run must not continue with other prompts or shorter answers than it began with."""
     (before,) = build_tasks(["longbench:qasper"], longbench=folder)
     (folder / "config" / f"dataset2{changed[0]}.json").write_text(json.dumps(changed[1]))
     assert build_tasks(["longbench:qasper"], longbench=folder)[0].source != before.source
@@ -246,8 +246,8 @@ def test_few_shot_and_code_prompts_get_no_chat_template(folder: Path, chat_folde
     llm = LLM(chat_folder, dtype="float32", device="cpu")
     prompts = Prompts(llm, chat=True)
     for task in build_tasks(["longbench"], longbench=folder):
-        said = prompts.decode(prompts.ids(write(task, prompts, 1000)))
-        assert said.endswith("Bot:") == (task.name in ("longbench:qasper", "longbench:passage_retrieval_en"))
+        text = prompts.decode(prompts.ids(write(task, prompts, 1000)))
+        assert text.endswith("Bot:") == (task.name in ("longbench:qasper", "longbench:passage_retrieval_en"))
 
 
 def test_templates() -> None:

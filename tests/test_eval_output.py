@@ -73,7 +73,7 @@ def test_several_tasks_have_a_row_of_their_own_and_one_for_all() -> None:
 
 
 def test_longbench_counts_each_dataset_the_same() -> None:
-    """Its own row is the mean of its datasets, and stays so among other tasks; what was cut is said."""
+    """Its own row is the mean of its datasets, and stays so among other tasks; what was cut is told."""
     own = [
         replace(BLANK, id=f"{task}/{i}", task=f"longbench:{task}", length=None, depth=None, score=score, cut=i == 0)
         for task, scores in (("qasper", [0.0, 1.0]), ("lcc", [1.0] * 6))

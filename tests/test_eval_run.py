@@ -94,7 +94,7 @@ def test_scores_are_of_the_record_s_own_prediction(runner: Runner, archive_llm: 
 
 
 def stopped(runner: Runner, scripted: Scripted, path: Path, after: int) -> Results:
-    """A run that was interrupted behind so many answers; the next one will not be."""
+    """A run that was interrupted after so many answers; the next one will not be."""
     scripted.stop_after = after
     results = Results(HEADER, path)
     with pytest.raises(KeyboardInterrupt):

@@ -119,15 +119,15 @@ def test_ctrl_c_keeps_what_is_done(run: Run, monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_chat_prompts_of_several(run: Run, archive_llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
-    said: list[Any] = []
+    conversations: list[Any] = []
 
     def chat(self: LLM, messages: Any) -> list[int]:
-        said.append(messages)
+        conversations.append(messages)
         return [5, 6, 7]
 
     monkeypatch.setattr(LLM, "chat", chat)
     assert run(*files(), "--output", "out.jsonl", "--chat", "--system", "Be brief.")[0] == 0
-    assert said == [
+    assert conversations == [
         [{"role": "system", "content": "Be brief."}, {"role": "user", "content": text}] for text in TEXTS.values()
     ]
     assert {record["system"] for record in records().values()} == {"Be brief."}

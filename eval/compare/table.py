@@ -1,6 +1,6 @@
 """The comparison as Markdown: for each task and retention a row for each policy, and its scores length by length.
 
-What was kept is said from the records, not from what the settings promise.
+What was kept is counted in the records, not from what the settings promise.
 """
 
 from __future__ import annotations

@@ -62,7 +62,7 @@ class HeadScores:
 
 
 def find_needle(prompt: list[int], continued: list[int]) -> Needle | None:
-    """prompt: its token ids; continued: those of the same text with the answer behind it.
+    """prompt: its token ids; continued: those of the same text with the answer after it.
 
     None where the answer's tokens are no continuation of the prompt's, or do not stand in the prompt exactly once: the
     same letters may be other tokens there, and then there is no token to copy.

@@ -38,10 +38,6 @@ class Importance:
     coverage: Tensor
     attained: Tensor
 
-    @property
-    def n_layers(self) -> int:
-        return self.overlap.shape[-1]
-
 
 class Recorder(Policy):
     """Full context in every layer, and each layer's scores by `scorer`, summed over KV heads: float32 [L, N - W].

@@ -34,7 +34,7 @@ def figure_of(importance: Importance, default: Setting, advice: Setting, title: 
     """A panel for each quantity, a line for each rate; the lowest of the later layers is dotted."""
     figure = Figure(figsize=(12, 4.4), layout="constrained")
     panels: dict[str, Axes] = dict(zip(PANELS, figure.subplots(1, 3), strict=True))
-    layers = range(importance.n_layers - 1)
+    layers = range(importance.attained.shape[1])
     shades = colormaps["viridis"].resampled(len(importance.rates) + 1)
     for index, rate in enumerate(importance.rates):
         shade = shades(index)

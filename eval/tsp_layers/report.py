@@ -72,7 +72,7 @@ def check_table(full: Result, checked: Sequence[Checked]) -> str:
 
 def _over_later(importance: Importance, what: str) -> list[list[str]]:
     cells = []
-    for layer in range(importance.n_layers - 1):
+    for layer in range(importance.attained.shape[1]):
         of_rates = [later(importance, rate, layer, what) for rate in range(len(importance.rates))]
         cells.append([f"{100 * sum(some) / len(some):.0f} ({100 * min(some):.0f})" for some in of_rates])
     return cells
