@@ -11,28 +11,23 @@ import json
 import os
 import sys
 from collections.abc import Iterable
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastkv.cache.catalogue import POLICIES, SETTINGS
 from fastkv.cache.setting import settings_of
-from fastkv.cli_flags import (
-    DONE,
-    FAULT,
-    INTERRUPTED,
-    SAMPLING_FLAGS,
-    USER_ERROR,
-    build_parser,
-    complain,
-    flag_of,
-    say,
-)
-from fastkv.errors import FastKVError, FaultError, check_integer
+from fastkv.cli_flags import NAMED_SETTINGS, SAMPLING_FLAGS, build_parser
+from fastkv.console.files import check_writable
+from fastkv.console.job import run_jobs
+from fastkv.console.jsonl import check_output
+from fastkv.console.load import load_model
+from fastkv.console.parser import DONE, INTERRUPTED, flag_of, guarded, say, write_utf8
+from fastkv.console.prompt import Job, check_names, is_broken, read_jobs, read_prompt
+from fastkv.console.summary import as_json, figures
+from fastkv.errors import FastKVError, check_integer
 
 if TYPE_CHECKING:
     from fastkv.cache.policy import Policy
     from fastkv.engine.generation import Generation
-    from fastkv.engine.job import Job
     from fastkv.engine.llm import LLM
     from fastkv.engine.output import Output
     from fastkv.engine.sampler import SamplingParams
@@ -40,29 +35,7 @@ if TYPE_CHECKING:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command; returns its exit status: 0 done, 1 a fault, 2 a user's mistake, 130 interrupted."""
-    try:
-        return _run(build_parser().parse_args(argv))
-    except FaultError as error:
-        complain(str(error), error.setting)
-        return FAULT
-    except FastKVError as error:
-        complain(str(error), error.setting)
-        return USER_ERROR
-    except KeyboardInterrupt:
-        return INTERRUPTED
-    except BrokenPipeError:
-        _drop_stdout()  # the reader has gone: nothing is left to say
-        return DONE
-    except OSError as error:
-        if sys.stdout is not None:
-            _drop_stdout()
-        say(f"fastkv-run: error: {error}")
-        return FAULT
-
-
-def _drop_stdout() -> None:
-    """Let what is still buffered go nowhere, so that Python does not fail on it at exit."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return guarded("fastkv-run", lambda: _run(build_parser().parse_args(argv)), NAMED_SETTINGS)
 
 
 def _run(args: argparse.Namespace) -> int:
@@ -71,33 +44,27 @@ def _run(args: argparse.Namespace) -> int:
     if args.threads is not None:
         check_integer("threads", args.threads, 1, 4096)
     for flag, texts in (("--system", [args.system or ""]), ("--stop", args.stop)):
-        if any(map(_is_broken, texts)):
+        if any(map(is_broken, texts)):
             raise FastKVError(f"{flag}: is not UTF-8")
     if sys.stdout is None:
         raise OSError("standard output is closed")
     jobs = _jobs(args)
     _check_targets(args)
 
-    import torch
-
     from fastkv.engine.sampler import SamplingParams
 
     params = SamplingParams(stop=args.stop, ignore_eos=args.ignore_eos, **_given(args, SAMPLING_FLAGS))
     policy = build_policy(args.policy, _given(args, SETTINGS))
-    if args.threads is not None:
-        torch.set_num_threads(args.threads)
     llm = _load(args, policy)
     return _run_one(args, llm, jobs[0], params) if args.output is None else _run_many(args, llm, jobs, params)
 
 
 def _check_targets(args: argparse.Namespace) -> None:
     """FastKVError unless what is to be written can be."""
-    from fastkv.engine.files import check_writable
-
-    for name in ("report", "output"):
-        path = getattr(args, name)
-        if path is not None:
-            check_writable(path, name)
+    if args.output is not None:
+        check_output(args.output)
+    if args.report is not None:
+        check_writable(args.report, "report")
     if args.report is not None and any(_is_same_file(args.report, prompt) for prompt in args.prompt):
         raise FastKVError(f"--report: {args.report}: is the prompt, which it would overwrite; take another file")
 
@@ -107,10 +74,9 @@ def _is_same_file(one: str, other: str) -> bool:
 
 
 def _load(args: argparse.Namespace, policy: Policy) -> LLM:
-    from fastkv.engine.llm import LLM
-
-    return LLM(
+    return load_model(
         args.model,
+        args.threads,
         policy=policy,
         dtype=args.dtype,
         device=args.device,
@@ -123,8 +89,6 @@ def _load(args: argparse.Namespace, policy: Policy) -> LLM:
 
 def _jobs(args: argparse.Namespace) -> list[Job]:
     """The prompts, and FastKVError for flags that do not go with one or with several of them."""
-    from fastkv.engine.job import Job, check_names, read_jobs
-
     if bool(args.prompt) == (args.prompts is not None):
         raise FastKVError("the following arguments are required: --prompt or --prompts, one of the two")
     for flag in ("prompts", "output", "report"):
@@ -163,8 +127,6 @@ def _run_one(args: argparse.Namespace, llm: LLM, job: Job, params: SamplingParam
 
 def _run_many(args: argparse.Namespace, llm: LLM, jobs: list[Job], params: SamplingParams) -> int:
     """The answers into a file, those left out that are there."""
-    from fastkv.engine.job import run_jobs
-
     limits: dict[str, Any] = {} if args.batch_size is None else {"batch_size": args.batch_size}
     if args.kv_memory is not None:
         limits["kv_memory"] = args.kv_memory * 2**20
@@ -172,43 +134,12 @@ def _run_many(args: argparse.Namespace, llm: LLM, jobs: list[Job], params: Sampl
     try:
         line = run_jobs(llm, jobs, lambda job: _prompt(args, llm, job), params, args.output, about, limits)
     except KeyboardInterrupt:
-        status, line = INTERRUPTED, f"stopped; the same command goes on behind the answers that are in {args.output}"
+        status, line = INTERRUPTED, f"stopped; the same command continues after the answers that are in {args.output}"
     else:
         status = DONE
     if not args.quiet:
         say(line)
     return status
-
-
-def read_prompt(name: str) -> str:
-    """The text of a prompt file ("-": standard input), verbatim but for a byte-order mark and one last newline.
-
-    Raises FastKVError for a file that is missing, empty, binary or not UTF-8.
-    """
-    source = "standard input" if name == "-" else name
-    if name == "-" and sys.stdin is None:
-        raise FastKVError(f"--prompt {source}: is closed")
-    try:
-        data = sys.stdin.buffer.read() if name == "-" else Path(name).read_bytes()
-    except OSError as error:
-        raise FastKVError(f"--prompt {source}: cannot be read ({error.strerror})") from None
-    if data.startswith((b"\xff\xfe", b"\xfe\xff")):
-        raise FastKVError(f"--prompt {source}: is UTF-16; save it as UTF-8")
-    if b"\0" in data:
-        raise FastKVError(f"--prompt {source}: is a binary file; give a text file in UTF-8")
-    try:
-        text = data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise FastKVError(f"--prompt {source}: is not UTF-8 (byte {error.start}); save it as UTF-8") from None
-    text = text.removesuffix("\r\n") if text.endswith("\r\n") else text.removesuffix("\n")
-    if not text:
-        raise FastKVError(f"--prompt {source}: is empty")
-    return text
-
-
-def _is_broken(text: str) -> bool:
-    """Whether an argument held bytes that are no UTF-8: Python hands them on as lone surrogates."""
-    return any("\ud800" <= character <= "\udfff" for character in text)
 
 
 def build_policy(name: str, settings: dict[str, Any]) -> Policy:
@@ -239,7 +170,7 @@ def _print_text(stream: Generation) -> int:
     """Write the text as it is made. Ctrl-C keeps what is there."""
     status = DONE
     ended = "\n"
-    _write_utf8()
+    write_utf8(newline="\n")  # newlines stay as the model wrote them
     try:
         for piece in stream:
             if piece.text:
@@ -255,21 +186,17 @@ def _print_text(stream: Generation) -> int:
 
 def _print_json(stream: Generation) -> int:
     status = DONE
-    _write_utf8()
+    write_utf8(newline="\n")  # newlines stay as the model wrote them
     try:
         for _ in stream:
             pass
     except KeyboardInterrupt:
         status = INTERRUPTED
-    from fastkv.engine.summary import as_json
-
     print(json.dumps(as_json(stream.output()), ensure_ascii=False), flush=True)
     return status
 
 
 def _print_figures(output: Output) -> None:
-    from fastkv.engine.summary import figures
-
     for label, value in figures(output):
         say(f"{label:<12} {value}")
 
@@ -283,13 +210,6 @@ def _write_report(path: str, llm: LLM, stream: Generation) -> None:
 
     tokens, kept = stream.selection
     write_report(path, report_of(llm, stream.prompt_ids, tokens, kept, stream.output()))
-
-
-def _write_utf8() -> None:
-    """Text is UTF-8 wherever it goes, whatever the locale says; and newlines stay as the model wrote them."""
-    reconfigure = getattr(sys.stdout, "reconfigure", None)
-    if reconfigure is not None:
-        reconfigure(encoding="utf-8", errors="replace", newline="\n")
 
 
 if __name__ == "__main__":

@@ -1,18 +1,15 @@
-"""The flags of fastkv-run, what they say of themselves, and how a mistake in them is told. Runs nothing."""
+"""The flags of fastkv-run, and what they say of themselves. Runs nothing."""
 
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import Any
 
 from fastkv import __version__
 from fastkv.cache.catalogue import POLICIES, SETTINGS, SharedSetting
-from fastkv.errors import FastKVError
-
-DONE, FAULT, USER_ERROR, INTERRUPTED = 0, 1, 2, 130
+from fastkv.console.parser import Parser, add_machine_flags, add_model_flag, flag_of
 
 
 @dataclass(frozen=True)
@@ -33,41 +30,23 @@ SAMPLING_FLAGS = {
     "repetition_penalty": Flag(float, "X", "above 1, tokens seen before are less likely (default 1)"),
     "seed": Flag(int, "S", "the same seed gives the same text"),
 }
-_OTHER_SETTINGS = (
+# What a complaint names the flag of.
+NAMED_SETTINGS = {
+    *SETTINGS,
+    *SAMPLING_FLAGS,
     *("prompt", "chat", "stop", "policy", "device", "dtype"),
     *("threads", "revision", "compile", "attention", "report"),
     *("prompts", "output", "batch_size", "kv_memory"),
-)
+}
 
 
-class _Parser(argparse.ArgumentParser):
-    """Complains in one line, without the usage text."""
-
-    def error(self, message: str) -> NoReturn:
-        complain(str(FastKVError(message)))  # one line, whatever the arguments hold
-        sys.exit(USER_ERROR)
-
-
-def flag_of(setting: str) -> str:
-    return "--" + setting.replace("_", "-")
-
-
-def add_machine_flags(group: argparse._ArgumentGroup) -> None:
-    """Where and how a model runs: the same for every command."""
-    group.add_argument("--device", default="auto", metavar="D", help="auto (default), cpu, cuda or cuda:N")
-    group.add_argument("--dtype", default="auto", metavar="T", help="auto (default), float32, bfloat16 or float16")
-    group.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: torch's choice)")
-    group.add_argument("--revision", metavar="R", help="revision of a hub id")
-
-
-def build_parser() -> argparse.ArgumentParser:
+def build_parser() -> Parser:
     """Every flag of the command. Unset settings are None, so that the library's own defaults hold."""
-    parser = _Parser(
+    parser = Parser(
         prog="fastkv-run",
         description="Continue a long prompt with a Llama-family model, through FastKV (arXiv 2502.01068).",
-        allow_abbrev=False,
     )
-    parser.add_argument("--model", required=True, metavar="PATH_OR_ID", help="model folder, or hub id like org/name")
+    add_model_flag(parser)
     parser.add_argument(
         "--prompt",
         action="append",
@@ -112,15 +91,3 @@ def build_parser() -> argparse.ArgumentParser:
 def _add_flags(group: argparse._ArgumentGroup, flags: Mapping[str, Flag | SharedSetting]) -> None:
     for name, flag in flags.items():
         group.add_argument(flag_of(name), type=flag.read, help=flag.help, metavar=flag.metavar)
-
-
-def complain(message: str, setting: str | None = None) -> None:
-    """One line on stderr, naming the flag of the setting at fault."""
-    flags = {*SETTINGS, *SAMPLING_FLAGS, *_OTHER_SETTINGS}
-    prefix = f"{flag_of(setting)}: " if setting in flags and setting is not None else ""
-    say(f"fastkv-run: error: {prefix}{message}")
-
-
-def say(line: str) -> None:
-    if sys.stderr is not None:  # closed: print would turn to stdout
-        print(line, file=sys.stderr)

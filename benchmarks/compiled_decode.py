@@ -12,11 +12,11 @@ import sys
 import time
 from collections.abc import Sequence
 
-from command import Parser, guarded
+from fastkv.console.parser import Parser, guarded
 
 
 def run(argv: Sequence[str]) -> None:
-    parser = Parser(prog="compiled_decode.py", description="Compiled decoding.", allow_abbrev=False)
+    parser = Parser(prog="compiled_decode.py", description="Compiled decoding.")
     parser.add_argument("model", help="a preset, with random weights")
     parser.add_argument("--context", type=int, nargs="+", default=[1024], metavar="N", help="entries (1024)")
     parser.add_argument("--copy", type=float, metavar="BYTES", help="bytes/s of a copy on the device, to compare with")

@@ -37,9 +37,9 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def parser() -> argparse.ArgumentParser:
-    from command import Parser
+    from fastkv.console.parser import Parser
 
-    made = Parser(prog="gpu_suite.py", description="Everything that only a GPU can tell.", allow_abbrev=False)
+    made = Parser(prog="gpu_suite.py", description="Everything that only a GPU can tell.")
     made.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="for the results")
     made.add_argument("--deadline", type=float, default=400, metavar="S", help="seconds for all of it (400)")
     made.add_argument("--steps", nargs="+", metavar="NAME", help="only these")
@@ -167,7 +167,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit status: 0 also where some cases failed, which the record says."""
     started = time.monotonic()
     with linked():
-        from command import guarded
+        from fastkv.console.parser import guarded
 
         return guarded("gpu_suite.py", lambda: run(sys.argv[1:] if argv is None else argv, started))
 

@@ -14,8 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from command import Parser, guarded
-
+from fastkv.console.parser import Parser, guarded
 from fastkv.errors import check_choice, check_integer
 
 if TYPE_CHECKING:
@@ -68,7 +67,7 @@ def lines(title: str, seconds: float, shares: list[Share], top: int) -> Iterator
 
 
 def run(argv: Sequence[str]) -> None:
-    parser = Parser(prog="kernels.py", description="Where the time of prefill and decoding goes.", allow_abbrev=False)
+    parser = Parser(prog="kernels.py", description="Where the time of prefill and decoding goes.")
     parser.add_argument("--model", default="llama-100m", help="a preset, with random weights")
     parser.add_argument("--context", type=int, default=4096, metavar="N", help="prompt length (4096)")
     parser.add_argument("--batch", type=int, default=1, metavar="N", help="prompts that decode together (1)")

@@ -18,9 +18,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from command import Parser, check_installed, check_writable, guarded
-from plot import check_plot, draw
+from plot import draw
 
+from fastkv.console.files import check_replaceable, write_whole
+from fastkv.console.load import load_model
+from fastkv.console.parser import Parser, check_installed, guarded
+from fastkv.console.picture import check_picture
 from fastkv.errors import FastKVError, check_choice, check_integer
 
 if TYPE_CHECKING:
@@ -33,7 +36,6 @@ def parser() -> argparse.ArgumentParser:
     made = Parser(
         prog="latency.py",
         description="Time to first token, decoding speed and memory of each policy.",
-        allow_abbrev=False,
     )
     made.add_argument("--model", default="llama-100m", help="a preset (random weights), a model folder or a hub id")
     made.add_argument("--context", type=int, nargs="+", default=[4096], metavar="N", help="prompt lengths (4096)")
@@ -72,10 +74,9 @@ def check(args: argparse.Namespace) -> None:
     if args.peer:
         check_installed("--peer", args.peer, "test")
     if args.plot is not None:
-        check_plot(args.plot)
-    for path in (args.json, args.plot):
-        if path is not None:
-            check_writable(path)
+        check_picture(args.plot, "plot", "bench")
+    if args.json is not None:
+        check_replaceable(args.json, "json")
 
 
 def load(args: argparse.Namespace) -> tuple[LLM, str]:
@@ -83,7 +84,6 @@ def load(args: argparse.Namespace) -> tuple[LLM, str]:
 
     Random for the name of a preset and for a folder that holds no safetensors.
     """
-    from fastkv import LLM
     from fastkv.cache.catalogue import POLICIES
     from fastkv.models.presets import PRESETS
 
@@ -91,8 +91,9 @@ def load(args: argparse.Namespace) -> tuple[LLM, str]:
         check_choice("--policy", name, POLICIES)
     folder = Path(args.model).expanduser()
     dummy = args.model in PRESETS or (folder.is_dir() and not any(folder.glob("*.safetensors")))
-    llm = LLM(
+    llm = load_model(
         args.model,
+        args.threads,
         dtype=args.dtype,
         device=args.device,
         load_format="dummy" if dummy else "auto",
@@ -130,14 +131,11 @@ def run(argv: Sequence[str]) -> None:
     args = parser().parse_args(argv)
     check(args)
 
-    import torch
     from cost import measure_ceilings
     from machine import machine
     from peer import check_peer
     from table import HEADER, head, table_row
 
-    if args.threads is not None:
-        torch.set_num_threads(args.threads)
     llm, weights = load(args)
     if args.peer:
         check_peer(llm.config)
@@ -160,14 +158,14 @@ def run(argv: Sequence[str]) -> None:
         result["rows"] += rows
         print("\n".join(map(table_row, rows)), flush=True)
         if args.json is not None:
-            args.json.write_text(json.dumps(result, indent=1) + "\n")
+            write_whole(args.json, json.dumps(result, indent=1) + "\n", "json")
     if args.plot is not None:
         draw(result, args.plot)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit status: 0 done, 1 a fault, 2 a user's mistake, 130 interrupted."""
-    return guarded("latency.py", lambda: run(sys.argv[1:] if argv is None else argv))
+    return guarded("latency.py", lambda: run(sys.argv[1:] if argv is None else argv), ("json", "plot"))
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ def machine(llm: LLM) -> dict[str, Any]:
 
 
 def device_and_versions(device: torch.device) -> dict[str, Any]:
-    """The same where there is no model."""
+    """The same where there is no model; of a CPU its name and threads."""
     on_gpu = device.type == "cuda"
     threads = torch.get_num_threads()
     on_cpu = f"{_cpu_name()}, {threads} thread{'s' if threads > 1 else ''}"

@@ -15,8 +15,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from command import Parser, check_installed, check_writable, guarded
-
+from fastkv.console.parser import Parser, guarded
+from fastkv.console.picture import check_picture, legend_below, save_picture, style
 from fastkv.errors import FastKVError
 
 if TYPE_CHECKING:
@@ -25,30 +25,12 @@ if TYPE_CHECKING:
 
 Row = dict[str, Any]
 
-# Colours of Okabe and Ito, told apart by people with any colour vision; the markers tell the lines apart without any.
-STYLES = (
-    ("#000000", "o"),
-    ("#0072B2", "s"),
-    ("#D55E00", "^"),
-    ("#009E73", "D"),
-    ("#CC79A7", "v"),
-    ("#E69F00", "P"),
-    ("#56B4E9", "X"),
-)
-WIDTH, HEIGHT, TITLE, DPI = 10.0, 3.8, 0.7, 150  # inches: of a row of panels, and of what stands above; dots per inch
-
-
-def check_plot(path: Path) -> None:
-    """FastKVError unless `path` is named as a picture and there is something to draw it with."""
-    if path.suffix.lower() != ".png":
-        raise FastKVError(f"{path}: the plot is a PNG; let its name end in .png")
-    check_installed("a plot", "matplotlib", "bench")
+WIDTH, HEIGHT, TITLE = 10.0, 3.8, 0.7  # inches: of a row of panels, and of what stands above
 
 
 def draw(result: dict[str, Any], path: Path) -> None:
     """Write the PNG of a result, as latency.py makes it."""
-    check_plot(path)
-    figure_of(result).savefig(path, format="png")
+    save_picture(figure_of(result), path, "plot")
 
 
 def figure_of(result: dict[str, Any]) -> Figure:
@@ -58,7 +40,7 @@ def figure_of(result: dict[str, Any]) -> Figure:
     rows: list[Row] = result["rows"]
     batches = sorted({batch_of(row) for row in rows})
     names = list(dict.fromkeys(row["name"] for row in rows))
-    figure = Figure(figsize=(WIDTH, TITLE + HEIGHT * len(batches)), dpi=DPI)
+    figure = Figure(figsize=(WIDTH, TITLE + HEIGHT * len(batches)))
     figure.set_layout_engine("constrained", wspace=0.06, hspace=0.06)
     grid = figure.subplots(len(batches), 2, squeeze=False)
     for (left, right), batch in zip(grid, batches, strict=True):
@@ -82,12 +64,12 @@ def batch_of(row: Row) -> int:
 def _panel(axes: Axes, rows: list[Row], names: list[str], key: str, span: str) -> None:
     """One figure of every policy against the context length."""
     for index, name in enumerate(names):
-        colour, marker = STYLES[index % len(STYLES)]
+        colour, marker = style(index)
         line = sorted((row for row in rows if row["name"] == name), key=lambda row: row["context"])
         contexts, medians = [row["context"] for row in line], [row[key] for row in line]
         below = [row[key] - row[span][0] for row in line]
         above = [row[span][1] - row[key] for row in line]
-        style: dict[str, Any] = {
+        look: dict[str, Any] = {
             "color": colour,
             "marker": marker,
             "markersize": 5,
@@ -95,7 +77,7 @@ def _panel(axes: Axes, rows: list[Row], names: list[str], key: str, span: str) -
             "capsize": 3,
             "label": name,
         }
-        axes.errorbar(contexts, medians, yerr=[below, above], **style)
+        axes.errorbar(contexts, medians, yerr=[below, above], **look)
     _context_axis(axes, sorted({row["context"] for row in rows}))
     axes.grid(color="0.9", linewidth=0.8)
     axes.set_axisbelow(True)
@@ -140,8 +122,7 @@ def _title(figure: Figure, result: dict[str, Any], axes: Axes) -> None:
     """What was measured and where, above all panels, and the policies below."""
     title = f"{result['model']}, {result['dtype']} on {result['device']}, {result['date']}"
     figure.suptitle(title, fontsize=11)
-    handles, labels = axes.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
+    legend_below(figure, axes)
 
 
 def _length(tokens: int) -> str:
@@ -172,9 +153,8 @@ def _main(argv: Sequence[str] | None) -> None:
     made.add_argument("result", type=Path, metavar="RESULT.json")
     made.add_argument("picture", type=Path, metavar="OUT.png")
     args = made.parse_args(argv)
-    check_plot(args.picture)
+    check_picture(args.picture, "picture", "bench")
     result = read_result(args.result)
-    check_writable(args.picture)
     draw(result, args.picture)
 
 

@@ -13,8 +13,7 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from command import Parser, guarded
-
+from fastkv.console.parser import Parser, guarded
 from fastkv.errors import check_integer
 
 
@@ -59,7 +58,7 @@ def timed(llm: Any, context: int, rounds: int) -> tuple[float, float]:
 
 
 def run(argv: Sequence[str]) -> None:
-    parser = Parser(prog="selection.py", description="What choosing costs beside its layer.", allow_abbrev=False)
+    parser = Parser(prog="selection.py", description="What choosing costs beside its layer.")
     parser.add_argument("--model", default="llama-100m", help="a preset, with random weights")
     parser.add_argument("--context", type=int, nargs="+", default=[8192], metavar="N", help="prompt lengths (8192)")
     parser.add_argument("--rounds", type=int, default=3, metavar="N", help="counted prefills (3)")

@@ -35,7 +35,7 @@ from fastkv.engine.sampler import Sampler
 from fastkv.engine.step import Caches, EagerStepper
 from fastkv.engine.tsp import TokenState
 from fastkv.eval.statistics import mean_estimate, paired_estimate
-from fastkv.eval.tasks.archive_compose import compose, make_prompt
+from fastkv.eval.tasks.archive import compose, make_prompt
 from fastkv.eval.tasks.archive_text import question
 from fastkv.models.block import Block
 from fastkv.models.llama import Llama
@@ -197,7 +197,7 @@ def late_questions(llm: LLM, seed: int, policy: Policy) -> dict[str, float]:
     scores: dict[str, float] = {}
     for case, (read, fed) in cases.items():
         pre = llm.prefill(ids_of(llm, read), policy, max_tokens=64)
-        scores[case], _ = ask(llm, pre.cache, fed, prompt.code, pre.logits)
+        scores[case], _ = ask(llm, pre.cache, fed, prompt.answers[0], pre.logits)
     return scores
 
 

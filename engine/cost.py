@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from fastkv.cache.policy import LayerPlan
+from fastkv.cache.policies import FullKV
+from fastkv.cache.policy import LayerPlan, Policy, plan_layers
 from fastkv.models.config import ModelConfig
 
 
@@ -50,3 +51,12 @@ def decode_bytes(
     weights = config.n_layers * sum(layer_weights(config)) + config.vocab_size * config.hidden_size
     entries = batch * sum(plan.kept + new_tokens for plan in plans)
     return itemsize * (weights + 2 * entries * config.n_kv_heads * config.head_dim)
+
+
+def prefill_share(config: ModelConfig, policy: Policy, lengths: Sequence[int]) -> float:
+    """The operations of prefills of these lengths under `policy`, counted, as a share of those with everything kept."""
+
+    def total(one: Policy) -> float:
+        return sum(prefill_flops(config, plan_layers(one, config.n_layers, n)) for n in lengths)
+
+    return total(policy) / total(FullKV())

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from os import PathLike
 from pathlib import Path
 from typing import Any, overload
@@ -27,7 +26,6 @@ from fastkv.engine.memory import check_fits, explain_out_of_memory
 from fastkv.engine.output import Output
 from fastkv.engine.plan import plan_request, position_limit
 from fastkv.engine.prefill import Prefill, prefill
-from fastkv.engine.progress import ProgressLine, loading
 from fastkv.engine.request import (
     Request,
     answer_length,
@@ -64,7 +62,7 @@ class LLM:
     cuda_graph: on a GPU, decode by replaying captured graphs; a CPU has none. compile: run the layers through
     torch.compile, which makes the first request up to a minute slower and the next ones a little faster. attention: the
     kernels of causal attention, "auto" (on a GPU the first that works of these four) | "cudnn" | "flash" | "efficient"
-    | "math".
+    | "math". progress: called while stored weights are read, with the bytes read and the bytes in all.
 
     Raises FastKVError for a folder that cannot be loaded and for settings that do not fit; nothing is loaded then.
     """
@@ -84,6 +82,7 @@ class LLM:
         cuda_graph: bool = True,
         compile: bool = False,
         attention: str = "auto",
+        progress: Callable[[int, int], None] | None = None,
     ) -> None:
         if not isinstance(model, (str, PathLike)):
             raise FastKVError(f"model must be a folder or a hub id like org/name, not {model!r}")
@@ -99,11 +98,11 @@ class LLM:
         self.tokenizer = Tokenizer.from_pretrained(folder, self.config)
         advice = "take a smaller model, a device with more memory, or --dtype bfloat16"
         check_fits(f"the model {folder.name}", model_bytes(self.config, torch_dtype), target, advice)
-        with ProgressLine(sys.stderr, loading) as line, explain_out_of_memory():
+        with explain_out_of_memory():
             if dummy:
                 self._model = random_weights(self.config, torch_dtype, target)
             else:
-                self._model = load_weights(self.config, folder, torch_dtype, target, line.show)
+                self._model = load_weights(self.config, folder, torch_dtype, target, progress)
         if compile:
             compile_layers(self._model)
         self._device = self._model.device

@@ -1,30 +1,59 @@
-"""The flags of fastkv-eval's task run, and the texts of its --help and --list."""
+"""The flags of fastkv-eval's commands, what can be wrong with them before a model is there, and the texts of --help.
+
+A flag that several commands have means the same in all of them, and is described once, in FLAGS.
+"""
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from fastkv import __version__
-from fastkv.cli_flags import add_machine_flags
-from fastkv.eval.cli import COMMANDS, Parser
-from fastkv.eval.tasks import GENERATED
+from fastkv.console.files import check_folder, check_replaceable
+from fastkv.console.jsonl import check_output
+from fastkv.console.parser import Parser, add_machine_flags, add_model_flag, check_installed, flag_of
+from fastkv.console.picture import check_picture
+from fastkv.errors import FastKVError, check_choice, check_integer, check_number
+from fastkv.eval.tasks import COPYING, GENERATED, NAMES, build_tasks
 
-DEFAULT_POLICIES = ["full", "fastkv"]
-DEFAULT_LENGTHS = (1024, 2048, 4096)
-DEFAULT_DEPTHS = [0.0, 0.25, 0.5, 0.75, 1.0]
-DEFAULT_EXAMPLES = 5
+_NUMBER, _NUMBERS = {"type": int, "metavar": "N"}, {"type": int, "nargs": "+", "metavar": "N"}
+_FILE, _FOLDER = {"type": Path, "metavar": "FILE"}, {"type": Path, "metavar": "FOLDER"}
+_WHERE = "where a single needle lies, 0 to 1 (0 0.25 0.5 0.75 1)"
+_PAGE = "write the results there, between its two marks if it is a page"
+FLAGS: dict[str, dict[str, Any]] = {
+    "task": {"nargs": "+", "metavar": "NAME"},
+    "policy": {"action": "append", "metavar": "P"},
+    "length": {**_NUMBERS, "help": "prompts of N tokens (default 1024 2048 4096, as fits)"},
+    "depth": {"type": float, "nargs": "+", "metavar": "D", "help": _WHERE},
+    "seed": {"type": int, "metavar": "S", "help": "fixes every text (0)"},
+    "examples": {**_NUMBER, "help": "of each task, length and depth (5)"},
+    "max_tokens": {**_NUMBER, "help": "of an answer (default: the task's own)"},
+    "qa_file": {**_FILE, "help": "questions of task qa"},
+    "longbench": {**_FOLDER, "help": "your copy of LongBench"},
+    "longbench_tokens": {**_NUMBER, "help": "cut its longer prompts to N tokens (what the model reads)"},
+    "chat": {"action": "store_true", "help": "put prompts into the model's chat template"},
+    "output": {**_FILE, "help": "keep every answer there, and continue from it"},
+    "plots": {**_FOLDER, "help": "draw PNG pictures there (extra: eval)"},
+    "plot": {"type": Path, "metavar": "FILE.png", "help": "draw how importance settles (extra: eval)"},
+    "json": {**_FILE, "help": "write every figure there"},
+    "page": {"type": Path, "metavar": "FILE.md", "help": _PAGE},
+}
+TEXTS = ("length", "depth", "seed", "examples")  # which texts are drawn
+# What a complaint names the flag of; the settings of policies are named in its message already.
+SETTINGS = {*FLAGS, "model", "device", "dtype", "threads", "revision"} - {"policy"}
 
-FROM_FILES = {
+SUMMARIES = {
+    **{task.name: task.summary for task in GENERATED.values()},
     "qa": "questions over distractors, from --qa-file",
     "longbench": "every dataset of --longbench, or longbench:qasper … for one",
 }
-TASK_LIST = "".join(
-    f"  {name:<17}{summary}\n"
-    for name, summary in {**{t.name: t.summary for t in GENERATED.values()}, **FROM_FILES}.items()
+TASK_LIST = "".join(f"  {name:<17}{summary}\n" for name, summary in SUMMARIES.items())
+CONTINUES = (
+    "--output FILE.jsonl keeps every answer. The same command with the same file continues where it was stopped."
 )
-
-EPILOG = f"""\
+TASKS_EPILOG = f"""\
 tasks:
 {TASK_LIST}
   --qa-file FILE.jsonl holds one JSON object a line, such as
@@ -38,69 +67,162 @@ policies:
   values of one stand between slashes, as in fastkv:tsp_layer=2/4,tsp_rate=0.5/0.2. FastKV
   keeps 128 tokens at the least, so a short prompt keeps more than its 10 %: fastkv:min_tokens=8 makes 10 % mean 10 %.
 
---output FILE.jsonl keeps every answer. The same command with the same file goes on where it was stopped.
-{"".join(f"{chr(10)}another command: fastkv-eval {name} --help" for name in COMMANDS if name != "tasks")}
+{CONTINUES}
+
+another command: fastkv-eval tsp-layers --help
+another command: fastkv-eval head-scores --help
+another command: fastkv-eval compare --help
+"""
+COMPARE_EPILOG = f"""\
+policies:
+  --policy fastkv --policy fastkv:tsp_layer=9/15/23,tsp_rate=0.5/0.2/0.1
+  A name, or a name and settings of its own; several values of one setting stand between slashes. The full cache is
+  always there, and the baseline of the differences. What makes the policies keep the same is set for all of them:
+  kv_retention and min_tokens, and the decay of pyramidinfer, which has no budget.
+
+{CONTINUES}
 """
 
 
-class ListTasks(argparse.Action):
-    """--list: print the tasks and leave, whatever else is given or missing."""
-
-    def __call__(self, parser: argparse.ArgumentParser, *args: object, **kwargs: object) -> None:
-        print(TASK_LIST, end="")
-        parser.exit()
-
-
-def add_text_flags(group: argparse._ActionsContainer) -> None:
-    """Which texts are drawn: the same for every command that only draws them."""
-    group.add_argument(
-        "--length", type=int, nargs="+", metavar="N", help="prompts of N tokens (default 1024 2048 4096, as fits)"
-    )
-    group.add_argument(
-        "--depth",
-        type=float,
-        nargs="+",
-        default=DEFAULT_DEPTHS,
-        metavar="D",
-        help="where a single needle lies, 0 to 1 (0 0.25 0.5 0.75 1)",
-    )
-    group.add_argument("--seed", type=int, default=0, metavar="S", help="fixes every text (0)")
-
-
 def build_parser() -> Parser:
-    parser = Parser(
-        prog="fastkv-eval",
-        description="Ask a model questions about long texts, under several policies, and compare the answers.",
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
+    """The parser of the command without a name, which runs tasks."""
+    parser = _parser(
+        "fastkv-eval",
+        "Ask a model questions about long texts, under several policies, and compare the answers.",
+        TASKS_EPILOG,
     )
-    parser.add_argument("--model", required=True, metavar="PATH_OR_ID", help="model folder, or hub id like org/name")
-    parser.add_argument("--task", nargs="+", required=True, metavar="NAME", help="one or more of those below")
-    parser.add_argument("--list", action=ListTasks, nargs=0, help="print the tasks and exit")
-    parser.add_argument("--policy", action="append", metavar="P", help="repeatable (default: full, then fastkv)")
-    add_text_flags(parser)
-    parser.add_argument(
-        "--examples",
-        type=int,
-        metavar="N",
-        help="of each task, length and depth (5); of a LongBench dataset the first N (all)",
-    )
-    parser.add_argument("--max-tokens", type=int, metavar="N", help="of an answer (default: the task's own)")
-    parser.add_argument("--qa-file", type=Path, metavar="FILE", help="questions of task qa")
-    parser.add_argument("--longbench", type=Path, metavar="FOLDER", help="your copy of LongBench")
-    parser.add_argument(
-        "--longbench-tokens", type=int, metavar="N", help="cut its longer prompts to N tokens (what the model reads)"
-    )
-    parser.add_argument(
-        "--chat",
-        action="store_true",
-        help="put prompts into the model's chat template, but for LongBench's few-shot and code datasets",
-    )
-    parser.add_argument("--output", type=Path, metavar="FILE", help="keep every answer there, and go on from it")
-    parser.add_argument("--plots", type=Path, metavar="FOLDER", help="draw PNG pictures there (extra: eval)")
-    machine = parser.add_argument_group("machine")
-    add_machine_flags(machine)
-    machine.add_argument("--quiet", action="store_true", help="nothing but the tables")
+    _add(parser, "task", required=True, help="one or more of those below")
+    parser.add_argument("--list", action="version", version=TASK_LIST, help="print the tasks and exit")
+    _add(parser, "policy", help="repeatable (default: full, then fastkv)")
+    _add(parser, *TEXTS[:-1])
+    _add(parser, "examples", help="of each task, length and depth (5); of a LongBench dataset the first N (all)")
+    _add(parser, "max_tokens", "qa_file", "longbench", "longbench_tokens")
+    chat = "put prompts into the model's chat template, but for LongBench's few-shot and code datasets"
+    _add(parser, "chat", help=chat)
+    _add(parser, "output", "plots")
+    add_machine_flags(parser.add_argument_group("machine"), quiet="nothing but the tables")
     parser.add_argument("--version", action="version", version=f"fastkv-eval {__version__}")
     return parser
+
+
+def _tsp_layers() -> Parser:
+    parser = _parser("fastkv-eval tsp-layers", "Advise a TSP layer and rate for a model, and check it by running it.")
+    what = parser.add_argument_group("prompts: one of these two")
+    what.add_argument("--prompt", action="append", metavar="FILE", help="a text of your own (repeatable)")
+    _add(what, "task", help="generated questions, by the tasks of fastkv-eval")
+    _add(parser.add_argument_group("generated questions"), *TEXTS, "qa_file")
+    _add(parser, "policy", action="store", default="fastkv", help="fastkv:setting=value,… (default fastkv)")
+    rates = [0.05, 0.1, 0.2, 0.3, 0.5]
+    parser.add_argument(
+        "--tsp-rate", type=float, nargs="+", default=rates, metavar="R", help="rates (0.05 0.1 0.2 0.3 0.5)"
+    )
+    _add(parser, "max_tokens", help="of an answer (the task's own); compared of a --prompt (32)")
+    _add(parser, "chat", "plot", "json")
+    add_machine_flags(parser.add_argument_group("machine"), quiet="no progress line")
+    return parser
+
+
+def _head_scores() -> Parser:
+    parser = _parser(
+        "fastkv-eval head-scores", "Find the heads that copy from the prompt, and write their scores for policy headkv."
+    )
+    parser.add_argument("--output", type=Path, required=True, metavar="FILE.json", help="write the scores there")
+    copied = f"what is to be copied: {', '.join(COPYING)} (default niah_single)"
+    _add(parser, "task", default=["niah_single"], help=copied)
+    _add(parser, *TEXTS, "chat")
+    add_machine_flags(parser.add_argument_group("machine"), quiet="no progress line")
+    return parser
+
+
+def _compare() -> Parser:
+    parser = _parser(
+        "fastkv-eval compare",
+        "Compare all policies at equal kept bytes: accuracy, time to first token, tokens/s, bytes.",
+        COMPARE_EPILOG,
+    )
+    parser.add_argument(
+        "--kv-retention", type=float, nargs="+", default=[0.1], metavar="R", help="share of the KV that all keep (0.1)"
+    )
+    _add(parser, "policy", help="repeatable (default: all there are)")
+    parser.add_argument("--head-scores", type=Path, metavar="FILE", help="of headkv, by fastkv-eval head-scores")
+    tasks = parser.add_argument_group("questions")
+    _add(tasks, "task", default=["niah_single"], help="of fastkv-eval --list (niah_single)")
+    _add(tasks, *TEXTS, "max_tokens", "qa_file", "chat")
+    _add(parser.add_argument_group("files"), "output", "plots", "page")
+    add_machine_flags(parser.add_argument_group("machine"), quiet="nothing but the tables")
+    return parser
+
+
+PARSERS: dict[str, Callable[[], Parser]] = {
+    "tasks": build_parser,
+    "tsp-layers": _tsp_layers,
+    "head-scores": _head_scores,
+    "compare": _compare,
+}
+
+
+def _parser(prog: str, description: str, epilog: str | None = None) -> Parser:
+    """A parser with --model; a flag that the command lacks reads as one that was not given."""
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = Parser(prog=prog, description=description, epilog=epilog, formatter_class=formatter)
+    unset = {name for name, flag in FLAGS.items() if "action" not in flag} | {"kv_retention", "tsp_rate"}
+    parser.set_defaults(command=prog.removeprefix("fastkv-eval").strip() or "tasks", **dict.fromkeys(unset))
+    add_model_flag(parser)
+    return parser
+
+
+def _add(group: argparse._ActionsContainer, *names: str, **changes: Any) -> None:
+    """Flags of FLAGS, with what this command has otherwise."""
+    for name in names:
+        group.add_argument(flag_of(name), **{**FLAGS[name], **changes})
+
+
+def check(args: argparse.Namespace) -> None:
+    """FastKVError for flags out of range or at odds with each other, and for what could not be written at the end.
+
+    Adds `args.tasks`, which --task names.
+    """
+    if args.command == "tsp-layers":
+        _check_prompts(args)
+    for name in [] if args.command == "tasks" else args.task or []:
+        check_choice("task", name, COPYING if args.command == "head-scores" else NAMES)
+    args.tasks = build_tasks(args.task or [], args.qa_file, args.longbench)
+    _check_numbers(args)
+    if args.output is not None and args.command != "head-scores":
+        check_output(args.output)
+    if args.plots is not None:
+        check_installed("--plots", "matplotlib", "eval")
+        check_folder(args.plots, "plots")
+    if args.json is not None:
+        check_replaceable(args.json, "json")
+    if args.plot is not None:
+        check_picture(args.plot, "plot", "eval")
+    if args.page is not None and args.output is not None and args.page.resolve() == args.output.resolve():
+        raise FastKVError(f"{args.page}: is the file of --output; name another one", setting="page")
+
+
+def _check_prompts(args: argparse.Namespace) -> None:
+    if (args.prompt is None) == (args.task is None):
+        raise FastKVError("give either --prompt FILE or --task NAME: what to measure on")
+    given = [flag_of(name) for name in (*TEXTS, "qa_file") if getattr(args, name) is not None]
+    if args.prompt and given:
+        raise FastKVError(f"{given[0]} is for --task: leave it out with --prompt")
+
+
+def _check_numbers(args: argparse.Namespace) -> None:
+    for length in args.length or []:
+        check_integer("length", length, 1)
+    for depth in args.depth or []:
+        check_number("depth", depth, 0, 1)
+    for name in ("examples", "max_tokens", "longbench_tokens", "threads"):
+        if getattr(args, name) is not None:
+            check_integer(name, getattr(args, name), 1, 4096 if name == "threads" else None)
+    for name in ("kv_retention", "tsp_rate"):
+        for share in getattr(args, name) or []:
+            if not 0 < share < 1:
+                raise FastKVError(f"{flag_of(name)} {share:g}: must be above 0 and below 1")
+    if args.length and not any(task.has_length for task in args.tasks):
+        message = "LongBench's prompts have lengths of their own; --longbench-tokens cuts them"
+        raise FastKVError(message, setting="length")
+    if args.longbench_tokens is not None and all(task.has_length for task in args.tasks):
+        raise FastKVError("is for --task longbench: add it, or leave it out", setting="longbench_tokens")

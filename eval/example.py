@@ -1,4 +1,6 @@
-"""What an example is, and what a task is: a function that writes one. Knows no model and no policy.
+"""What an example is, and what a task is: a function that writes one, and a rule that scores predictions.
+
+Knows no model and no policy. The rules here are RULER's two string matches (arXiv 2404.06654), and the first word.
 
 A slot says which example is meant; seed and slot together fix its text. So the same command asks the same questions
 again, and every policy of a run is asked the same ones.
@@ -32,8 +34,8 @@ class Slot:
 
 
 @dataclass(frozen=True)
-class Draft:
-    """The text of an example: what is asked, the beginning of the answer, and the answers expected behind it.
+class Example:
+    """The text of an example: what is asked, the beginning of the answer, and the answers expected after it.
 
     `lead` ends where the model's own words begin; under a chat template it is the beginning of the model's turn.
     chat: whether a chat template may be put around the prompt. classes: all that the answer could be, where it is a
@@ -51,7 +53,7 @@ class Draft:
     def text(self) -> str:
         return self.prompt + self.lead
 
-    def behind(self, text: str) -> Draft:
+    def after(self, text: str) -> Example:
         """The same with `text` in front."""
         return replace(self, prompt=text + self.prompt)
 
@@ -60,20 +62,20 @@ class Draft:
 class Draw:
     """All that a task may look at while it writes: the slot, the seed, and the model's tokenizer as two functions.
 
-    count: tokens of a whole draft, BOS and chat template included. encode: ids of a bare text, nothing added; decode:
+    count: tokens of a whole example, BOS and chat template included. encode: ids of a bare text, nothing added; decode:
     the text of such ids. room: the tokens that the model has for a text of its own length.
     """
 
     slot: Slot
     seed: int
-    count: Callable[[Draft], int]
+    count: Callable[[Example], int]
     encode: Callable[[str], list[int]]
     decode: Callable[[list[int]], str]
     room: int = 0
 
     @property
     def limit(self) -> int:
-        """The tokens that the draft may have."""
+        """The tokens that the example may have."""
         return self.room if self.slot.length is None else self.slot.length
 
     def rng(self, *purpose: str | int) -> random.Random:
@@ -85,17 +87,33 @@ class Draw:
 class Task:
     """A family of examples.
 
-    write: the text for a slot, never longer than its limit. rule: how answers are scored (scoring.py). has_depth,
+    write: the text for a slot, never longer than its limit. score: of a prediction, in [0, 1]. has_depth,
     has_length: whether the run's depths and lengths apply to it. source: what the file it reads holds, as a checksum,
     where it reads one. most: how many examples there are, where they are not drawn without end.
     """
 
     name: str
     summary: str
-    rule: str
+    score: Callable[[str, Example], float]
     max_new_tokens: int
-    write: Callable[[Draw], Draft]
+    write: Callable[[Draw], Example]
     has_depth: bool = False
     has_length: bool = True
     source: str | None = None
     most: int | None = None
+
+
+def contains_all(prediction: str, example: Example) -> float:
+    """The share of the answers that the prediction contains, whatever the case."""
+    return sum(answer.lower() in prediction.lower() for answer in example.answers) / len(example.answers)
+
+
+def contains_any(prediction: str, example: Example) -> float:
+    """1 if the prediction contains any of the answers, whatever the case."""
+    return float(any(answer.lower() in prediction.lower() for answer in example.answers))
+
+
+def first_word(prediction: str, example: Example) -> float:
+    """1 if the prediction's first word, without a full stop at its end, is one of the answers."""
+    words = prediction.split(maxsplit=1)
+    return float(bool(words) and words[0].removesuffix(".") in example.answers)

@@ -1,25 +1,23 @@
-"""What a run found, kept in a file from which it can go on.
+"""What a run found, kept in a file from which it can continue.
 
 JSON Lines: the first line is the header, everything that decides the outcome; each further line is the record of one
 example under one policy. A record is appended the moment it is there, so a run that is stopped or killed has lost
-nothing but the example it was at; a last line that was cut off is dropped when the run goes on. One file is one run: it
-is taken up again only by a command whose header is the same.
+nothing but the example it was at; a last line that was cut off is dropped when the run continues. One file is one run:
+it is taken up again only by a command whose header is the same.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
-from fastkv.engine.files import write_atomically
-from fastkv.errors import FastKVError
+from fastkv.console.jsonl import RecordFile, difference
+from fastkv.engine.output import Metrics
 
 FORMAT = "fastkv-eval 1"
 _NOT_COMPARED = ("date",)  # when a run began decides nothing
-LONGEST = 80  # characters that are shown of a value
 
 
 @dataclass(frozen=True)
@@ -52,8 +50,12 @@ class Record:
     cut: bool = False
 
 
+_FIELDS = {field.name for field in fields(Record)}
+MEASURED = sorted(_FIELDS & {field.name for field in fields(Metrics)})  # as the engine measures them
+
+
 class Results:
-    """The records of a run, in memory and, where a path is given, in its file.
+    """The records of a run, in memory and, where a path is given, in its file, which nobody else writes meanwhile.
 
     Raises FastKVError for a file that cannot be written, is no result file, or belongs to another run.
     """
@@ -62,95 +64,54 @@ class Results:
         self.header: dict[str, Any] = json.loads(json.dumps({"format": FORMAT, **header}))
         self.records: list[Record] = []
         self.torn = False  # whether the file ended in the middle of a line
-        self._file: BinaryIO | None = None
-        if path is not None:
-            self._file = self._open(path)
+        self._file = None if path is None else RecordFile(path)
+        if self._file is not None:
+            try:
+                self._continue(self._file)
+            except BaseException:
+                self._file.close()
+                raise
         self.resumed = len(self.records)
 
     def add(self, record: Record) -> None:
         self.records.append(record)
         if self._file is not None:
-            self._file.write(_line(asdict(record)))
-            self._file.flush()
+            self._file.append(asdict(record))
 
     def close(self) -> None:
         if self._file is not None:
             self._file.close()
-            self._file = None
 
-    def _open(self, path: Path) -> BinaryIO:
-        if path.exists() and not path.is_file():  # a device would be replaced by a file
-            raise FastKVError(f"--output {path}: cannot be written, for it is no file; name another one")
-        try:
-            if not path.exists() or path.stat().st_size == 0:
-                write_atomically(path, _line(self.header))
-            whole = self._read(path)
-            file = path.open("r+b")
-            file.truncate(whole)
-            file.seek(whole)
-            return file
-        except OSError as error:
-            raise FastKVError(f"--output {path}: cannot be written ({error.strerror})") from None
-
-    def _read(self, path: Path) -> int:
-        """Take over header and records; the bytes that hold whole lines."""
-        data = path.read_bytes()
-        whole = data.rfind(b"\n") + 1
-        self.torn = whole < len(data)
-        lines = list(_objects(path, data[:whole]))
-        if not lines or lines[0].get("format") != FORMAT:
-            raise FastKVError(f"--output {path}: is no result file of this command; name another file")
-        self._compare(path, lines[0])
-        self.header = lines[0]
-        known = {field.name for field in fields(Record)}
+    def _continue(self, file: RecordFile) -> None:
+        """Take over header and records of a file, or begin a new one."""
+        self.torn = bool(file.tail)
+        begun = json.dumps({"format": FORMAT})[:-1].encode()  # of a header that a run had no time to write
+        if not file.objects and (begun.startswith(file.tail) or file.tail.startswith(begun)):
+            file.drop_tail()
+            file.append(self.header)
+            return
+        if not file.objects or file.objects[0].get("format") != FORMAT:
+            raise file.refused("is no result file of this command")
+        self._compare(file, file.objects[0])
         there: set[tuple[str, str]] = set()
-        for number, line in enumerate(lines[1:], start=2):
-            if set(line) != known:
-                raise FastKVError(f"--output {path}, line {number}: is no record of a run; name another file")
+        for number, line in enumerate(file.objects[1:], start=2):
+            if set(line) != _FIELDS:
+                raise file.foreign(number)
             record = Record(**{**line, "answers": tuple(line["answers"])})
             if (record.id, record.policy) in there:
-                raise FastKVError(
-                    f"--output {path}, line {number}: has the same example and policy as a line before; did two runs "
-                    "write to it at once? Name another file"
-                )
+                raise file.refused("has the same example and policy as a line before", number)
             there.add((record.id, record.policy))
             self.records.append(record)
-        return whole
+        file.drop_tail()
 
-    def _compare(self, path: Path, stored: dict[str, Any]) -> None:
+    def _compare(self, file: RecordFile, stored: dict[str, Any]) -> None:
+        """Refuse another run's file. The header that counts is the one of the file."""
         keys = [key for key in {**stored, **self.header} if key not in _NOT_COMPARED]
         other = [
-            f"{key} {_difference(stored.get(key), self.header.get(key))}"
+            f"{key} {difference(stored.get(key), self.header.get(key))}"
             for key in keys
             if stored.get(key) != self.header.get(key)
         ]
         if other:
-            raise FastKVError(f"--output {path}: is another run's, with {'; '.join(other)}; name another file")
-
-
-def _objects(path: Path, data: bytes) -> Iterator[dict[str, Any]]:
-    for number, line in enumerate(data.splitlines(), start=1):
-        try:
-            value = json.loads(line)
-        except (ValueError, RecursionError):
-            value = None
-        if not isinstance(value, dict):
-            raise FastKVError(f"--output {path}, line {number}: cannot be read; name another file")
-        yield value
-
-
-def _line(value: dict[str, Any]) -> bytes:
-    return json.dumps(value).encode() + b"\n"
-
-
-def _difference(stored: Any, wanted: Any) -> str:
-    """Both values; of long ones the part that begins shortly before they differ."""
-    texts = [json.dumps(value) for value in (stored, wanted)]
-    same = next((at for at, (one, other) in enumerate(zip(*texts, strict=False)) if one != other), 0)
-    start = max(0, same - 20) if max(map(len, texts)) > LONGEST else 0
-    return ", not ".join(_brief(text, start) for text in texts)
-
-
-def _brief(text: str, start: int) -> str:
-    end = start + LONGEST
-    return f"{'…' * (start > 0)}{text[start:end]}{'…' * (len(text) > end)}"
+            raise file.refused(f"is another run's, with {'; '.join(other)}")
+        self.header = stored

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import hashlib
 from array import array
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
 from itertools import product
 
+from fastkv.cache.policy import Policy, drops_tokens
 from fastkv.engine.llm import LLM
+from fastkv.engine.plan import position_limit
 from fastkv.engine.sampler import SamplingParams
 from fastkv.errors import FastKVError
-from fastkv.eval.contenders import Contender
-from fastkv.eval.example import Draft, Draw, Slot, Task
-from fastkv.eval.prompts import Prompts
-from fastkv.eval.results import Record, Results
-from fastkv.eval.room import check_room, longest_prompt
-from fastkv.eval.scoring import score
+from fastkv.eval.example import Draw, Example, Slot, Task
+from fastkv.eval.policy_spec import PolicySpec
+from fastkv.eval.results import MEASURED, Record, Results
+from fastkv.models.config import ModelConfig
 
 Report = Callable[[Record, int, int], None]  # the latest record, records there, records in all
 
@@ -66,96 +66,156 @@ class Plan:
         return task.max_new_tokens if self.max_tokens is None else self.max_tokens
 
 
-class Runner:
-    """Runs a plan on a model. Everything that can be wrong with it is found here, before the first example runs."""
+@dataclass(frozen=True)
+class Question:
+    """An example as every policy is given it: its place in the run, its text and the token ids of that."""
 
-    def __init__(self, llm: LLM, plan: Plan, contenders: list[Contender], prompts: Prompts) -> None:
-        self._llm, self._plan, self._contenders, self._prompts = llm, plan, contenders, prompts
+    slot: Slot
+    example: Example
+    ids: list[int]
+
+    @property
+    def checksum(self) -> str:
+        """The beginning of the SHA-256 of the token ids."""
+        return hashlib.sha256(array("q", self.ids).tobytes()).hexdigest()[:16]
+
+
+class Prompts:
+    """The model's own tokenizer, and its chat template where `chat`. Raises FastKVError where it has none."""
+
+    def __init__(self, llm: LLM, chat: bool = False) -> None:
+        if llm.tokenizer is None:
+            raise FastKVError("the model has no tokenizer, and a task is a text", setting="model")
+        self._llm, self._tokenizer, self._chat = llm, llm.tokenizer, chat
+        self.decode = llm.tokenizer.decode
+        self._added = len(llm.tokenizer.encode(""))  # BOS, and what else the model's files ask for
+
+    def ids(self, example: Example) -> list[int]:
+        """Token ids of the prompt and the beginning of its answer, which a chat template puts into the model's turn."""
+        if self._chat and example.chat:
+            return self._llm.chat([{"role": "user", "content": example.prompt}]) + self.bare(example.lead.lstrip())
+        return self._tokenizer.encode(example.text)
+
+    def count(self, example: Example) -> int:
+        return len(self.ids(example))
+
+    def bare(self, text: str) -> list[int]:
+        """Ids of a text without BOS: as many as the text takes inside a prompt."""
+        return self._tokenizer.encode(text)[self._added :] if text else []
+
+
+class Runner:
+    """Runs a plan on a model. Everything that can be wrong with it is found here, before the first example runs.
+
+    chat: put prompts into the model's chat template. Raises FastKVError where a prompt and its answer do not fit the
+    model under one of the policies, and where the model has no tokenizer.
+    """
+
+    def __init__(self, llm: LLM, plan: Plan, specs: list[PolicySpec], chat: bool = False) -> None:
+        self._llm, self._plan, self._specs = llm, plan, specs
+        self.prompts = Prompts(llm, chat)
         for task in plan.tasks:
             if task.most is not None and plan.count(task) > task.most:
                 raise FastKVError(
                     f"task {task.name} has {task.most} examples in all, not {plan.examples}", setting="examples"
                 )
             lengths = plan.lengths if task.has_length else (self._room(task),)
-            setting = "length" if task.has_length else "longbench_tokens"
-            for length, contender in product(lengths, contenders):
-                check_room(llm.config, contender.policy, length, plan.answer_tokens(task), task.name, setting)
+            for length, spec in product(lengths, specs):
+                self._check_room(task, length, spec.policy)
         for task in plan.tasks:
             for own_or_length in plan.lengths_of(task):
-                self.draft(Slot(task.name, own_or_length, plan.depths[0] if task.has_depth else None, 0))
+                self._example(Slot(task.name, own_or_length, plan.depths[0] if task.has_depth else None, 0))
 
-    def draft(self, slot: Slot) -> Draft:
-        """The text of an example. Raises FastKVError where the slot is too short for its task."""
-        task = self._plan.task(slot.task)
-        prompts, room = self._prompts, 0 if task.has_length else self._room(task)
-        return task.write(Draw(slot, self._plan.seed, prompts.count, prompts.bare, prompts.text, room))
+    def question(self, slot: Slot) -> Question:
+        """Write an example. Raises FastKVError where the slot is too short for its task."""
+        example = self._example(slot)
+        return Question(slot, example, self.prompts.ids(example))
+
+    def answer(self, question: Question, spec: PolicySpec) -> Record:
+        """Put a question to the model under a policy."""
+        slot, example, task = question.slot, question.example, self._plan.task(question.slot.task)
+        params = SamplingParams(max_tokens=self._plan.answer_tokens(task))
+        output = self._llm.generate(question.ids, params, policy=spec.policy)
+        return Record(
+            id=slot.id,
+            policy=spec.label,
+            prompt_sha256=question.checksum,
+            answers=example.answers,
+            prediction=output.text,
+            score=task.score(output.text, example),
+            cut=example.cut,
+            **asdict(slot),
+            **{name: getattr(output.metrics, name) for name in MEASURED},
+        )
 
     def warm_up(self) -> None:
         """An answer that nobody sees: the first one of a process takes longer than it would later on."""
-        slot = self._plan.slots()[0]
-        draft = self.draft(slot)
-        self._answer(slot, draft, self._prompts.ids(draft), self._contenders[0])
+        self.answer(self.question(self._plan.slots()[0]), self._specs[0])
 
     def run(self, results: Results, report: Report = lambda record, done, total: None) -> None:
         """Add the records that `results` lacks, in order. Texts are drawn as they are needed."""
         slots = self._plan.slots()
         there = {(record.id, record.policy) for record in results.records}
         texts = {record.id: record.prompt_sha256 for record in results.records}
-        done, total = len(results.records), len(slots) * len(self._contenders)
+        done, total = len(results.records), len(slots) * len(self._specs)
         for number, slot in enumerate(slots):
-            missing = [one for one in self._in_turn(number) if (slot.id, one.label) not in there]
+            # Each time another one first: the first one to read a new text is a little slower.
+            turn = number % len(self._specs)
+            in_turn = self._specs[turn:] + self._specs[:turn]
+            missing = [spec for spec in in_turn if (slot.id, spec.label) not in there]
             if not missing:
                 continue
-            draft = self.draft(slot)
-            ids = self._prompts.ids(draft)
-            if texts.setdefault(slot.id, checksum(ids)) != checksum(ids):
-                raise FastKVError(f"--output: example {slot.id} was another text when the run began; name another file")
-            for contender in missing:
-                record = self._answer(slot, draft, ids, contender)
+            question = self.question(slot)
+            if texts.setdefault(slot.id, question.checksum) != question.checksum:
+                raise FastKVError(
+                    f"example {slot.id} was another text when the run began; name another file", setting="output"
+                )
+            for spec in missing:
+                record = self.answer(question, spec)
                 results.add(record)
                 done += 1
                 report(record, done, total)
 
-    def _in_turn(self, number: int) -> list[Contender]:
-        """The contenders, each time another one first: whoever comes first at a new text is a little slower."""
-        turn = number % len(self._contenders)
-        return self._contenders[turn:] + self._contenders[:turn]
-
-    def _answer(self, slot: Slot, draft: Draft, ids: list[int], contender: Contender) -> Record:
-        task = self._plan.task(slot.task)
-        params = SamplingParams(max_tokens=self._plan.answer_tokens(task))
-        output = self._llm.generate(ids, params, policy=contender.policy)
-        metrics = output.metrics
-        return Record(
-            id=slot.id,
-            policy=contender.label,
-            task=slot.task,
-            length=slot.length,
-            depth=slot.depth,
-            index=slot.index,
-            prompt_sha256=checksum(ids),
-            prompt_tokens=metrics.prompt_tokens,
-            new_tokens=metrics.new_tokens,
-            answers=draft.answers,
-            prediction=output.text,
-            score=score(task.rule, output.text, draft),
-            ttft_s=metrics.ttft_s,
-            decode_tokens_per_s=metrics.decode_tokens_per_s,
-            kv_bytes=metrics.kv_bytes,
-            kv_full_bytes=metrics.kv_full_bytes,
-            kv_entries=metrics.kv_entries,
-            kv_full_entries=metrics.kv_full_entries,
-            cut=draft.cut,
-        )
+    def _example(self, slot: Slot) -> Example:
+        task, prompts = self._plan.task(slot.task), self.prompts
+        room = 0 if task.has_length else self._room(task)
+        return task.write(Draw(slot, self._plan.seed, prompts.count, prompts.bare, prompts.decode, room))
 
     def _room(self, task: Task) -> int:
-        """The tokens that a prompt of this task may have where its texts have lengths of their own."""
+        """Tokens that a prompt may have whose length is its own: every policy reads all of it."""
         if self._plan.longbench_tokens is not None:
             return self._plan.longbench_tokens
-        policies = [contender.policy for contender in self._contenders]
+        policies = [spec.policy for spec in self._specs]
         return longest_prompt(self._llm.config, policies, self._plan.answer_tokens(task))
 
+    def _check_room(self, task: Task, length: int, policy: Policy) -> None:
+        """FastKVError unless a prompt of `length` tokens and its answer fit under this policy."""
+        setting = "length" if task.has_length else "longbench_tokens"
+        answer = self._plan.answer_tokens(task)
+        try:
+            limit = position_limit(self._llm.config, policy, length)
+        except FastKVError as error:
+            raise FastKVError(str(error), setting=setting) from None
+        if answer >= limit:
+            raise _no_room(answer, limit)
+        if length + answer > limit:
+            raise FastKVError(
+                f"{length} tokens and an answer of {answer} for task {task.name} are more than the {limit} that the "
+                f"model reads under policy {policy.name}; ask for at most {limit - answer}",
+                setting=setting,
+            )
 
-def checksum(ids: list[int]) -> str:
-    """The beginning of the SHA-256 of token ids."""
-    return hashlib.sha256(array("q", ids).tobytes()).hexdigest()[:16]
+
+def longest_prompt(config: ModelConfig, policies: Sequence[Policy], answer: int) -> int:
+    """Tokens of the longest prompt that all of `policies` read, with room for an answer of `answer` tokens."""
+    limit, window = config.context_length, config.sliding_window
+    if window is not None and any(drops_tokens(policy, config.n_layers, limit) for policy in policies):
+        limit = min(limit, window)
+    if answer >= limit:
+        raise _no_room(answer, limit)
+    return limit - answer
+
+
+def _no_room(answer: int, limit: int) -> FastKVError:
+    message = f"an answer of {answer} tokens leaves no room for a prompt in the {limit} that the model reads"
+    return FastKVError(message, setting="max_tokens")

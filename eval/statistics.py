@@ -31,8 +31,7 @@ def mean_estimate(scores: Sequence[float]) -> Estimate:
     mean = fmean(scores)
     if _binary(scores) or len(set(scores)) == 1:
         return Estimate(mean, *wilson(sum(scores), len(scores)))
-    half = _half_width(scores)
-    return Estimate(mean, max(mean - half, 0.0), min(mean + half, 1.0))
+    return _by_student(scores, 0.0)
 
 
 def paired_estimate(scores: Sequence[float], baseline: Sequence[float]) -> Estimate:
@@ -44,8 +43,7 @@ def paired_estimate(scores: Sequence[float], baseline: Sequence[float]) -> Estim
     if len(set(differences)) == 1:
         n = len(differences)
         return Estimate(mean, *tango(n * max(mean, 0.0), n * max(-mean, 0.0), n))
-    half = _half_width(differences)
-    return Estimate(mean, max(mean - half, -1.0), min(mean + half, 1.0))
+    return _by_student(differences, -1.0)
 
 
 def mean_of_means(parts: Sequence[Estimate]) -> Estimate:
@@ -118,8 +116,9 @@ def _falling_root(function: Callable[[float], float], low: float, high: float) -
     return (low + high) / 2
 
 
-def _half_width(values: Sequence[float]) -> float:
-    return student_t(len(values) - 1) * stdev(values) / math.sqrt(len(values))
+def _by_student(values: Sequence[float], lowest: float) -> Estimate:
+    mean, half = fmean(values), student_t(len(values) - 1) * stdev(values) / math.sqrt(len(values))
+    return Estimate(mean, max(mean - half, lowest), min(mean + half, 1.0))
 
 
 def _binary(values: Sequence[float]) -> bool:

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fastkv.console.summary import figures
 from fastkv.engine.llm import LLM
 from fastkv.engine.output import Output
-from fastkv.engine.summary import figures
 from fastkv.errors import FastKVError
 from fastkv.report.echoes import echoes
 from fastkv.report.texts import SPECIAL, token_texts

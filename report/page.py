@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastkv.engine.files import unwritable
+from fastkv.console.files import unwritable
 from fastkv.report.data import Report
 
 SCRIPTS = ("model.js", "text.js", "overview.js", "token.js", "page.js")  # one after another, in one scope

@@ -27,7 +27,6 @@ from fastkv.models.presets import PRESETS
 
 MODULES = (
     "choices",
-    "command",
     "runners",
     "cost",
     "device_ceilings",
@@ -382,7 +381,7 @@ def test_the_plot_of_a_run(run: Callable[..., int], tmp_path: Path) -> None:
         heights.append(height)
         with Image.open(path) as picture:
             pixels = np.asarray(picture.convert("RGB"), dtype=int)
-        for colour in ((0, 0, 0), (0x00, 0x72, 0xB2)):
+        for colour in ((0x1B, 0x1B, 0x1B), (0x00, 0x72, 0xB2)):
             for panel in (pixels[:, :750], pixels[:, 750:]):
                 assert (abs(panel - colour).sum(-1) < 10).sum() > 300
     assert heights == [675, 1245]
@@ -473,7 +472,7 @@ def test_a_missing_package_is_one_line(
     monkeypatch.setitem(sys.modules, package, None)
     assert run("--context", 200, flag) == 2
     error = capsys.readouterr().err
-    assert f"pip install {package} (or the extra fastkv[" in error
+    assert 'pip install "fastkv[' in error
     assert len(error.splitlines()) == 1
 
 

@@ -20,15 +20,16 @@ from tokenizers import Tokenizer, decoders, models
 
 import fastkv
 from fastkv import FastKV
-from fastkv.cli import main, read_prompt
+from fastkv.cli import main
 from fastkv.cli_flags import build_parser
-from fastkv.engine import summary
+from fastkv.console import summary
+from fastkv.console.prompt import read_prompt
 from fastkv.engine.output import Metrics
 from fastkv.engine.step import Caches, EagerStepper
 
-# A model that recites: behind each character comes the next one of this list, behind the last the end of the text.
+# A model that recites: after each character comes the next one of this list, after the last the end of the text.
 ALPHABET = "abcdefghijklmnopqrstuvwxyz é日本\U0001f600\n.ABCDEFGHIJKLMNOPQRSTUVWXYZ!"
-BOS, EOS, FIRST = 0, 1, 2  # ids; the characters come behind
+BOS, EOS, FIRST = 0, 1, 2  # ids; the characters come after
 N_LAYERS, N_KV_HEADS, HEAD_DIM = 4, 2, 4
 SLOT_BYTES = N_LAYERS * N_KV_HEADS * HEAD_DIM * 2 * 4  # K and V of a token, in float32
 CONTEXT = 100_000
@@ -44,7 +45,7 @@ class Result(NamedTuple):
 
 
 def after(character: str) -> str:
-    """What the model recites behind a prompt that ends with `character`."""
+    """What the model recites after a prompt that ends with `character`."""
     return ALPHABET[ALPHABET.index(character) + 1 :]
 
 
@@ -193,19 +194,19 @@ def test_json_is_one_object(run: Run, reciter: Path, quiet: list[str]) -> None:
     result = run("xyz", "--json", *quiet)
     assert len(result.out.splitlines()) == 1
     assert result.out.endswith("\n")
-    said = json.loads(result.out)
-    assert said["text"] == after("z")
-    assert said["token_ids"] == [*range(FIRST + ALPHABET.index("z") + 1, HIDDEN), EOS]
-    assert said["finish_reason"] == "stop"
-    assert said["policy"]["name"] == "fastkv"
-    assert set(said["policy"]) == {"name", *(field.name for field in dataclasses.fields(FastKV))}
-    assert list(said["metrics"]) == [field.name for field in dataclasses.fields(Metrics)]
-    assert said["metrics"]["prompt_tokens"] == 4
-    assert said["metrics"]["new_tokens"] == len(said["token_ids"])
+    printed = json.loads(result.out)
+    assert printed["text"] == after("z")
+    assert printed["token_ids"] == [*range(FIRST + ALPHABET.index("z") + 1, HIDDEN), EOS]
+    assert printed["finish_reason"] == "stop"
+    assert printed["policy"]["name"] == "fastkv"
+    assert set(printed["policy"]) == {"name", *(field.name for field in dataclasses.fields(FastKV))}
+    assert list(printed["metrics"]) == [field.name for field in dataclasses.fields(Metrics)]
+    assert printed["metrics"]["prompt_tokens"] == 4
+    assert printed["metrics"]["new_tokens"] == len(printed["token_ids"])
     entries = N_LAYERS * N_KV_HEADS * 4
     size = 288 * SLOT_BYTES  # for 4 + 256 tokens, rounded up to whole blocks of 32
     expected = {"kv_tokens": 4, "kv_entries": entries, "kv_bytes": size, "tsp_tokens": 4}
-    assert {**said["metrics"], **expected, "kv_full_entries": entries, "kv_full_bytes": size} == said["metrics"]
+    assert {**printed["metrics"], **expected, "kv_full_entries": entries, "kv_full_bytes": size} == printed["metrics"]
     assert bool(result.err) == (not quiet)
 
 
@@ -215,9 +216,9 @@ def test_json_holds_text_as_it_is(run: Run) -> None:
 
 
 def test_json_of_another_policy(run: Run) -> None:
-    said = json.loads(run("x", "--json", "--policy", "full").out)
-    assert said["policy"] == {"name": "full"}
-    assert said["metrics"]["kv_entries"] == said["metrics"]["kv_full_entries"]
+    printed = json.loads(run("x", "--json", "--policy", "full").out)
+    assert printed["policy"] == {"name": "full"}
+    assert printed["metrics"]["kv_entries"] == printed["metrics"]["kv_full_entries"]
 
 
 # --- what the flags do ------------------------------------------------------------------------------------------------
@@ -273,21 +274,21 @@ def test_settings_of_the_policy_arrive(run: Run) -> None:
         "min_tokens": 16,
     }
     argv = [text for name, value in given.items() for text in (f"--{name.replace('_', '-')}", str(value))]
-    said = json.loads(run("abcdefghij" * 50, "--json", "--max-tokens", "1", *argv).out)
-    assert said["policy"] == {"name": "fastkv", **given}
-    assert said["metrics"]["tsp_tokens"] == 300
-    assert said["metrics"]["kv_tokens"] == 200
+    printed = json.loads(run("abcdefghij" * 50, "--json", "--max-tokens", "1", *argv).out)
+    assert printed["policy"] == {"name": "fastkv", **given}
+    assert printed["metrics"]["tsp_tokens"] == 300
+    assert printed["metrics"]["kv_tokens"] == 200
 
 
 def test_the_default_tsp_layer_is_told(run: Run) -> None:
     assert json.loads(run("x", "--json", "--max-tokens", "1").out)["policy"]["tsp_layer"] == 1
 
 
-@pytest.mark.parametrize(("dtype", "said"), [("auto", "float32"), ("bfloat16", "bfloat16"), ("float16", "float16")])
-def test_dtype_and_device(run: Run, dtype: str, said: str) -> None:
+@pytest.mark.parametrize(("dtype", "printed"), [("auto", "float32"), ("bfloat16", "bfloat16"), ("float16", "float16")])
+def test_dtype_and_device(run: Run, dtype: str, printed: str) -> None:
     result = run("x", "--dtype", dtype, "--device", "cpu", "--max-tokens", "4")
     assert result.out == "yz é"
-    assert f"on cpu in {said}" in result.err
+    assert f"on cpu in {printed}" in result.err
 
 
 def test_threads(run: Run) -> None:
@@ -300,9 +301,9 @@ def test_threads(run: Run) -> None:
 
 def test_chat_and_system(run: Run) -> None:
     """The template of this model writes a BOS and the messages; the BOS is there once."""
-    said = json.loads(run("xyz", "--chat", "--system", "abc", "--json").out)
-    assert said["text"] == after("z")
-    assert said["metrics"]["prompt_tokens"] == 1 + 3 + 3
+    printed = json.loads(run("xyz", "--chat", "--system", "abc", "--json").out)
+    assert printed["text"] == after("z")
+    assert printed["metrics"]["prompt_tokens"] == 1 + 3 + 3
     assert json.loads(run("xyz", "--chat", "--json").out)["metrics"]["prompt_tokens"] == 1 + 3
 
 
@@ -463,10 +464,10 @@ def test_ctrl_c_while_generating(run: Run, monkeypatch: pytest.MonkeyPatch, argv
     if not argv:
         assert result.out == "bcdefghijk"
     else:
-        said = json.loads(result.out)
-        assert said["text"] == "bcdefghijk"
-        assert len(said["token_ids"]) == said["metrics"]["new_tokens"] == 10
-        assert said["finish_reason"] == "interrupted"
+        printed = json.loads(result.out)
+        assert printed["text"] == "bcdefghijk"
+        assert len(printed["token_ids"]) == printed["metrics"]["new_tokens"] == 10
+        assert printed["finish_reason"] == "interrupted"
 
 
 def test_ctrl_c_before_the_first_token(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,8 +1,7 @@
-"""The command fastkv-eval: a run of the bundled model, going on after Ctrl-C, and one line for every mistake."""
+"""The command fastkv-eval: a run of the bundled model, continued after Ctrl-C, and one line for every mistake."""
 
 from __future__ import annotations
 
-import builtins
 import json
 import subprocess
 import sys
@@ -14,8 +13,8 @@ import pytest
 from places import ROOT
 
 from fastkv import LLM
+from fastkv.console.machine import fingerprint
 from fastkv.eval.cli import main
-from fastkv.eval.header import fingerprint
 from fastkv.eval.tasks import NAMES
 
 MODEL = str(ROOT / "examples" / "archive" / "model")
@@ -61,7 +60,7 @@ def test_the_bundled_model_finds_its_codes(capfd: pytest.CaptureFixture[str], tm
 def test_ctrl_c_keeps_everything(
     capfd: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Exit status 130, the table so far, and a word on how to go on; then the rest, each question once."""
+    """Exit status 130, the table so far, and a word on how to continue; then the rest, each question once."""
     path = str(tmp_path / "run.jsonl")
     arguments = [*SMALL[:-1], "--output", path]  # not quiet
     generate, calls = LLM.generate, []
@@ -76,10 +75,10 @@ def test_ctrl_c_keeps_everything(
     assert main(arguments) == 130
     out, err = capfd.readouterr()
     assert "| archive | 512 | 1 |" in out
-    assert f"interrupted with 5 answers to go: the same command goes on from {path}\n" in err
+    assert f"interrupted with 5 answers to go: the same command continues in {path}\n" in err
     assert main(arguments) == 0
     out, err = capfd.readouterr()
-    assert err == f"{path}: going on behind 3 records\n"
+    assert err == f"{path}: continues after 3 records\n"
     assert "| archive | 512 | 4 |" in out
     assert len(calls) == 5 + 1 + 5  # another warm-up
 
@@ -101,7 +100,7 @@ def longbench(tmp_path: Path) -> Path:
 
 
 def test_longbench(capfd: pytest.CaptureFixture[str], longbench: Path, tmp_path: Path) -> None:
-    """Each dataset's whole file; what was cut is said; the average is that of the datasets, as LongBench has it."""
+    """Each dataset's whole file; what was cut is told; the average is that of the datasets, as LongBench has it."""
     path = tmp_path / "run.jsonl"
     arguments = ["--model", MODEL, "--task", "longbench", "--longbench", str(longbench), "--longbench-tokens", "300"]
     assert main([*arguments, "--dtype", "float32", "--policy", "full", "--output", str(path)]) == 0
@@ -206,8 +205,8 @@ def complaint(capfd: pytest.CaptureFixture[str]) -> Complaint:
             "--model {model} --task longbench --longbench {longbench} --max-tokens 9000",
             "--max-tokens: an answer of 90",
         ),
-        ("--model {model} --task archive --output missing/run.jsonl", "--output missing/run.jsonl"),
-        ("--model {model} --task archive --length 200 --output {model}", "--output {model}: cannot be written"),
+        ("--model {model} --task archive --output missing/run.jsonl", "--output: missing/run.jsonl: cannot be written"),
+        ("--model {model} --task archive --length 200 --output {model}", "--output: {model}: cannot be written"),
         ("--model {model} --task archive --unknown", "--unknown"),
     ],
 )
@@ -226,15 +225,8 @@ def test_another_run_s_file(complaint: Complaint, tmp_path: Path, capfd: pytest.
 
 
 def test_plots_without_matplotlib(complaint: Complaint, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Said before the run, not behind it."""
-    imported = builtins.__import__
-
-    def missing(name: str, *args: Any, **kwargs: Any) -> Any:
-        if name.startswith("matplotlib"):
-            raise ImportError(name)
-        return imported(name, *args, **kwargs)
-
-    monkeypatch.setattr(builtins, "__import__", missing)
+    """Told before the run, not after it."""
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
     complaint(*SMALL, "--plots", str(tmp_path), says='--plots needs matplotlib: pip install "fastkv[eval]"')
 
 
@@ -243,6 +235,8 @@ def test_help_and_mistakes_import_no_torch() -> None:
     code = (
         "import sys; from fastkv.eval.cli import main\n"
         "try: main(['--help'])\nexcept SystemExit: pass\n"
+        "from fastkv.eval.cli_flags import PARSERS\n"
+        "assert len([build() for build in PARSERS.values()]) == 4\n"
         "assert main(['--model', 'x', '--task', 'nope']) == 2\n"
         "assert not {'torch', 'matplotlib', 'transformers'} & set(sys.modules)"
     )

@@ -14,13 +14,11 @@ from typing import Any
 import pytest
 
 from fastkv import LLM, FastKVError
-from fastkv.eval import longbench_metrics as metrics
-from fastkv.eval.contenders import parse_contenders
-from fastkv.eval.example import Draft, Draw, Slot, Task
+from fastkv.eval import longbench as metrics
+from fastkv.eval.example import Draw, Example, Slot, Task
 from fastkv.eval.longbench import METRICS, longbench_score
-from fastkv.eval.prompts import Prompts
-from fastkv.eval.room import longest_prompt
-from fastkv.eval.runner import Plan, Runner
+from fastkv.eval.policy_spec import parse_policies
+from fastkv.eval.runner import Plan, Prompts, Runner, longest_prompt
 from fastkv.eval.tasks import build_tasks
 from fastkv.eval.tasks.longbench import fill
 
@@ -149,7 +147,7 @@ def test_chinese() -> None:
     ],
 )
 def test_datasets(dataset: str, prediction: str, answers: tuple[str, ...], score: float) -> None:
-    assert longbench_score(dataset, prediction, answers, ("City", "Color")) == pytest.approx(score)
+    assert longbench_score(dataset, prediction, Example("", answers, classes=("City", "Color"))) == pytest.approx(score)
 
 
 def test_all_21_datasets_have_a_metric() -> None:
@@ -177,9 +175,9 @@ def test_a_missing_package(folder: Path, monkeypatch: pytest.MonkeyPatch, datase
     assert str(raised.value).startswith(says)
 
 
-def write(task: Task, prompts: Prompts, room: int, index: int = 0) -> Draft:
+def write(task: Task, prompts: Prompts, room: int, index: int = 0) -> Example:
     slot = Slot(task.name, None, None, index)
-    return task.write(Draw(slot, 0, prompts.count, prompts.bare, prompts.text, room))
+    return task.write(Draw(slot, 0, prompts.count, prompts.bare, prompts.decode, room))
 
 
 def test_the_files_make_the_tasks(folder: Path, archive_llm: LLM) -> None:
@@ -189,15 +187,15 @@ def test_the_files_make_the_tasks(folder: Path, archive_llm: LLM) -> None:
     assert [task.name for task in tasks] == names
     assert [task.max_new_tokens for task in tasks[:4]] == [6, 5, 4, 7]
     assert [task.most for task in tasks[:4]] == [2, 2, 1, 1]
-    draft = write(tasks[0], Prompts(archive_llm), 100)
-    assert (draft.prompt, draft.answers, draft.cut) == ("Read this.\nAda did.\nNow answer: Who?", ("Ada",), False)
+    example = write(tasks[0], Prompts(archive_llm), 100)
+    assert (example.prompt, example.answers, example.cut) == ("Read this.\nAda did.\nNow answer: Who?", ("Ada",), False)
     assert write(tasks[1], Prompts(archive_llm), 100).classes == ("City", "Color")
     assert tasks[0].source != build_tasks(["longbench:trec"], longbench=folder)[0].source
 
 
 @pytest.mark.parametrize("changed", [("prompt", {"qasper": "{context} {input}"}), ("maxlen", {"qasper": 7})])
 def test_the_settings_are_part_of_the_checksum(folder: Path, changed: tuple[str, dict[str, Any]]) -> None:
-    """A run must not go on with other prompts or shorter answers than it began with."""
+    """A run must not continue with other prompts or shorter answers than it began with."""
     (before,) = build_tasks(["longbench:qasper"], longbench=folder)
     (folder / "config" / f"dataset2{changed[0]}.json").write_text(json.dumps(changed[1]))
     assert build_tasks(["longbench:qasper"], longbench=folder)[0].source != before.source
@@ -210,16 +208,16 @@ def test_a_long_prompt_loses_its_middle(folder: Path, chat_folder: Path, room: i
     prompts = Prompts(LLM(chat_folder, dtype="float32", device="cpu"), chat)
     (task,) = build_tasks(["longbench:qasper"], longbench=folder)
     whole = write(task, prompts, 10**6, index=1)
-    draft = write(task, prompts, room, index=1)
-    assert (whole.cut, draft.cut) == (False, True)
-    assert room - 8 <= prompts.count(draft) <= room
-    start = next(i for i, (a, b) in enumerate(zip(draft.prompt, whole.prompt, strict=False)) if a != b)
-    head, tail = draft.prompt[:start], draft.prompt[start:]
+    example = write(task, prompts, room, index=1)
+    assert (whole.cut, example.cut) == (False, True)
+    assert room - 8 <= prompts.count(example) <= room
+    start = next(i for i, (a, b) in enumerate(zip(example.prompt, whole.prompt, strict=False)) if a != b)
+    head, tail = example.prompt[:start], example.prompt[start:]
     assert whole.prompt.startswith(head)
     assert whole.prompt.endswith(tail)
     assert len(prompts.bare(head)) == pytest.approx(len(prompts.bare(tail)), abs=4)
-    assert draft.prompt.endswith("Now answer: Who?")
-    assert (draft.answers, draft.classes) == (whole.answers, whole.classes)
+    assert example.prompt.endswith("Now answer: Who?")
+    assert (example.answers, example.classes) == (whole.answers, whole.classes)
 
 
 def test_halves_that_come_out_longer_than_their_tokens(folder: Path) -> None:
@@ -228,7 +226,7 @@ def test_halves_that_come_out_longer_than_their_tokens(folder: Path) -> None:
     draw = Draw(
         Slot(task.name, None, None, 1),
         0,
-        count=lambda draft: len(draft.text) + (5 if draft.cut else 0),
+        count=lambda example: len(example.text) + (5 if example.cut else 0),
         encode=lambda text: list(map(ord, text)),
         decode=lambda ids: "".join(map(chr, ids)),
         room=100,
@@ -248,8 +246,8 @@ def test_few_shot_and_code_prompts_get_no_chat_template(folder: Path, chat_folde
     llm = LLM(chat_folder, dtype="float32", device="cpu")
     prompts = Prompts(llm, chat=True)
     for task in build_tasks(["longbench"], longbench=folder):
-        said = prompts.text(prompts.ids(write(task, prompts, 1000)))
-        assert said.endswith("Bot:") == (task.name in ("longbench:qasper", "longbench:passage_retrieval_en"))
+        text = prompts.decode(prompts.ids(write(task, prompts, 1000)))
+        assert text.endswith("Bot:") == (task.name in ("longbench:qasper", "longbench:passage_retrieval_en"))
 
 
 def test_templates() -> None:
@@ -314,7 +312,7 @@ def test_which_examples_a_run_has(folder: Path) -> None:
 def test_the_room_is_what_every_policy_reads(archive_llm: LLM) -> None:
     """Under a sliding window a policy that drops tokens reads the window alone, and all policies get the same text."""
     config = replace(archive_llm.config, sliding_windows=(512,) * archive_llm.config.n_layers)
-    full, fastkv = (one.policy for one in parse_contenders(["full", "fastkv"]))
+    full, fastkv = (one.policy for one in parse_policies(["full", "fastkv"]))
     assert longest_prompt(config, [full], 12) == config.context_length - 12
     assert longest_prompt(config, [full, fastkv], 12) == 500
     assert longest_prompt(archive_llm.config, [full, fastkv], 12) == config.context_length - 12
@@ -326,5 +324,5 @@ def test_a_length_that_does_not_fit(folder: Path, archive_llm: LLM) -> None:
     tasks = tuple(build_tasks(["longbench:qasper"], longbench=folder))
     plan = Plan(tasks, (), (), examples=1, longbench_tokens=8190)
     with pytest.raises(FastKVError, match="8190 tokens and an answer of 6") as raised:
-        Runner(archive_llm, plan, parse_contenders(["full"]), Prompts(archive_llm))
+        Runner(archive_llm, plan, parse_policies(["full"]))
     assert raised.value.setting == "longbench_tokens"

@@ -1,18 +1,13 @@
-"""Tables, pictures and the progress line, from records made up here."""
+"""Tables and pictures, from records made up here."""
 
 from __future__ import annotations
 
-import io
 import itertools
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from fastkv.eval import plots
-from fastkv.eval import progress as progress_module
-from fastkv.eval.plots import draw_plots
-from fastkv.eval.progress import ProgressLine, clock
 from fastkv.eval.results import Record
 from fastkv.eval.statistics import tango, wilson
 from fastkv.eval.table import answered_by_all, render
@@ -78,7 +73,7 @@ def test_several_tasks_have_a_row_of_their_own_and_one_for_all() -> None:
 
 
 def test_longbench_counts_each_dataset_the_same() -> None:
-    """Its own row is the mean of its datasets, and stays so among other tasks; what was cut is said."""
+    """Its own row is the mean of its datasets, and stays so among other tasks; what was cut is told."""
     own = [
         replace(BLANK, id=f"{task}/{i}", task=f"longbench:{task}", length=None, depth=None, score=score, cut=i == 0)
         for task, scores in (("qasper", [0.0, 1.0]), ("lcc", [1.0] * 6))
@@ -121,6 +116,8 @@ def test_no_decoding_speed_where_answers_have_one_token() -> None:
 def test_pictures(tmp_path: Path, n_labels: int) -> None:
     """A heat map for each task with depths, and accuracy: PNG files that are not blank, whatever is asked for."""
     image = pytest.importorskip("matplotlib.image")
+    from fastkv.eval.plots import draw_plots
+
     labels = ["full", *(f"fastkv:kv_retention=0.0{i},tsp_rate=1,min_tokens=8" for i in range(1, n_labels))]
     records = made_up(labels, lengths=(512, 1024, 2048), depths=(0.0, 0.5, 1.0))
     records += [replace(one, id="vt" + one.id, task="vt", depth=None, decode_tokens_per_s=None) for one in records]
@@ -136,11 +133,13 @@ def test_pictures(tmp_path: Path, n_labels: int) -> None:
 def test_a_heat_map_shows_one_task_by_depth_and_length() -> None:
     """Depth downwards, length to the right, and nothing of another task or policy."""
     pytest.importorskip("matplotlib")
+    from fastkv.eval.plots import heat_maps
+
     records = made_up(["full", "fastkv"], n=1)
     records = [replace(one, score=(one.depth or 0) / 2 + one.length / 2048) for one in records]
     records += [replace(one, id="niah" + one.id, task="niah_single", score=0.0) for one in records]
     names = {"full": "full", "fastkv": "fastkv"}
-    figure = plots.heat_maps(answered_by_all(records, list(names)), names, "archive")
+    figure = heat_maps(answered_by_all(records, list(names)), names, "archive")
     for axes in figure.axes[:2]:
         assert axes.images[0].get_array().tolist() == [[25.0, 50.0], [75.0, 100.0]]
         assert [label.get_text() for label in axes.get_xticklabels()] == ["512", "1,024"]
@@ -149,36 +148,6 @@ def test_a_heat_map_shows_one_task_by_depth_and_length() -> None:
 
 def test_no_pictures_of_nothing(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
+    from fastkv.eval.plots import draw_plots
+
     assert draw_plots([], ["full"], tmp_path) == []
-
-
-class Terminal(io.StringIO):
-    def isatty(self) -> bool:
-        return True
-
-
-def test_the_progress_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Remaining time from the records of this run alone, not from those that were there before it."""
-    now = [0.0]
-    monkeypatch.setattr(progress_module.time, "monotonic", lambda: now[0])
-    stream = Terminal()
-    line = ProgressLine(stream, done_before=40)
-    for done in (41, 42):
-        now[0] += 2.0
-        line.show(replace(BLANK, score=float(done == 41)), done, 52)
-    assert stream.getvalue().split("\r")[-1].startswith("42 of 52, 20 s left   full 50.0 %")
-    line.clear()
-    assert stream.getvalue().endswith("\r\x1b[K")
-
-
-def test_no_progress_line_without_a_terminal() -> None:
-    for stream in (io.StringIO(), None):
-        line = ProgressLine(stream)
-        line.show(BLANK, 1, 2)
-        line.clear()
-        assert stream is None or stream.getvalue() == ""
-
-
-@pytest.mark.parametrize(("seconds", "text"), [(0.4, "0 s"), (59.4, "59 s"), (187, "3:07 min"), (7500, "2:05 h")])
-def test_clock(seconds: float, text: str) -> None:
-    assert clock(seconds) == text

@@ -1,4 +1,4 @@
-"""The run of fastkv-eval: the same texts for every policy, in turn; stopped anywhere, it goes on; one file, one run."""
+"""The run of fastkv-eval: the same texts for every policy, in turn; stopped anywhere, it continues; a file is a run."""
 
 from __future__ import annotations
 
@@ -13,16 +13,20 @@ import pytest
 
 from fastkv import LLM, FastKVError, Metrics, Output, RunInfo, SamplingParams
 from fastkv.cache.policy import Policy
-from fastkv.eval.contenders import parse_contenders
-from fastkv.eval.prompts import Prompts
+from fastkv.eval.example import Example, Slot
+from fastkv.eval.policy_spec import parse_policies
 from fastkv.eval.results import Results
-from fastkv.eval.runner import Plan, Runner, checksum
+from fastkv.eval.runner import Plan, Question, Runner
 from fastkv.eval.tasks import GENERATED
 
 LABELS = ["full", "fastkv:kv_retention=0.05,tsp_rate=1"]
 PLAN = Plan((GENERATED["archive"], GENERATED["niah_multikey"]), (260, 400), (0.0, 1.0), examples=2)
 N_EXAMPLES = 2 * (2 * 2 + 2)  # indices x (lengths x depths of archive + lengths of niah_multikey)
 HEADER = {"seed": 0, "policies": LABELS, "lengths": (260, 400)}
+
+
+def checksum(ids: list[int]) -> str:
+    return Question(Slot("", None, None, 0), Example("", ()), ids).checksum
 
 
 class Scripted:
@@ -50,7 +54,7 @@ def scripted(archive_llm: LLM, monkeypatch: pytest.MonkeyPatch) -> Scripted:
 
 @pytest.fixture
 def runner(archive_llm: LLM) -> Runner:
-    return Runner(archive_llm, PLAN, parse_contenders(LABELS, archive_llm.config.n_layers), Prompts(archive_llm))
+    return Runner(archive_llm, PLAN, parse_policies(LABELS, archive_llm.config.n_layers))
 
 
 def test_every_policy_reads_the_same_ids_in_turn(runner: Runner, scripted: Scripted) -> None:
@@ -76,12 +80,12 @@ def test_every_policy_reads_the_same_ids_in_turn(runner: Runner, scripted: Scrip
 
 def test_scores_are_of_the_record_s_own_prediction(runner: Runner, archive_llm: LLM, monkeypatch: Any) -> None:
     """A model that says every right answer gets 1, and one that says none 0."""
-    answers = {checksum(Prompts(archive_llm).ids(draft)): draft for draft in map(runner.draft, PLAN.slots())}
+    answers = {question.checksum: question.example for question in map(runner.question, PLAN.slots())}
     script = Scripted()
 
     def generate(ids: list[int], params: SamplingParams, policy: Policy) -> Output:
-        said = " ".join(answers[checksum(ids)].answers) if policy.name == "full" else "no idea"
-        return replace(script.generate(ids, params, policy), text=f" {said}.\n")
+        prediction = " ".join(answers[checksum(ids)].answers) if policy.name == "full" else "no idea"
+        return replace(script.generate(ids, params, policy), text=f" {prediction}.\n")
 
     monkeypatch.setattr(archive_llm, "generate", generate)
     results = Results(HEADER)
@@ -90,7 +94,7 @@ def test_scores_are_of_the_record_s_own_prediction(runner: Runner, archive_llm: 
 
 
 def stopped(runner: Runner, scripted: Scripted, path: Path, after: int) -> Results:
-    """A run that was interrupted behind so many answers; the next one will not be."""
+    """A run that was interrupted after so many answers; the next one will not be."""
     scripted.stop_after = after
     results = Results(HEADER, path)
     with pytest.raises(KeyboardInterrupt):
@@ -101,7 +105,7 @@ def stopped(runner: Runner, scripted: Scripted, path: Path, after: int) -> Resul
 
 
 @pytest.mark.parametrize("stop_after", [0, 1, 7, 2 * N_EXAMPLES - 1])
-def test_a_stopped_run_goes_on(runner: Runner, scripted: Scripted, tmp_path: Path, stop_after: int) -> None:
+def test_a_stopped_run_continues(runner: Runner, scripted: Scripted, tmp_path: Path, stop_after: int) -> None:
     """Nothing is asked twice, nothing is left out, and the order is that of an unbroken run."""
     path = tmp_path / "run.jsonl"
     results = stopped(runner, scripted, path, stop_after)
@@ -173,15 +177,16 @@ def test_a_file_that_is_no_result_file(tmp_path: Path, content: bytes) -> None:
     """It is named, and stays as it is."""
     path = tmp_path / "notes.txt"
     path.write_bytes(content)
-    with pytest.raises(FastKVError, match=r"--output .*notes\.txt"):
+    with pytest.raises(FastKVError, match=r"notes\.txt.*name another file") as refused:
         Results({}, path)
+    assert refused.value.setting == "output"
     assert path.read_bytes() == content
 
 
 def test_what_is_no_file_stays_what_it_is(tmp_path: Path) -> None:
     """`--output /dev/null`, run by root, once made a file of the device."""
     os.mkfifo(tmp_path / "pipe")
-    with pytest.raises(FastKVError, match=r"--output .*pipe: cannot be written, for it is no file"):
+    with pytest.raises(FastKVError, match="pipe: cannot be written, for it is no ordinary file"):
         Results(HEADER, tmp_path / "pipe")
     assert (tmp_path / "pipe").is_fifo()
 
@@ -236,7 +241,7 @@ def test_a_plan_that_cannot_run(
 
 @pytest.fixture
 def build(archive_llm: LLM) -> Callable[[Plan], Runner]:
-    return lambda plan: Runner(archive_llm, plan, parse_contenders(LABELS), Prompts(archive_llm))
+    return lambda plan: Runner(archive_llm, plan, parse_policies(LABELS))
 
 
 @pytest.mark.parametrize(
@@ -256,11 +261,11 @@ def build(archive_llm: LLM) -> Callable[[Plan], Runner]:
 )
 def test_policies_that_are_none(texts: list[str], says: str) -> None:
     with pytest.raises(FastKVError, match=says):
-        parse_contenders(texts, n_layers=8)
+        parse_policies(texts, n_layers=8)
 
 
 def test_policies() -> None:
-    full, fastkv = parse_contenders(["full", "fastkv:kv-retention=0.05, tsp_len=64,pooling=avg"])
+    full, fastkv = parse_policies(["full", "fastkv:kv-retention=0.05, tsp_len=64,pooling=avg"])
     assert (full.label, full.policy.name) == ("full", "full")
     settings = fastkv.policy.settings(8)
     assert (settings["kv_retention"], settings["tsp_len"], settings["pooling"]) == (0.05, 64, "avg")

@@ -3,32 +3,33 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 
 import pytest
 
-from fastkv.eval.scoring import RULES
+from fastkv.eval.example import Example, contains_all, contains_any, first_word
 from fastkv.eval.statistics import Estimate, mean_estimate, mean_of_means, paired_estimate, student_t, tango, wilson
 
 
 @pytest.mark.parametrize(
     ("rule", "prediction", "answers", "score"),
     [
-        ("all", " 1234567, and 7654321.", ("1234567", "7654321"), 1.0),
-        ("all", " 1234567.", ("1234567", "7654321"), 0.5),
-        ("all", "the AMBER heron", ("Amber Heron",), 1.0),
-        ("all", "", ("x",), 0.0),
-        ("part", "it was ada lovelace", ("Babbage", "Lovelace"), 1.0),
-        ("part", "it was Turing", ("Babbage", "Lovelace"), 0.0),
-        ("first_word", " 1395.\n", ("1395",), 1.0),
-        ("first_word", " 1395", ("1395",), 1.0),
-        ("first_word", " 13950.", ("1395",), 0.0),
-        ("first_word", " The 1395.", ("1395",), 0.0),
-        ("first_word", "", ("1395",), 0.0),
-        ("first_word", " \n ", ("",), 0.0),
+        (contains_all, " 1234567, and 7654321.", ("1234567", "7654321"), 1.0),
+        (contains_all, " 1234567.", ("1234567", "7654321"), 0.5),
+        (contains_all, "the AMBER heron", ("Amber Heron",), 1.0),
+        (contains_all, "", ("x",), 0.0),
+        (contains_any, "it was ada lovelace", ("Babbage", "Lovelace"), 1.0),
+        (contains_any, "it was Turing", ("Babbage", "Lovelace"), 0.0),
+        (first_word, " 1395.\n", ("1395",), 1.0),
+        (first_word, " 1395", ("1395",), 1.0),
+        (first_word, " 13950.", ("1395",), 0.0),
+        (first_word, " The 1395.", ("1395",), 0.0),
+        (first_word, "", ("1395",), 0.0),
+        (first_word, " \n ", ("",), 0.0),
     ],
 )
-def test_rules(rule: str, prediction: str, answers: tuple[str, ...], score: float) -> None:
-    assert RULES[rule](prediction, answers) == score
+def test_rules(rule: Callable[[str, Example], float], prediction: str, answers: tuple[str, ...], score: float) -> None:
+    assert rule(prediction, Example("", answers)) == score
 
 
 @pytest.mark.parametrize(

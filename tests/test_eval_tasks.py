@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 
 from fastkv import LLM, FastKVError
-from fastkv.eval.example import Draft, Draw, Slot, Task
+from fastkv.eval.example import Draw, Example, Slot, Task
 from fastkv.eval.fitting import fit
-from fastkv.eval.prompts import Prompts
+from fastkv.eval.runner import Prompts
 from fastkv.eval.tasks import GENERATED, NAMES, build_tasks
 from fastkv.eval.tasks.archive_text import question, record
 from fastkv.eval.tasks.haystack import different, hide
@@ -49,8 +49,8 @@ def qa_file(tmp_path: Path) -> Path:
 
 def write(
     prompts: Prompts, task: Task, length: int, depth: float | None = None, index: int = 0, seed: int = 0
-) -> Draft:
-    return task.write(Draw(Slot(task.name, length, depth, index), seed, prompts.count, prompts.bare, prompts.text))
+) -> Example:
+    return task.write(Draw(Slot(task.name, length, depth, index), seed, prompts.count, prompts.bare, prompts.decode))
 
 
 def depths_of(task: Task) -> list[float | None]:
@@ -89,9 +89,9 @@ def test_too_short_a_length(prompts: Prompts, name: str) -> None:
 def test_needles_lie_at_their_depth(prompts: Prompts, name: str, depth: float) -> None:
     """Counted in tokens: the text in front of the needle is that share of all text around it."""
     for index in range(3):
-        draft = write(prompts, GENERATED[name], 2000, depth, index)
-        (answer,) = draft.answers
-        text = draft.text.rsplit("\n\n", 1)[0].split("\n\n")[-1] if name != "archive" else draft.text.split("\n")[0]
+        example = write(prompts, GENERATED[name], 2000, depth, index)
+        (answer,) = example.answers
+        text = example.text.rsplit("\n\n", 1)[0].split("\n\n")[-1] if name != "archive" else example.text.split("\n")[0]
         (told,) = re.findall(rf"The [^.]*? is {answer}\.", text)
         before, after = (len(prompts.bare(part)) for part in text.split(told))
         assert before / (before + after) == pytest.approx(depth, abs=0.02)
@@ -109,45 +109,45 @@ def test_needles_lie_at_their_depth(prompts: Prompts, name: str, depth: float) -
 def test_needles(prompts: Prompts, name: str, n_needles: int, n_answers: int) -> None:
     """Each answer stands once in the text, in a needle of a key that is asked; no other needle has its number."""
     for index in range(5):
-        draft = write(prompts, GENERATED[name], 1200, 0.5 if name == "niah_single" else None, index)
-        hay, asked = draft.text.rsplit("Question:", 1)
+        example = write(prompts, GENERATED[name], 1200, 0.5 if name == "niah_single" else None, index)
+        hay, asked = example.text.rsplit("Question:", 1)
         found = re.findall(r"The secret number of the ([a-z]+-[a-z]+) is (\d{7})\.", hay)
         assert len(found) == n_needles
         assert len({number for _, number in found}) == n_needles
-        assert len(draft.answers) == n_answers
+        assert len(example.answers) == n_answers
         assert all(needle(key, number) in hay for key, number in found)
         of_asked = {number for key, number in found if f"the {key}" in asked}
-        assert of_asked == set(draft.answers)
+        assert of_asked == set(example.answers)
         assert not any(number in asked for _, number in found)
 
 
 def test_variable_tracking(prompts: Prompts) -> None:
     """The chains, read back from the text in its order, give the asked variables that value and the others another."""
     for index in range(5):
-        draft = write(prompts, GENERATED["vt"], 1500, index=index)
-        example, asked_of = draft.prompt.rsplit("The text below", 1)
+        example = write(prompts, GENERATED["vt"], 1500, index=index)
+        worked, asked_of = example.prompt.rsplit("The text below", 1)
         hay, asked = asked_of.rsplit("Question:", 1)
         values: dict[str, str] = {}
         for name, source in re.findall(r"Variable ([A-Z]{5}) is set to (?:variable )?(\w+)\.", hay):
             values[name] = values.get(source, source)
         value = re.search(r"\d+", asked)
         assert value is not None
-        assert {name for name, held in values.items() if held == value[0]} == set(draft.answers)
-        assert len(values) == len(draft.answers) == 5
-        assert not any(name in draft.lead or name in example for name in values)
+        assert {name for name, held in values.items() if held == value[0]} == set(example.answers)
+        assert len(values) == len(example.answers) == 5
+        assert not any(name in example.lead or name in worked for name in values)
 
 
 @pytest.mark.parametrize(("name", "length"), [("vt", 1500), ("cwe", 3000), ("cwe", 9000)])
 def test_a_worked_example_stands_in_front(prompts: Prompts, name: str, length: int) -> None:
     """Of the same kind, with its right answer, in other words; short prompts have none."""
-    draft = write(prompts, GENERATED[name], length)
-    asked = draft.lead.split("\n")[1].split(" value ")[0]
-    example, rest = draft.prompt.split("\n\n" + draft.prompt.split("\n")[0])  # the intro, when it comes again
-    text, said = example.split("\nAnswer:")
-    found = said.split(":")[1].split()
+    example = write(prompts, GENERATED[name], length)
+    asked = example.lead.split("\n")[1].split(" value ")[0]
+    worked, rest = example.prompt.split("\n\n" + example.prompt.split("\n")[0])  # the intro, when it comes again
+    text, answer = worked.split("\nAnswer:")
+    found = answer.split(":")[1].split()
     words = [word for word in found if not word.endswith(".")]
-    assert said.strip().startswith(asked.removeprefix("Answer: "))
-    assert len(set(words)) == len(draft.answers)
+    assert answer.strip().startswith(asked.removeprefix("Answer: "))
+    assert len(set(words)) == len(example.answers)
     assert all(word not in rest for word in words)
     if name == "vt":
         assert set(words) == set(re.findall(r"Variable ([A-Z]{5}) is", text))
@@ -155,7 +155,7 @@ def test_a_worked_example_stands_in_front(prompts: Prompts, name: str, length: i
         counts = Counter(word for _, word in re.findall(r"(\d+)\. ([a-z]+)", text)).most_common()
         assert {word for word, _ in counts[:10]} == set(words)
         assert counts[9][1] >= 3 * counts[10][1]
-    assert prompts.count(Draft(example, ())) <= length / 4
+    assert prompts.count(Example(worked, ())) <= length / 4
     assert "Question:" not in write(prompts, GENERATED[name], 600).prompt.rsplit("Question:", 1)[0]
 
 
@@ -174,26 +174,26 @@ def test_a_chain_of_assignments() -> None:
 
 @pytest.mark.parametrize("length", [450, 1500, 6000])
 def test_common_words(prompts: Prompts, length: int) -> None:
-    draft = write(prompts, GENERATED["cwe"], length)
-    numbered = re.findall(r"(\d+)\. ([a-z]+)", draft.prompt.rsplit("Remember them.", 1)[1])
+    example = write(prompts, GENERATED["cwe"], length)
+    numbered = re.findall(r"(\d+)\. ([a-z]+)", example.prompt.rsplit("Remember them.", 1)[1])
     assert [int(number) for number, _ in numbered] == list(range(1, len(numbered) + 1))
     counts = Counter(word for _, word in numbered)
     common = counts.most_common(10)
-    assert {word for word, _ in common} == set(draft.answers)
-    rest = [count for word, count in counts.items() if word not in draft.answers]
-    places = [place for place, (_, word) in enumerate(numbered) if word in draft.answers]
+    assert {word for word, _ in common} == set(example.answers)
+    rest = [count for word, count in counts.items() if word not in example.answers]
+    places = [place for place, (_, word) in enumerate(numbered) if word in example.answers]
     assert sum(places) / len(places) == pytest.approx(len(numbered) / 2, rel=0.3)  # all over the list
     assert min(count for _, count in common) >= 4 * max(rest, default=1)
 
 
 @pytest.mark.parametrize("length", [400, 1500, 6000])
 def test_frequent_words(prompts: Prompts, length: int) -> None:
-    draft = write(prompts, GENERATED["fwe"], length)
-    words = draft.prompt.split("\n\n")[1].split()
-    places = [place for place, word in enumerate(words) if word == draft.answers[0]]
+    example = write(prompts, GENERATED["fwe"], length)
+    words = example.prompt.split("\n\n")[1].split()
+    places = [place for place, word in enumerate(words) if word == example.answers[0]]
     assert sum(places) / len(places) == pytest.approx(len(words) / 2, rel=0.3)  # all over the text
     counts = Counter(words).most_common()
-    assert [word for word, _ in counts[:3]] == list(draft.answers)
+    assert [word for word, _ in counts[:3]] == list(example.answers)
     assert counts[2][1] > counts[3][1]
 
 
@@ -206,24 +206,24 @@ def test_zipf(total: int) -> None:
 
 
 def test_the_archive_task_asks_as_the_model_was_trained(prompts: Prompts) -> None:
-    draft = write(prompts, GENERATED["archive"], 1000, 0.5)
-    (code,) = draft.answers
-    asked = draft.text.split("\n")[1]
+    example = write(prompts, GENERATED["archive"], 1000, 0.5)
+    (code,) = example.answers
+    asked = example.text.split("\n")[1]
     key = (asked.split()[-3], asked.split()[-2])
     assert asked == question(key)
-    assert draft.text.count(record(key, code)) == 1
-    assert draft.text.count(code) == 1
+    assert example.text.count(record(key, code)) == 1
+    assert example.text.count(code) == 1
 
 
 def test_questions_and_distractors(prompts: Prompts, qa_file: Path) -> None:
     """The question's own passage is whole and somewhere among others; each question comes once."""
     (task,) = build_tasks(["qa"], qa_file)
-    drafts = [write(prompts, task, 1500, index=index) for index in range(30)]
-    assert len({draft.answers for draft in drafts}) == 30
+    examples = [write(prompts, task, 1500, index=index) for index in range(30)]
+    assert len({example.answers for example in examples}) == 30
     places = set()
-    for draft in drafts:
-        (answer,) = draft.answers
-        passages = re.findall(r"Passage \d+: (.*)", draft.prompt)
+    for example in examples:
+        (answer,) = example.answers
+        passages = re.findall(r"Passage \d+: (.*)", example.prompt)
         (place,) = (i for i, passage in enumerate(passages) if answer in passage)
         assert len(passages[place].split(". ")) == 13
         places.add(place)
@@ -273,14 +273,14 @@ def test_fitting(piece: int, limit: int) -> None:
     """The largest n, found with few counts, whatever a piece takes; uneven pieces do not confuse it."""
     counted = []
 
-    def count(draft: Draft) -> int:
-        counted.append(draft)
-        n = len(draft.prompt)
+    def count(example: Example) -> int:
+        counted.append(example)
+        n = len(example.prompt)
         return 10 + piece * n + n // 7
 
     draw = Draw(Slot("t", limit, None, 0), 0, count, lambda text: [], lambda ids: "")
-    draft = fit(draw, lambda n: Draft("x" * n, ()))
-    assert count(draft) <= limit < count(Draft(draft.prompt + "x", ()))
+    example = fit(draw, lambda n: Example("x" * n, ()))
+    assert count(example) <= limit < count(Example(example.prompt + "x", ()))
     assert len(counted) < 30
 
 
@@ -292,12 +292,12 @@ def test_a_chat_template_counts(archive_folder: Path, tmp_path: Path) -> None:
     (folder / "chat_template.jinja").write_text(template)
     prompts = Prompts(LLM(folder, dtype="float32", device="cpu"), chat=True)
     for name in ("niah_single", "archive"):
-        draft = write(prompts, GENERATED[name], 600, 0.5)
-        tokens = prompts.count(draft)
+        example = write(prompts, GENERATED[name], 600, 0.5)
+        tokens = prompts.count(example)
         assert 600 - LONGEST_PIECE < tokens <= 600
-        assert tokens > len(prompts.bare(draft.prompt)) + 10
-        text = prompts._tokenizer.decode(prompts.ids(draft))
-        assert text.endswith("Assistant, in many more words:" + draft.lead.lstrip())
+        assert tokens > len(prompts.bare(example.prompt)) + 10
+        text = prompts._tokenizer.decode(prompts.ids(example))
+        assert text.endswith("Assistant, in many more words:" + example.lead.lstrip())
 
 
 def test_another_tokenizer(stories_folder: Path) -> None:

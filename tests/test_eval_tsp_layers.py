@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -19,26 +16,33 @@ from fastkv import LLM, FastKV, FastKVError, FullKV, SamplingParams
 from fastkv.cache.policy import LayerPlan, Policy
 from fastkv.cache.scores import window_scores
 from fastkv.engine.attention import causal_attention
-from fastkv.engine.cost import prefill_flops
-from fastkv.eval import cli, tsp_layers
-from fastkv.eval.example import Draft
-from fastkv.eval.layer_advice import Setting, candidates, default_setting, settled_layers
-from fastkv.eval.layer_check import Answers, Continuations, Question, Result, divergence
-from fastkv.eval.layer_cost import prefill_share
-from fastkv.eval.layer_importance import Importance, Recorder, choices, compare, mean, measure
-from fastkv.eval.layer_search import Findings, search
-from fastkv.eval.layer_table import check_table
+from fastkv.engine.cost import prefill_flops, prefill_share
+from fastkv.eval import cli
+from fastkv.eval.example import Example, Task, contains_any
+from fastkv.eval.policy_spec import PolicySpec
+from fastkv.eval.runner import Plan, Runner
+from fastkv.eval.tsp_layers.advice import (
+    Findings,
+    Setting,
+    candidates,
+    default_setting,
+    search,
+    settled_layers,
+)
+from fastkv.eval.tsp_layers.check import AnswerCheck, ContinuationCheck, Result, Show, divergence
+from fastkv.eval.tsp_layers.importance import Importance, Recorder, choices, compare, mean, measure
+from fastkv.eval.tsp_layers.report import check_table
 
 MODEL = str(ROOT / "examples" / "archive" / "model")
 IDS = torch.randint(1000, (400,), generator=torch.Generator().manual_seed(3)).tolist()
 
 
 def silent(what: str, done: int, total: int) -> None:
-    """For whoever reports progress."""
+    """Reports no progress."""
 
 
-def recorded(llm: LLM, ids: list[int], voter: FastKV) -> Tensor:
-    recorder = Recorder(voter)
+def recorded(llm: LLM, ids: list[int], scorer: FastKV) -> Tensor:
+    recorder = Recorder(scorer)
     llm.prefill(ids, recorder, max_tokens=0)
     return recorder.scores
 
@@ -68,13 +72,13 @@ def test_the_scores_are_those_of_a_full_context(tiny_llm: LLM, tiny_ids: list[in
 
 
 @pytest.mark.parametrize("rate", [0.1, 0.35])
-def test_a_choice_is_what_tsp_at_that_layer_sends_on(tiny_llm: LLM, tiny_ids: list[int], rate: float) -> None:
-    voter = FastKV(min_tokens=8)
-    chosen = choices(recorded(tiny_llm, tiny_ids, voter), int(rate * len(tiny_ids)), voter.window)
+def test_a_choice_is_what_tsp_at_that_layer_propagates(tiny_llm: LLM, tiny_ids: list[int], rate: float) -> None:
+    scorer = FastKV(min_tokens=8)
+    chosen = choices(recorded(tiny_llm, tiny_ids, scorer), int(rate * len(tiny_ids)), scorer.window)
     for layer in range(tiny_llm.config.n_layers - 1):
-        policy = replace(voter, tsp_layer=layer, tsp_rate=rate)
-        sent_on = tiny_llm.prefill(tiny_ids, policy, max_tokens=0).tokens[layer + 1][0].tolist()
-        assert chosen[layer].nonzero().flatten().tolist() == sent_on[: -voter.window]
+        policy = replace(scorer, tsp_layer=layer, tsp_rate=rate)
+        propagated = tiny_llm.prefill(tiny_ids, policy, max_tokens=0).tokens[layer + 1][0].tolist()
+        assert chosen[layer].nonzero().flatten().tolist() == propagated[: -scorer.window]
 
 
 def test_three_layers_compared_by_hand() -> None:
@@ -175,7 +179,7 @@ def test_operations_counted_by_hand(tiny_llm: LLM) -> None:
 
 
 class Scripted:
-    """An exam whose results are known: right answers of ten in each of two groups, by the label of a setting."""
+    """A check whose results are known: right answers of ten in each of two groups, by the label of a setting."""
 
     groups = ("short", "long")
 
@@ -190,20 +194,20 @@ class Scripted:
         return Result({g: [1.0] * n + [0.0] * (10 - n) for g, n in zip(self.groups, self._right[name], strict=True)})
 
 
-def found_by(exam: Scripted, *works: float) -> Findings:
+def found_by(check: Scripted, *works: float) -> Findings:
     """A search with the default at layer 3 and candidates at layers 10, 11, … of these works."""
 
     def at(layer: int, work: float) -> Setting:
         return Setting(layer, 0.2, work, FastKV(tsp_layer=layer))
 
-    return search(exam, at(3, 0.5), [at(10 + i, work) for i, work in enumerate(works)])
+    return search(check, at(3, 0.5), [at(10 + i, work) for i, work in enumerate(works)])
 
 
 def test_the_cheapest_that_is_no_worse_is_advised() -> None:
     """One answer less in one group, made up for in the other, is no reason to refuse it."""
-    exam = Scripted(full_cache=(10, 10), default=(9, 8), layer_10=(8, 9))
-    found = found_by(exam, 0.3, 0.4)
-    assert (found.advice.layer, found.found, exam.ran[2:]) == (10, True, ["layer_10"])
+    check = Scripted(full_cache=(10, 10), default=(9, 8), layer_10=(8, 9))
+    found = found_by(check, 0.3, 0.4)
+    assert (found.advice.layer, found.found, check.ran[2:]) == (10, True, ["layer_10"])
     assert [one.verdict for one in found.checked] == ["the default", "advised"]
 
 
@@ -221,9 +225,9 @@ def test_what_the_check_contradicts_gives_way_to_the_next() -> None:
 
 
 def test_where_nothing_passes_the_default_stays() -> None:
-    exam = Scripted(full_cache=(10, 10), default=(10, 9), layer_10=(9, 9))
-    found = found_by(exam, 0.3, 0.5, 0.6)  # no less work, and the default leaves nothing clear to gain
-    assert (found.advice.layer, found.found, len(exam.ran)) == (3, False, 3)
+    check = Scripted(full_cache=(10, 10), default=(10, 9), layer_10=(9, 9))
+    found = found_by(check, 0.3, 0.5, 0.6)  # no less work, and the default leaves nothing clear to gain
+    assert (found.advice.layer, found.found, len(check.ran)) == (3, False, 3)
 
 
 def test_more_work_must_do_clearly_better() -> None:
@@ -239,33 +243,38 @@ def test_divergence_decides_only_where_scores_are_level_and_imperfect() -> None:
     assert Result({"a": [0.9]}, [0.2]).worse_than(Result({"a": [0.8]}, [0.1])) is None
 
 
-def test_questions_stop_behind_a_group_that_is_clearly_lower(archive_llm: LLM) -> None:
+def test_questions_stop_after_a_group_that_is_clearly_lower(archive_llm: LLM) -> None:
     text = "The access code of the copper castle is 1395. Question: The access code of the copper castle is"
     assert archive_llm.tokenizer is not None
     ids = archive_llm.tokenizer.encode(text)
-    said = archive_llm.generate(ids, SamplingParams(max_tokens=3), policy=FullKV()).text
+    right = archive_llm.generate(ids, SamplingParams(max_tokens=3), policy=FullKV()).text
     shown: list[tuple[str, int, int]] = []
-    questions = [
-        Question(group, ids, Draft(text, (answer,)), "part", 3)
-        for group in ("a", "b")
-        for answer in (said, "never said", *[said] * 4)
-    ]
-    exam = Answers(archive_llm, questions, lambda *what: shown.append(what))
-    result, some = exam.run("full", FullKV()), [1.0, 0.0, 1.0, 1.0, 1.0, 1.0]
+
+    def check(*answers: str, show: Show = silent) -> AnswerCheck:
+        """The question, with each of these answers expected in turn, in two groups."""
+        tasks = [
+            Task(name, "", contains_any, 3, lambda draw: Example(text, (answers[draw.slot.index],)), has_length=False)
+            for name in ("a", "b")
+        ]
+        plan = Plan(tuple(tasks), (), (), examples=len(answers))
+        runner = Runner(archive_llm, plan, [PolicySpec("full", FullKV())])
+        return AnswerCheck(runner, [runner.question(slot) for slot in plan.slots()], show)
+
+    six = check(right, "another", *[right] * 4, show=lambda *what: shown.append(what))
+    result, some = six.run("full", FullKV()), [1.0, 0.0, 1.0, 1.0, 1.0, 1.0]
     assert result.scores == {"a": some, "b": some}
     assert shown == [("full", done, 12) for done in range(12)]
     # One answer less is not clearly lower. Five are, from the other side.
-    assert list(exam.run("again", FullKV(), Result({"a": [1.0] * 6, "b": some})).scores) == ["a", "b"]
-    assert exam.run("nothing kept", FastKV(kv_len=1, window=1)).total == 0  # the policy is what is put to it
-    mistaken = [replace(question, draft=Draft(text, ("never said",))) for question in questions]
-    assert list(Answers(archive_llm, mistaken, silent).run("lost", FullKV(), result).scores) == ["a"]
+    assert list(six.run("again", FullKV(), Result({"a": [1.0] * 6, "b": some})).scores) == ["a", "b"]
+    assert six.run("nothing kept", FastKV(kv_len=1, window=1)).total == 0  # the policy is what is checked
+    assert list(check(*["another"] * 6).run("lost", FullKV(), result).scores) == ["a"]
 
 
 def test_continuations_count_the_tokens_up_to_the_first_other_one(tiny_llm: LLM, tiny_ids: list[int]) -> None:
     prompts = [tiny_ids, tiny_ids[:200]]
-    exam, policy = Continuations(tiny_llm, prompts, 8, silent), FastKV(tsp_rate=0.9, kv_retention=0.9)
-    assert exam.run("full", FullKV()) == Result({"greedy tokens": [1.0, 1.0]}, [0.0, 0.0])
-    result, params = exam.run("small", policy), SamplingParams(max_tokens=8)
+    check, policy = ContinuationCheck(tiny_llm, prompts, 8, silent), FastKV(tsp_rate=0.9, kv_retention=0.9)
+    assert check.run("full", FullKV()) == Result({"greedy tokens": [1.0, 1.0]}, [0.0, 0.0])
+    result, params = check.run("small", policy), SamplingParams(max_tokens=8)
     for ids, score, kl in zip(prompts, result.all_scores, result.divergence, strict=True):
         theirs, ours = (tiny_llm.generate(ids, params, policy=one).token_ids for one in (FullKV(), policy))
         alike = next((i for i, (x, y) in enumerate(zip(theirs, ours, strict=False)) if x != y), len(theirs))
@@ -274,18 +283,18 @@ def test_continuations_count_the_tokens_up_to_the_first_other_one(tiny_llm: LLM,
         assert kl == pytest.approx(float((p * (p / q).log()).sum()), rel=1e-2)
     assert all(0 < score < 1 for score in result.all_scores)  # both go another way somewhere: something to count
     everything = FastKV(tsp_rate=1, kv_retention=1)
-    assert exam.run("all", everything).scores == {"greedy tokens": [1.0, 1.0]}
+    assert check.run("all", everything).scores == {"greedy tokens": [1.0, 1.0]}
 
 
 def test_continuations_end_where_the_text_does(archive_llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
     text = "The access code of the copper castle is 1395. Question: The access code of the copper castle is"
     assert archive_llm.tokenizer is not None
     ids, steps, decode = archive_llm.tokenizer.encode(text), [], LLM.decode
-    said = archive_llm.generate(ids, SamplingParams(max_tokens=32), policy=FullKV())
+    whole = archive_llm.generate(ids, SamplingParams(max_tokens=32), policy=FullKV())
     monkeypatch.setattr(LLM, "decode", lambda self, *args: steps.append(args) or decode(self, *args))  # type: ignore[func-returns-value]
-    Continuations(archive_llm, [ids], 32, silent).run("full", FullKV())
-    assert said.finish_reason == "stop"
-    assert len(steps) == len(said.token_ids) - 1 < 31
+    ContinuationCheck(archive_llm, [ids], 32, silent).run("full", FullKV())
+    assert whole.finish_reason == "stop"
+    assert len(steps) == len(whole.token_ids) - 1 < 31
 
 
 def test_divergence_is_from_the_full_cache_to_the_policy() -> None:
@@ -295,8 +304,8 @@ def test_divergence_is_from_the_full_cache_to_the_policy() -> None:
 
 
 def test_the_check_as_a_table() -> None:
-    exam = Scripted(full_cache=(10, 5), default=(10, 0), layer_10=(10, 5))
-    found = found_by(exam, 0.25)
+    check = Scripted(full_cache=(10, 5), default=(10, 0), layer_10=(10, 5))
+    found = found_by(check, 0.25)
     lines = check_table(found.full, found.checked).splitlines()
     assert lines[0] == "| setting | prefill work | short | long | all | against the default | verdict |"
     # Wilson's interval of 15 of 20: 53.1 to 88.8
@@ -309,9 +318,8 @@ def test_the_check_as_a_table() -> None:
 
 
 @pytest.fixture
-def command(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], int]:
+def command() -> Callable[[str], int]:
     """The command, as `fastkv-eval tsp-layers …` calls it; {model} is the bundled model."""
-    monkeypatch.setitem(cli.COMMANDS, "tsp-layers", tsp_layers.main)
 
     def run(line: str) -> int:
         try:
@@ -386,9 +394,9 @@ def test_a_users_own_prompt(
         ("--model {model} --task archive --depth 2", "--depth: depth must be"),
         ("--model {model} --task archive --length 8190", "--length: 8190 tokens and an answer of 8"),
         ("--model {model} --task archive --length 128", "too short: at a rate of 0.05"),
-        ("--model {model} --task archive --plot picture.pdf", "--plot picture.pdf: the plot is a PNG"),
-        ("--model {model} --task archive --plot no/such/p.png", "--plot no/such/p.png: there is no folder"),
-        ("--model {model} --task archive --json no/such/f.json", "--json no/such/f.json: there is no folder"),
+        ("--model {model} --task archive --plot picture.pdf", "--plot: picture.pdf: the plot is a PNG"),
+        ("--model {model} --task archive --plot no/such/p.png", "--plot: no/such/p.png: cannot be written"),
+        ("--model {model} --task archive --json no/such/f.json", "--json: no/such/f.json: cannot be written"),
         ("--model {model} --task other", "task must be one of"),
         ("--model {model} --task longbench", "task must be one of"),
         ("--model no/such/folder --task archive", "no/such/folder"),
@@ -407,29 +415,3 @@ def test_a_mistake_is_one_line(
     assert (status, out, len(err.splitlines())) == (2, "", 1), err
     assert err.startswith("fastkv-eval: error: ")
     assert says in err
-
-
-def test_help_loads_no_torch() -> None:
-    code = (
-        "import sys; from fastkv.eval.tsp_layers import build_parser; build_parser(); assert 'torch' not in sys.modules"
-    )
-    subprocess.run([sys.executable, "-c", code], check=True)
-
-
-def test_progress_is_for_terminals(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One line, taken back at the end; nothing at all in a file."""
-    from io import StringIO
-
-    from fastkv.eval.layer_progress import Progress
-
-    class Terminal(StringIO):
-        def isatty(self) -> bool:
-            return True
-
-    terminal: Any
-    for terminal, written in ((Terminal(), True), (StringIO(), False)):
-        with Progress(terminal) as progress:
-            progress.show("measuring", 3, 9)
-        text = terminal.getvalue()
-        assert ("measuring: 3 of 9 prompts" in text) == written
-        assert text.endswith("\r\x1b[K") == written

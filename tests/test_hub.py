@@ -163,14 +163,10 @@ def hub() -> Iterator[Hub]:
 # The part of the command that looks for the model, with the command's own words; it does without torch, and is quick.
 FIND = """
 import sys
-from fastkv.cli_flags import complain
-from fastkv.errors import FastKVError
+from fastkv.cli_flags import SETTINGS
+from fastkv.console.parser import guarded
 from fastkv.models.hub import model_folder
-try:
-    print(model_folder(*sys.argv[1:]))
-except FastKVError as error:
-    complain(str(error), error.setting)
-    sys.exit(2)
+sys.exit(guarded("fastkv-run", lambda: print(model_folder(*sys.argv[1:])), SETTINGS))
 """
 
 

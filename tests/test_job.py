@@ -1,9 +1,11 @@
-"""Several prompts from files, answers into a file, and a run that goes on where it was stopped."""
+"""Several prompts from files, answers into a file, and a run that continues where it was stopped."""
 
 from __future__ import annotations
 
 import json
 import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -100,7 +102,7 @@ def test_a_stopped_run_goes_on(run: Run, monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_ctrl_c_keeps_what_is_done(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    from fastkv.engine.job import Records
+    from fastkv.console.job import Records
 
     append = Records.append
 
@@ -112,20 +114,20 @@ def test_ctrl_c_keeps_what_is_done(run: Run, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(Records, "append", interrupted)
     status, out, err = run(*files(), "--output", "out.jsonl")
     assert (status, out) == (130, "")
-    assert err == "stopped; the same command goes on behind the answers that are in out.jsonl\n"
+    assert err == "stopped; the same command continues after the answers that are in out.jsonl\n"
     assert len(records()) == 2
 
 
 def test_chat_prompts_of_several(run: Run, archive_llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
-    said: list[Any] = []
+    conversations: list[Any] = []
 
     def chat(self: LLM, messages: Any) -> list[int]:
-        said.append(messages)
+        conversations.append(messages)
         return [5, 6, 7]
 
     monkeypatch.setattr(LLM, "chat", chat)
     assert run(*files(), "--output", "out.jsonl", "--chat", "--system", "Be brief.")[0] == 0
-    assert said == [
+    assert conversations == [
         [{"role": "system", "content": "Be brief."}, {"role": "user", "content": text}] for text in TEXTS.values()
     ]
     assert {record["system"] for record in records().values()} == {"Be brief."}
@@ -150,7 +152,7 @@ def test_chat_prompts_of_several(run: Run, archive_llm: LLM, monkeypatch: pytest
         (["--prompts", ""], "--prompts takes the name of a file, not ''"),
         (["--prompts", "-", "--output", "o"], "--prompts takes the name of a file, not '-'"),
         (["--prompt", "one.txt", "--output", "-"], "--output takes the name of a file, not '-'"),
-        (["--prompt", "one.txt", "--output", "/dev/null"], "--output: /dev/null: is no ordinary file"),
+        (["--prompt", "one.txt", "--output", "/dev/null"], "--output: /dev/null: cannot be written, for it is no ordi"),
         (["--prompt", "one.txt", "--report", "./one.txt"], "--report: ./one.txt: is the prompt, which it would overwr"),
         (["--prompts", "missing.jsonl", "--output", "o"], "--prompts: missing.jsonl: cannot be read"),
         (["--prompts", "one.txt", "--output", "o"], "--prompts: one.txt, line 1: is not JSON"),
@@ -168,10 +170,10 @@ def test_mistakes(run: Run, argv: list[str], named: str) -> None:
 @pytest.mark.parametrize(
     ("text", "named"),
     [
-        ("\n\n", "holds no prompt"),
-        ('{"prompt": "a"}\n["b"]\n', "line 2: needs an object with a text as prompt"),
-        ('{"prompt": ""}\n', "line 1: needs an object with a text as prompt"),
-        ('{"prompt": 7}\n', "line 1: needs an object with a text as prompt"),
+        ("\n\n", "has no lines; write one object with prompt"),
+        ('{"prompt": "a"}\n["b"]\n', "line 2: is no object with prompt"),
+        ('{"prompt": ""}\n', "line 1: needs a text as prompt"),
+        ('{"prompt": 7}\n', "line 1: needs a text as prompt"),
         ('{"prompt": "a", "id": null}\n', "line 1: id must be a text or a whole number, not null"),
         ('{"prompt": "a", "id": [1]}\n', "line 1: id must be a text or a whole number, not [1]"),
         ('{"prompt": "a", "id": true}\n', "line 1: id must be a text or a whole number, not true"),
@@ -208,7 +210,7 @@ def test_the_output_of_another_run_is_refused(run: Run, change: list[str], named
     before = Path("out.jsonl").read_bytes()
     status, _, err = run(*files(), "--output", "out.jsonl", *change)
     assert status == 2
-    assert f"--output: out.jsonl, line 1: was made with {named}; take another file" in err
+    assert f"--output: out.jsonl, line 1: was made with {named}; name another file" in err
     assert Path("out.jsonl").read_bytes() == before
 
 
@@ -230,7 +232,7 @@ def test_what_is_no_record_stays_as_it_is(run: Run, text: str | bytes) -> None:
     before = Path("out.jsonl").read_bytes()
     status, _, err = run(*files(), "--output", "out.jsonl")
     assert status == 2
-    assert err == "fastkv-run: error: --output: out.jsonl, line 1: is no record of such a run; take another file\n"
+    assert err == "fastkv-run: error: --output: out.jsonl, line 1: is no record of such a run; name another file\n"
     assert Path("out.jsonl").read_bytes() == before
 
 
@@ -271,9 +273,10 @@ def test_a_long_setting_is_not_spelt_out(run: Run) -> None:
     assert run(*files(), *headkv, "a.json")[0] == 0
     status, _, err = run(*files(), *headkv, "b.json")
     assert status == 2
-    assert err == (
-        "fastkv-run: error: --output: out.jsonl, line 1: was made with another policy head_scores; take another file\n"
-    )
+    assert err.startswith("fastkv-run: error: --output: out.jsonl, line 1: was made with policy head_scores [[0.333")
+    assert ", not [[0.666" in err
+    assert err.endswith("…; name another file\n")
+    assert len(err) < 300
 
 
 def test_the_output_for_another_text_is_refused(run: Run) -> None:
@@ -284,3 +287,39 @@ def test_the_output_for_another_text_is_refused(run: Run) -> None:
     assert "prompt two.txt was another text" in err
     Path("out.jsonl").write_text("Dear diary\n")
     assert "line 1: is no record of such a run" in run(*files(), "--output", "out.jsonl")[2]
+
+
+def test_two_runs_at_once_write_once(run: Run, archive_folder: Path) -> None:
+    """The second one says in one line who has the file, before it loads the model; the first loses nothing."""
+    waits = """
+import sys
+from fastkv.cli import main
+from fastkv.console.job import Records
+append = Records.append
+def slow(self, *arguments):
+    append(self, *arguments)
+    if len(self.done) == 1:
+        print("one is there", flush=True)
+        sys.stdin.read()
+Records.append = slow
+sys.exit(main(sys.argv[1:]))
+"""
+    command = ["--model", str(archive_folder), "--device", "cpu", "--dtype", "float32", "--max-tokens", "6", *files()]
+    with subprocess.Popen(
+        [sys.executable, "-c", waits, *command, "--output", "out.jsonl"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as first:
+        assert first.stdout is not None
+        assert first.stdout.readline() == "one is there\n"
+        before = Path("out.jsonl").read_bytes()
+        status, out, err = run(*files(), "--output", "out.jsonl", "--model", "no/such/model")
+        assert (status, out, len(err.splitlines())) == (2, "", 1)
+        assert err.startswith("fastkv-run: error: --output: out.jsonl: ")
+        assert err.endswith(" is writing to it; wait until it has ended, or name another file\n")
+        assert Path("out.jsonl").read_bytes() == before
+        first.communicate()
+    assert first.returncode == 0
+    assert set(records()) == set(TEXTS)
+    assert "3 were there already" in run(*files(), "--output", "out.jsonl")[2]

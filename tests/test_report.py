@@ -15,7 +15,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from fastkv import LLM, FastKV, FastKVError, SamplingParams
-from fastkv.engine.files import check_writable
+from fastkv.console.files import check_writable
 from fastkv.report.data import Report, report_of
 from fastkv.report.echoes import MOST, echoes
 from fastkv.report.page import as_script_data, render, write_report

@@ -1,4 +1,4 @@
-"""What a request is said to have run with is what it ran with: its own policy, not the model's."""
+"""The policy, device and dtype that an output tells are those it ran with, not those of the model."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from fastkv import LLM, FastKV, FullKV, GemFilter, Output, SamplingParams
-from fastkv.engine.summary import as_json, figures
+from fastkv.console.summary import as_json, figures
 from fastkv.report.data import report_of
 
 IDS = list(range(40))
@@ -39,9 +39,9 @@ def test_the_policy_of_a_call_travels_with_its_output(tiny_llm: LLM, run: Any) -
     assert settings["tsp_layer"] == 2  # the default, worked out
     assert (output.run.policy, output.run.settings) == ("fastkv", settings)
     assert (output.run.device, output.run.dtype) == ("cpu", "float32")
-    said = as_json(output)
-    assert said["policy"] == {"name": "fastkv", **settings}
-    assert (said["device"], said["dtype"]) == ("cpu", "float32")
+    printed = as_json(output)
+    assert printed["policy"] == {"name": "fastkv", **settings}
+    assert (printed["device"], printed["dtype"]) == ("cpu", "float32")
 
 
 def test_figures_are_of_the_policy_of_the_call(tiny_llm: LLM) -> None:

@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load_file
 from tokenizers import Tokenizer
 
-from fastkv.eval.tasks import archive_compose, archive_text
+from fastkv.eval.tasks import archive_text
 from fastkv.models.config import ModelConfig
 from fastkv.models.llama import Llama
 from fastkv.models.weights import load_weights
@@ -37,11 +37,11 @@ def load_scripts(*names: str) -> list[Any]:
         sys.path.remove(str(EXAMPLE))
 
 
-make_prompt, train = load_scripts("make_prompt", "train")
+make_prompt, train, encoding = load_scripts("make_prompt", "train", "encoding")
 data, network, plan, state, _ = load_scripts(
     "training_data", "training_network", "training_plan", "training_state", "training_loop"
 )
-encode = archive_compose.load_encode(EXAMPLE / "model" / "tokenizer.json")
+encode = encoding.load_encode(EXAMPLE / "model" / "tokenizer.json")
 
 
 def start(*arguments: str) -> subprocess.Popen[str]:
@@ -249,11 +249,11 @@ def test_prompt(tokens: int, depth: float) -> None:
         prompt = make_prompt.make_prompt(encode, tokens, depth, seed)
         assert prompt == make_prompt.make_prompt(encode, tokens, depth, seed)
         assert tokens - 20 <= len(encode(prompt.text)) + 1 <= tokens
-        assert prompt.text.count(prompt.code) == 1
+        assert prompt.text.count(prompt.answers[0]) == 1
         body, asked = prompt.text.split("\n")
         key = tuple(asked.split()[-3:-1])
         assert asked == archive_text.question(key)
-        before, after = (len(encode(part)) for part in body.split(archive_text.record(key, prompt.code)))
+        before, after = (len(encode(part)) for part in body.split(archive_text.record(key, prompt.answers[0])))
         assert before / (before + after) == pytest.approx(depth, abs=12 / tokens)
 
 

@@ -28,7 +28,10 @@ LINKS = re.findall(r"\[([^\]]+)\]\((\S+?)\)", PROSE)
 SPANS = re.findall(r"`([^`]+)`", PROSE)
 WORDS = " ".join(PROSE.split())
 REQUEST, WEAKNESSES = WORDS.split("## Where FastKV is the wrong choice")
-SOURCES = [*ROOT.glob("*.py"), *(path for one in ("cache", "engine", "models") for path in (ROOT / one).rglob("*.py"))]
+SOURCES = [
+    *ROOT.glob("*.py"),
+    *(path for one in ("cache", "console", "engine", "models") for path in (ROOT / one).rglob("*.py")),
+]
 
 
 @cache

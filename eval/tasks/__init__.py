@@ -12,6 +12,7 @@ from fastkv.eval.tasks.qa import qa_task
 
 GENERATED: dict[str, Task] = {task.name: task for family in (needle, tracing, words, archive) for task in family.TASKS}
 NAMES = (*GENERATED, "qa")
+COPYING = ("niah_single", "niah_multikey", "archive")  # one answer, which always stands in the text word for word
 
 
 def build_tasks(names: list[str], qa_file: Path | None = None, longbench: Path | None = None) -> list[Task]:
@@ -41,6 +42,3 @@ def _check_files(task: str, asked: bool, flag: str, given: Path | None, needs: s
         raise FastKVError(f"task {task} needs {needs}", setting="task")
     if given is not None and not asked:
         raise FastKVError(f"{flag} is for --task {task}: add it, or leave {flag} out")
-
-
-__all__ = ["GENERATED", "NAMES", "build_tasks"]

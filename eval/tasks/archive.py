@@ -1,47 +1,112 @@
-"""Archive: one access code among many, in the wording that the bundled model of examples/archive was trained on."""
+"""Archive: one access code among many, in the wording that the bundled model of examples/archive was trained on.
+
+Records shuffled among fillers, one of them at a wanted depth, in texts of a wanted length. The sentences themselves are
+archive_text.py's. The scripts of examples/archive make their prompts and training texts with this file.
+"""
 
 from __future__ import annotations
 
+import random
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+
 from fastkv.errors import FastKVError
-from fastkv.eval.example import Draft, Draw, Task
-from fastkv.eval.tasks.archive_compose import make_prompt, size
-from fastkv.eval.tasks.archive_text import record
+from fastkv.eval.example import Draw, Example, Task, first_word
+from fastkv.eval.fitting import adjust
+from fastkv.eval.tasks.archive_text import Key, filler, nearest, question, record, records
 
-ATTEMPTS = 8
+Encode = Callable[[str], list[int]]  # no BOS added
+
+MIN_RECORDS, MAX_RECORDS = 3, 48
+MIN_SHARE, MAX_SHARE = 0.1, 0.6  # of a text's tokens that are records
 
 
-def write(draw: Draw) -> Draft:
-    """A prompt of the slot's length with the asked record at the slot's depth.
+@dataclass(frozen=True)
+class Archive:
+    """A text: its sentences in order, and the codes that its records give."""
 
-    make_prompt adds up the tokens of sentences. Where a tokenizer or a chat template makes another sum of the whole,
-    it is asked for that much more or less.
+    sentences: list[str]
+    codes: dict[Key, str]
+
+    @property
+    def text(self) -> str:
+        return " ".join(self.sentences)
+
+    @property
+    def askable(self) -> list[Key]:
+        """The keys whose code no other record has: the only ones whose answer shows which record was read."""
+        uses = Counter(self.codes.values())
+        return [key for key, code in self.codes.items() if uses[code] == 1]
+
+
+def make_prompt(encode: Encode, tokens: int, depth: float, seed: int | str, n_records: int | None = None) -> Example:
+    """A prompt of about `tokens` tokens, BOS included; `depth` in [0, 1] is where the asked record lies in the text.
+
+    It ends where the answer ` 5831.\\n` begins, whose four digits it has once. Raises ValueError where the records do
+    not fit.
     """
-    length = room = draw.limit
+    rng = random.Random(seed)
+    # Every question has the same number of tokens; BOS and the newline are the other two.
+    room = tokens - 2 - len(encode(question(("calm", "owl"))))
+    archive = compose(rng, encode, room, n_records)
+    if not archive.askable:
+        raise ValueError("every code of the text appears twice; take another seed")
+    key = rng.choice(archive.askable)
+    text = place(archive, key, encode, depth).text
+    return Example(f"{text}\n{question(key)}", (archive.codes[key],))
+
+
+def compose(rng: random.Random, encode: Encode, tokens: int, n_records: int | None = None) -> Archive:
+    """A shuffled text of at most `tokens` tokens, and less than one sentence short of that.
+
+    `n_records` None draws it: records take 10 to 60 % of the text, 3 to 48 of them. Raises ValueError where the
+    records alone do not fit.
+    """
+    if n_records is None:
+        share = rng.uniform(MIN_SHARE, MAX_SHARE)
+        count = round(share * tokens / size(encode, record(("calm", "owl"), "0123")))
+        n_records = min(max(count, MIN_RECORDS), MAX_RECORDS)
+    codes = records(rng, n_records)
+    sentences = [record(key, code) for key, code in codes.items()]
+    left = tokens - sum(size(encode, sentence) for sentence in sentences)
+    if left < 0:
+        raise ValueError(f"{len(codes)} records take {tokens - left} tokens, and the text may have only {tokens}")
+    while left > 0:
+        sentence = filler(rng)
+        left -= size(encode, sentence)
+        if left >= 0:
+            sentences.append(sentence)
+    rng.shuffle(sentences)
+    return Archive(sentences, codes)
+
+
+def place(archive: Archive, key: Key, encode: Encode, depth: float) -> Archive:
+    """The same sentences with the record of `key` moved: a share `depth` of the other tokens comes before it."""
+    moved = record(key, archive.codes[key])
+    others = [sentence for sentence in archive.sentences if sentence != moved]
+    index = nearest([size(encode, sentence) for sentence in others], depth)
+    return Archive([*others[:index], moved, *others[index:]], archive.codes)
+
+
+def size(encode: Encode, sentence: str) -> int:
+    """Tokens that a sentence takes inside a text, where a space goes before it."""
+    return len(encode(" " + sentence))
+
+
+def write(draw: Draw) -> Example:
+    """A prompt of the slot's length with the asked record at the slot's depth."""
     sentence = size(draw.encode, record(("calm", "owl"), "0123"))
-    best: tuple[int, Draft] | None = None
-    for _ in range(ATTEMPTS):
-        draft = _compose(draw, room)
-        tokens = draw.count(draft)
-        if tokens <= length and (best is None or tokens > best[0]):
-            best = tokens, draft
-        if length - sentence < tokens <= length:
-            break
-        room += length - tokens
-    if best is None:
-        raise FastKVError(f"{length} tokens are too short for task archive", setting="length")
-    return best[1]
+    return adjust(draw, lambda room: _compose(draw, room), draw.limit, sentence)
 
 
-def _compose(draw: Draw, tokens: int) -> Draft:
+def _compose(draw: Draw, tokens: int) -> Example:
     depth = 0.5 if draw.slot.depth is None else draw.slot.depth
     try:
-        prompt = make_prompt(draw.encode, tokens, depth, f"{draw.seed}/{draw.slot.id}")
+        return make_prompt(draw.encode, tokens, depth, f"{draw.seed}/{draw.slot.id}")
     except ValueError as error:
         message = f"{draw.limit} tokens are too short for task archive ({error})"
         raise FastKVError(message, setting="length") from None
-    return Draft(prompt.text, (prompt.code,))
 
 
-TASKS = (
-    Task("archive", "the bundled model's own: one access code among many", "first_word", 8, write, has_depth=True),
-)
+TASKS = (Task("archive", "the bundled model's own: one access code among many", first_word, 8, write, has_depth=True),)

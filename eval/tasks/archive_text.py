@@ -7,6 +7,8 @@ from a `random.Random`, so a seed fixes a text. No imports beyond the standard l
 # ruff: noqa: E501, SIM905 (word lists)
 
 import random
+from collections.abc import Sequence
+from itertools import accumulate
 
 ADJECTIVES = (
     "amber azure basalt bitter bold brass brisk bronze calm cedar clever cobalt copper coral crimson crisp dapper dusty "
@@ -61,3 +63,9 @@ def records(rng: random.Random, count: int) -> dict[Key, str]:
     while len(found) < count:
         found.setdefault((rng.choice(ADJECTIVES), rng.choice(NOUNS)), f"{rng.randrange(10_000):04d}")
     return found
+
+
+def nearest(sizes: Sequence[int], depth: float) -> int:
+    """Before which of these pieces a share `depth` of their sizes, or what comes nearest to it, has come."""
+    before = list(accumulate(sizes, initial=0))
+    return min(range(len(before)), key=lambda place: abs(before[place] - depth * before[-1]))

@@ -6,7 +6,7 @@ import random
 from collections.abc import Callable, Iterator
 from typing import TypeVar
 
-from fastkv.eval.tasks.archive_text import ADJECTIVES, NOUNS, filler
+from fastkv.eval.tasks.archive_text import ADJECTIVES, NOUNS, filler, nearest
 
 T = TypeVar("T")
 
@@ -50,22 +50,13 @@ def numbers(rng: random.Random, digits: int) -> Iterator[str]:
 
 
 def hide(hay: list[str], needles: list[tuple[float, str]]) -> str:
-    """A text of `hay` with each needle behind the share of the hay, counted in characters, that its depth says.
+    """A text of `hay` with each needle after the share of the hay, counted in characters, that its depth says.
 
     Needles that fall between the same two sentences stand there in the order of their depths.
     """
-    before = [0]
-    for sentence in hay:
-        before.append(before[-1] + len(sentence) + 1)
-    ordered = sorted(needles, key=lambda needle: needle[0])
+    placed = [(nearest([len(sentence) + 1 for sentence in hay], depth), needle) for depth, needle in sorted(needles)]
     text: list[str] = []
     for place in range(len(hay) + 1):
-        while ordered and _belongs_before(ordered[0][0] * before[-1], place, before):
-            text.append(ordered.pop(0)[1])
-        text.extend(hay[place : place + 1])
+        text += [needle for at, needle in placed if at == place]
+        text += hay[place : place + 1]
     return " ".join(text)
-
-
-def _belongs_before(target: float, place: int, before: list[int]) -> bool:
-    """Whether no later place comes nearer to the target."""
-    return place == len(before) - 1 or abs(before[place] - target) <= abs(before[place + 1] - target)

@@ -10,29 +10,22 @@ that is not their first token; here the first-line rule of the scores leaves the
 
 from __future__ import annotations
 
-import json
-from dataclasses import dataclass
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from string import Formatter
 from typing import Any
 
+from fastkv.console.files import read_json
+from fastkv.console.jsonl import checksum, read_objects
 from fastkv.errors import FastKVError
-from fastkv.eval.example import Draft, Draw, Task
-from fastkv.eval.longbench import METRICS, WITHOUT_CHAT, longbench_score
-from fastkv.eval.scoring import LONGBENCH
-from fastkv.eval.tasks.jsonl import checksum, read_jsonl, read_text
+from fastkv.eval.example import Draw, Example, Task
+from fastkv.eval.fitting import adjust
+from fastkv.eval.longbench import LONGBENCH, METRICS, WITHOUT_CHAT, longbench_score
 
 ALL = "longbench"  # the task name that stands for every dataset that is there
-ATTEMPTS = 8
 SETTING = "longbench"
 _HOLDS = "input, context, answers and all_classes"
-
-
-@dataclass(frozen=True)
-class Example:
-    prompt: str
-    answers: tuple[str, ...]
-    classes: tuple[str, ...]
 
 
 def is_longbench(name: str) -> bool:
@@ -68,43 +61,37 @@ def _task(folder: Path, dataset: str, templates: dict[str, Any], longest: dict[s
         raise FastKVError(f"{folder}: dataset2prompt.json has no template for {dataset}", setting=SETTING)
     if type(max_new_tokens) is not int or max_new_tokens < 1:
         raise FastKVError(f"{folder}: dataset2maxlen.json has no number of tokens for {dataset}", setting=SETTING)
+    score = partial(longbench_score, dataset)
     try:
-        longbench_score(dataset, "1", ("Paragraph 1 段落1",), ("1",))  # before a model has answered for hours
+        score("1", Example("", ("Paragraph 1 段落1",), classes=("1",)))  # before a model has answered for hours
     except FastKVError as error:
         raise FastKVError(f"{LONGBENCH}{dataset}: {error}", setting="task") from None
-    lines, source = read_jsonl(path, SETTING, _HOLDS)
+    lines, source = read_objects(path, SETTING, _HOLDS)
     examples = [_example(where, dataset, template, fields) for where, fields in lines]
     return Task(
         f"{LONGBENCH}{dataset}",
         f"{dataset} of LongBench",
-        f"{LONGBENCH}{dataset}",
+        score,
         max_new_tokens,
-        lambda draw: write(draw, examples[draw.slot.index], chat=dataset not in WITHOUT_CHAT),
+        lambda draw: write(draw, examples[draw.slot.index]),
         has_length=False,
         source=checksum(f"{source} {max_new_tokens} {template}".encode()),
         most=len(examples),
     )
 
 
-def write(draw: Draw, example: Example, chat: bool) -> Draft:
-    """The example's prompt, without as much of its middle as the room asks for: two halves of its tokens are left."""
-    draft = Draft(example.prompt, example.answers, chat=chat, classes=example.classes)
-    size = draw.count(draft)
-    if size <= draw.limit:
-        return draft
+def write(draw: Draw, example: Example) -> Example:
+    """The example, without as much of its prompt's middle as the room asks for: two halves of its tokens are left."""
     ids = draw.encode(example.prompt)
-    keep = len(ids) + draw.limit - size
-    for _ in range(ATTEMPTS):
+
+    def shortened(keep: int) -> Example | None:
         half = keep // 2
-        if half < 1:
-            break
-        text = draw.decode(ids[:half]) + draw.decode(ids[-half:])
-        draft = Draft(text, example.answers, chat=chat, classes=example.classes, cut=True)
-        size = draw.count(draft)
-        if size <= draw.limit:
-            return draft
-        keep -= size - draw.limit  # where the halves meet, tokens may come out otherwise
-    raise FastKVError(f"{draw.limit} tokens are too short for task {draw.slot.task}", setting="longbench_tokens")
+        text = draw.decode(ids[:half]) + draw.decode(ids[-half:]) if half else ""
+        return replace(example, prompt=text, cut=True) if text else None
+
+    if draw.count(example) <= draw.limit:
+        return example
+    return adjust(draw, shortened, len(ids) + draw.limit - draw.count(example))
 
 
 def _example(where: str, dataset: str, template: str, fields: dict[str, Any]) -> Example:
@@ -115,11 +102,11 @@ def _example(where: str, dataset: str, template: str, fields: dict[str, Any]) ->
     if dataset in ("trec", "lsht") and not classes:
         raise FastKVError(f"{where}: all_classes must be a list of strings for {dataset}", setting=SETTING)
     try:
-        prompt = fill(template, fields)
-        longbench_score(dataset, "", answers, classes)  # some metrics look for something in the answer
+        example = Example(fill(template, fields), answers, chat=dataset not in WITHOUT_CHAT, classes=classes)
+        longbench_score(dataset, "", example)  # some metrics look for something in the answer
     except FastKVError as error:
         raise FastKVError(f"{where}: {error}", setting=SETTING) from None
-    return Example(prompt, answers, classes)
+    return example
 
 
 def fill(template: str, fields: dict[str, Any]) -> str:
@@ -141,15 +128,7 @@ def _settings(folder: Path, name: str) -> dict[str, Any]:
     path = _find(folder, "config", name)
     if path is None:
         raise FastKVError(f"{folder}: has no {name}, neither itself nor in its config", setting=SETTING)
-    try:
-        value = json.loads(read_text(path, SETTING)[1])
-    except (ValueError, RecursionError) as error:
-        if isinstance(error, FastKVError):
-            raise
-        value = None
-    if not isinstance(value, dict):
-        raise FastKVError(f"{path}: is no JSON object with an entry for each dataset", setting=SETTING)
-    return value
+    return read_json(path, SETTING, "an entry for each dataset")
 
 
 def _find(folder: Path, inside: str, name: str) -> Path | None:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from fastkv.eval.example import Draft, Draw, Task
+from fastkv.eval.example import Draw, Example, Task, contains_all
 from fastkv.eval.fitting import fit
 from fastkv.eval.tasks.haystack import hide, keys, numbers, sentences
 
@@ -27,10 +27,10 @@ def needle(key: str, number: str) -> str:
     return f"The secret number of the {key} is {number}."
 
 
-def writer(n_keys: int = 1, n_numbers: int = 1, n_asked: int = 1) -> Callable[[Draw], Draft]:
+def writer(n_keys: int = 1, n_numbers: int = 1, n_asked: int = 1) -> Callable[[Draw], Example]:
     """Writes texts with `n_keys` keys of `n_numbers` numbers each, and asks for those of the first `n_asked` keys."""
 
-    def write(draw: Draw) -> Draft:
+    def write(draw: Draw) -> Example:
         rng = draw.rng()
         names, values, hay = keys(rng), numbers(rng, DIGITS), sentences(rng)
         found = {next(names): [next(values) for _ in range(n_numbers)] for _ in range(n_keys)}
@@ -42,7 +42,7 @@ def writer(n_keys: int = 1, n_numbers: int = 1, n_asked: int = 1) -> Callable[[D
         ]
         question, lead = _ask(asked, n_numbers)
         answers = tuple(value for key in asked for value in found[key])
-        return fit(draw, lambda n: Draft(f"{INTRO}{hide(hay.first(n), needles)}\n\n{question}", answers, lead))
+        return fit(draw, lambda n: Example(f"{INTRO}{hide(hay.first(n), needles)}\n\n{question}", answers, lead))
 
     return write
 
@@ -59,8 +59,10 @@ def _ask(asked: list[str], n_numbers: int) -> tuple[str, str]:
 
 
 TASKS = (
-    Task("niah_single", "one needle, over depths and lengths", "all", ANSWER, writer(), has_depth=True),
-    Task("niah_multikey", "a needle among others with other keys", "all", ANSWER, writer(n_keys=SEVERAL)),
-    Task("niah_multivalue", "several numbers of one key, all asked", "all", ANSWER, writer(n_numbers=SEVERAL)),
-    Task("niah_multiquery", "several keys asked at once", "all", ANSWER, writer(n_keys=SEVERAL, n_asked=SEVERAL)),
+    Task("niah_single", "one needle, over depths and lengths", contains_all, ANSWER, writer(), has_depth=True),
+    Task("niah_multikey", "a needle among others with other keys", contains_all, ANSWER, writer(n_keys=SEVERAL)),
+    Task("niah_multivalue", "several numbers of one key, all asked", contains_all, ANSWER, writer(n_numbers=SEVERAL)),
+    Task(
+        "niah_multiquery", "several keys asked at once", contains_all, ANSWER, writer(n_keys=SEVERAL, n_asked=SEVERAL)
+    ),
 )

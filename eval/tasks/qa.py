@@ -17,10 +17,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fastkv.console.jsonl import read_objects
 from fastkv.errors import FastKVError
-from fastkv.eval.example import Draft, Draw, Task
+from fastkv.eval.example import Draw, Example, Task, contains_any
 from fastkv.eval.fitting import fit
-from fastkv.eval.tasks.jsonl import read_jsonl
 
 INTRO = (
     "Answer the question that follows these passages, in as few words as possible. One of them tells the answer.\n\n"
@@ -37,12 +37,12 @@ class Question:
 
 def qa_task(path: Path) -> Task:
     """The task of a file of questions. Raises FastKVError for a file that cannot be read as one."""
-    lines, source = read_jsonl(path, "qa_file", "question, answers and context")
+    lines, source = read_objects(path, "qa_file", "question, answers and context")
     questions = [_read(where, value) for where, value in lines]
     return Task(
         "qa",
         "questions of --qa-file over distractors",
-        "part",
+        contains_any,
         32,
         lambda draw: write(draw, questions),
         source=source,
@@ -50,7 +50,7 @@ def qa_task(path: Path) -> Task:
     )
 
 
-def write(draw: Draw, questions: list[Question]) -> Draft:
+def write(draw: Draw, questions: list[Question]) -> Example:
     """Question `index` of an order that the seed shuffles; its distractors are other questions' passages."""
     order = random.Random(f"{draw.seed}/questions")
     asked = order.sample(questions, len(questions))[draw.slot.index]
@@ -61,12 +61,12 @@ def write(draw: Draw, questions: list[Question]) -> Draft:
     places = [rng.random() for _ in asked.context]
     tail = f"Question: {asked.question}"
 
-    def build(n: int) -> Draft:
+    def build(n: int) -> Example:
         passages = _first_sentences(distractors, n)
         for place, passage in zip(places, asked.context, strict=True):
             passages.insert(int(place * (len(passages) + 1)), passage)
         listed = "\n\n".join(f"Passage {i}: {passage}" for i, passage in enumerate(passages, start=1))
-        return Draft(f"{INTRO}{listed}\n\n{tail}", asked.answers, "\nAnswer:")
+        return Example(f"{INTRO}{listed}\n\n{tail}", asked.answers, "\nAnswer:")
 
     return fit(draw, build, most=sum(map(len, distractors)))
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from itertools import pairwise
 from string import ascii_uppercase
 
-from fastkv.eval.example import Draft, Draw, Task
+from fastkv.eval.example import Draw, Example, Task, contains_all
 from fastkv.eval.fitting import fit, worked_example
 from fastkv.eval.tasks.haystack import different, hide, numbers, sentences
 
@@ -29,23 +29,23 @@ def chain(names: list[str], value: str) -> list[str]:
     return [first, *(f"Variable {new} is set to variable {old}." for old, new in pairwise(names))]
 
 
-def write(draw: Draw) -> Draft:
+def write(draw: Draw) -> Example:
     rng = draw.rng()
     names = different(lambda: "".join(rng.choices(ascii_uppercase, k=NAME_LENGTH)))
     values, hay = numbers(rng, DIGITS), sentences(rng)
     question = _question(rng, names, values)
     shown = _question(rng, names, values)(sentences(draw.rng("example")).first(EXAMPLE_HAY))
     example = worked_example(draw, shown, " ".join(shown.answers))
-    return fit(draw, lambda n: question(hay.first(n)).behind(example))
+    return fit(draw, lambda n: question(hay.first(n)).after(example))
 
 
-def _question(rng: random.Random, names: Iterator[str], values: Iterator[str]) -> Callable[[list[str]], Draft]:
+def _question(rng: random.Random, names: Iterator[str], values: Iterator[str]) -> Callable[[list[str]], Example]:
     """A chain and the question about it, for any hay; the assignments keep their order."""
     chained, value = [next(names) for _ in range(HOPS + 1)], next(values)
     needles = list(zip(sorted(rng.random() for _ in chained), chain(chained, value), strict=True))
     question = f"Question: Which variables have the value {value}, directly or through other variables? Name them all."
     lead = f"\nAnswer: The {HOPS + 1} variables with the value {value} are:"
-    return lambda hay: Draft(f"{INTRO}{hide(hay, needles)}\n\n{question}", tuple(chained), lead)
+    return lambda hay: Example(f"{INTRO}{hide(hay, needles)}\n\n{question}", tuple(chained), lead)
 
 
-TASKS = (Task("vt", "variable tracking: a chain of assignments", "all", 48, write),)
+TASKS = (Task("vt", "variable tracking: a chain of assignments", contains_all, 48, write),)

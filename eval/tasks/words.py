@@ -15,7 +15,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 
-from fastkv.eval.example import Draft, Draw, Task
+from fastkv.eval.example import Draw, Example, Task, contains_all
 from fastkv.eval.fitting import fit, worked_example
 from fastkv.eval.tasks.haystack import Pieces, different
 
@@ -38,22 +38,22 @@ def made_up(rng: random.Random) -> Pieces:
     return Pieces(lambda: next(words))
 
 
-def write_common(draw: Draw) -> Draft:
+def write_common(draw: Draw) -> Example:
     """A numbered list in which ten words come up often and the others hardly ever."""
     words = made_up(draw.rng())
     examples = (_example(draw, *rate) for rate in EXAMPLES)
     example = next(filter(None, examples), "")
 
-    def build(often: int, seldom: int, others: int) -> Draft:
+    def build(often: int, seldom: int, others: int) -> Example:
         chosen = words.first(COMMON + -(-others // seldom))
-        return _common(draw.rng("order"), chosen, often, seldom, others).behind(example)
+        return _common(draw.rng("order"), chosen, often, seldom, others).after(example)
 
     sizes = ((rate, draw.count(build(*rate, 0))) for rate in RATES)
     often, seldom = next((rate for rate, size in sizes if 2 * size <= draw.limit), RATES[-1])
     return fit(draw, lambda n: build(often, seldom, n))
 
 
-def _common(rng: random.Random, words: list[str], often: int, seldom: int, others: int) -> Draft:
+def _common(rng: random.Random, words: list[str], often: int, seldom: int, others: int) -> Example:
     """The question about a list of the first ten words, `often` times each, and `others` entries of the rest."""
     common, rest = words[:COMMON], words[COMMON:]
     entries = common * often + [rest[i // seldom] for i in range(others)]
@@ -61,7 +61,7 @@ def _common(rng: random.Random, words: list[str], often: int, seldom: int, other
     text = f"Some words of this numbered list come up often. Remember them.\n\n{_numbered(entries)}\n\n"
     question = f"Question: What are the {COMMON} words that come up most often in the list above?"
     lead = f"\nAnswer: The {COMMON} words that come up most often in the list are:"
-    return Draft(text + question, tuple(common), lead)
+    return Example(text + question, tuple(common), lead)
 
 
 def _example(draw: Draw, often: int, seldom: int, n_others: int) -> str:
@@ -74,19 +74,19 @@ def _numbered(words: Sequence[str]) -> str:
     return " ".join(f"{i}. {word}" for i, word in enumerate(words, start=1))
 
 
-def write_frequent(draw: Draw) -> Draft:
+def write_frequent(draw: Draw) -> Example:
     """Coded words whose frequencies follow Zipf's law."""
     words = made_up(draw.rng())
     question = f"Question: What are the {FREQUENT} words that come up most often in the coded text above?"
     lead = f"\nAnswer: The {FREQUENT} words that come up most often in the coded text are:"
 
-    def build(n: int) -> Draft:
+    def build(n: int) -> Example:
         counts = zipf_counts(SHORTEST + n)
         chosen = words.first(len(counts))
         text = [word for word, count in zip(chosen, counts, strict=True) for _ in range(count)]
         draw.rng("order").shuffle(text)
         intro = "Some words of this coded text come up more often than others. Keep count of them."
-        return Draft(f"{intro}\n\n{' '.join(text)}\n\n{question}", tuple(chosen[:FREQUENT]), lead)
+        return Example(f"{intro}\n\n{' '.join(text)}\n\n{question}", tuple(chosen[:FREQUENT]), lead)
 
     return fit(draw, build)
 
@@ -103,6 +103,6 @@ def zipf_counts(total: int) -> list[int]:
 
 
 TASKS = (
-    Task("cwe", "common words extraction from a list", "all", 120, write_common),
-    Task("fwe", "frequent words extraction, Zipf's law", "all", 50, write_frequent),
+    Task("cwe", "common words extraction from a list", contains_all, 120, write_common),
+    Task("fwe", "frequent words extraction, Zipf's law", contains_all, 50, write_frequent),
 )

@@ -12,8 +12,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from arguments import Parser, integer, number
+from encoding import load_encode
 
-from fastkv.eval.tasks.archive_compose import Prompt, load_encode, make_prompt
+from fastkv.eval.example import Example
+from fastkv.eval.tasks.archive import make_prompt
 
 TOKENIZER = Path(__file__).parent / "model" / "tokenizer.json"
 
@@ -39,16 +41,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def write(prompt: Prompt, out: Path | None, answer_file: Path | None) -> None:
+def write(prompt: Example, out: Path | None, answer_file: Path | None) -> None:
     # A file gets the newline that text files end in; whoever reads a prompt file drops one.
     if out is None:
         sys.stdout.write(prompt.text)
     else:
         out.write_text(prompt.text + "\n", encoding="utf-8")
     if answer_file is None:
-        print(f"answer: {prompt.code}", file=sys.stderr)
+        print(f"answer: {prompt.answers[0]}", file=sys.stderr)
     else:
-        answer_file.write_text(prompt.code + "\n", encoding="utf-8")
+        answer_file.write_text(prompt.answers[0] + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

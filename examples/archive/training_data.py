@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fastkv.eval.tasks.archive_compose import Encode, compose
+from fastkv.eval.tasks.archive import Encode, compose
 from fastkv.eval.tasks.archive_text import question
 
 BOS, EOS = 0, 1

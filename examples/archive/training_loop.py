@@ -15,6 +15,7 @@ from types import FrameType
 from typing import Any
 
 import torch
+from encoding import load_encode
 from torch import nn
 from training_data import make_batch
 from training_network import count_right, hide, initialise, loss_of
@@ -22,7 +23,7 @@ from training_plan import RETRIEVAL, Budget, Settings, Stage, learning_rate, pla
 from training_state import BUNDLED, Counters, Record, load_state, prepare_folder, save_model, save_state
 
 from fastkv.errors import FastKVError
-from fastkv.eval.tasks.archive_compose import Encode, load_encode
+from fastkv.eval.tasks.archive import Encode
 from fastkv.models.config import ModelConfig
 from fastkv.models.llama import Llama
 

@@ -17,7 +17,7 @@ from safetensors.torch import save
 from torch import Tensor
 from training_plan import Budget, Settings
 
-from fastkv.engine.files import write_atomically
+from fastkv.console.files import write_atomically
 from fastkv.errors import FastKVError
 from fastkv.models.llama import Llama
 from fastkv.models.weights import checkpoint_tensors

@@ -1,0 +1,1 @@
+"""What the commands share: parser, progress line, summary, files that a stopped run continues."""

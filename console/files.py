@@ -1,0 +1,99 @@
+"""Files that are read and written: whether they can be is found out before the work is done, not after it."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from fastkv.errors import FastKVError
+
+
+def read_text(path: Path, setting: str) -> tuple[bytes, str]:
+    """A file's bytes and its text, without a byte-order mark. Raises FastKVError where it is not there or not UTF-8."""
+    try:
+        data = path.read_bytes()
+        return data, data.decode("utf-8-sig")
+    except OSError as error:
+        raise FastKVError(f"{path}: cannot be read ({error.strerror})", setting=setting) from None
+    except UnicodeDecodeError as error:
+        raise FastKVError(f"{path}: is not UTF-8 (byte {error.start}); save it as UTF-8", setting=setting) from None
+
+
+def read_json(path: Path, setting: str, holds: str) -> dict[str, Any]:
+    """The object of a JSON file. Raises FastKVError where there is none; holds: what it is to have."""
+    try:
+        value = json.loads(read_text(path, setting)[1])
+    except (json.JSONDecodeError, RecursionError):
+        value = None
+    if not isinstance(value, dict):
+        raise FastKVError(f"{path}: is no JSON object with {holds}", setting=setting)
+    return value
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Fill a file beside `path`, or beside the file that it is a link to, then move it there in one step."""
+    path = path.resolve()
+    beside = _beside(path)
+    try:
+        beside.write_bytes(content)
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def write_whole(path: Path, content: str, setting: str) -> None:
+    """`write_atomically` of a text; FastKVError, naming the setting, where that cannot be done."""
+    try:
+        write_atomically(path, content.encode())
+    except OSError as error:
+        raise unwritable(path, error, setting) from None
+
+
+def check_writable(path: str | Path, setting: str) -> None:
+    """Raise FastKVError, naming the setting, unless `path` can be written. An existing file stays as it is."""
+    target = Path(os.path.realpath(path))  # where a link leads, which may not be there yet
+    try:
+        if not os.path.lexists(target):
+            target.open("xb").close()
+            target.unlink()
+        elif target.is_file() or target.is_dir():  # not a pipe or a device: opening one might block, or be seen
+            target.open("ab").close()
+    except OSError as error:
+        raise unwritable(path, error, setting) from None
+
+
+def check_replaceable(path: Path, setting: str) -> None:
+    """Raise FastKVError, naming the setting, unless `write_atomically` can put a file at `path`."""
+    check_regular(path, setting)
+    beside = _beside(path.resolve())
+    try:
+        beside.open("xb").close()
+        beside.unlink()
+    except OSError as error:
+        raise unwritable(path, error, setting) from None
+
+
+def check_regular(path: Path, setting: str) -> None:
+    """FastKVError for a folder, pipe or device: reading it might never end, and no file must take its place."""
+    if path.exists() and not path.is_file():
+        raise FastKVError(f"{path}: cannot be written, for it is no ordinary file; name another one", setting=setting)
+
+
+def check_folder(folder: Path, setting: str) -> None:
+    """Raise FastKVError, naming the setting, unless files can be put into `folder`, which may not be there yet."""
+    there = next(path for path in (folder, *folder.parents) if path.exists())
+    if not there.is_dir():
+        raise FastKVError(f"{folder}: {there} is no folder; name another one", setting=setting)
+    if not os.access(there, os.W_OK):
+        raise FastKVError(f"{folder}: the folder {there} cannot be written to", setting=setting)
+
+
+def unwritable(path: str | Path, error: OSError, setting: str) -> FastKVError:
+    """The complaint, in one line."""
+    return FastKVError(f"{path}: cannot be written ({error.strerror})", setting=setting)
+
+
+def _beside(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{os.getpid()}.tmp")

@@ -1,0 +1,137 @@
+"""Answer many prompts into one JSONL file, from which a run that was stopped continues.
+
+A record is written as soon as its answer is there. A later run with the same output leaves out what has one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fastkv.console.jsonl import RecordFile, difference
+from fastkv.console.progress import ProgressLine
+from fastkv.console.prompt import Job
+from fastkv.console.summary import as_json
+from fastkv.errors import FastKVError
+
+if TYPE_CHECKING:
+    from fastkv.engine.llm import LLM
+    from fastkv.engine.sampler import SamplingParams
+
+_BEGINNING = b'{"id": '  # of every record
+
+
+class Records:
+    """The output file: one JSON object a line, with the `id` and the digest of its prompt. A context manager.
+
+    about: what the whole run has in common (model, policy, sampling); a file that was written with other settings, or
+    for other prompts under the same names, is refused with FastKVError, and so is one that holds anything else. A last
+    record that was cut short is dropped.
+    """
+
+    def __init__(self, path: str, about: dict[str, Any], jobs: Sequence[Job]) -> None:
+        self.done: set[str] = set()
+        self._about = about
+        self._file = RecordFile(Path(path))
+        try:
+            self._continue({job.id: job.digest for job in jobs})
+        except BaseException:
+            self._file.close()
+            raise
+
+    def append(self, job: Job, answer: dict[str, Any]) -> None:
+        """Write the record of an answer, for good."""
+        self._file.append({"id": job.id, "prompt_sha256": job.digest, **self._about, **answer})
+        self.done.add(job.id)
+
+    def __enter__(self) -> Records:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+    def _continue(self, digests: dict[str, str]) -> None:
+        for number, record in enumerate(self._file.objects, 1):
+            self._check(number, record, digests)
+        tail = self._file.tail
+        # A file named by mistake may be the only copy: nothing is cut off but a record or its beginning.
+        if not (tail.startswith(_BEGINNING) or _BEGINNING.startswith(tail)) or _is_another_object(tail):
+            raise self._file.foreign(len(self._file.objects) + 1)
+        self._file.drop_tail()
+
+    def _check(self, number: int, record: dict[str, Any], digests: dict[str, str]) -> None:
+        if not _is_record(record):
+            raise self._file.foreign(number)
+        found = _flat(record)
+        for name, value in _flat(json.loads(json.dumps(self._about))).items():
+            if found.get(name) != value:
+                raise self._file.refused(f"was made with {name} {difference(found.get(name), value)}", number)
+        if digests.get(record["id"], record["prompt_sha256"]) != record["prompt_sha256"]:
+            raise self._file.refused(f"prompt {record['id']} was another text", number)
+        self.done.add(record["id"])
+
+
+def _is_record(value: Any) -> bool:
+    return isinstance(value, dict) and all(isinstance(value.get(name), str) for name in ("id", "prompt_sha256"))
+
+
+def _is_another_object(tail: bytes) -> bool:
+    """Whether a line without its end is whole, and no record."""
+    try:
+        return not _is_record(json.loads(tail))
+    except (ValueError, RecursionError):
+        return False
+
+
+def _flat(settings: dict[str, Any]) -> dict[str, Any]:
+    """Settings of settings under one name each: {"policy": {"window": 8}} as {"policy window": 8}."""
+    flat: dict[str, Any] = {}
+    for name, value in settings.items():
+        inner = value if isinstance(value, dict) else {"": value}
+        flat.update({f"{name} {key}".strip(): entry for key, entry in inner.items()})
+    return flat
+
+
+def run_jobs(
+    llm: LLM,
+    jobs: Sequence[Job],
+    prompt_of: Callable[[Job], str | list[int]],
+    params: SamplingParams,
+    output: str,
+    about: dict[str, Any],
+    limits: dict[str, Any],
+) -> str:
+    """Answer what has no record in `output` yet; a line of figures.
+
+    prompt_of: a job's prompt as the model is to see it. about: what else a record says of the whole run. limits:
+    batch_size and kv_memory of `LLM.generate_each`.
+    """
+    policy = {"name": llm.policy.name, **llm.policy.settings(llm.config.n_layers)}
+    dtype = str(llm.dtype).removeprefix("torch.")
+    about = {**about, "dtype": dtype, "policy": policy, "sampling": dataclasses.asdict(params)}
+    with Records(output, about, jobs) as records, ProgressLine(sys.stderr) as line:
+        todo = [job for job in jobs if job.id not in records.done]
+        started, new_tokens = time.perf_counter(), 0
+        try:
+            each = llm.generate_each([prompt_of(job) for job in todo], params, **limits)
+        except FastKVError as error:
+            if error.prompt is None:
+                raise
+            setting = None if error.setting == "prompt" else error.setting
+            raise FastKVError(f"prompt {todo[error.prompt].id}: {error.__cause__}", setting=setting) from None
+        for count, (index, answer) in enumerate(each, 1):
+            fields = as_json(answer)
+            kept = ("text", "token_ids", "finish_reason", "metrics")
+            records.append(todo[index], {name: fields[name] for name in kept})
+            new_tokens += answer.metrics.new_tokens
+            line.show(f"{count} of {len(todo)} prompts", count, len(todo))
+        seconds = time.perf_counter() - started
+    before = f"; {len(jobs) - len(todo):,} were there already" if len(todo) < len(jobs) else ""
+    speed = f", {new_tokens / seconds:,.1f} tokens/s with their prompts" if todo else ""
+    answers = f"{len(todo):,} answer{'s' if len(todo) != 1 else ''}"
+    return f"{answers} to {output}: {new_tokens:,} tokens in {seconds:,.1f} s{speed}{before}"

@@ -1,0 +1,89 @@
+"""How every command reads its arguments, what it says on stderr, and how it ends."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import os
+import sys
+from collections.abc import Callable, Collection
+from typing import Any, NoReturn
+
+from fastkv.errors import FastKVError, FaultError
+
+DONE, FAULT, USER_ERROR, INTERRUPTED = 0, 1, 2, 130
+
+
+class Parser(argparse.ArgumentParser):
+    """Knows flags by their whole names only, and raises its complaints as FastKVError, without the usage text."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(allow_abbrev=False, **settings)
+
+    def error(self, message: str) -> NoReturn:
+        raise FastKVError(message)
+
+
+def flag_of(setting: str) -> str:
+    return "--" + setting.replace("_", "-")
+
+
+def add_model_flag(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", required=True, metavar="PATH_OR_ID", help="model folder, or hub id like org/name")
+
+
+def add_machine_flags(group: argparse._ActionsContainer, quiet: str | None = None) -> None:
+    """Where and how a model runs: the same for every command. quiet: the help of --quiet, where that is to be here."""
+    group.add_argument("--device", default="auto", metavar="D", help="auto (default), cpu, cuda or cuda:N")
+    group.add_argument("--dtype", default="auto", metavar="T", help="auto (default), float32, bfloat16 or float16")
+    group.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: torch's choice)")
+    group.add_argument("--revision", metavar="R", help="revision of a hub id")
+    if quiet is not None:
+        group.add_argument("--quiet", action="store_true", help=quiet)
+
+
+def guarded(name: str, work: Callable[[], int | None], settings: Collection[str] = ()) -> int:
+    """Do the work of command `name`; its exit status: 0 done, 1 a fault, 2 a user's mistake, 130 interrupted.
+
+    settings: those that have a flag of this command, which a complaint about them begins with.
+    """
+    try:
+        return work() or DONE
+    except FastKVError as error:
+        flag = f"{flag_of(error.setting)}: " if error.setting is not None and error.setting in settings else ""
+        say(f"{name}: error: {flag}{error}")
+        return FAULT if isinstance(error, FaultError) else USER_ERROR
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except BrokenPipeError:
+        _drop_stdout()  # the reader has gone: nothing is left to say
+        return DONE
+    except OSError as error:
+        _drop_stdout()
+        say(f"{name}: error: {error}")
+        return FAULT
+
+
+def say(line: str) -> None:
+    """One line on stderr, unless it is closed: then print would turn to stdout."""
+    if sys.stderr is not None:
+        print(line, file=sys.stderr)
+
+
+def write_utf8(**settings: Any) -> None:
+    """Text on stdout is UTF-8, whatever the locale says. settings: of TextIOWrapper.reconfigure, beyond that."""
+    reconfigure = getattr(sys.stdout, "reconfigure", None)
+    if reconfigure is not None:
+        reconfigure(encoding="utf-8", errors="replace", **settings)
+
+
+def check_installed(flag: str, package: str, extra: str) -> None:
+    """FastKVError unless `package`, which `flag` needs, can be found. Imports nothing."""
+    if importlib.util.find_spec(package) is None:
+        raise FastKVError(f'{flag} needs {package}: pip install "fastkv[{extra}]"')
+
+
+def _drop_stdout() -> None:
+    """Let what is still buffered go nowhere, so that Python does not fail on it at exit."""
+    if sys.stdout is not None:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -1,0 +1,46 @@
+"""A policy as one word of a command line: `NAME` or `NAME:setting=value,setting=value`.
+
+Several values of one setting stand between slashes: `fastkv:tsp_layer=9/15/23,tsp_rate=0.5/0.2/0.1`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastkv.errors import FastKVError
+
+
+def read_settings(text: str) -> tuple[str, dict[str, Any]]:
+    """The name and the settings that a policy is written with; neither is checked yet."""
+    name, _, settings = text.partition(":")
+    values: dict[str, Any] = {}
+    for part in settings.split(",") if settings else []:
+        setting, equals, value = part.partition("=")
+        if not equals or not setting.strip():
+            raise FastKVError(f"must be NAME or NAME:setting=value,…; {part!r} is no setting=value")
+        key = setting.strip().replace("-", "_")
+        if key in values:
+            raise FastKVError(f"has {key} twice; several values of one setting stand between slashes")
+        values[key] = _value(value.strip())
+    return name.strip(), values
+
+
+def write_settings(name: str, settings: dict[str, Any]) -> str:
+    """What `read_settings` reads."""
+    values = {key: "/".join(map(str, v)) if isinstance(v, tuple) else str(v) for key, v in settings.items()}
+    return f"{name}:{','.join(f'{key}={value}' for key, value in values.items())}"
+
+
+def _value(text: str) -> Any:
+    """A number where it is one, a tuple where all parts between slashes are; the policy itself says whether it fits."""
+    parts = tuple(map(_number, text.split("/")))
+    return parts if len(parts) > 1 and str not in map(type, parts) else _number(text)
+
+
+def _number(text: str) -> int | float | str:
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text

@@ -1,0 +1,92 @@
+"""The prompts that a command is given: text files, or a JSONL file of them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fastkv.console.jsonl import read_objects
+from fastkv.errors import FastKVError
+
+
+@dataclass(frozen=True)
+class Job:
+    """A prompt and the name that its record has."""
+
+    id: str
+    prompt: str
+
+    @property
+    def digest(self) -> str:
+        """Tells whether a record of that name is of this very prompt."""
+        return hashlib.sha256(self.prompt.encode("utf-8", "surrogatepass")).hexdigest()[:16]
+
+
+def read_prompt(name: str) -> str:
+    """The text of a prompt file ("-": standard input), verbatim but for a byte-order mark and one last newline.
+
+    Raises FastKVError for a file that is missing, empty, binary or not UTF-8.
+    """
+    source = "standard input" if name == "-" else name
+    if name == "-" and sys.stdin is None:
+        raise FastKVError(f"--prompt {source}: is closed")
+    try:
+        data = sys.stdin.buffer.read() if name == "-" else Path(name).read_bytes()
+    except OSError as error:
+        raise FastKVError(f"--prompt {source}: cannot be read ({error.strerror})") from None
+    if data.startswith((b"\xff\xfe", b"\xfe\xff")):
+        raise FastKVError(f"--prompt {source}: is UTF-16; save it as UTF-8")
+    if b"\0" in data:
+        raise FastKVError(f"--prompt {source}: is a binary file; give a text file in UTF-8")
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise FastKVError(f"--prompt {source}: is not UTF-8 (byte {error.start}); save it as UTF-8") from None
+    text = text.removesuffix("\r\n") if text.endswith("\r\n") else text.removesuffix("\n")
+    if not text:
+        raise FastKVError(f"--prompt {source}: is empty")
+    return text
+
+
+def read_jobs(path: str) -> list[Job]:
+    """The prompts of a JSONL file: objects with `prompt`, a text, and, if wanted, `id` (else the number of the line).
+
+    Raises FastKVError, naming the line, for whatever is not that.
+    """
+    entries, _ = read_objects(Path(path), "prompts", "prompt and, if wanted, id")
+    jobs = [_job(where, entry) for where, entry in entries]
+    check_names(jobs, "prompts")
+    return jobs
+
+
+def check_names(jobs: Sequence[Job], setting: str) -> None:
+    """FastKVError for two prompts of one name: their records could not be told apart."""
+    names: set[str] = set()
+    for job in jobs:
+        if job.id in names:
+            raise FastKVError(f"there are two prompts of the name {job.id}; give each its own", setting=setting)
+        names.add(job.id)
+
+
+def is_broken(text: str) -> bool:
+    """Whether a text holds halves of surrogate pairs: Python makes them of bytes that are no UTF-8."""
+    return any("\ud800" <= character <= "\udfff" for character in text)
+
+
+def _job(where: str, entry: dict[str, Any]) -> Job:
+    if not isinstance(entry.get("prompt"), str) or not entry["prompt"]:
+        raise FastKVError(f"{where}: needs a text as prompt", setting="prompts")
+    unknown = sorted(set(entry) - {"prompt", "id"})
+    if unknown:
+        raise FastKVError(f"{where}: {unknown[0]} is neither prompt nor id", setting="prompts")
+    name = entry.get("id", int(where.rsplit(" ", 1)[1]))
+    if isinstance(name, bool) or not isinstance(name, (str, int)):
+        raise FastKVError(f"{where}: id must be a text or a whole number, not {json.dumps(name)}", setting="prompts")
+    if is_broken(f"{name}{entry['prompt']}"):
+        raise FastKVError(f"{where}: holds half of a surrogate pair, which is no text", setting="prompts")
+    return Job(str(name), entry["prompt"])

@@ -1,0 +1,152 @@
+"""Which settings make a policy keep as many entries as the others: int(R * N) a layer and KV head, in the mean.
+
+Every policy of POLICIES that has a budget gets it from `kv_retention`, with one and the same floor. PyramidInfer has no
+budget but a decay, which is found by its plan. A policy that cannot keep that many takes no part, and says why.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from bisect import bisect_left
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from fastkv.cache.catalogue import POLICIES
+from fastkv.cache.policies import FullKV, PyramidInfer
+from fastkv.cache.policies.compressed import Compressed
+from fastkv.cache.policy import Policy, plan_layers
+from fastkv.cli import build_policy
+from fastkv.console.policy_text import read_settings, write_settings
+from fastkv.errors import FastKVError, check_choice
+from fastkv.eval.policy_spec import PolicySpec, check_twin
+
+FLOOR = 8  # the min_tokens of all: the least that a window of eight tokens allows
+NEAR = 0.05  # how far from the others a policy without a budget may be
+EQUAL = ("kv_retention", "kv_len", "min_tokens", "decay")  # what makes the entries equal is nobody's own setting
+STEPS = 100_000  # decays from 0 to 1 that are tried
+
+
+@dataclass(frozen=True)
+class Terms:
+    """What all policies of a comparison share: the model's size, the lengths of the prompts, HeadKV's table."""
+
+    n_layers: int
+    n_kv_heads: int
+    lengths: tuple[int, ...]
+    head_scores: Path | None = None
+
+
+class _UnequalError(FastKVError):
+    """A policy that cannot keep as many entries as the others."""
+
+
+def wanted(retention: float, n_tokens: int) -> int:
+    """Entries that every policy is to keep of a prompt, for each layer and KV head, in the mean."""
+    return min(max(int(retention * n_tokens), FLOOR), n_tokens)
+
+
+def off_by(policy: Policy, retention: float, terms: Terms) -> float:
+    """How much more than wanted `policy` plans to keep, as a share of it: the mean over the prompts' lengths."""
+
+    def mean_kept(n_tokens: int) -> float:
+        return fmean(plan.kept for plan in plan_layers(policy, terms.n_layers, n_tokens))
+
+    return fmean(mean_kept(length) / wanted(retention, length) - 1 for length in terms.lengths)
+
+
+def equal_policies(
+    texts: Sequence[str] | None, retentions: Sequence[float], terms: Terms
+) -> tuple[list[PolicySpec], list[str]]:
+    """The full cache, then every policy at each retention; and a line for each that takes no part.
+
+    texts: the policies, as `NAME` or `NAME:setting=value,…`; None means all there are, and only of these one may be
+    missing. Raises FastKVError for a mistake in them, for one named twice, and where none is left.
+    """
+    found, missing = [PolicySpec(FullKV.name, FullKV(), FullKV.name)], []
+    for retention in retentions:
+        for text in POLICIES if texts is None else texts:
+            try:
+                if read_settings(text) == (FullKV.name, {}):
+                    continue
+                spec = _equal_policy(text, retention, terms)
+                check_twin(spec, found)
+                found.append(spec)
+            except FastKVError as error:
+                if texts is not None or not isinstance(error, _UnequalError):
+                    raise FastKVError(f"--policy {text}: {error}") from None
+                missing.append(f"{text} is left out: {error}")
+    if len(found) == 1:
+        raise FastKVError("--policy: there is nothing to compare with the full cache; name another policy")
+    return found, list(dict.fromkeys(missing))
+
+
+def check_names(texts: Sequence[str] | None, head_scores: Path | None) -> None:
+    """FastKVError for a policy that there is not, and for a file that none of them reads."""
+    known: list[str] = []
+    for text in POLICIES if texts is None else texts:
+        try:
+            name, _ = read_settings(text)
+            check_choice("policy", name, POLICIES)
+            known += _defaults(POLICIES[name])
+        except FastKVError as error:
+            raise FastKVError(f"--policy {text}: {error}") from None
+    if head_scores is not None and "head_scores" not in known:
+        raise FastKVError("--head-scores is for a policy that reads them, and none of these does; leave it out")
+
+
+def nearest_decay(policy: PyramidInfer, retention: float, terms: Terms) -> float:
+    """The decay with which `policy` keeps most nearly what is wanted, in the mean over layers and lengths."""
+
+    def off(step: int) -> float:
+        return off_by(dataclasses.replace(policy, decay=step / STEPS), retention, terms)
+
+    high = bisect_left(range(STEPS), True, lo=2, key=lambda step: off(step) >= 0)
+    return min(high - 1, high, key=lambda step: abs(off(step))) / STEPS
+
+
+def _equal_policy(text: str, retention: float, terms: Terms) -> PolicySpec:
+    name, own = read_settings(text)
+    for setting in own:
+        if setting in EQUAL:
+            raise FastKVError(f"{setting} is what makes the policies keep the same; --kv-retention sets it for all")
+    settings = {**own, **_equal_settings(name, own, retention, terms.head_scores)}
+    policy = build_policy(name, settings)
+    policy.validate(terms.n_layers, terms.n_kv_heads)
+    if isinstance(policy, PyramidInfer):
+        settings["decay"] = nearest_decay(policy, retention, terms)
+        policy = dataclasses.replace(policy, decay=settings["decay"])
+    off = off_by(policy, retention, terms)
+    if abs(off) > NEAR or (off != 0 and not isinstance(policy, PyramidInfer)):
+        more, share = ("more" if off > 0 else "less"), 100 * abs(off)
+        raise _UnequalError(f"it keeps {share:.1f} % {more} than the others at --kv-retention {retention:g}")
+    return PolicySpec(write_settings(name, settings), policy, text, retention)
+
+
+def _equal_settings(name: str, own: dict[str, Any], retention: float, head_scores: Path | None) -> dict[str, Any]:
+    """The settings of a policy that make the entries equal. Raises _UnequalError where it has none."""
+    policy, settings = POLICIES[name], dict[str, Any]()
+    defaults = _defaults(policy)
+    if "head_scores" in defaults and "head_scores" not in own:
+        if head_scores is None:
+            raise _UnequalError("it needs --head-scores FILE")
+        settings["head_scores"] = str(head_scores)
+    if policy is PyramidInfer:
+        # It falls from the first layer on, and no further than to half of the mean: the upper layers keep a share, too.
+        pyramid = {"first_layer": 0, "floor": retention / 2}
+        settings |= {setting: value for setting, value in pyramid.items() if setting not in own}
+    elif issubclass(policy, Compressed):
+        settings["kv_retention"] = retention
+        if "tsp_rate" in defaults and not {"tsp_rate", "tsp_len"} & own.keys() and retention > defaults["tsp_rate"]:
+            settings["tsp_rate"] = retention  # a layer cannot keep more than reaches it
+    else:
+        raise _UnequalError("it has no budget that could be made equal")
+    window = own.get("window")
+    return {**settings, "min_tokens": max(FLOOR, window) if isinstance(window, int) else FLOOR}
+
+
+def _defaults(policy: type[Policy]) -> dict[str, Any]:
+    """The settings of a policy, with their defaults."""
+    return {field.name: field.default for field in dataclasses.fields(policy)}  # type: ignore[arg-type]

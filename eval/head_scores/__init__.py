@@ -1,0 +1,1 @@
+"""fastkv-eval head-scores: which heads copy from the prompt? The table that policy headkv reads."""

@@ -1,0 +1,233 @@
+"""What the commands share: one writer to a file at a time, the progress line, and how a command ends."""
+
+from __future__ import annotations
+
+import io
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fastkv import FastKVError
+from fastkv.console import lock as lock_module
+from fastkv.console import progress as progress_module
+from fastkv.console.files import check_replaceable, write_whole
+from fastkv.console.jsonl import RecordFile, check_output, difference
+from fastkv.console.lock import holder, lock
+from fastkv.console.parser import Parser, guarded
+from fastkv.console.picture import style
+from fastkv.console.progress import ProgressLine, clock
+
+HOLDS = """
+import sys
+from pathlib import Path
+from fastkv.console.jsonl import RecordFile
+with RecordFile(Path(sys.argv[1])) as file:
+    file.append({"from": "the first"})
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+@pytest.fixture
+def another(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
+    """A process that has written a record to out.jsonl, and holds it until it is told to end."""
+    command = [sys.executable, "-c", HOLDS, str(tmp_path / "out.jsonl")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "held\n"
+        yield process
+        if process.poll() is None:
+            process.communicate()
+
+
+@pytest.mark.parametrize("act", [RecordFile, check_output])
+def test_a_file_has_one_writer(another: subprocess.Popen[str], tmp_path: Path, act: Callable[[Path], Any]) -> None:
+    """Its process is named where the system tells; when it ends, the file is free, and what it wrote is there."""
+    path = tmp_path / "out.jsonl"
+    with pytest.raises(FastKVError, match="is writing to it; wait until it has ended, or name another file") as refused:
+        act(path)
+    assert refused.value.setting == "output"
+    if Path("/proc/locks").exists():
+        assert f"out.jsonl: process {another.pid} ({sys.executable}" in str(refused.value)
+    another.communicate()
+    check_output(path)
+    with RecordFile(path) as file:
+        assert file.objects == [{"from": "the first"}]
+        file.append({"from": "the second"})
+    assert len(path.read_bytes().splitlines()) == 2
+
+
+def test_a_dead_writer_holds_nothing(another: subprocess.Popen[str], tmp_path: Path) -> None:
+    another.send_signal(signal.SIGKILL)
+    another.wait()
+    with RecordFile(tmp_path / "out.jsonl") as file:
+        assert file.objects == [{"from": "the first"}]
+
+
+def test_a_file_that_is_refused_is_free_again(tmp_path: Path) -> None:
+    path = tmp_path / "out.jsonl"
+    path.write_text("no record\n")
+    for _ in range(2):
+        with pytest.raises(FastKVError, match=r"out\.jsonl, line 1: is no record of such a run; name another file"):
+            RecordFile(path)
+    with path.open("rb") as file:
+        assert lock(file)
+
+
+def test_without_locks_every_process_may_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file system that has none says so: that must not keep anybody from working."""
+    if lock_module.fcntl is None:
+        pytest.skip("no fcntl on this system")
+
+    def unsupported(*_: Any) -> None:
+        raise OSError(95, "Operation not supported")
+
+    monkeypatch.setattr(lock_module.fcntl, "flock", unsupported)
+    with (tmp_path / "file").open("wb") as file:
+        assert lock(file)
+        assert holder(file) == "another process"
+
+
+def test_a_tail_stays_until_it_is_dropped(tmp_path: Path) -> None:
+    path = tmp_path / "out.jsonl"
+    path.write_bytes(b'{"id": "1"}\n{"id": "2')
+    with RecordFile(path) as file:
+        assert (file.objects, file.tail) == ([{"id": "1"}], b'{"id": "2')
+        assert path.read_bytes() == b'{"id": "1"}\n{"id": "2'
+        file.drop_tail()
+        file.append({"id": "é"})
+        assert path.read_text("utf-8") == '{"id": "1"}\n{"id": "é"}\n'  # before it is closed
+
+
+def test_of_long_values_the_part_that_differs_is_shown() -> None:
+    assert difference(1, None) == "1, not null"
+    text = difference(list(range(200)), [*range(199), "x"])
+    assert text.startswith("…")
+    assert "199], not …" in text
+    assert len(text) < 200
+
+
+def test_a_file_that_could_not_be_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Found out before hours of work, and nothing is left beside it. Root may write anywhere, so open is asked."""
+    check_replaceable(tmp_path / "new", "page")
+    assert list(tmp_path.iterdir()) == []
+    write_whole(tmp_path / "new", "text", "page")
+    check_replaceable(tmp_path / "new", "page")
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["text"]
+    with pytest.raises(FastKVError, match="is no ordinary file"):
+        check_replaceable(tmp_path, "page")
+
+    def denied(*_: Any) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "open", denied)
+    monkeypatch.setattr(Path, "write_bytes", denied)
+    for act in (lambda path: check_replaceable(path, "page"), lambda path: write_whole(path, "x", "page")):
+        with pytest.raises(FastKVError, match=r"new: cannot be written \(Permission denied\)") as refused:
+            act(tmp_path / "new")
+        assert refused.value.setting == "page"
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.fixture
+def now(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """The time in seconds, which stands still until it is set."""
+    time = [0.0]
+    monkeypatch.setattr(progress_module.time, "monotonic", lambda: time[0])
+    return time
+
+
+def test_the_progress_line(now: list[float]) -> None:
+    """Time left by what this run has done, not by what was there before it; the line is gone at the end."""
+    stream = Terminal()
+    with ProgressLine(stream, done=40) as line:
+        for done in (41, 42):
+            now[0] += 2.0
+            line.show(f"{done} of 52", done, 52, "   full 50.0 %")
+        assert stream.getvalue().split("\r")[-1].startswith("42 of 52, 20 s left   full 50.0 %")
+    assert stream.getvalue().endswith("\r\x1b[K")
+
+
+def test_a_progress_line_counts_each_phase_anew(now: list[float]) -> None:
+    stream = Terminal()
+    line = ProgressLine(stream)
+    now[0] = 100.0
+    line.show("measuring", 0, 9)
+    assert stream.getvalue() == "\rmeasuring\x1b[K"
+    now[0] = 110.0
+    line.show("measuring", 1, 9)
+    assert stream.getvalue().endswith("\rmeasuring, 1:20 min left\x1b[K")
+    line.clear()
+    line.clear()
+    assert stream.getvalue().count("\r\x1b[K") == 1
+
+
+def test_what_is_short_shows_no_progress(now: list[float]) -> None:
+    stream = Terminal()
+    with ProgressLine(stream) as line:
+        now[0] = 0.9
+        line.show("loading", 9, 10)
+    assert stream.getvalue() == ""
+
+
+@pytest.mark.parametrize("stream", [io.StringIO(), None])
+def test_no_progress_without_a_terminal(now: list[float], stream: io.StringIO | None) -> None:
+    with ProgressLine(stream) as line:
+        now[0] = 5.0
+        line.show("loading", 1, 2)
+    assert stream is None or stream.getvalue() == ""
+
+
+def test_a_long_progress_line_does_not_wrap(now: list[float], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "20")
+    stream = Terminal()
+    now[0], line = 5.0, ProgressLine(stream)
+    now[0] = 10.0
+    line.show("x" * 50, 1, 2)
+    assert stream.getvalue() == "\r" + "x" * 19 + "\x1b[K"
+
+
+@pytest.mark.parametrize(("seconds", "text"), [(0.4, "0 s"), (59.4, "59 s"), (187, "3:07 min"), (7500, "2:05 h")])
+def test_clock(seconds: float, text: str) -> None:
+    assert clock(seconds) == text
+
+
+def raises(error: BaseException) -> Callable[[], None]:
+    def work() -> None:
+        raise error
+
+    return work
+
+
+@pytest.mark.parametrize(
+    ("work", "status", "line"),
+    [
+        (lambda: None, 0, ""),
+        (lambda: 130, 130, ""),
+        (raises(KeyboardInterrupt()), 130, ""),
+        (raises(FastKVError("wrong")), 2, "some: error: wrong\n"),
+        (raises(FastKVError("wrong", setting="max_tokens")), 2, "some: error: --max-tokens: wrong\n"),
+        (raises(FastKVError("wrong", setting="other")), 2, "some: error: wrong\n"),
+        (lambda: Parser(prog="some").parse_args(["--x"]) and None, 2, "some: error: unrecognized arguments: --x\n"),
+    ],
+)
+def test_how_a_command_ends(
+    work: Callable[[], int | None], status: int, line: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert guarded("some", work, ["max_tokens"]) == status
+    assert capsys.readouterr() == ("", line)
+
+
+def test_thirty_lines_look_different() -> None:
+    looks = [style(index) for index in range(30)]
+    assert len(set(looks)) == 30
+    assert len({colour for colour, _ in looks[:12]}) == len({marker for _, marker in looks[:12]}) == 12
