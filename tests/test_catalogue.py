@@ -52,7 +52,8 @@ class Firsts(Compressed):
 def test_a_new_policy_is_a_file_and_a_line(tmp_path: Path) -> None:
     """In a copy of the package: flag, help, export and policy are there, and so are the tables."""
     package = tmp_path / "fastkv"
-    shutil.copytree(ROOT / "cache", package / "cache", ignore=shutil.ignore_patterns("__pycache__"))
+    for folder in ("cache", "console"):
+        shutil.copytree(ROOT / folder, package / folder, ignore=shutil.ignore_patterns("__pycache__"))
     for path in ROOT.glob("*.py"):
         shutil.copy(path, package)
     (package / "cache" / "policies" / "firsts.py").write_text(NEW_POLICY)

@@ -163,10 +163,10 @@ def hub() -> Iterator[Hub]:
 # The part of the command that looks for the model, with the command's own words; it does without torch, and is quick.
 FIND = """
 import sys
-from fastkv.cli_flags import SETTINGS
+from fastkv.cli_flags import NAMED_SETTINGS
 from fastkv.console.parser import guarded
 from fastkv.models.hub import model_folder
-sys.exit(guarded("fastkv-run", lambda: print(model_folder(*sys.argv[1:])), SETTINGS))
+sys.exit(guarded("fastkv-run", lambda: print(model_folder(*sys.argv[1:])), NAMED_SETTINGS))
 """
 
 
