@@ -13,14 +13,14 @@ import sys
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
-from fastkv.cache.catalogue import POLICIES, SETTINGS
-from fastkv.cache.setting import settings_of
+from fastkv.cache.catalogue import SETTINGS
 from fastkv.cli_flags import NAMED_SETTINGS, SAMPLING_FLAGS, build_parser
 from fastkv.console.files import check_writable
 from fastkv.console.job import run_jobs
 from fastkv.console.jsonl import check_output
 from fastkv.console.load import load_model
 from fastkv.console.parser import DONE, INTERRUPTED, flag_of, guarded, say, write_utf8
+from fastkv.console.policy_text import build_policy
 from fastkv.console.prompt import Job, check_names, is_broken, read_jobs, read_prompt
 from fastkv.console.summary import as_json, figures
 from fastkv.errors import FastKVError, check_integer
@@ -140,17 +140,6 @@ def _run_many(args: argparse.Namespace, llm: LLM, jobs: list[Job], params: Sampl
     if not args.quiet:
         say(line)
     return status
-
-
-def build_policy(name: str, settings: dict[str, Any]) -> Policy:
-    """The policy of that name with these settings; FastKVError for an unknown name or a setting it does not have."""
-    if name not in POLICIES:
-        raise FastKVError(f"policy must be one of {', '.join(POLICIES)}, not {name!r}", setting="policy")
-    policy = POLICIES[name]
-    for setting in settings:
-        if setting not in settings_of(policy):
-            raise FastKVError(f"{flag_of(setting)} is no setting of --policy {name}; leave one of them out")
-    return policy(**settings)
 
 
 def _given(args: argparse.Namespace, names: Iterable[str]) -> dict[str, Any]:

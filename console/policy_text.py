@@ -1,4 +1,4 @@
-"""A policy as one word of a command line: `NAME` or `NAME:setting=value,setting=value`.
+"""A policy by its name and settings, and as one word of a command line: `NAME` or `NAME:setting=value,setting=value`.
 
 Several values of one setting stand between slashes: `fastkv:tsp_layer=9/15/23,tsp_rate=0.5/0.2/0.1`.
 """
@@ -7,7 +7,22 @@ from __future__ import annotations
 
 from typing import Any
 
+from fastkv.cache.catalogue import POLICIES
+from fastkv.cache.policy import Policy
+from fastkv.cache.setting import settings_of
+from fastkv.console.parser import flag_of
 from fastkv.errors import FastKVError
+
+
+def build_policy(name: str, settings: dict[str, Any]) -> Policy:
+    """The policy of that name with these settings; FastKVError for an unknown name or a setting it does not have."""
+    if name not in POLICIES:
+        raise FastKVError(f"policy must be one of {', '.join(POLICIES)}, not {name!r}", setting="policy")
+    policy = POLICIES[name]
+    for setting in settings:
+        if setting not in settings_of(policy):
+            raise FastKVError(f"{flag_of(setting)} is no setting of --policy {name}; leave one of them out")
+    return policy(**settings)
 
 
 def read_settings(text: str) -> tuple[str, dict[str, Any]]:

@@ -5,8 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from fastkv.cache.policy import Policy
-from fastkv.cli import build_policy
-from fastkv.console.policy_text import read_settings
+from fastkv.console.policy_text import build_policy, read_settings
 from fastkv.errors import FastKVError
 
 

@@ -63,7 +63,7 @@ def test_a_new_policy_is_a_file_and_a_line(tmp_path: Path) -> None:
     code = """
 from fastkv import Firsts
 from fastkv.cache.catalogue import setting_table
-from fastkv.cli import build_policy
+from fastkv.console.policy_text import build_policy
 from fastkv.cli_flags import build_parser
 assert build_policy("firsts", {"stride": 4}) == Firsts(stride=4)
 assert "| `stride` | firsts | 3 | tokens from one to the next |" in setting_table()

@@ -17,7 +17,7 @@ LAYERS = {
     "engine": {"engine", "models", "cache"},
     "console": {"console", "engine", "models", "cache"},
     "report": {"report", "console", "engine", "models", "cache"},
-    "eval": {"eval", "console", "engine", "models", "cache", "cli"},
+    "eval": {"eval", "console", "engine", "models", "cache"},
 }
 
 
@@ -121,3 +121,13 @@ def test_the_version_stands_in_one_place() -> None:
     assert re.fullmatch(r"\d+\.\d+\.\d+", fastkv.__version__)
     assert not re.search(r'^version = "', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
     assert f"## {fastkv.__version__}" in (ROOT / "CHANGELOG.md").read_text()
+
+
+def test_nothing_outside_the_cache_asks_what_a_cache_is() -> None:
+    """A new layout of layers needs no other file: nobody looks for the class of a cache, a pool or a layer."""
+    classes = re.compile(r"\w*(?:KVCache|KVPool|KVLayer|DenseLayer|PerHeadLayer|PerHead)")
+    for top in set(LAYERS) - {"cache"}:
+        for path in (ROOT / top).rglob("*.py"):
+            for node in ast.walk(ast.parse(path.read_text())):
+                if isinstance(node, ast.Call) and ast.unparse(node.func) in ("isinstance", "issubclass", "type"):
+                    assert not classes.search(ast.unparse(node)), f"{path}: {ast.unparse(node)}"

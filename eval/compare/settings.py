@@ -18,8 +18,7 @@ from fastkv.cache.catalogue import POLICIES
 from fastkv.cache.policies import FullKV, PyramidInfer
 from fastkv.cache.policies.compressed import Compressed
 from fastkv.cache.policy import Policy, plan_layers
-from fastkv.cli import build_policy
-from fastkv.console.policy_text import read_settings, write_settings
+from fastkv.console.policy_text import build_policy, read_settings, write_settings
 from fastkv.errors import FastKVError, check_choice
 from fastkv.eval.policy_spec import PolicySpec, check_twin
 
