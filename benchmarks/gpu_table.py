@@ -35,18 +35,18 @@ def tables(result: dict[str, Any]) -> Iterator[str]:
     for (step, case), full in sorted(done.items(), key=lambda each: each[1].get("context", 0)):
         fast = done.get((step, case.replace("full", "fastkv", 1)))
         if step.startswith("first") and case.startswith("full") and case.endswith("auto") and fast is not None:
+            seconds, peaks = (full["ttft_s"], fast["ttft_s"]), (full["peak_bytes"] / GIB, fast["peak_bytes"] / GIB)
             yield (
-                f"| {full['context']:,} | {full['ttft_s']:.3f} | {fast['ttft_s']:.3f} | "
-                f"{full['ttft_s'] / fast['ttft_s']:.2f} | {full['peak_bytes'] / GIB:.1f}, {fast['peak_bytes'] / GIB:.1f} |"
+                f"| {full['context']:,} | {seconds[0]:.3f} | {seconds[1]:.3f} | {seconds[0] / seconds[1]:.2f} | "
+                f"{peaks[0]:.1f}, {peaks[1]:.1f} |"
             )
     yield ""
     yield "| 8,192 tokens and 33 new ones | first token, s | decode, tokens/s | in all, s |"
     yield "|---|---|---|---|"
     for (step, case), each in done.items():
         if step == "peer":
-            yield (
-                f"| {case.split()[0]} | {each['ttft_s']:.3f} | {each['decode_tokens_per_s']:.1f} | {each['total_s']:.2f} |"
-            )
+            name, speed = case.split()[0], each["decode_tokens_per_s"]
+            yield f"| {name} | {each['ttft_s']:.3f} | {speed:.1f} | {each['total_s']:.2f} |"
 
 
 def run(argv: Sequence[str]) -> None:
