@@ -61,13 +61,14 @@ class KVCache:
         """Live entries of each sequence, over all layers and heads."""
         return sum(layer.entries(self.slots[0]) for layer in self.layers)
 
-    def positions(self, layer: int) -> Tensor:
+    def positions(self, layer: int, end: int | None = None) -> Tensor:
         """The positions of the live entries of a layer: int64 [B, Hkv, n], ascending.
 
-        Where heads keep different numbers, -1 stands after the chosen ones of a shorter head.
+        Where heads keep different numbers, -1 stands after the chosen ones of a shorter head. end: as if the sequence
+        continued whole up to this position (None: as it is).
         """
-        heads = self.pool.shape.n_kv_heads
-        whole = torch.arange(self.whole_from, self.position, device=self.pool.device).expand(self.batch, heads, -1)
+        heads, end = self.pool.shape.n_kv_heads, self.position if end is None else end
+        whole = torch.arange(self.whole_from, end, device=self.pool.device).expand(self.batch, heads, -1)
         chosen = self._chosen[layer]
         return whole if chosen is None else torch.cat((chosen, whole), dim=2)
 

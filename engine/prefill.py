@@ -178,7 +178,10 @@ class LayerRun:
         return [Part(k, v)], self._propagated(layer, plan, scores[..., past:])
 
     def _keep_all(self, layer: int, state: TokenState, k: Tensor, v: Tensor) -> list[Part]:
-        self.positions = self._positions_with(layer, state.positions)
+        if self.plan.compresses:
+            self.positions = self._positions_with(layer, state.positions)
+        else:  # every layer holds the same, which takes no memory
+            self.positions = self.cache.positions(layer, self.cache.position + self.plan.n_tokens)
         if not self.plan.past[layer]:
             self.cache.store(layer, k, v, None, self.positions)
             return [Part(k, v)]
