@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from fastkv.models.rope_config import RopeConfig
@@ -40,7 +41,7 @@ class NetworkConfig:
         windows = [window for window in self.sliding_windows if window is not None]
         return min(windows) if windows else None
 
-    @property
+    @cached_property
     def windows(self) -> tuple[int | None, ...]:
         """The sliding window of each layer, in tokens, or None."""
         return self.sliding_windows or (None,) * self.n_layers

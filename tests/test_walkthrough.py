@@ -147,7 +147,7 @@ def test_what_was_kept_of_the_record_is_this(figures: dict[str, Any]) -> None:
     first, *_, last = figures["digits"]
     assert f"tokens {first} to {last} of the prompt" in WORDS
     assert figures["digits propagated"] == 0
-    assert "None of the four is among the 598 that went on" in WORDS
+    assert "None of the four is among the 598 that were propagated" in WORDS
 
 
 def test_the_answer_is_this(figures: dict[str, Any]) -> None:
@@ -161,7 +161,7 @@ def test_sizes_in_the_prose_are_these(figures: dict[str, Any]) -> None:
     for sentence in (
         f"the text has {figures['characters']:,} characters",
         f"gives N = {seen:,} ids",
-        f"says {sent}, `int(0.2 * {seen})`, behind layer {FastKV().tsp_layer_of(8)}",
+        f"says {sent}, `int(0.2 * {seen})`, after layer {FastKV().tsp_layer_of(8)}",
         f"says {kept}, `int(0.1 * {seen})`",
         f"has room for {capacity} entries of each KV head, for {kept} of the prompt and 256 tokens to come",
         f"`[1, 2, {capacity}, 32]` for K and the same for V in a",
