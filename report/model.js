@@ -40,7 +40,7 @@ for (let l = 0; l < L; l++) {
     }
   }
 }
-// Layers behind which tokens were dropped.
+// Layers after which tokens were dropped.
 const cuts = [];
 for (let l = 0; l + 1 < L; l++) if (seenBy[l + 1] < seenBy[l]) cuts.push(l);
 

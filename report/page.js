@@ -8,7 +8,7 @@ function writeHeadline() {
     `Policy ${data.policy} kept ${percent(entries, CACHES * N)} of the KV cache of ${plural(N, 'prompt token')}. ` +
     `${number(somewhere)} of them (${percent(somewhere, N)}) stand in at least one of the ` +
     `${number(CACHES)} caches, one for each of ${plural(L, 'layer')} × ${plural(H, 'KV head')}.`;
-  for (const l of cuts) text += ` Behind layer ${l}, ${plural(seenBy[l + 1], 'token')} (${percent(seenBy[l + 1], N)}) went on.`;
+  for (const l of cuts) text += ` Propagated after layer ${l}: ${plural(seenBy[l + 1], 'token')} (${percent(seenBy[l + 1], N)}).`;
   appendText(byId('headline'), text);
 }
 
@@ -74,11 +74,11 @@ function writeLegend() {
     const item = list.appendChild(element('li', 'key'));
     item.append(element('span', className, label), element('span', '', text));
   };
-  if (cuts.length) key('t s', 'token', `went on behind layer ${cuts.join(' and ')} (TSP)`);
+  if (cuts.length) key('t s', 'token', `propagated after layer ${cuts.join(' and ')} (TSP)`);
   if (data.echoes.length) key('t e first last', 'token', 'stands in the answer');
   const title = view.layer < 0 ? 'Caches that keep a token' : view.head < 0 ? `Heads of layer ${view.layer} that keep it` : 'This cache';
   const strip = 'In the strip above: a row for each layer. The more of its heads keep a place, the stronger the colour; grey where the layer never saw it.' +
-    (cuts.length ? ' Orange: behind this layer tokens were dropped.' : '');
+    (cuts.length ? ' Orange: after this layer tokens were dropped.' : '');
   byId('legend').replaceChildren(element('h2', '', title), list, element('p', 'quiet strip-note', strip));
 }
 

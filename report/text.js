@@ -45,7 +45,7 @@ function appendToken(parent, i) {
 const spans = [];
 const chunks = []; // {first, end, box, painted}: tokens [first, end); painted: the version its shades show
 
-// Where the chunk that begins with token `first` ends: behind a line, or else before a word.
+// Where the chunk that begins with token `first` ends: after a line, or else before a word.
 function endOfChunk(first) {
   if (N - first <= CHUNK * 1.5) return N;
   for (let i = first + CHUNK; i > first + CHUNK / 2; i--) if (data.texts[i - 1].endsWith('\n')) return i;

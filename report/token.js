@@ -4,7 +4,7 @@ let shown = -1;
 
 function describeReach(i) {
   if (!cuts.length) return `went through all ${plural(L, 'layer')}`;
-  if (reach[i] === L) return `went on behind ${cuts.map((l) => `layer ${l}`).join(' and ')}, to the last layer`;
+  if (reach[i] === L) return `propagated after ${cuts.map((l) => `layer ${l}`).join(' and ')}, to the last layer`;
   return `stopped at layer ${reach[i] - 1}: dropped there by TSP`;
 }
 

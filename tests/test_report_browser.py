@@ -169,7 +169,7 @@ def test_slider_and_head_choose_the_caches_that_shade(opened: Opened) -> None:
 def test_survivors_of_the_cut_are_marked(opened: Opened) -> None:
     assert opened.page.locator("#text .s").evaluate_all("all => all.map(e => e.textContent)") == words(200)[::2]
     assert "layer 1 (TSP)" in opened.page.locator("#legend").inner_text()
-    assert "Behind layer 1, 100 tokens (50.0 %) went on." in opened.page.locator("#headline").inner_text()
+    assert "Propagated after layer 1: 100 tokens (50.0 %)." in opened.page.locator("#headline").inner_text()
 
 
 def test_pointing_at_a_token_shows_its_caches(opened: Opened) -> None:

@@ -42,7 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def write(prompt: Example, out: Path | None, answer_file: Path | None) -> None:
-    # A file gets the newline that text files end in; whoever reads a prompt file drops one.
+    # A file gets the newline that text files end in; a reader of a prompt file drops one.
     if out is None:
         sys.stdout.write(prompt.text)
     else:
