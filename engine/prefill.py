@@ -1,7 +1,7 @@
 """Prefill: THE layer loop. Stages of layers, each layer's KV selection, and the TSP gather between stages.
 
 A layer computes K and V of all its tokens, from them importance scores, and from these what stays in the cache and
-which tokens are propagated. Only for the latter it then computes attention and MLP where that is faster (`_narrow`): a
+which tokens are propagated. Only for the latter it then computes attention and MLP where that is faster (`_propagated_only`): a
 token whose state no later layer reads costs its key and value. So it is at the last layer, which only the last token
 leaves. A sequence may begin here, or continue from its cache: then the new tokens attend to what that holds, too.
 """
@@ -118,8 +118,8 @@ class LayerRun:
         """Keys, selection, then attention and MLP of the tokens that are propagated: those, and their rotation."""
         last = layer == len(self.layers) - 1
         may_drop = self.layers[layer].propagated is not None or self.selector is not None
-        if last or (may_drop and _narrow_pays(self.model.device)):
-            return self._narrow(layer, state, rope, last)
+        if last or (may_drop and _propagated_only_pays(self.model.device)):
+            return self._propagated_only(layer, state, rope, last)
         q, k, v = self.projection.everything(layer, state.hidden, rope)
         parts, chosen = self.select(layer, state, q, k, v)
         attended = self._attend_all(layer, q, parts)
@@ -129,7 +129,7 @@ class LayerRun:
         self.projection.finish_(layer, state.hidden, attended)
         return state, rope
 
-    def _narrow(self, layer: int, state: TokenState, rope: Rope, last: bool) -> tuple[TokenState, Rope]:
+    def _propagated_only(self, layer: int, state: TokenState, rope: Rope, last: bool) -> tuple[TokenState, Rope]:
         """The same for a layer that fewer tokens leave than enter: no queries, attention and MLP of the others."""
         n_tokens = state.ids.shape[1]
         q, k, v = self.projection.keys(layer, state.hidden, rope, self._n_queries(n_tokens))
@@ -222,7 +222,7 @@ class LayerRun:
         return torch.cat((self.cache.positions(layer), every_head), dim=2) if self.plan.past[layer] else every_head
 
 
-def _narrow_pays(device: torch.device) -> bool:
+def _propagated_only_pays(device: torch.device) -> bool:
     """Whether attention of the propagated tokens alone, which needs a mask, is faster than that of all tokens.
 
     Measured on a CPU (benchmarks/choices.py). On a GPU not: masked attention leaves the fast kernels there.
