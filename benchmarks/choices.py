@@ -3,9 +3,9 @@ many queries score at a time where all do, what one query costs where no group s
 
     python benchmarks/choices.py
 
-Prints medians for this machine's CPU. Where another machine disagrees, `linear` (models/linear.py), `_propagated_only_pays`
-(engine/prefill.py), `two_rows_are_faster` (engine/attention.py), `_BLOCK_VALUES` and `_LEAST_QUERIES`
-(cache/scores.py) are where the choice is made.
+Prints medians for this machine's CPU. Where another machine disagrees, `linear` (models/linear.py),
+`_propagated_only_pays` (engine/prefill.py), `two_rows_are_faster` (engine/attention.py), `_BLOCK_VALUES` and
+`_LEAST_QUERIES` (cache/scores.py) are where the choice is made.
 """
 
 from __future__ import annotations
