@@ -2,8 +2,9 @@
 
 A layer computes K and V of all its tokens, from them importance scores, and from these what stays in the cache and
 which tokens are propagated. Where that is faster it then computes attention and MLP for these alone
-(`_propagated_only`): a token whose state no later layer reads costs its key and value. So it is at the last layer, which
-only the last token leaves. A sequence may begin here, or continue from its cache: then the new tokens attend to what that holds, too.
+(`_propagated_only`): a token whose state no later layer reads costs its key and value. So it is at the last layer,
+which only the last token leaves. A sequence may begin here, or continue from its cache: then the new tokens attend to
+what that holds, too.
 """
 
 from __future__ import annotations
