@@ -77,9 +77,12 @@ class KVCache:
 
     # --- a prefill ---
 
-    def begin(self, whole: bool) -> None:
-        """A prefill begins: until `end` the layers do not belong together. whole: each will keep every new token."""
-        self.unfinished, self._whole = True, whole
+    def begin(self, whole: bool, room: int) -> None:
+        """A prefill begins: until `end` the layers do not belong together.
+
+        whole: each layer will keep every new token. room: tokens that can be appended after the prefill.
+        """
+        self.unfinished, self._whole, self.room = True, whole, room
 
     def store(self, layer: int, k: Tensor, v: Tensor, kept: Kept, positions: Tensor) -> None:
         """Replace a layer's entries by the `kept` of k and v [B, Hkv, T, D], which stand at `positions` [B, Hkv, n]."""
@@ -95,14 +98,14 @@ class KVCache:
             self._chosen[layer] = torch.cat((before, new), dim=2)
         self.layers[layer].extend(self.slots, k, v, self.pool.places(self.slots, k.shape[2])[layer])
 
-    def end(self, position: int, room: int, position_limit: int | None = None) -> None:
-        """The prefill is done: the next token stands at `position`, and there is `room` for more.
+    def end(self, position: int, position_limit: int | None = None) -> None:
+        """The prefill is done: the next token stands at `position`.
 
         position_limit: a new one, where the prefill has changed it.
         """
         if not self._whole:
             self.whole_from = position
-        self.position, self.room = position, room
+        self.position = position
         if position_limit is not None:
             self.position_limit = position_limit
         self.next_position.fill_(position)

@@ -61,7 +61,7 @@ def prefill(
     run = LayerRun(model, plan, cache, workspace, attention)
     start = cache.position
     model.reserve(start + plan.positions)
-    cache.begin(whole=not plan.compresses)
+    cache.begin(whole=not plan.compresses, room=plan.max_tokens)
     origins = None if plan.first_pass is None else run.choose(ids, plan.first_pass)
     state, rope = run.start(ids if origins is None else ids.gather(1, origins), start)
     tokens: list[Tensor] = []
@@ -70,7 +70,7 @@ def prefill(
         tokens.append(state.positions)
         state, rope = run.layer(layer, state, rope)
         kept.append(run.positions)
-    cache.end(start + plan.layers[0].seen, plan.max_tokens, plan.position_limit)
+    cache.end(start + plan.layers[0].seen, plan.position_limit)
     if origins is not None:
         tokens = [origins.gather(1, positions) for positions in tokens]
         kept = [origins.unsqueeze(1).expand(-1, of.shape[1], -1).gather(2, of) for of in kept]

@@ -320,6 +320,20 @@ def test_a_full_cache_goes_back_into_its_prompt(tiny_llm: LLM) -> None:
     torch.testing.assert_close(found, expected, **CLOSE)
 
 
+@pytest.mark.parametrize("policy", [FullKV(), FullByHead()], ids=["dense", "per head"])
+def test_an_emptied_cache_is_as_good_as_a_new_one(tiny_llm: LLM, policy: FullKV) -> None:
+    """The room of the sequence that it held before says nothing about where the heads of the next one begin."""
+    ids = tokens(100, seed=3)
+    expected = tiny_llm.prefill(ids, policy, 20)
+    cache = tiny_llm.prefill(tokens(100), policy, 20).cache
+    cache.truncate(100)
+    found = tiny_llm.prefill(ids, policy, 20, cache=cache)
+    assert cache.room == 20
+    new = tokens(20, seed=4)
+    torch.testing.assert_close(found.logits, expected.logits, **CLOSE)
+    torch.testing.assert_close(tiny_llm.decode(cache, new), tiny_llm.decode(expected.cache, new), **CLOSE)
+
+
 def test_what_was_compressed_cannot_be_rewound(tiny_llm: LLM) -> None:
     cache = tiny_llm.prefill(tokens(200), FastKV(min_tokens=8), 4).cache
     tiny_llm.decode(cache, tokens(2))
