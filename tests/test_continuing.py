@@ -21,6 +21,7 @@ from fastkv import (
     GemFilter,
     PyramidInfer,
     PyramidKV,
+    SamplingParams,
     SnapKV,
     StreamingLLM,
     StructKV,
@@ -343,6 +344,20 @@ def test_what_was_compressed_cannot_be_rewound(tiny_llm: LLM) -> None:
         cache.truncate(-1)
     cache.truncate(2)
     assert cache.position == 200
+
+
+@pytest.mark.parametrize("policy", [FullKV(), FullByHead()], ids=["dense", "per head"])
+def test_memory_made_in_inference_mode_is_written_outside_of_it(tiny_folder: Path, policy: FullKV) -> None:
+    llm = LLM(tiny_folder, dtype="float32", device="cpu")
+    params = SamplingParams(max_tokens=2)
+    with torch.inference_mode():
+        cache = llm.prefill(tokens(40), policy, 4).cache
+        llm.prefill(tokens(40), policy, 4, cache=cache)
+        expected = llm.generate([5, 6, 7], params, policy).token_ids
+    cache.truncate(3)
+    llm.prefill(tokens(40), policy, 4, cache=cache)
+    assert cache.position == 117
+    assert llm.generate([5, 6, 7], params, policy).token_ids == expected
 
 
 # --- mistakes ---
