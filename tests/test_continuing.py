@@ -360,6 +360,14 @@ def test_memory_made_in_inference_mode_is_written_outside_of_it(tiny_folder: Pat
     assert llm.generate([5, 6, 7], params, policy).token_ids == expected
 
 
+def test_another_instance_of_the_model_continues(tiny_llm: LLM, tiny_folder: Path) -> None:
+    """Its rotary tables have not seen the prefill."""
+    new = tokens(2, seed=1)
+    one, other = (tiny_llm.prefill(tokens(40), FullKV(), 2).cache for _ in range(2))
+    found = LLM(tiny_folder, dtype="float32", device="cpu").decode(other, new)
+    torch.testing.assert_close(found, tiny_llm.decode(one, new), **CLOSE)
+
+
 # --- mistakes ---
 
 
