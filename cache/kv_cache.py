@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fastkv.cache.layer import EntryShape, Kept, KVLayer, Part
 from fastkv.cache.pool import KVPool, round_up
-from fastkv.errors import FastKVError
+from fastkv.errors import FastKVError, check_integer
 
 
 class KVCache:
@@ -131,9 +131,11 @@ class KVCache:
     def truncate(self, count: int) -> None:
         """Forget the last `count` tokens, as if they had never been.
 
-        Raises FastKVError where a policy has chosen among them: what it dropped for them cannot come back.
+        Raises FastKVError for what is no such number, and where a policy has chosen among them: what it dropped for
+        them cannot come back.
         """
-        if not 0 <= count <= self.position - self.whole_from:
+        check_integer("count", count, 0)
+        if count > self.position - self.whole_from:
             raise FastKVError(
                 f"the cache can forget its last {self.position - self.whole_from} tokens, not {count}: "
                 "what stands before them was compressed, or never there"
