@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -252,6 +253,29 @@ def window_queries(llm: LLM, slow: SlowTwin, ids: Tensor, new: Tensor, policy: S
         seen.clear()
         llm.prefill(new, policy, 4, cache=cache)
     return seen
+
+
+@dataclass(frozen=True, kw_only=True)
+class ByHead(SnapKV):
+    """A method of one's own that inherits `compresses_again`."""
+
+    per_head: ClassVar[bool] = True
+
+    def head_budgets(self, layer: int, n_layers: int, count: int, scores: Tensor) -> Tensor:
+        return torch.tensor([count + 3, count - 3]).expand(scores.shape[:2])
+
+
+class FirstPassAgain(GemFilter):
+    compresses_again = True
+
+
+@pytest.mark.parametrize("policy", [ByHead(kv_len=20), FirstPassAgain(kv_len=20)], ids=["per head", "first pass"])
+def test_what_can_be_chosen_once_only_is_kept_whole_afterwards(tiny_llm: LLM, policy: Policy) -> None:
+    ids, new = tokens(10), tokens(60, seed=1)
+    cache = tiny_llm.prefill(ids, policy, 0).cache
+    found = tiny_llm.prefill(new, policy, 0, cache=cache)
+    torch.testing.assert_close(found.logits, tiny_llm.prefill(torch.cat((ids, new), 1), FullKV()).logits, **CLOSE)
+    assert (cache.position, cache.count(0)) == (70, 70)
 
 
 def test_tsp_works_on_the_new_tokens(tiny_llm: LLM) -> None:
