@@ -144,7 +144,8 @@ def position_limit(config: ModelConfig, policy: Policy, n_tokens: int, cache: KV
         )
     window = config.sliding_window
     dropped = cache is not None and cache.whole_from > 0
-    if window is None or not (dropped or drops_tokens(policy, config.n_layers, n_in_all)):
+    chooses = cache is None or chooses_again(policy, config.n_layers, n_tokens, cache)
+    if window is None or not (dropped or (chooses and drops_tokens(policy, config.n_layers, n_in_all))):
         return limit
     if n_in_all > window:
         raise FastKVError(

@@ -393,6 +393,28 @@ def test_another_instance_of_the_model_continues(tiny_llm: LLM, tiny_folder: Pat
     torch.testing.assert_close(found, tiny_llm.decode(one, new), **CLOSE)
 
 
+def test_a_sliding_window_limits_only_what_is_dropped(tmp_path: Path) -> None:
+    """AdaKV never chooses again, and keeps new tokens whole: the window is no limit then, but it is SnapKV's."""
+    config = {
+        "architectures": ["MistralForCausalLM"],
+        "sliding_window": 40,
+        "vocab_size": 256,
+        "hidden_size": 48,
+        "intermediate_size": 80,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 6,
+        "num_key_value_heads": 2,
+    }
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    llm = LLM(tmp_path, dtype="float32", device="cpu", load_format="dummy")
+    ids, new = tokens(30), tokens(60, seed=1)
+    whole = llm.prefill(torch.cat((ids, new), dim=1), FullKV())
+    cache = llm.prefill(ids, FullKV()).cache
+    with pytest.raises(FastKVError, match="sliding_window of 40, where policy snapkv cannot drop tokens"):
+        llm.prefill(new, SnapKV(min_tokens=8), cache=cache)
+    torch.testing.assert_close(llm.prefill(new, AdaKV(min_tokens=8), cache=cache).logits, whole.logits, **CLOSE)
+
+
 # --- mistakes ---
 
 
