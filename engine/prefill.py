@@ -22,6 +22,7 @@ from fastkv.engine.plan import RequestPlan
 from fastkv.engine.projection import Projection
 from fastkv.engine.tsp import TokenState
 from fastkv.engine.workspace import Workspace
+from fastkv.errors import FastKVError
 from fastkv.models.layers import Rope
 from fastkv.models.llama import Llama
 
@@ -112,7 +113,7 @@ class LayerRun:
             q, k, v = self.projection.everything(layer, state.hidden, rope)
             self.projection.finish_(layer, state.hidden, self._attend_all(layer, q, [Part(k, v)]))
         q, k, v = self.projection.keys(first.layer, state.hidden, rope, self._n_queries(ids.shape[1]))
-        return select_tokens(self.policy.score(Observation(first.layer, q, k, v)), first.keep, self.policy.window)
+        return select_tokens(self._score(Observation(first.layer, q, k, v)), first.keep, self.policy.window)
 
     def layer(self, layer: int, state: TokenState, rope: Rope) -> tuple[TokenState, Rope]:
         """Keys, selection, then attention and MLP of the tokens that are propagated: those, and their rotation."""
@@ -164,7 +165,7 @@ class LayerRun:
         if past:
             before = self.cache.read(layer)[0]
             k, v = self.projection.joined("keys", before.k, k), self.projection.joined("values", before.v, v)
-        scores = self.policy.score(Observation(layer, q, k, v, past))
+        scores = self._score(Observation(layer, q, k, v, past))
         kept: Kept = None
         if drops and self.policy.per_head:
             counts = self.policy.head_budgets(layer, len(self.layers), count, scores)
@@ -176,6 +177,18 @@ class LayerRun:
         if plan.propagated is None and self.selector is None:
             return [Part(k, v)], None
         return [Part(k, v)], self._propagated(layer, plan, scores[..., past:])
+
+    def _score(self, observed: Observation) -> Tensor:
+        """The policy's scores. Raises FastKVError if they are not as many as tokens stand before its window."""
+        scores = self.policy.score(observed)
+        batch, n_heads, n_entries, _ = observed.k.shape
+        expected = (batch, n_heads, n_entries - self.policy.window)
+        if scores.shape != expected:
+            raise FastKVError(
+                f"policy {self.policy.name}: score must give [B, Hkv, n_past + T - window], {list(expected)}, of "
+                f"layer {observed.layer}, not {list(scores.shape)}"
+            )
+        return scores
 
     def _keep_all(self, layer: int, state: TokenState, k: Tensor, v: Tensor) -> list[Part]:
         self.positions = self._positions_with(layer, state.positions)

@@ -334,3 +334,26 @@ def test_the_last_token_is_propagated_without_a_window(tiny_llm: LLM, reduces: s
     """It is the one whose logits are asked for; its own score may be the worst."""
     left = tiny_llm.prefill(PROMPT, Own(reduces=reduces), 0).tokens[-1][0]
     assert left.tolist() == [*range(N_TOKENS // 2 - 1), N_TOKENS - 1]
+
+
+class ScoresOfAll(SnapKV):
+    def score(self, observed: Observation) -> Tensor:
+        return observed.k.float().norm(dim=-1)
+
+
+class TooLittle(SnapKV):
+    def budget(self, layer: int, n_layers: int, n_tokens: int) -> int:
+        return 4
+
+
+@pytest.mark.parametrize(
+    ("policy", "said"),
+    [
+        (ScoresOfAll(), r"policy scoresofall: score must give .*\[1, 2, 292\], of layer 0, not \[1, 2, 300\]"),
+        (TooLittle(), r"policy toolittle: budget must be at least its window \(8\), not 4 \(layer 0, 300 tokens\)"),
+    ],
+)
+def test_mistakes_of_ones_own_policy_are_one_line(tiny_llm: LLM, policy: Policy, said: str) -> None:
+    """On a GPU an index beyond the end would take the whole process along."""
+    with pytest.raises(FastKVError, match=said):
+        tiny_llm.prefill(PROMPT, policy)
