@@ -159,12 +159,12 @@ class KVCache:
         old = self.pool
         counts = [layer.count(self.slots[0]) for layer in old.layers]
         sizes = [max(wanted, round_up(count)) for wanted, count in zip(capacities, counts, strict=True)]
-        self.pool = KVPool(old.layout, sizes, self.batch, old.shape, old.device)
-        slots = self.pool.take_all()
-        for layer, before in zip(self.pool.layers, old.layers, strict=True):
+        pool = KVPool(old.layout, sizes, self.batch, old.shape, old.device)
+        slots = pool.take_all()
+        for layer, before in zip(pool.layers, old.layers, strict=True):
             for slot, old_slot in zip(slots, self.slots, strict=True):
                 layer.restore(slot, before.state(old_slot), new)
-        self.slots = slots
+        self.pool, self.slots = pool, slots  # only now: where memory runs out meanwhile, nothing has changed
         self.next_position.fill_(self.position)
 
 

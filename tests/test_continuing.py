@@ -433,6 +433,22 @@ def test_mistakes_are_one_line(tiny_llm: LLM, archive_llm: LLM) -> None:
         tiny_llm.prefill(tokens(context - 10, 2), FullKV(), cache=cache)
 
 
+def test_a_cache_that_cannot_grow_is_what_it_was(tiny_llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache, twin = (tiny_llm.prefill(tokens(50), FullKV(), 4).cache for _ in range(2))
+    real, calls = DenseLayer.state, iter(range(6))
+
+    def state(self: DenseLayer, slot: int) -> dict[str, Tensor]:
+        if next(calls) == 3:
+            raise torch.OutOfMemoryError("no memory")
+        return real(self, slot)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(DenseLayer, "state", state)
+        with pytest.raises(FastKVError, match="out of memory"):
+            tiny_llm.prefill(tokens(100), FullKV(), cache=cache)
+    torch.testing.assert_close(tiny_llm.decode(cache, tokens(2)), tiny_llm.decode(twin, tokens(2)))
+
+
 def test_a_prefill_that_fails_leaves_a_cache_that_says_so(tiny_llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
     cache = tiny_llm.prefill(tokens(50), FullKV(), 4).cache
 
