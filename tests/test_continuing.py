@@ -422,6 +422,8 @@ def test_mistakes_are_one_line(tiny_llm: LLM, archive_llm: LLM) -> None:
     cache = tiny_llm.prefill(tokens(20, 2), FullKV(), 4).cache
     with pytest.raises(FastKVError, match="holds 2 sequences, but the new tokens are of 1"):
         tiny_llm.prefill(tokens(5), FullKV(), cache=cache)
+    with pytest.raises(FastKVError, match="prefill takes token ids, not text"):
+        tiny_llm.prefill("text")  # type: ignore[arg-type]
     with pytest.raises(FastKVError, match="of another model"):
         archive_llm.prefill([20, 21], FullKV(), cache=cache)
     with pytest.raises(FastKVError, match="a cache is what a prefill has left"):
