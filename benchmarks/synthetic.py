@@ -120,13 +120,13 @@ def decode(llm: LLM, policy: Policy, context: int, batch: int = 1, steps: int = 
 def _filled(model: Llama, ids: Tensor, plan: RequestPlan, cache: KVCache, *_: Any) -> Prefill:
     """In place of a prefill: as many random entries as the policy keeps, and logits by chance."""
     model.reserve(plan.positions)
-    cache.begin(whole=not plan.compresses)
+    cache.begin(whole=not plan.compresses, room=plan.max_tokens)
     for layer, sizes in enumerate(plan.layers):
         shape = (ids.shape[0], plan.shape.n_kv_heads, sizes.kept, plan.shape.head_dim)
         k, v = (torch.randn(shape, dtype=plan.shape.dtype, device=model.device) for _ in range(2))
         positions = torch.arange(sizes.kept, device=model.device).expand(shape[:3])
         cache.store(layer, k, v, None, positions)
-    cache.end(plan.layers[0].seen, plan.max_tokens, plan.position_limit)
+    cache.end(plan.layers[0].seen, plan.position_limit)
     logits = torch.randn(ids.shape[0], model.config.vocab_size, device=model.device)
     return Prefill(logits, [], [], cache)
 

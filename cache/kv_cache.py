@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fastkv.cache.layer import EntryShape, Kept, KVLayer, Part
 from fastkv.cache.pool import KVPool, round_up
-from fastkv.errors import FastKVError
+from fastkv.errors import FastKVError, check_integer
 
 
 class KVCache:
@@ -78,9 +78,12 @@ class KVCache:
 
     # --- a prefill ---
 
-    def begin(self, whole: bool) -> None:
-        """A prefill begins: until `end` the layers do not belong together. whole: each will keep every new token."""
-        self.unfinished, self._whole = True, whole
+    def begin(self, whole: bool, room: int) -> None:
+        """A prefill begins: until `end` the layers do not belong together.
+
+        whole: each layer will keep every new token. room: tokens that can be appended after the prefill.
+        """
+        self.unfinished, self._whole, self.room = True, whole, room
 
     def store(self, layer: int, k: Tensor, v: Tensor, kept: Kept, positions: Tensor) -> None:
         """Replace a layer's entries by the `kept` of k and v [B, Hkv, T, D], which stand at `positions` [B, Hkv, n]."""
@@ -96,14 +99,14 @@ class KVCache:
             self._chosen[layer] = torch.cat((before, new), dim=2)
         self.layers[layer].extend(self.slots, k, v, self.pool.places(self.slots, k.shape[2])[layer])
 
-    def end(self, position: int, room: int, position_limit: int | None = None) -> None:
-        """The prefill is done: the next token stands at `position`, and there is `room` for more.
+    def end(self, position: int, position_limit: int | None = None) -> None:
+        """The prefill is done: the next token stands at `position`.
 
         position_limit: a new one, where the prefill has changed it.
         """
         if not self._whole:
             self.whole_from = position
-        self.position, self.room = position, room
+        self.position = position
         if position_limit is not None:
             self.position_limit = position_limit
         self.next_position.fill_(position)
@@ -129,9 +132,11 @@ class KVCache:
     def truncate(self, count: int) -> None:
         """Forget the last `count` tokens, as if they had never been.
 
-        Raises FastKVError where a policy has chosen among them: what it dropped for them cannot come back.
+        Raises FastKVError for what is no such number, and where a policy has chosen among them: what it dropped for
+        them cannot come back.
         """
-        if not 0 <= count <= self.position - self.whole_from:
+        check_integer("count", count, 0)
+        if count > self.position - self.whole_from:
             raise FastKVError(
                 f"the cache can forget its last {self.position - self.whole_from} tokens, not {count}: "
                 "what stands before them was compressed, or never there"
@@ -155,12 +160,12 @@ class KVCache:
         old = self.pool
         counts = [layer.count(self.slots[0]) for layer in old.layers]
         sizes = [max(wanted, round_up(count)) for wanted, count in zip(capacities, counts, strict=True)]
-        self.pool = KVPool(old.layout, sizes, self.batch, old.shape, old.device)
-        slots = self.pool.take_all()
-        for layer, before in zip(self.pool.layers, old.layers, strict=True):
+        pool = KVPool(old.layout, sizes, self.batch, old.shape, old.device)
+        slots = pool.take_all()
+        for layer, before in zip(pool.layers, old.layers, strict=True):
             for slot, old_slot in zip(slots, self.slots, strict=True):
                 layer.restore(slot, before.state(old_slot), new)
-        self.slots = slots
+        self.pool, self.slots = pool, slots  # only now: where memory runs out meanwhile, nothing has changed
         self.next_position.fill_(self.position)
 
 

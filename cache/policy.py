@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from fastkv.cache.setting import check_settings
+from fastkv.errors import FastKVError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -162,6 +163,11 @@ def plan_layers(policy: Policy, n_layers: int, n_tokens: int) -> list[LayerPlan]
         reduces = stage.keep is not None and stage.keep < seen
         for layer in stage.layers:
             kept = min(policy.budget(layer, n_layers, n_tokens), seen)
+            if kept < min(policy.window, seen):
+                raise FastKVError(
+                    f"policy {policy.name}: budget must be at least its window ({policy.window}), not {kept} (layer "
+                    f"{layer}, {n_tokens} tokens)"
+                )
             propagated = stage.keep if reduces and layer == stage.layers[-1] else None
             plans.append(LayerPlan(seen, kept, propagated))
         if reduces and stage.keep is not None:

@@ -43,15 +43,16 @@ class KVPool:
         self.layout, self.capacities, self.shape = layout, list(capacities), shape
         self.n_slots, self.device = n_slots, device
         size = (len(capacities), n_slots, shape.n_kv_heads)
-        self.lengths = torch.zeros(size, dtype=torch.int64, device=device)
         even = [[head * capacity for head in range(shape.n_kv_heads)] for capacity in capacities]
-        self.starts = torch.tensor(even, dtype=torch.int64, device=device).unsqueeze(1).repeat(1, n_slots, 1)
-        self.next_position = torch.zeros(n_slots, dtype=torch.int64, device=device)
         self.appended = [0] * n_slots
-        self.layers = [
-            layout(LayerMemory(capacity, shape, self.lengths[index], self.starts[index], self.appended))
-            for index, capacity in enumerate(capacities)
-        ]
+        with torch.inference_mode(False):  # memory made in that mode could be written in that mode only
+            self.lengths = torch.zeros(size, dtype=torch.int64, device=device)
+            self.starts = torch.tensor(even, dtype=torch.int64, device=device).unsqueeze(1).repeat(1, n_slots, 1)
+            self.next_position = torch.zeros(n_slots, dtype=torch.int64, device=device)
+            self.layers = [
+                layout(LayerMemory(capacity, shape, self.lengths[index], self.starts[index], self.appended))
+                for index, capacity in enumerate(capacities)
+            ]
         self._free = list(range(n_slots - 1, -1, -1))
 
     @property

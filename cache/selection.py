@@ -19,9 +19,13 @@ def select_entries(scores: Tensor, count: int, window: int) -> Tensor:
 def select_tokens(scores: Tensor, count: int, window: int) -> Tensor:
     """The `count` tokens that are propagated to later layers: the best by the sum over heads, and the last `window`.
 
-    scores: [B, Hkv, T - window]; window <= count < T. Returns int64 [B, count].
+    scores: [B, Hkv, T - window]; window <= count < T. Without a window the last token is propagated all the same: the
+    logits are its own. Returns int64 [B, count].
     """
-    return _best_and_window(scores.sum(dim=1), count, window)
+    importance = scores.sum(dim=1)
+    if not window:
+        importance[:, -1] = float("inf")
+    return _best_and_window(importance, count, window)
 
 
 def _best_and_window(scores: Tensor, count: int, window: int) -> Tensor:

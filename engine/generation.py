@@ -13,6 +13,7 @@ from fastkv.engine.memory import explain_out_of_memory, peak_bytes
 from fastkv.engine.output import Output, Piece
 from fastkv.engine.request import Request
 from fastkv.engine.runtime import Runtime
+from fastkv.errors import FaultError
 from fastkv.models.tokenizer import Tokenizer
 
 
@@ -50,17 +51,25 @@ class Generation(Iterator[Piece]):
     def __next__(self) -> Piece:
         if self._ended:
             raise StopIteration
+        try:
+            token_id = self._next_token()
+        except FaultError:
+            self.close()  # what would come after a token that is none means nothing
+            raise
+        piece, finished = self._answer.take(token_id)
+        if finished:
+            self._answer.peak = peak_bytes(self._runtime.model.device)
+            self.close()
+        return piece
+
+    def _next_token(self) -> int:
         with explain_out_of_memory():
             if self._batch is None:
                 self._batch = self._begin()  # the first token is handed over before anything else is begun
             else:
                 self._batch.launch_as_needed()
             ((_, token_id),) = self._batch.read()
-        piece, finished = self._answer.take(token_id)
-        if finished:
-            self._answer.peak = peak_bytes(self._runtime.model.device)
-            self.close()
-        return piece
+        return token_id
 
     def _begin(self) -> DecodeBatch:
         batch = DecodeBatch(self._runtime, [self._answer.request])

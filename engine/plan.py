@@ -76,15 +76,15 @@ def plan_request(
 ) -> RequestPlan:
     """The plan of a prefill of `n_tokens`, from the beginning or from what `cache` holds.
 
-    A sequence that continues is compressed again by a policy that can (Policy.compresses_again), if there are more new
-    tokens than its observation window. Else the earlier entries stay, and the new tokens are kept whole.
+    See `chooses_again` for which sequences that continue are compressed again. Of the others the earlier entries stay,
+    and the new tokens are kept whole.
     """
     n_layers = config.n_layers
     shape = EntryShape(config.n_kv_heads, config.head_dim, dtype)
     past = tuple(0 if cache is None else cache.count(layer) for layer in range(n_layers))
     if cache is None:
         layers, first_pass = plan_layers(policy, n_layers, n_tokens), policy.first_pass(n_layers, n_tokens)
-    elif policy.compresses_again and n_tokens > policy.window and not cache.pool.layout.per_head:
+    elif chooses_again(policy, n_layers, n_tokens, cache):
         layers, first_pass = _layers_continued(policy, past, n_tokens, cache.position + n_tokens), None
     else:
         layers, first_pass = [LayerPlan(n_tokens, before + n_tokens, None) for before in past], None
@@ -97,6 +97,17 @@ def plan_request(
     return RequestPlan(
         policy, n_tokens, past, tuple(layers), first_pass, compresses, max_tokens, limit, capacities, layout, shape
     )
+
+
+def chooses_again(policy: Policy, n_layers: int, n_tokens: int, cache: KVCache) -> bool:
+    """Whether a sequence is compressed again when `n_tokens` new ones continue it.
+
+    By a policy that can (Policy.compresses_again), if there are more new tokens than its observation window. Heads of
+    different lengths are chosen once only, and a first pass reads a prompt from its beginning only.
+    """
+    by_head = policy.per_head or cache.pool.layout.per_head
+    can = policy.compresses_again and not by_head and policy.first_pass(n_layers, n_tokens) is None
+    return can and n_tokens > policy.window
 
 
 def _layers_continued(policy: Policy, past: Sequence[int], n_tokens: int, n_in_all: int) -> list[LayerPlan]:
@@ -133,7 +144,8 @@ def position_limit(config: ModelConfig, policy: Policy, n_tokens: int, cache: KV
         )
     window = config.sliding_window
     dropped = cache is not None and cache.whole_from > 0
-    if window is None or not (dropped or drops_tokens(policy, config.n_layers, n_in_all)):
+    chooses = cache is None or chooses_again(policy, config.n_layers, n_tokens, cache)
+    if window is None or not (dropped or (chooses and drops_tokens(policy, config.n_layers, n_in_all))):
         return limit
     if n_in_all > window:
         raise FastKVError(

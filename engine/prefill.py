@@ -23,6 +23,7 @@ from fastkv.engine.plan import RequestPlan
 from fastkv.engine.projection import Projection
 from fastkv.engine.tsp import TokenState
 from fastkv.engine.workspace import Workspace
+from fastkv.errors import FastKVError
 from fastkv.models.layers import Rope
 from fastkv.models.llama import Llama
 
@@ -62,7 +63,7 @@ def prefill(
     run = LayerRun(model, plan, cache, workspace, attention)
     start = cache.position
     model.reserve(start + plan.positions)
-    cache.begin(whole=not plan.compresses)
+    cache.begin(whole=not plan.compresses, room=plan.max_tokens)
     origins = None if plan.first_pass is None else run.choose(ids, plan.first_pass)
     state, rope = run.start(ids if origins is None else ids.gather(1, origins), start)
     tokens: list[Tensor] = []
@@ -71,7 +72,7 @@ def prefill(
         tokens.append(state.positions)
         state, rope = run.layer(layer, state, rope)
         kept.append(run.positions)
-    cache.end(start + plan.layers[0].seen, plan.max_tokens, plan.position_limit)
+    cache.end(start + plan.layers[0].seen, plan.position_limit)
     if origins is not None:
         tokens = [origins.gather(1, positions) for positions in tokens]
         kept = [origins.unsqueeze(1).expand(-1, of.shape[1], -1).gather(2, of) for of in kept]
@@ -113,7 +114,7 @@ class LayerRun:
             q, k, v = self.projection.everything(layer, state.hidden, rope)
             self.projection.finish_(layer, state.hidden, self._attend_all(layer, q, [Part(k, v)]))
         q, k, v = self.projection.keys(first.layer, state.hidden, rope, self._n_queries(ids.shape[1]))
-        return select_tokens(self.policy.score(Observation(first.layer, q, k, v)), first.keep, self.policy.window)
+        return select_tokens(self._score(Observation(first.layer, q, k, v)), first.keep, self.policy.window)
 
     def layer(self, layer: int, state: TokenState, rope: Rope) -> tuple[TokenState, Rope]:
         """Keys, selection, then attention and MLP of the tokens that are propagated: those, and their rotation."""
@@ -165,7 +166,7 @@ class LayerRun:
         if past:
             before = self.cache.read(layer)[0]
             k, v = self.projection.joined("keys", before.k, k), self.projection.joined("values", before.v, v)
-        scores = self.policy.score(Observation(layer, q, k, v, past))
+        scores = self._score(Observation(layer, q, k, v, past))
         kept: Kept = None
         if drops and self.policy.per_head:
             counts = self.policy.head_budgets(layer, len(self.layers), count, scores)
@@ -177,6 +178,18 @@ class LayerRun:
         if plan.propagated is None and self.selector is None:
             return [Part(k, v)], None
         return [Part(k, v)], self._propagated(layer, plan, scores[..., past:])
+
+    def _score(self, observed: Observation) -> Tensor:
+        """The policy's scores. Raises FastKVError if they are not as many as tokens stand before its window."""
+        scores = self.policy.score(observed)
+        batch, n_heads, n_entries, _ = observed.k.shape
+        expected = (batch, n_heads, n_entries - self.policy.window)
+        if scores.shape != expected:
+            raise FastKVError(
+                f"policy {self.policy.name}: score must give [B, Hkv, n_past + T - window], {list(expected)}, of "
+                f"layer {observed.layer}, not {list(scores.shape)}"
+            )
+        return scores
 
     def _keep_all(self, layer: int, state: TokenState, k: Tensor, v: Tensor) -> list[Part]:
         if self.plan.compresses:

@@ -44,6 +44,10 @@ class Request:
 
 def id_tensor(token_ids: Any, vocab_size: int) -> Tensor:
     """list[int], or an integer array or tensor [N] or [B, N] -> int64 [B, N], every id inside the vocabulary."""
+    if isinstance(token_ids, str):
+        raise FastKVError(
+            f"prefill takes token ids, not text ({_brief(token_ids)}); LLM.tokenizer encodes it", setting="prompt"
+        )
     try:
         ids = torch.as_tensor(token_ids)
     except (TypeError, ValueError, RuntimeError, OverflowError):

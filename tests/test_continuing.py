@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ from fastkv import (
     GemFilter,
     PyramidInfer,
     PyramidKV,
+    SamplingParams,
     SnapKV,
     StreamingLLM,
     StructKV,
@@ -253,6 +255,29 @@ def window_queries(llm: LLM, slow: SlowTwin, ids: Tensor, new: Tensor, policy: S
     return seen
 
 
+@dataclass(frozen=True, kw_only=True)
+class ByHead(SnapKV):
+    """A method of one's own that inherits `compresses_again`."""
+
+    per_head: ClassVar[bool] = True
+
+    def head_budgets(self, layer: int, n_layers: int, count: int, scores: Tensor) -> Tensor:
+        return torch.tensor([count + 3, count - 3]).expand(scores.shape[:2])
+
+
+class FirstPassAgain(GemFilter):
+    compresses_again = True
+
+
+@pytest.mark.parametrize("policy", [ByHead(kv_len=20), FirstPassAgain(kv_len=20)], ids=["per head", "first pass"])
+def test_what_can_be_chosen_once_only_is_kept_whole_afterwards(tiny_llm: LLM, policy: Policy) -> None:
+    ids, new = tokens(10), tokens(60, seed=1)
+    cache = tiny_llm.prefill(ids, policy, 0).cache
+    found = tiny_llm.prefill(new, policy, 0, cache=cache)
+    torch.testing.assert_close(found.logits, tiny_llm.prefill(torch.cat((ids, new), 1), FullKV()).logits, **CLOSE)
+    assert (cache.position, cache.count(0)) == (70, 70)
+
+
 def test_tsp_works_on_the_new_tokens(tiny_llm: LLM) -> None:
     policy = FastKV(tsp_layer=2, tsp_rate=0.3, kv_len=40, min_tokens=8)
     pre = tiny_llm.prefill(tokens(200), policy, 4)
@@ -320,15 +345,74 @@ def test_a_full_cache_goes_back_into_its_prompt(tiny_llm: LLM) -> None:
     torch.testing.assert_close(found, expected, **CLOSE)
 
 
+@pytest.mark.parametrize("policy", [FullKV(), FullByHead()], ids=["dense", "per head"])
+def test_an_emptied_cache_is_as_good_as_a_new_one(tiny_llm: LLM, policy: FullKV) -> None:
+    """The room of the sequence that it held before says nothing about where the heads of the next one begin."""
+    ids = tokens(100, seed=3)
+    expected = tiny_llm.prefill(ids, policy, 20)
+    cache = tiny_llm.prefill(tokens(100), policy, 20).cache
+    cache.truncate(100)
+    found = tiny_llm.prefill(ids, policy, 20, cache=cache)
+    assert cache.room == 20
+    new = tokens(20, seed=4)
+    torch.testing.assert_close(found.logits, expected.logits, **CLOSE)
+    torch.testing.assert_close(tiny_llm.decode(cache, new), tiny_llm.decode(expected.cache, new), **CLOSE)
+
+
 def test_what_was_compressed_cannot_be_rewound(tiny_llm: LLM) -> None:
     cache = tiny_llm.prefill(tokens(200), FastKV(min_tokens=8), 4).cache
     tiny_llm.decode(cache, tokens(2))
     with pytest.raises(FastKVError, match="can forget its last 2 tokens, not 3"):
         cache.truncate(3)
-    with pytest.raises(FastKVError, match="not -1"):
-        cache.truncate(-1)
+    for wrong in (-1, 1.5, True, None, torch.tensor(1)):
+        with pytest.raises(FastKVError, match="count must be a whole number of at least 0, not "):
+            cache.truncate(wrong)  # type: ignore[arg-type]
     cache.truncate(2)
     assert cache.position == 200
+
+
+@pytest.mark.parametrize("policy", [FullKV(), FullByHead()], ids=["dense", "per head"])
+def test_memory_made_in_inference_mode_is_written_outside_of_it(tiny_folder: Path, policy: FullKV) -> None:
+    llm = LLM(tiny_folder, dtype="float32", device="cpu")
+    params = SamplingParams(max_tokens=2)
+    with torch.inference_mode():
+        cache = llm.prefill(tokens(40), policy, 4).cache
+        llm.prefill(tokens(40), policy, 4, cache=cache)
+        expected = llm.generate([5, 6, 7], params, policy).token_ids
+    cache.truncate(3)
+    llm.prefill(tokens(40), policy, 4, cache=cache)
+    assert cache.position == 117
+    assert llm.generate([5, 6, 7], params, policy).token_ids == expected
+
+
+def test_another_instance_of_the_model_continues(tiny_llm: LLM, tiny_folder: Path) -> None:
+    """Its rotary tables have not seen the prefill."""
+    new = tokens(2, seed=1)
+    one, other = (tiny_llm.prefill(tokens(40), FullKV(), 2).cache for _ in range(2))
+    found = LLM(tiny_folder, dtype="float32", device="cpu").decode(other, new)
+    torch.testing.assert_close(found, tiny_llm.decode(one, new), **CLOSE)
+
+
+def test_a_sliding_window_limits_only_what_is_dropped(tmp_path: Path) -> None:
+    """AdaKV never chooses again, and keeps new tokens whole: the window is no limit then, but it is SnapKV's."""
+    config = {
+        "architectures": ["MistralForCausalLM"],
+        "sliding_window": 40,
+        "vocab_size": 256,
+        "hidden_size": 48,
+        "intermediate_size": 80,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 6,
+        "num_key_value_heads": 2,
+    }
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    llm = LLM(tmp_path, dtype="float32", device="cpu", load_format="dummy")
+    ids, new = tokens(30), tokens(60, seed=1)
+    whole = llm.prefill(torch.cat((ids, new), dim=1), FullKV())
+    cache = llm.prefill(ids, FullKV()).cache
+    with pytest.raises(FastKVError, match="sliding_window of 40, where policy snapkv cannot drop tokens"):
+        llm.prefill(new, SnapKV(min_tokens=8), cache=cache)
+    torch.testing.assert_close(llm.prefill(new, AdaKV(min_tokens=8), cache=cache).logits, whole.logits, **CLOSE)
 
 
 # --- mistakes ---
@@ -338,6 +422,8 @@ def test_mistakes_are_one_line(tiny_llm: LLM, archive_llm: LLM) -> None:
     cache = tiny_llm.prefill(tokens(20, 2), FullKV(), 4).cache
     with pytest.raises(FastKVError, match="holds 2 sequences, but the new tokens are of 1"):
         tiny_llm.prefill(tokens(5), FullKV(), cache=cache)
+    with pytest.raises(FastKVError, match="prefill takes token ids, not text"):
+        tiny_llm.prefill("text")  # type: ignore[arg-type]
     with pytest.raises(FastKVError, match="of another model"):
         archive_llm.prefill([20, 21], FullKV(), cache=cache)
     with pytest.raises(FastKVError, match="a cache is what a prefill has left"):
@@ -347,6 +433,22 @@ def test_mistakes_are_one_line(tiny_llm: LLM, archive_llm: LLM) -> None:
     context = tiny_llm.config.context_length
     with pytest.raises(FastKVError, match=f"tokens after the 20 before them, but the model's context .* is {context}"):
         tiny_llm.prefill(tokens(context - 10, 2), FullKV(), cache=cache)
+
+
+def test_a_cache_that_cannot_grow_is_what_it_was(tiny_llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache, twin = (tiny_llm.prefill(tokens(50), FullKV(), 4).cache for _ in range(2))
+    real, calls = DenseLayer.state, iter(range(6))
+
+    def state(self: DenseLayer, slot: int) -> dict[str, Tensor]:
+        if next(calls) == 3:
+            raise torch.OutOfMemoryError("no memory")
+        return real(self, slot)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(DenseLayer, "state", state)
+        with pytest.raises(FastKVError, match="out of memory"):
+            tiny_llm.prefill(tokens(100), FullKV(), cache=cache)
+    torch.testing.assert_close(tiny_llm.decode(cache, tokens(2)), tiny_llm.decode(twin, tokens(2)))
 
 
 def test_a_prefill_that_fails_leaves_a_cache_that_says_so(tiny_llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:

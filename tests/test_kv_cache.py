@@ -98,10 +98,10 @@ def test_places_follow_the_live_entries(layout: type[KVLayer]) -> None:
 
 def test_the_host_counts_where_the_device_counts_for_itself() -> None:
     cache = make_cache(DenseLayer)
-    cache.begin(whole=True)
+    cache.begin(whole=True, room=4)
     for layer in range(2):
         cache.store(layer, *entries(5), None, torch.arange(5).expand(1, 2, -1))
-    cache.end(5, room=4, position_limit=1000)
+    cache.end(5, position_limit=1000)
     cache.advance(on_device=False)
     assert cache.count(0) == 6
     assert (cache.lengths == 5).all()
@@ -119,10 +119,10 @@ def test_store_gathers_each_heads_own_entries() -> None:
     cache = make_cache(DenseLayer)
     k = torch.arange(2 * 4 * 3.0).view(1, 2, 4, 3)
     index = torch.tensor([[[0, 3], [1, 2]]])
-    cache.begin(whole=False)
+    cache.begin(whole=False, room=4)
     for layer in range(2):
         cache.store(layer, k, -k, index, index + 10)
-    cache.end(100, room=4, position_limit=1000)
+    cache.end(100, position_limit=1000)
     for head, chosen in ((0, [0, 3]), (1, [1, 2])):
         found_k, found_v = live_entries(cache.pool, 0, 0, head)
         assert torch.equal(found_k, k[0, head, chosen])
@@ -137,11 +137,11 @@ def test_store_gathers_each_heads_own_entries() -> None:
 def test_append_writes_the_next_entry_and_nothing_else(layout: type[KVLayer]) -> None:
     """Layers of different lengths, one step after the other, as a decode step does it."""
     cache = make_cache(layout)
-    cache.begin(whole=False)
+    cache.begin(whole=False, room=4)
     for layer, count in enumerate([2, 5]):
         filled = torch.full((1, 2, count, 3), 7.0)
         cache.store(layer, filled, filled, None, torch.arange(count).expand(1, 2, -1))
-    cache.end(100, room=4, position_limit=1000)
+    cache.end(100, position_limit=1000)
     for step in range(3):
         new = torch.full((1, 2, 1, 3), float(step))
         places = cache.pool.places(cache.slots, 1)
@@ -189,11 +189,11 @@ def test_a_cache_in_a_used_slot_is_as_good_as_new(layout: type[KVLayer]) -> None
     for seed, counts in enumerate([(60, 50), (40, 5)]):
         slot = pool.take()
         cache = KVCache(pool, range(slot, slot + 1), 4, 1000)
-        cache.begin(whole=False)
+        cache.begin(whole=False, room=4)
         for layer, count in enumerate(counts):
             k, v = entries(count, seed=seed) if seed else (torch.full((1, 2, count, 3), float("inf")),) * 2
             cache.store(layer, k, v, None, torch.arange(count).expand(1, 2, -1))
-        cache.end(100, room=4, position_limit=1000)
+        cache.end(100, position_limit=1000)
         if not seed:
             cache.advance()
             pool.release(cache.slots)

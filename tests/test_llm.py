@@ -15,6 +15,7 @@ import torch
 import fastkv
 from fastkv import LLM, FastKV, FastKVError, FullKV, Output, Piece, SamplingParams
 from fastkv.engine.memory import available_bytes
+from fastkv.errors import FaultError
 
 STORY = "Once upon a time"
 # The beginning of what the model's author shows for it; greedy decoding writes it word for word.
@@ -202,6 +203,21 @@ def test_params_must_be_sampling_params(tiny_llm: LLM) -> None:
 def test_a_tsp_layer_outside_the_model_is_refused_before_loading(tiny_folder: Path) -> None:
     with pytest.raises(FastKVError, match="tsp_layer"):
         LLM(tiny_folder, policy=FastKV(tsp_layer=6))
+
+
+def test_a_stream_whose_logits_are_not_finite_is_over(tiny_llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is no generator, which an exception ends: what it gave after that would be the continuation of no token."""
+    tiny_llm.free_buffers()
+    stream = tiny_llm.stream(LONG, SamplingParams(max_tokens=9, ignore_eos=True))
+    first = next(stream)
+    real = tiny_llm.model.head
+    with monkeypatch.context() as patched:
+        patched.setattr(tiny_llm.model, "head", lambda hidden: real(hidden) * float("nan"))
+        with pytest.raises(FaultError, match="NaN or infinite"):
+            next(stream)
+    assert list(stream) == []
+    assert stream.output().token_ids == [first.token_id]
+    assert tiny_llm._runtime.buffers.idle_bytes > 0, "its memory is not handed on"
 
 
 def test_a_stream_left_early_lets_its_cache_go(tiny_llm: LLM) -> None:

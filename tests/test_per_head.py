@@ -29,10 +29,10 @@ def test_heads_follow_one_another_with_room_for_the_answer() -> None:
     cache = make_cache(PerHeadLayer)
     k = torch.arange(2 * 5 * 3.0).view(1, 2, 5, 3) + 1
     kept = PerHead(torch.tensor([[1, 5]]), torch.tensor([[2, 5, 6, 7, 8, 9]]), 5)
-    cache.begin(whole=False)
+    cache.begin(whole=False, room=4)
     for layer in range(2):
         cache.store(layer, k, -k, kept, kept.positions(torch.arange(5)[None]))
-    cache.end(5, room=4, position_limit=1000)
+    cache.end(5, position_limit=1000)
     assert cache.pool.starts[0].tolist() == [[0, 5]]  # one entry and four tokens to come
     assert cache.lengths[0].tolist() == [[1, 5]]
     assert (cache.count(0), cache.entries) == (5, 12)

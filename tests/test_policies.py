@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fastkv import H2O, LLM, FastKV, FastKVError, FullKV, PyramidInfer, PyramidKV, SamplingParams, SnapKV, StreamingLLM
 from fastkv.cache.catalogue import POLICIES
-from fastkv.cache.policy import Observation, Policy, Stage, plan_layers
+from fastkv.cache.policy import FirstPass, Observation, Policy, Stage, plan_layers
 from fastkv.cache.pool import round_up
 from fastkv.cache.scores import received_attention, recent_attention
 from fastkv.engine.prefill import Prefill
@@ -303,3 +303,57 @@ def test_recent_queries_weigh_more() -> None:
     weights = torch.tensor([0.1, 0.2, 0.3, 0.4])[:, None]
     expected = (logits.softmax(-1) * weights).sum(2)[..., :-4].unflatten(1, (2, 2)).mean(2)
     torch.testing.assert_close(recent_attention(q, k, 4), expected)
+
+
+# --- policies of one's own ---
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Own(Policy):
+    """Without a window; the last token of all is worth least."""
+
+    reduces: str = "stage"
+
+    def budget(self, layer: int, n_layers: int, n_tokens: int) -> int:
+        return n_tokens // 2
+
+    def stages(self, n_layers: int, n_tokens: int) -> list[Stage]:
+        keep = n_tokens // 2 if self.reduces == "stage" else None
+        return [Stage(range(2), keep), Stage(range(2, n_layers))]
+
+    def first_pass(self, n_layers: int, n_tokens: int) -> FirstPass | None:
+        return FirstPass(1, n_tokens // 2) if self.reduces == "first pass" else None
+
+    def score(self, observed: Observation) -> Tensor:
+        n_tokens = observed.k.shape[2]
+        return -torch.arange(float(n_tokens)).expand(*observed.k.shape[:2], n_tokens)
+
+
+@pytest.mark.parametrize("reduces", ["stage", "first pass"])
+def test_the_last_token_is_propagated_without_a_window(tiny_llm: LLM, reduces: str) -> None:
+    """It is the one whose logits are asked for; its own score may be the worst."""
+    left = tiny_llm.prefill(PROMPT, Own(reduces=reduces), 0).tokens[-1][0]
+    assert left.tolist() == [*range(N_TOKENS // 2 - 1), N_TOKENS - 1]
+
+
+class ScoresOfAll(SnapKV):
+    def score(self, observed: Observation) -> Tensor:
+        return observed.k.float().norm(dim=-1)
+
+
+class TooLittle(SnapKV):
+    def budget(self, layer: int, n_layers: int, n_tokens: int) -> int:
+        return 4
+
+
+@pytest.mark.parametrize(
+    ("policy", "said"),
+    [
+        (ScoresOfAll(), r"policy scoresofall: score must give .*\[1, 2, 292\], of layer 0, not \[1, 2, 300\]"),
+        (TooLittle(), r"policy toolittle: budget must be at least its window \(8\), not 4 \(layer 0, 300 tokens\)"),
+    ],
+)
+def test_mistakes_of_ones_own_policy_are_one_line(tiny_llm: LLM, policy: Policy, said: str) -> None:
+    """On a GPU an index beyond the end would take the whole process along."""
+    with pytest.raises(FastKVError, match=said):
+        tiny_llm.prefill(PROMPT, policy)
