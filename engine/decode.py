@@ -20,7 +20,8 @@ def decode_step(model: Llama, cache: KVCache, ids: Tensor) -> Tensor:
     """
     count = ids.shape[1]
     cache.check_room(count)
-    model.reserve(cache.position + count)  # the prefill may have been another instance's
+    if model.rotary.reserved < cache.position + count:  # the prefill may have been another instance's
+        model.reserve(cache.position + count)
     positions = cache.pool.next_position[cache.slots.start : cache.slots.stop].unsqueeze(1)
     if count > 1:
         positions = positions + torch.arange(count, device=ids.device)
