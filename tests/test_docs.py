@@ -49,3 +49,12 @@ def test_the_tables_of_the_gpu_are_those_of_the_result() -> None:
     page = (ROOT / "docs" / "speed.md").read_text(encoding="utf-8")
     for table in printed.stdout.strip().split("\n\n"):
         assert table in page
+
+
+@pytest.mark.parametrize("name", ["README.md", "docs/library.md"])
+def test_the_code_of_a_page_runs(name: str) -> None:
+    """All blocks of Python of a page, one after the other, from the root of the checkout."""
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / name).read_text(encoding="utf-8"), re.DOTALL)
+    assert blocks
+    done = subprocess.run([sys.executable, "-c", "\n".join(blocks)], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
