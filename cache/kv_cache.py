@@ -92,23 +92,17 @@ class KVCache:
             self._chosen[layer] = positions
 
     def extend(self, layer: int, k: Tensor, v: Tensor, positions: Tensor) -> None:
-        """Add the entries k and v [B, Hkv, T, D], at `positions` int64 [B, T], to a layer."""
+        """Add the entries k and v [B, Hkv, T, D] to a layer, all of which then stand at `positions` [B, Hkv, n + T]."""
+        storage = self.pool.layers[layer]
+        storage.extend(self.slots, k, v, self.pool.places_in(layer, self.slots, k.shape[2]))
         if not self._whole:
-            before = self.positions(layer)
-            new = positions.unsqueeze(1).expand(-1, before.shape[1], -1)
-            self._chosen[layer] = torch.cat((before, new), dim=2)
-        self.layers[layer].extend(self.slots, k, v, self.pool.places(self.slots, k.shape[2])[layer])
+            self._chosen[layer] = positions
 
-    def end(self, position: int, position_limit: int | None = None) -> None:
-        """The prefill is done: the next token stands at `position`.
-
-        position_limit: a new one, where the prefill has changed it.
-        """
+    def end(self, position: int, position_limit: int) -> None:
+        """The prefill is done: the next token stands at `position`, and the sequence may have so many positions."""
         if not self._whole:
             self.whole_from = position
-        self.position = position
-        if position_limit is not None:
-            self.position_limit = position_limit
+        self.position, self.position_limit = position, position_limit
         self.next_position.fill_(position)
         self.unfinished = False
 
@@ -150,7 +144,7 @@ class KVCache:
     def has_room(self, capacities: Sequence[int], new: int) -> bool:
         """Whether each layer has room for `capacities` entries, and each head for `new` tokens after its own."""
         fits = all(wanted <= there for wanted, there in zip(capacities, self.pool.capacities, strict=True))
-        return fits and new <= self.room
+        return fits and (new <= self.room or not self.pool.layout.per_head)
 
     def make_room(self, capacities: Sequence[int], new: int) -> None:
         """Let each layer have room for `capacities` entries, and each head for `new` tokens after its own.

@@ -60,11 +60,6 @@ class KVPool:
         """Bytes allocated for keys and values."""
         return self.n_slots * bytes_of(self.layout, self.capacities, self.shape)
 
-    @property
-    def has_room(self) -> bool:
-        """Whether a slot is free."""
-        return bool(self._free)
-
     def take(self) -> int:
         """A free slot: the lowest one that there is, so that those in use stay neighbours."""
         slot = min(self._free)
@@ -102,6 +97,12 @@ class KVPool:
         part = slice(slots.start, slots.stop)
         ends = (self.starts[:, part] + self.lengths[:, part]).unsqueeze(3)
         return ends if count == 1 else ends + torch.arange(count, device=self.device)
+
+    def places_in(self, layer: int, slots: range, count: int) -> Tensor:
+        """The same of one layer: int64 [B, Hkv, count]."""
+        part = slice(slots.start, slots.stop)
+        ends = (self.starts[layer, part] + self.lengths[layer, part]).unsqueeze(2)
+        return ends + torch.arange(count, device=self.device)
 
     def advance(self, slots: range, count: int, on_device: bool = True) -> None:
         """End a step: every layer has appended `count` tokens to each of these slots.

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 
 from fastkv.cache.pool import bytes_of
 from fastkv.engine.answer import Answer
-from fastkv.engine.decode_batch import DecodeBatch, capacities_of
+from fastkv.engine.decode_batch import DecodeBatch, capacities_of, layout_of
 from fastkv.engine.memory import available_bytes, explain_out_of_memory, peak_bytes
 from fastkv.engine.output import Output
 from fastkv.engine.request import Request
@@ -19,16 +19,21 @@ DEFAULT_BATCH_SIZE = 8
 
 
 def run_batch(
-    runtime: Runtime, tokenizer: Tokenizer | None, requests: Sequence[Request], n_slots: int, called_at: float
+    runtime: Runtime,
+    tokenizer: Tokenizer | None,
+    requests: Sequence[Request],
+    n_slots: int,
+    called_at: float,
+    kv_memory: int | None = None,
 ) -> Iterator[tuple[int, Output]]:
     """(index, output) of each request, as it is done; `n_slots` of them are at work at a time.
 
     called_at: time.perf_counter() when the user asked. Each prompt is prefilled on its own, as soon as there is a slot
-    for it. Leaving the iterator early ends all of them.
+    for it. kv_memory: bytes that all slots may take. Leaving the iterator early ends all of them.
     """
     answers = [Answer(runtime.model, tokenizer, request, called_at) for request in requests]
     with explain_out_of_memory():
-        batch = DecodeBatch(runtime, requests, n_slots)
+        batch = DecodeBatch(runtime, requests, n_slots, kv_memory)
     waiting, at_work = deque(range(len(requests))), dict[int, int]()
     try:
         while waiting or at_work:
@@ -58,7 +63,7 @@ def slots_that_fit(runtime: Runtime, requests: Sequence[Request], batch_size: in
     even one fits.
     """
     plan = requests[0].plan
-    one = bytes_of(plan.layout, capacities_of(requests), plan.shape)
+    one = bytes_of(layout_of(requests), capacities_of(requests), plan.shape)
     if kv_memory is None:
         available = available_bytes(runtime.model.device)
         limit = batch_size if available is None else (available + runtime.buffers.idle_bytes) // one

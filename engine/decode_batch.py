@@ -38,29 +38,33 @@ class _Sequence:
 class DecodeBatch:
     """Room for `n_slots` requests at a time, of those `to_come`; `close` when they are done.
 
+    kv_memory: bytes that all slots may take (None: no limit).
+
     Prefill happens in `admit`, one request at a time: no padding goes through it.
     """
 
-    def __init__(self, runtime: Runtime, to_come: Sequence[Request], n_slots: int = 1) -> None:
+    def __init__(
+        self, runtime: Runtime, to_come: Sequence[Request], n_slots: int = 1, kv_memory: int | None = None
+    ) -> None:
         start_peak(runtime.model.device)
         self._runtime = runtime
         self._buffers = runtime.buffers.lease()
-        self._state = self._buffers.state_for(layout_of(to_come), capacities_of(to_come), n_slots, runtime.model)
+        layout, capacities = layout_of(to_come), capacities_of(to_come)
+        self._state = self._buffers.state_for(layout, capacities, n_slots, runtime.model, kv_memory)
         self._stepper = runtime.stepper(self._buffers)
         self._at_work: dict[int, _Sequence] = {}
-        self._free = n_slots
+        self._n_slots = n_slots
         self._unread: deque[tuple[dict[int, _Sequence], Callable[[], list[int]]]] = deque()
 
     @property
     def has_room(self) -> bool:
         """Whether another request can be admitted."""
-        return self._free > 0
+        return len(self._at_work) < self._n_slots
 
     def admit(self, request: Request) -> tuple[int, Prefill]:
         """Prefill a request into a free slot, and launch its first token: the slot, and what the prefill left."""
         model, state = self._runtime.model, self._state
         slot = state.pool.take()
-        self._free -= 1
         cache = request.plan.cache_in(state.pool, range(slot, slot + 1))
         self._at_work[slot] = _Sequence(request, cache)  # from here on `close` ends it, too
         prompt = request.ids.to(model.device)
@@ -75,7 +79,6 @@ class DecodeBatch:
         del self._at_work[slot]
         self._state.sampler.stop(slot)
         self._state.pool.release(range(slot, slot + 1))
-        self._free += 1
 
     def launch_as_needed(self) -> None:
         """See to it that there is something to read, and something under way meanwhile."""

@@ -206,7 +206,7 @@ class LLM:
         if not requests:
             return iter(())
         n_slots = slots_that_fit(self._runtime, requests, batch_size, kv_memory)
-        return run_batch(self._runtime, self.tokenizer, requests, n_slots, called_at)
+        return run_batch(self._runtime, self.tokenizer, requests, n_slots, called_at, kv_memory)
 
     def stream(
         self,

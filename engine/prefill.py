@@ -199,7 +199,7 @@ class LayerRun:
         if not self.plan.past[layer]:
             self.cache.store(layer, k, v, None, self.positions)
             return [Part(k, v)]
-        self.cache.extend(layer, k, v, state.positions)
+        self.cache.extend(layer, k, v, self.positions)
         return self.cache.read(layer)
 
     def _propagated(self, layer: int, plan: LayerPlan, scores: Tensor) -> Tensor | None:

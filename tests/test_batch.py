@@ -122,9 +122,9 @@ def test_the_memory_allowed_limits_how_many_are_at_work(tiny_llm: LLM, monkeypat
     made: list[int] = []
     init = DecodeBatch.__init__
 
-    def noted(self: DecodeBatch, runtime: Any, to_come: Any, n_slots: int = 1) -> None:
+    def noted(self: DecodeBatch, runtime: Any, to_come: Any, n_slots: int, kv_memory: int | None) -> None:
         made.append(n_slots)
-        init(self, runtime, to_come, n_slots)
+        init(self, runtime, to_come, n_slots, kv_memory)
 
     monkeypatch.setattr(DecodeBatch, "__init__", noted)
     config, params = tiny_llm.config, SamplingParams(max_tokens=8, ignore_eos=True)
@@ -146,6 +146,21 @@ def test_the_memory_allowed_limits_how_many_are_at_work(tiny_llm: LLM, monkeypat
     tiny_llm.free_buffers()
     tiny_llm.generate(PROMPTS, params, FullKV())
     assert made.pop() == 2
+
+
+def test_memory_that_is_there_already_does_not_lift_the_limit(tiny_llm: LLM) -> None:
+    """Neither a larger pool that is idle, nor one that would be made ready for both sizes."""
+    config, params = tiny_llm.config, SamplingParams(max_tokens=8, ignore_eos=True)
+    slot = 2 * config.n_layers * config.n_kv_heads * config.head_dim * 4 * 96  # 64 + 8 tokens: a bucket of 96
+    for earlier in (FullKV(), FastKV(tsp_layer=1, tsp_len=16, kv_len=200)):
+        tiny_llm.free_buffers()
+        tiny_llm.generate([list(range(3, 203))] * 2, params, earlier)
+        found = tiny_llm.generate([list(range(3, 67))] * 2, params, FullKV(), kv_memory=2 * slot)
+        idle = tiny_llm._runtime.buffers._idle
+        assert idle is not None
+        assert idle.state is not None
+        assert idle.state.pool.nbytes <= 2 * slot
+        assert found[0].token_ids == found[1].token_ids
 
 
 def test_mistakes_are_told_before_the_first_prompt_runs(tiny_llm: LLM) -> None:

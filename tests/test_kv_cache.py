@@ -75,7 +75,6 @@ def test_the_lowest_free_slot_is_taken() -> None:
     pool.release(range(1))
     pool.release(range(2, 3))
     assert [pool.take(), pool.take()] == [0, 2]
-    assert not pool.has_room
 
 
 def test_a_pool_holds_what_fits_of_its_layout() -> None:
