@@ -102,7 +102,7 @@ def advice_line(found: Findings) -> str:
             f"of the work of a full one; the default, {default.label}, has {100 * default.work:.1f} %."
         )
     tried, none = len(found.checked) - 1, "no settled layer has less work at these rates"
-    why = f"{tried} other settings were run, and none passed" if tried else none
+    why = f"{tried} other setting{'s' if tried > 1 else ''} tried, and none passed" if tried else none
     return f"Advice: keep the default, --tsp-layer {default.layer} --tsp-rate {default.rate:g}: {why}."
 
 
