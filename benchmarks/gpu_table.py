@@ -1,59 +1,234 @@
-"""The tables of docs/speed.md, in Markdown, from a result of gpu_suite.py.
+"""Print the figures of a JSON file of gpu_suite.py as Markdown tables, those of docs/speed.md.
 
-python benchmarks/gpu_table.py benchmarks/results/2026-11-27-gpu-h200.json
+    python benchmarks/gpu_table.py RESULT.json [--tables decode first …]
+
+Reads what was measured and measures nothing. A table without figures is left out.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from fastkv.console.parser import Parser, guarded
-
+Figure = dict[str, Any]
 GIB = 2**30
 
 
-def tables(result: dict[str, Any]) -> Iterator[str]:
-    """Decoding, first tokens, and the peer: lines of Markdown."""
-    done = {(each["step"], each["case"]): each for each in result["figures"] if each["status"] == "done"}
-    yield "| context × batch | full, tokens/s | fastkv, tokens/s | × full | of copy bandwidth: full, fastkv |"
-    yield "|---|---|---|---|---|"
-    for (step, case), full in done.items():
-        fast = done.get((step, case.replace("full", "fastkv", 1)))
-        if step == "decode" and case.startswith("full") and fast is not None:
-            speeds = full["tokens_per_s"], fast["tokens_per_s"]
-            yield (
-                f"| {full['context']:,} × {full['batch']} | {speeds[0]:.1f} | {speeds[1]:.1f} | "
-                f"{speeds[1] / speeds[0]:.2f} | {100 * full['of_copy']:.0f} %, {100 * fast['of_copy']:.0f} % |"
-            )
-    yield ""
-    yield "| prompt | full, s | fastkv, s | × full | peak: full, fastkv, GiB |"
-    yield "|---|---|---|---|---|"
-    for (step, case), full in sorted(done.items(), key=lambda each: each[1].get("context", 0)):
-        fast = done.get((step, case.replace("full", "fastkv", 1)))
-        if step.startswith("first") and case.startswith("full") and case.endswith("auto") and fast is not None:
-            seconds, peaks = (full["ttft_s"], fast["ttft_s"]), (full["peak_bytes"] / GIB, fast["peak_bytes"] / GIB)
-            yield (
-                f"| {full['context']:,} | {seconds[0]:.3f} | {seconds[1]:.3f} | {seconds[0] / seconds[1]:.2f} | "
-                f"{peaks[0]:.1f}, {peaks[1]:.1f} |"
-            )
-    yield ""
-    yield "| 8,192 tokens and 33 new ones | first token, s | decode, tokens/s | in all, s |"
-    yield "|---|---|---|---|"
-    for (step, case), each in done.items():
-        if step == "peer":
-            name, speed = case.split()[0], each["decode_tokens_per_s"]
-            yield f"| {name} | {each['ttft_s']:.3f} | {speed:.1f} | {each['total_s']:.2f} |"
+def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A Markdown table; "" where there are no rows."""
+    lines = [" | ".join(row) for row in rows]
+    marks = "|".join(["---"] * len(header))
+    return "\n".join([f"| {' | '.join(header)} |", f"|{marks}|", *(f"| {line} |" for line in lines)]) if lines else ""
 
 
-def run(argv: Sequence[str]) -> None:
-    parser = Parser(prog="gpu_table.py", description="Markdown tables of a result of gpu_suite.py.")
-    parser.add_argument("result", type=Path, help="JSON that gpu_suite.py has written")
-    print("\n".join(tables(json.loads(parser.parse_args(argv).result.read_text(encoding="utf-8")))))
+def done(result: Figure, *steps: str) -> list[Figure]:
+    """The figures of these steps, as far as they were measured."""
+    return [each for each in result["figures"] if each["step"] in steps and each["status"] == "done"]
+
+
+def words(figure: Figure) -> list[str]:
+    """The words of a case: the policy comes first in most."""
+    return str(figure["case"]).split()
+
+
+def times_full(figure: Figure, figures: list[Figure], key: str, faster_is: Callable[[float, float], float]) -> str:
+    """How many times as fast as the full cache of the same case, of which every other word is the same."""
+    rest = words(figure)[1:]
+    full = [each for each in figures if words(each)[0] == "full" and words(each)[1:] == rest]
+    return f"{faster_is(figure[key], full[0][key]):.2f}" if full else "–"
+
+
+def more(ours: float, full: float) -> float:
+    """For speeds."""
+    return ours / full
+
+
+def less(ours: float, full: float) -> float:
+    """For times."""
+    return full / ours
+
+
+def gib(size: float | None) -> str:
+    """Bytes as GiB."""
+    return "–" if size is None else f"{size / GIB:.1f}"
+
+
+def of_copy(figure: Figure) -> str:
+    """A share of the bytes per second of a copy, where that was measured."""
+    return f"{figure['of_copy']:.0%}".replace("%", " %") if "of_copy" in figure else "–"
+
+
+def about(result: Figure) -> str:
+    """What was measured where."""
+    return (
+        f"{result['device']}, {result['date']}, torch {result['torch']}, cuDNN {result['cudnn']}; the shape of "
+        f"{result['model']}, {result['weights']} weights, bfloat16. Command: `{result['command']}`"
+    )
+
+
+def ceilings(result: Figure) -> str:
+    """What the device can do by itself."""
+    rows = []
+    for each in done(result, "ceilings"):
+        speed = each.get("flops_per_s")
+        shown = f"{speed / 1e12:,.0f} TFLOP/s" if speed else f"{each['bytes_per_s'] / 1e9:,.0f} GB/s"
+        names = {"flash": "causal attention, flash,", "cudnn": "causal attention, cuDNN,"}
+        first, *rest = words(each)
+        rows.append([" ".join([names.get(first, first), *rest]), shown, of_copy(each)])
+    return table(("the device alone", "", "of copy"), rows)
+
+
+def decode(result: Figure) -> str:
+    """Speed of decoding."""
+    figures = done(result, "decode")
+    header = ("prompt, tokens", "sequences", "", "tokens/s", "× full", "step, ms", "of copy", "KV, GiB", "peak, GiB")
+    return table(
+        header,
+        (
+            [
+                f"{each['context']:,}",
+                str(each["batch"]),
+                words(each)[0],
+                f"{each['tokens_per_s']:,.1f}",
+                times_full(each, figures, "tokens_per_s", more),
+                f"{each['step_ms']:.2f}",
+                of_copy(each),
+                f"{each['kv_gib']:.2f}",
+                gib(each["peak_bytes"]),
+            ]
+            for each in figures
+        ),
+    )
+
+
+def first(result: Figure) -> str:
+    """Time to the first token."""
+    figures = sorted(done(result, "first", "first-128k"), key=lambda each: each["context"])
+    header = ("prompt, tokens", "`--attention`", "", "first token, s", "× full", "KV, GiB", "peak, GiB")
+    return table(
+        header,
+        (
+            [
+                f"{each['context']:,}",
+                words(each)[-1],
+                words(each)[0],
+                f"{each['ttft_s']:.3f}",
+                times_full(each, figures, "ttft_s", less),
+                f"{each['kv_bytes'] / GIB:.2f}",
+                gib(each["peak_bytes"]),
+            ]
+            for each in figures
+        ),
+    )
+
+
+def peer(result: Figure) -> str:
+    """A whole answer, through this engine and through transformers."""
+    figures = done(result, "peer")
+    header = ("", "first token, s", "decode, tokens/s", "end to end, s", "× full", "peak, GiB")
+    return table(
+        header,
+        (
+            [
+                words(each)[0],
+                f"{each['ttft_s']:.3f}",
+                f"{each['decode_tokens_per_s']:.1f}",
+                f"{each['total_s']:.3f}",
+                times_full(each, figures, "total_s", less),
+                gib(each["peak_bytes"]),
+            ]
+            for each in figures
+        ),
+    )
+
+
+def compiled(result: Figure) -> str:
+    """Decoding with compiled layers, and without."""
+    plain = {(words(each)[0], each["context"]): each for each in done(result, "decode") if each["batch"] == 1}
+    rows = []
+    for each in (each for each in done(result, "compiled") if "step_ms" in each):
+        other = plain.get((words(each)[0], each["context"]))
+        before = ("–", "–") if other is None else (f"{other['tokens_per_s']:.1f}", of_copy(other))
+        rows.append(
+            [f"{each['context']:,}", words(each)[0], f"{each['tokens_per_s']:.1f}", of_copy(each), before[0], before[1]]
+        )
+    header = ("prompt, tokens", "", "`--compile`: tokens/s", "of copy", "without: tokens/s", "of copy")
+    return table(header, rows)
+
+
+def selection(result: Figure) -> str:
+    """What choosing costs."""
+    rows = (
+        [words(each)[0], f"{each['selection_ms']:.2f}", f"{each['layer_ms']:.1f}", f"{100 * each['share']:.1f} %"]
+        for each in done(result, "selection")
+    )
+    return table(("prompt, tokens", "selection, ms", "its layer, ms", "share"), rows)
+
+
+def million(result: Figure) -> str:
+    """The longest prompt, with FastKV."""
+    rows = (
+        [
+            f"{each['context']:,}",
+            f"{each['ttft_s']:.1f}",
+            f"{each['tokens_per_s']:.1f}",
+            f"{each['kv_bytes'] / GIB:.2f}",
+            gib(each["peak_bytes"]),
+        ]
+        for each in done(result, "million")
+    )
+    return table(("prompt, tokens", "first token, s", "decode, tokens/s", "KV, GiB", "peak, GiB"), rows)
+
+
+TABLES: dict[str, Callable[[Figure], str]] = {
+    "decode": decode,
+    "first": first,
+    "peer": peer,
+    "compiled": compiled,
+    "selection": selection,
+    "million": million,
+    "ceilings": ceilings,
+}
+
+
+def read_result(path: Path) -> Figure:
+    """A file of gpu_suite.py. Raises ValueError, with a line that names the file, for anything else."""
+    try:
+        result = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read ({error.strerror})") from None
+    except ValueError:
+        raise ValueError(f"{path}: is no JSON file") from None
+    if not isinstance(result, dict) or not {"figures", "device", "date", "command"} <= result.keys():
+        raise ValueError(f"{path}: is no result of gpu_suite.py")
+    return result
+
+
+def markdown(result: Figure, names: Iterable[str]) -> str:
+    """The line about the run, then these tables."""
+    tables = (TABLES[name](result) for name in names)
+    return "\n\n".join([about(result), *(each for each in tables if each)])
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; returns its exit status: 0 done, 2 a user's mistake."""
+    made = argparse.ArgumentParser(prog="gpu_table.py", description="Tables of a JSON file of gpu_suite.py.")
+    made.add_argument("result", type=Path, metavar="RESULT.json")
+    made.add_argument(
+        "--tables", nargs="+", choices=TABLES, default=list(TABLES), metavar="NAME", help=", ".join(TABLES)
+    )
+    args = made.parse_args(argv)
+    try:
+        print(markdown(read_result(args.result), args.tables))
+    except ValueError as error:
+        print(f"gpu_table.py: error: {error}", file=sys.stderr)
+        return 2
+    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(guarded("gpu_table.py", lambda: run(sys.argv[1:])))
+    sys.exit(main())

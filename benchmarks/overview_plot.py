@@ -1,93 +1,157 @@
-"""The picture of the README: speed and accuracy of the full cache and of FastKV, from results that are committed.
+"""Draw the picture of the README: speed and accuracy of the full cache and of FastKV, from results in this repository.
 
-    python benchmarks/overview_plot.py docs/images/overview.png
+    python benchmarks/overview_plot.py GPU.json ACCURACY.md OUT.png
 
-Speed: first token and decoding at 128K tokens on a GPU, of a result of gpu_suite.py. Accuracy: the bundled model's
-archive task, of a table of fastkv-eval that a result file holds. Needs the extra `bench`.
+GPU.json: a file of gpu_suite.py with the steps first-128k and decode. ACCURACY.md: a page whose first table is one of
+`fastkv-eval` with the policies full and FASTKV (below). Measures nothing. Needs matplotlib (extra `bench`).
 """
 
 from __future__ import annotations
 
-import json
+import argparse
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, NamedTuple
 
-from fastkv.console.parser import Parser, check_installed, guarded
+from gpu_table import Figure, done, read_result, words
 
-RESULTS = Path(__file__).resolve().parent / "results"
-COLOURS = {"full": "#8c8c8c", "fastkv": "#0072b2"}  # told apart without colour vision, and in grey
-SPECS = {"full": "full", "fastkv": "fastkv:kv_retention=0.1,min_tokens=8"}
-LABELS = {"full": "full cache", "fastkv": "FastKV, 10 % kept"}
+if TYPE_CHECKING:
+    from matplotlib import figure
+    from matplotlib.axes import Axes
 
-
-def speeds(path: Path) -> dict[str, dict[str, float]]:
-    """Seconds to the first token and tokens/s of a decode step, at 128K tokens and batch 1, by policy."""
-    figures = {(each["step"], each["case"]): each for each in json.loads(path.read_text(encoding="utf-8"))["figures"]}
-    return {
-        "first token, s": {name: figures["first-128k", f"{name} 128K auto"]["ttft_s"] for name in LABELS},
-        "decode, tokens/s": {name: figures["decode", f"{name} 128K x 1"]["tokens_per_s"] for name in LABELS},
-    }
-
-
-def accuracy(path: Path) -> dict[str, dict[str, float]]:
-    """Right answers in % by prompt length, of the first table of fastkv-eval with both policies."""
-    lines = iter(path.read_text(encoding="utf-8").splitlines())
-    columns = next(cells for cells in map(_cells, lines) if {"tokens", *SPECS.values()} <= set(cells))
-    places, length = {name: columns.index(spec) for name, spec in SPECS.items()}, columns.index("tokens")
-    rows = [
-        cells for cells in map(_cells, lines) if len(cells) == len(columns) and cells[length].replace(",", "").isdigit()
-    ]
-    tokens = [cells[length] for cells in rows]
-    first = rows[: next((index for index, each in enumerate(tokens) if each in tokens[:index]), len(rows))]
-    return {cells[length]: {name: float(cells[at].split()[0]) for name, at in places.items()} for cells in first}
+FULL, FASTKV = "full", "fastkv:kv_retention=0.1,min_tokens=8"
+COLOURS = {
+    "full": "#767676",
+    "fastkv": "#0072B2",
+}  # told apart by people with any colour vision, and readable under white
+NAMES = {"full": "full cache", "fastkv": "FastKV, 10 % of the cache"}
+CONTEXT = 131_072
+SCORE = re.compile(r"([\d.]+) \(([\d.]+) – ([\d.]+)\)")
 
 
-def _cells(line: str) -> list[str]:
-    return [cell.strip() for cell in line.strip().strip("|").split("|")]
+class Score(NamedTuple):
+    """Right answers in %, and the 95 % confidence interval."""
+
+    value: float
+    low: float
+    high: float
 
 
-def draw(speed: dict[str, dict[str, float]], right: dict[str, dict[str, float]], target: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(1, 3, figsize=(10, 3.1), width_ratios=(1, 1, 2.2), layout="constrained")
-    for axis, (title, values) in zip(axes, speed.items(), strict=False):
-        bars = axis.bar(
-            list(LABELS.values()), list(values.values()), color=[COLOURS[name] for name in values], width=0.6
-        )
-        axis.bar_label(bars, fmt="%.1f", padding=2)
-        axis.set_title(title, fontsize=10)
-        axis.set_xticks([0, 1], ["full\ncache", "FastKV"])
-        axis.margins(y=0.15)
-    axes[0].set_xlabel("Llama-3.1-8B shape, 128K tokens, one H200", fontsize=8, loc="left")
-    places = range(len(right))
-    for shift, name in ((-0.2, "full"), (0.2, "fastkv")):
-        heights = [values[name] for values in right.values()]
-        bars = axes[2].bar([place + shift for place in places], heights, 0.38, color=COLOURS[name], label=LABELS[name])
-        axes[2].bar_label(bars, fmt="%.0f", padding=1, fontsize=8)
-    axes[2].set_xticks(list(places), list(right))
-    axes[2].set_title("right answers, %, by tokens of the prompt", fontsize=10)
-    axes[2].set_xlabel("bundled model (1.7M parameters), archive task, 105 prompts each", fontsize=8)
-    axes[2].set_ylim(0, 118)
-    axes[2].legend(loc="upper right", fontsize=8, frameon=False, ncols=2)
-    for axis in axes:
-        axis.spines[["top", "right"]].set_visible(False)
-    figure.savefig(target, dpi=150)
+def speeds(result: Figure) -> dict[str, dict[str, float]]:
+    """For each policy: seconds to the first token and tokens/s of one sequence, both at 128K."""
+    found: dict[str, dict[str, float]] = {"full": {}, "fastkv": {}}
+    for each in done(result, "first-128k", "decode"):
+        if each["context"] == CONTEXT and each.get("batch", 1) == 1:
+            key = "tokens_per_s" if each["step"] == "decode" else "ttft_s"
+            found[words(each)[0]][key] = each[key]
+    if any(len(values) < 2 for values in found.values()):
+        raise ValueError(f"the GPU file lacks the first token or decoding of both policies at {CONTEXT:,} tokens")
+    return found
 
 
-def run(argv: Sequence[str]) -> None:
-    parser = Parser(prog="overview_plot.py", description="The picture of the README.")
-    parser.add_argument("target", type=Path, metavar="FILE.png")
-    parser.add_argument("--speed", type=Path, default=RESULTS / "2026-11-27-gpu-h200.json", metavar="FILE.json")
-    parser.add_argument("--accuracy", type=Path, default=RESULTS / "2026-11-21-archive-accuracy.md", metavar="FILE.md")
-    args: Any = parser.parse_args(argv)
-    check_installed("overview_plot.py", "matplotlib", "bench")
-    draw(speeds(args.speed), accuracy(args.accuracy), args.target)
+def scores(page: str) -> dict[str, dict[str, Score]]:
+    """For each policy: the score of each prompt length, and of "all"."""
+    rows = [line.strip("| ").split(" | ") for line in page.splitlines() if line.startswith("| ")]
+    header = rows[0]
+    if not {"tokens", FULL, FASTKV} <= set(header):
+        raise ValueError(f"the first table of the accuracy file has no columns tokens, {FULL} and {FASTKV}")
+    found: dict[str, dict[str, Score]] = {"full": {}, "fastkv": {}}
+    for row in rows[2:]:
+        if len(row) != len(header):
+            break  # the next table
+        for name, column in (("full", FULL), ("fastkv", FASTKV)):
+            match = SCORE.fullmatch(row[header.index(column)])
+            if match is None:
+                raise ValueError(f"the accuracy file has no score with its interval in column {column}")
+            found[name][row[header.index("tokens")]] = Score(*map(float, match.groups()))
+    return found
+
+
+def figure_of(result: Figure, page: str) -> figure.Figure:
+    """Three panels: first token, decoding, accuracy."""
+    from matplotlib.figure import Figure as Canvas
+
+    canvas = Canvas(figsize=(10, 3.6), dpi=160)
+    canvas.set_layout_engine("constrained", wspace=0.08)
+    first, decoding, accuracy = canvas.subplots(1, 3, width_ratios=(1, 1, 2.3))
+    speed = speeds(result)
+    _bars(first, {name: values["ttft_s"] for name, values in speed.items()}, "{:.1f} s", less_is_better=True)
+    first.set(title="Time to the first token", ylabel="seconds (lower is better)")
+    _bars(decoding, {name: values["tokens_per_s"] for name, values in speed.items()}, "{:.0f}", less_is_better=False)
+    decoding.set(title="Decoding speed", ylabel="tokens/s (higher is better)")
+    device = str(result["device"]).removeprefix("NVIDIA ")
+    for panel in (first, decoding):
+        panel.set_xlabel(f"prompt of 128K tokens\n8B model (random weights), {device}")
+    _accuracy(accuracy, scores(page))
+    handles, labels = accuracy.get_legend_handles_labels()
+    canvas.legend(handles, labels, loc="outside upper center", ncols=2, frameon=False, fontsize=11)
+    return canvas
+
+
+def _bars(panel: Axes, values: dict[str, float], text: str, *, less_is_better: bool) -> None:
+    """A bar for each policy with its figure; FastKV's says how many times as fast it is."""
+    for index, (name, value) in enumerate(values.items()):
+        panel.bar(index, value, 0.7, color=COLOURS[name])
+        label = text.format(value)
+        if name == "fastkv":
+            ratio = values["full"] / value if less_is_better else value / values["full"]
+            label += f"\n{ratio:.1f}× as fast"
+        look = {"ha": "center", "va": "bottom", "fontsize": 10, "linespacing": 1.3}
+        above = panel.annotate(label, (index, value), (0, 3), textcoords="offset points", **look)
+        above.set_bbox({"facecolor": "white", "edgecolor": "none", "pad": 0.5})  # no grid line through the figures
+    panel.set_xticks(range(len(values)), ["full", "FastKV"])
+    panel.set_ylim(0, 1.22 * max(values.values()))
+    _plain(panel)
+
+
+def _accuracy(panel: Axes, found: dict[str, dict[str, Score]]) -> None:
+    """Bars in pairs, a pair for each length, with their confidence intervals."""
+    for index, (name, by_length) in enumerate(found.items()):
+        places = [place + 0.4 * (index - 0.5) for place in range(len(by_length))]
+        values = [score.value for score in by_length.values()]
+        spans = [
+            [score.value - score.low for score in by_length.values()],
+            [score.high - score.value for score in by_length.values()],
+        ]
+        panel.bar(places, values, 0.38, color=COLOURS[name], label=NAMES[name])
+        panel.errorbar(places, values, yerr=spans, fmt="none", ecolor="black", elinewidth=1, capsize=3)
+        for place, value in zip(places, values, strict=True):
+            panel.text(place, 2, f"{value:.1f}", ha="center", va="bottom", fontsize=8.5, color="white")
+    panel.set_xticks(range(len(found["full"])), list(found["full"]))
+    panel.set(title="Right answers", ylabel="% (higher is better)", ylim=(0, 104))
+    panel.set_xlabel("prompt, tokens\nbundled model, archive task; lines: 95 % confidence")
+    _plain(panel)
+
+
+def _plain(panel: Axes) -> None:
+    panel.grid(axis="y", color="0.9", linewidth=0.8)
+    panel.set_axisbelow(True)
+    panel.spines[["top", "right"]].set_visible(False)
+    panel.tick_params(labelsize=10)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; returns its exit status: 0 done, 2 a user's mistake."""
+    made = argparse.ArgumentParser(prog="overview_plot.py", description="Draw the picture of the README.")
+    made.add_argument("result", type=Path, metavar="GPU.json", help="a result of gpu_suite.py")
+    made.add_argument(
+        "accuracy", type=Path, metavar="ACCURACY.md", help="a page that begins with a table of fastkv-eval"
+    )
+    made.add_argument("picture", type=Path, metavar="OUT.png")
+    args = made.parse_args(argv)
+    try:
+        drawn = figure_of(read_result(args.result), args.accuracy.read_text(encoding="utf-8"))
+        drawn.savefig(args.picture, format="png")
+    except ImportError:
+        print("overview_plot.py: error: the picture needs matplotlib: pip install 'fastkv[bench]'", file=sys.stderr)
+        return 2
+    except (ValueError, OSError) as error:
+        print(f"overview_plot.py: error: {error}", file=sys.stderr)
+        return 2
+    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(guarded("overview_plot.py", lambda: run(sys.argv[1:])))
+    sys.exit(main())
