@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fastkv.cache.kv_cache import KVCache
 from fastkv.cache.layer import Kept, Part
-from fastkv.cache.policy import FirstPass, LayerPlan, Observation, OnlineSelector
+from fastkv.cache.policy import FirstPass, Observation, OnlineSelector
 from fastkv.cache.selection import positions_of, select_entries, select_per_head, select_tokens
 from fastkv.engine.attention import AUTO, attend_parts, causal_attention, take_tokens
 from fastkv.engine.plan import RequestPlan
@@ -157,10 +157,10 @@ class LayerRun:
         q: [B, Hq, n, D] of the last n tokens, k and v: [B, Hkv, T, D] of all. Returns what queries of this layer attend
         to, and the indices of the tokens that are propagated, int64 [B, n] (None: all).
         """
-        plan, past = self.layers[layer], self.plan.past[layer]
-        count = min(plan.kept, past + k.shape[2])
+        sizes, past = self.layers[layer], self.plan.past[layer]
+        count = min(sizes.kept, past + k.shape[2])
         drops = count < past + k.shape[2]
-        if not (drops or plan.propagated is not None or self.selector is not None):
+        if not (drops or sizes.propagated is not None or self.selector is not None):
             return self._keep_all(layer, state, k, v), None
         positions = self._positions_with(layer, state.positions)
         if past:
@@ -175,9 +175,9 @@ class LayerRun:
             kept = select_entries(scores, count, self.policy.window)
         self.positions = positions if kept is None else positions_of(kept, positions)
         self.cache.store(layer, k, v, kept, self.positions)
-        if plan.propagated is None and self.selector is None:
+        if sizes.propagated is None and self.selector is None:
             return [Part(k, v)], None
-        return [Part(k, v)], self._propagated(layer, plan, scores[..., past:])
+        return [Part(k, v)], self._propagated(layer, scores[..., past:])
 
     def _score(self, observed: Observation) -> Tensor:
         """The policy's scores. Raises FastKVError if they are not as many as tokens stand before its window."""
@@ -202,10 +202,10 @@ class LayerRun:
         self.cache.extend(layer, k, v, self.positions)
         return self.cache.read(layer)
 
-    def _propagated(self, layer: int, plan: LayerPlan, scores: Tensor) -> Tensor | None:
+    def _propagated(self, layer: int, scores: Tensor) -> Tensor | None:
         """The indices of the tokens that are propagated after this layer, int64 [B, n], or None: all of them."""
         importance: Tensor | None = scores
-        keep = plan.propagated
+        keep = self.layers[layer].propagated
         if self.selector is not None:
             importance, keep = self.selector(layer, scores), self.keep
         if importance is None or keep is None:
