@@ -130,6 +130,35 @@ def test_the_readme_has_the_speeds_of_the_results(scripts: dict[str, Any]) -> No
         assert f"| {' | '.join([context, *cells])} |" in speeds
 
 
+def test_the_aims_are_compared_with_the_results() -> None:
+    """What falls short of an aim is told with the measured figure, in the README and on the page of speed."""
+    figures = {(each["step"], each["case"]): each for each in json.loads(GPU.read_text())["figures"]}
+
+    def share(step: str, case: str) -> str:
+        return f"{100 * figures[step, case]['of_copy']:.0f} %"
+
+    def ratio(step: str, fastkv: str, full: str, key: str) -> str:
+        return f"{figures[step, full][key] / figures[step, fastkv][key]:.2f}"
+
+    plain = ratio("decode", "fastkv 128K x 1", "full 128K x 1", "step_ms")
+    compiled = ratio("compiled", "fastkv 131,072", "full 131,072", "step_ms")
+    first = ratio("first-128k", "fastkv 128K auto", "full 128K auto", "ttft_s")
+    short = share("decode", "full 1K x 1"), share("compiled", "full 1,024")
+    long = share("decode", "fastkv 128K x 1"), share("compiled", "fastkv 131,072")
+    speed = PAGES["docs/speed.md"].read_text(encoding="utf-8")
+    for measured in (
+        f"| 75 % | {short[0]}; with `--compile` {short[1]} |",
+        f"| 75 % | {long[0]}; with `--compile` {long[1]} |",
+        f"| 1.7 | {plain}; with `--compile` {compiled} |",
+        f"| 1.75 | {first} |",
+    ):
+        assert measured in speed
+    limits = PAGES["README.md"].read_text(encoding="utf-8").split("\n## Limits\n")[1].split("\n## ")[0]
+    bandwidth = f"{short[0]} of the bandwidth of a copy ({short[1]} with"
+    for measured in (bandwidth, f"{plain} times as fast", f"({compiled} times"):
+        assert measured in " ".join(limits.split())
+
+
 def test_tables_leave_out_what_was_not_measured(
     scripts: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
