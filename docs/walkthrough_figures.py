@@ -1,6 +1,6 @@
 """The figures of docs/walkthrough.md, from the bundled model on a CPU in float32.
 
-    python docs/walkthrough_figures.py request                  # the calls of one request with their shapes, and counts
+    python docs/walkthrough_figures.py request                  # one request, and a second question: calls and counts
     python docs/walkthrough_figures.py late --examples 100      # a question that is not in the prompt, or at its front
     python docs/walkthrough_figures.py several --examples 50    # eight questions about one text
 
@@ -42,6 +42,8 @@ from fastkv.models.llama import Llama
 
 EXAMPLE = Path(__file__).resolve().parent.parent / "examples" / "archive"
 TOKENS = 1000  # of the texts that `late` and `several` ask about, about
+SAID = [963, 20, 26, 22, 15]  # the answer to the bundled prompt and its full stop
+NEXT = ("oaken", "ridge"), "2517"  # another record of the bundled prompt
 ANSWER = 7  # tokens: a space with a digit, three digits, full stop, newline, end of text
 SEVERAL, RECORDS = 8, 24  # questions about one text (as many as the model saw in training), of so many records
 
@@ -161,6 +163,29 @@ def request_figures(llm: LLM) -> dict[str, Any]:
     }
 
 
+def continued_figures(llm: LLM, policy: Policy | None = None) -> dict[str, Any]:
+    """After the bundled prompt and its answer: several tokens in a step, back, and another question to the cache."""
+    text, answer = read_prompt(str(EXAMPLE / "prompt.txt")), torch.tensor([SAID])
+    cache = llm.prefill(ids_of(llm, text), policy).cache
+    found: dict[str, Any] = {"logits of a step": list(llm.decode(cache, answer).shape)}
+    found["after a step"] = cache.count(0), cache.position
+    cache.truncate(answer.shape[1])
+    found["after truncate"] = cache.count(0), cache.position
+    llm.decode(cache, answer)
+    names, code = NEXT
+    new = without_bos(llm, f"\n{question(names)}")
+    with watching() as log:
+        pre = llm.prefill(new, policy, max_tokens=20, cache=cache)
+    found |= {
+        "new tokens": len(new),
+        "calls of the second prefill": log.text(),
+        "propagated": pre.layer_tokens[-1],
+        "after the second prefill": (cache.count(0), cache.position, cache.whole_from),
+        "second answer right": ask(llm, cache, [], code, pre.logits)[0] > 0,
+    }
+    return found
+
+
 def ids_of(llm: LLM, text: str) -> list[int]:
     assert llm.tokenizer is not None
     return llm.tokenizer.encode(text)
@@ -244,7 +269,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     torch.set_num_threads(1)
     llm = LLM(EXAMPLE / "model", dtype="float32", device="cpu")
     if args.what == "request":
-        print("\n".join(f"{name}: {value}" for name, value in request_figures(llm).items()))
+        found = {**request_figures(llm), **continued_figures(llm)}
+        print("\n".join(f"{name}: {value}" for name, value in found.items()))
     else:
         print(measure(llm, late_questions if args.what == "late" else several_questions, args.examples))
     return 0

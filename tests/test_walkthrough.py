@@ -22,8 +22,8 @@ from fastkv.eval import cli_flags as eval_flags
 
 PAGE = ROOT / "docs" / "walkthrough.md"
 TEXT = PAGE.read_text(encoding="utf-8")
-FENCES = re.findall(r"^```\n(.*?)^```", TEXT, re.MULTILINE | re.DOTALL)
-PROSE = re.sub(r"^```\n.*?^```", "", TEXT, flags=re.MULTILINE | re.DOTALL)
+FENCES = re.findall(r"^```(?:python)?\n(.*?)^```", TEXT, re.MULTILINE | re.DOTALL)
+PROSE = re.sub(r"^```(?:python)?\n.*?^```", "", TEXT, flags=re.MULTILINE | re.DOTALL)
 LINKS = re.findall(r"\[([^\]]+)\]\((\S+?)\)", PROSE)
 SPANS = re.findall(r"`([^`]+)`", PROSE)
 WORDS = " ".join(PROSE.split())
@@ -79,7 +79,7 @@ def commands() -> list[str]:
 def test_links_lead_to_files_that_define_what_they_name() -> None:
     assert len(LINKS) > 50
     for name, target in LINKS:
-        if target.startswith("https://"):
+        if target.startswith(("https://", "#")):
             continue
         path = (PAGE.parent / target).resolve()
         assert path.is_file(), target
@@ -123,6 +123,11 @@ def script() -> ModuleType:
 @pytest.fixture(scope="module")
 def figures(script: ModuleType, archive_llm: LLM) -> dict[str, Any]:
     return script.request_figures(archive_llm)
+
+
+@pytest.fixture(scope="module")
+def continued(script: ModuleType, archive_llm: LLM) -> dict[str, Any]:
+    return script.continued_figures(archive_llm)
 
 
 def table_row(first: str) -> list[str]:
@@ -191,10 +196,53 @@ def test_counts_that_rounding_may_shift_are_about_these(figures: dict[str, Any])
         assert abs(int(number.replace(",", "")) - value) <= off, pattern
 
 
-def test_no_other_large_number_stands_in_the_request(figures: dict[str, Any]) -> None:
-    """Those of the two tests above, of the shapes, and of the tables: a number that nobody checks can go stale."""
-    metrics = figures["metrics"]
-    checked = set(re.findall(r"\d+", figures["calls"])) | {str(token) for token in figures["answer"]}
+def test_the_sequence_continues_like_this(continued: dict[str, Any]) -> None:
+    assert continued["calls of the second prefill"] + "\n" in FENCES
+    shape, new, past = continued["logits of a step"], continued["new tokens"], continued["after a step"]
+    back, (kept, position, whole_from) = continued["after truncate"], continued["after the second prefill"]
+    assert whole_from == position
+    assert continued["propagated"] == new
+    for sentence in (
+        f"The logits are those after each token, `{shape}`",
+        f"afterwards each layer holds {past[0]} entries, and the next position is {past[1]}.",
+        f"{back[0]} entries again, and position {back[1]}",
+        f"here {back[1]}, the position from which on",
+        f'oaken ridge is" are {new} tokens',
+        f"each layer already holds {past[0]} entries (`RequestPlan.past`)",
+        f"`int(0.1 * {position})` is {kept}",
+        f"and {new} are fewer than `min_tokens`",
+        f"runs, from position {past[1]}:",
+        f"scores its {past[0]} earlier entries",
+        f"the window, {past[0] + new - 8} in all",
+        f"keeps {kept - 8} of them and the window",
+        f"one K and one V of {past[0] + new}",
+        f"The next position is {position}, and so is `whole_from`",
+    ):
+        assert sentence in REQUEST, sentence
+
+
+def test_the_second_answer_is_right_with_a_full_cache_only(
+    continued: dict[str, Any], script: ModuleType, archive_llm: LLM
+) -> None:
+    assert not continued["second answer right"]
+    assert script.continued_figures(archive_llm, FullKV())["second answer right"]
+
+
+def test_the_code_of_a_sequence_that_continues_runs(script: ModuleType, archive_llm: LLM) -> None:
+    (code,) = (fence for fence in FENCES if "llm.decode" in fence)
+    assert str(script.SAID) in code
+    prompt = (ROOT / "examples" / "archive" / "prompt.txt").read_text(encoding="utf-8").removesuffix("\n")
+    more = script.without_bos(archive_llm, "\nQuestion: The access code of the oaken ridge is")
+    names = {"llm": archive_llm, "torch": torch, "ids": script.ids_of(archive_llm, prompt), "more_ids": more}
+    exec(code, names)
+    assert names["pre"].cache.position == len(names["ids"]) + len(script.SAID) + len(more)
+
+
+def test_no_other_large_number_stands_in_the_request(figures: dict[str, Any], continued: dict[str, Any]) -> None:
+    """Those of the tests above, of the shapes, and of the tables: a number that nobody checks can go stale."""
+    metrics, calls = figures["metrics"], figures["calls"] + continued["calls of the second prefill"]
+    checked = set(re.findall(r"\d+", calls)) | {str(token) for token in figures["answer"]}
+    checked |= {str(value) for pair in ("after a step", "after the second prefill") for value in continued[pair]}
     checked |= {str(number) for number in (*figures["digits"], *figures["kept by both heads"][:2], figures["capacity"])}
     checked |= {
         str(metrics.kv_bytes),
@@ -203,7 +251,7 @@ def test_no_other_large_number_stands_in_the_request(figures: dict[str, Any]) ->
         str(metrics.kv_full_entries),
     }
     checked |= {str(number) for number in (figures["characters"], figures["different scores"])}
-    checked |= {"256", "291", "298", "305", "2992", "2997", "1395"}  # of the other tests, and of the prompt
+    checked |= {"256", "291", "292", "298", "305", "2992", "2997", "1395"}  # of the other tests, and of the prompt
     prose = re.sub(r"arXiv [\d.]+|\(https[^)]*\)", "", REQUEST)
     found = {number.replace(",", "") for number in re.findall(r"\d[\d,]+\d", prose)}
     assert found <= checked, found - checked
