@@ -9,7 +9,9 @@ from torch import Tensor
 
 from fastkv.cache.layer import EntryShape, Kept, LayerMemory, Part
 
-_WASTE = 1.25  # entries that one call may read in relation to those that are live: a call's worth, on a CPU
+# One call may read up to this many times the live entries of its sequences; beyond it, a call for each sequence is
+# faster (on a CPU).
+_WASTE = 1.25
 
 
 class DenseLayer:
@@ -96,7 +98,7 @@ class DenseLayer:
 
     def clear(self, slots: range) -> None:
         for slot in slots:
-            self._blank(range(slot, slot + 1), 0, self.count(slot) + 1)  # and what a step wrote that nobody counted
+            self._blank(range(slot, slot + 1), 0, self.count(slot) + 1)  # and one that a step wrote and did not count
             self._stored[slot] = self._spans[slot] = 0
         self.lengths[slots.start : slots.stop].zero_()
 

@@ -14,7 +14,7 @@ from fastkv.errors import FastKVError, check_integer
 
 
 class KVCache:
-    """The entries of B sequences of one length: their slots in a pool, and where they have come to.
+    """The entries of B sequences of one length: their slots in a pool, and how far they have come.
 
     position: the next token's, an int; the device has it too (KVPool.next_position). Positions from `position_limit`
     on are beyond what the model can tell apart. room: tokens that can still be appended.

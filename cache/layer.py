@@ -31,7 +31,7 @@ class Part(NamedTuple):
     """What some heads of some sequences attend to: k and v [b, h, n, D], entries in the order of their positions.
 
     sequences, heads: which ones of those that were asked for, and which KV heads. live: int64 [b, h, 1, 1] on the
-    device, of each head the entries that there are (None: all n); those after them are finite and mean nothing.
+    device, live entries of each head (None: all n); what comes after them is finite and means nothing.
     """
 
     k: Tensor

@@ -82,8 +82,8 @@ def without_cudnn(device: torch.device) -> AbstractContextManager[None]:
 def attend_last(q: Tensor, k: Tensor, v: Tensor, window: int | None = None, live: Tensor | None = None) -> Tensor:
     """The queries of the last T of n entries attend causally to all entries before and to one another.
 
-    q: [B, Hq, T, D], k and v: [B, Hkv, n, D]. live: int64 [B, Hkv, 1, 1], entries that there are of each head, the
-    last T of them being those of the queries (None: all n). window: of these each query sees only the nearest.
+    q: [B, Hq, T, D], k and v: [B, Hkv, n, D]. live: int64 [B, Hkv, 1, 1], live entries of each head, the last T of
+    them those of the queries (None: all n). window: of these each query sees only the nearest.
     -> [B, Hq, T, D].
     """
     n_new, n_entries = q.shape[2], k.shape[2]
@@ -199,7 +199,7 @@ def attend_parts(
 def decode_attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None = None) -> Tensor:
     """One query for each head, q [B, Hq, 1, D], over all n entries k, v [B, Hkv, n, D]. -> [B, Hq, 1, D].
 
-    visible: bool [B, Hkv or 1, 1, n], the entries that there are (None: all). The query heads of a KV head become the
+    visible: bool [B, Hkv or 1, 1, n], the entries to attend to (None: all). The query heads of a KV head become the
     rows of one product, so that K and V are read once.
     """
     n_rows = q.shape[1] // k.shape[1]

@@ -69,7 +69,7 @@ class MaskedAttention:
         self._pool.layers[layer].append(self._slots, k, v, self._places[layer])
 
     def attend(self, layer: int, q: Tensor) -> Tensor:
-        """Over the entries that there are, and one more, which was appended in this step."""
+        """q [n, Hq, 1, D] over the live entries, and one more, which was appended in this step. -> as q."""
         k, v = self._pool.layers[layer].padded(self._slots, self._spans[layer])
         last = self._pool.lengths[layer, : len(self._slots), :, None, None]
         entries = torch.arange(k.shape[2], device=q.device)

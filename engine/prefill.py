@@ -164,8 +164,7 @@ class LayerRun:
             return self._keep_all(layer, state, k, v), None
         positions = self._positions_with(layer, state.positions)
         if past:
-            before = self.cache.read(layer)[0]
-            k, v = self.projection.joined("keys", before.k, k), self.projection.joined("values", before.v, v)
+            k, v = self.projection.joined(self.cache.read(layer), k, v)
         scores = self._score(Observation(layer, q, k, v, past))
         kept: Kept = None
         if drops and self.policy.per_head:

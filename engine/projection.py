@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
-import torch
 from torch import Tensor
 
+from fastkv.cache.layer import Part
 from fastkv.engine.workspace import Workspace
 from fastkv.models.layers import Rope
 from fastkv.models.linear import BLOCK
@@ -54,11 +54,20 @@ class Projection:
         for start, end in chunks(hidden):
             self._model.blocks[layer].finish_(hidden[:, start:end], attended[:, :, start:end])
 
-    def joined(self, name: str, before: Tensor, new: Tensor) -> Tensor:
-        """Entries [B, Hkv, n, D] and new ones, one after the other: [B, Hkv, n + T, D]."""
-        batch, n_heads, count, head_dim = before.shape
-        out = self._workspace.take(name, (batch, n_heads, count + new.shape[2], head_dim), like=new)
-        return torch.cat((before, new), dim=2, out=out)
+    def joined(self, before: Sequence[Part], k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """K and V of earlier entries, n in every head, and after them the new k and v [B, Hkv, T, D].
+
+        before: parts that together are all sequences and heads. Returns two tensors [B, Hkv, n + T, D].
+        """
+        batch, n_heads, n_new, head_dim = k.shape
+        n_before = before[0].k.shape[2]
+        shape = (batch, n_heads, n_before + n_new, head_dim)
+        keys, values = (self._workspace.take(name, shape, like=k) for name in ("keys", "values"))
+        for part in before:
+            keys[part.sequences, part.heads, :n_before] = part.k
+            values[part.sequences, part.heads, :n_before] = part.v
+        keys[:, :, n_before:], values[:, :, n_before:] = k, v
+        return keys, values
 
     def _room(self, name: str, hidden: Tensor, heads: int) -> Tensor:
         """[B, heads, T, D]."""

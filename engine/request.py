@@ -107,7 +107,7 @@ def answer_length(config: ModelConfig, params: SamplingParams, n_tokens: int, li
 def check_cache_fits(plan: RequestPlan, device: torch.device, batch: int = 1, reusable: int = 0) -> None:
     """FastKVError if the KV cache of `batch` sequences is more than the device's memory has left.
 
-    reusable: bytes that are taken, but by nobody who uses them.
+    reusable: bytes that are allocated but idle, which the request can use.
     """
     advice = "lower kv_retention or max_tokens, or shorten the prompt"
     check_fits("the KV cache", batch * plan.nbytes, device, advice, reusable)

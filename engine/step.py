@@ -1,4 +1,4 @@
-"""Who makes the next token of each slot: what eager steps and replayed CUDA graphs share, and the former."""
+"""Decode steps for the slots of a pool: what eager steps and replayed CUDA graphs share, and the eager steps."""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ from torch import Tensor
 class TokenState:
     """T tokens of B prompts: ids int64 [B, T], hidden [B, T, E], positions int64 [B, T] (original, ascending).
 
-    The network itself reads no ids; they ride along for those who ask which tokens these are.
+    The network itself reads no ids; they say which tokens these are.
     """
 
     ids: Tensor

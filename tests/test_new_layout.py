@@ -104,6 +104,16 @@ def test_another_layout_gives_the_same(tiny_llm: LLM) -> None:
         torch.testing.assert_close(logits[0], logits[1], atol=1e-5, rtol=1e-5)
 
 
+def test_another_layout_continues_several_sequences(tiny_llm: LLM) -> None:
+    """Its parts are of one sequence each: a prefill that selects anew must read them all."""
+    prompts, more = (torch.cat((ids(count, 0), ids(count, 1))) for count in (90, 40))
+    logits = []
+    for policy in (SnapKV(kv_len=30), SnapGrowing(kv_len=30)):
+        cache = tiny_llm.prefill(prompts, policy).cache
+        logits.append(tiny_llm.prefill(more, policy, cache=cache).logits)
+    torch.testing.assert_close(logits[0], logits[1], atol=1e-5, rtol=1e-5)
+
+
 def test_another_layout_decodes_in_a_batch(tiny_llm: LLM) -> None:
     prompts = [ids(count, count)[0].tolist() for count in (90, 40, 70)]
     params = SamplingParams(max_tokens=6, ignore_eos=True)

@@ -19,7 +19,8 @@ class PyramidKV(SnapKV):
     keep exactly n_layers * b.
 
     What differs from the paper: what differs in SnapKV, and the rounding, which makes the total exact. A layer keeps no
-    more than it saw; what it then does not use goes to nobody. Raises FastKVError for a value out of range.
+    more than it saw; what it then does not use is not given to other layers. Raises FastKVError for a value out of
+    range.
     """
 
     name: ClassVar[str] = "pyramidkv"
