@@ -86,20 +86,14 @@ def watch_copying(llm: LLM, needle: Needle) -> Copying:
     cache = llm.prefill(needle.prompt[:-1], FullKV(), max_tokens=len(needle.answer)).cache
     hits, predicted = list[Tensor](), list[Tensor]()
     for step, token in enumerate([needle.prompt[-1], *needle.answer[:-1]]):
-        strongest, logits = _read(llm, cache, token)
+        attention = _NotingAttention(llm, cache)
+        ids = torch.tensor([[token]], device=llm.device)
+        logits = run_layers(llm.model, ids, cache.next_position.unsqueeze(1), attention)
+        cache.advance()
+        strongest = torch.stack(attention.strongest)  # positions, int64 [L, Hq]
         hits.append(torch.isin(strongest, torch.tensor(needle.sources(step), device=llm.device)))
-        predicted.append(logits.argmax() == needle.answer[step])
+        predicted.append(logits[0, 0].argmax() == needle.answer[step])
     return Copying(torch.stack(hits).cpu(), torch.stack(predicted).cpu())
-
-
-def _read(llm: LLM, cache: KVCache, token: int) -> tuple[Tensor, Tensor]:
-    """A decode step on a full cache: the position that each query head attends to most, int64 [L, Hq]; logits [V]."""
-    cache.check_room()
-    attention = _NotingAttention(llm, cache)
-    ids = torch.tensor([[token]], device=llm.device)
-    logits = run_layers(llm.model, ids, cache.next_position.unsqueeze(1), attention)
-    cache.advance()
-    return torch.stack(attention.strongest), logits[0, 0]
 
 
 class _NotingAttention:
