@@ -71,10 +71,6 @@ class Llama(nn.Module):
         self.reserve(first + n_tokens)
         return self.rotary.range(first, first + n_tokens)
 
-    def rope_of_first(self, n_tokens: int) -> Rope:
-        """The rotation of the positions 0 … n_tokens - 1."""
-        return self.rope_of_range(0, n_tokens)
-
     def head(self, hidden: Tensor) -> Tensor:
         """hidden [..., E] -> logits float32 [..., V]."""
         logits = self.lm_head(self.norm(hidden)).float()

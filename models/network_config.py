@@ -45,7 +45,3 @@ class NetworkConfig:
     def windows(self) -> tuple[int | None, ...]:
         """The sliding window of each layer, in tokens, or None."""
         return self.sliding_windows or (None,) * self.n_layers
-
-    def window_of(self, layer: int) -> int | None:
-        """The sliding window of one layer, in tokens, or None."""
-        return self.sliding_windows[layer] if self.sliding_windows else None

@@ -486,7 +486,7 @@ def test_windows_of_layers(read: Read) -> None:
     mixed = read(**qwen, use_sliding_window=True, layer_types=kinds, max_window_layers=0)
     assert mixed.sliding_windows == (None, 9, None, 9)
     assert mixed.sliding_window == 9
-    assert [mixed.window_of(layer) for layer in range(4)] == [None, 9, None, 9]
+    assert [mixed.windows[layer] for layer in range(4)] == [None, 9, None, 9]
     assert mixed.windows == (None, 9, None, 9)
     assert read().windows == (None,) * 4
 
@@ -494,9 +494,9 @@ def test_windows_of_layers(read: Read) -> None:
 def test_no_window_is_none_everywhere(read: Read) -> None:
     config = read(architectures=["MistralForCausalLM"], sliding_window=None)
     assert config.sliding_window is None
-    assert config.window_of(3) is None
+    assert config.windows[3] is None
     assert read().sliding_window is None  # a family that has none at all
-    assert read().window_of(3) is None
+    assert read().windows[3] is None
 
 
 def test_config_is_frozen(read: Read) -> None:

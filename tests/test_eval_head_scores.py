@@ -48,7 +48,7 @@ def whole_attention(llm: LLM, ids: list[int]) -> Tensor:
     """Every layer's attention matrix, by plain pieces: float32 [L, Hq, N, N]."""
     model = llm._model
     n_tokens, group = len(ids), llm.config.n_heads // llm.config.n_kv_heads
-    hidden, rope = model.embed(torch.tensor([ids])), model.rope_of_first(n_tokens)
+    hidden, rope = model.embed(torch.tensor([ids])), model.rope_of_range(0, n_tokens)
     rows, columns = torch.arange(n_tokens)[:, None], torch.arange(n_tokens)[None]
     found = []
     with torch.inference_mode():
@@ -56,7 +56,7 @@ def whole_attention(llm: LLM, ids: list[int]) -> Tensor:
             q, k, v = block.project(hidden, rope)
             k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
             seen = columns <= rows
-            window = llm.config.window_of(layer)
+            window = llm.config.windows[layer]
             if window is not None:
                 seen &= columns > rows - window
             products = (q @ k.transpose(2, 3) / llm.config.head_dim**0.5).masked_fill(~seen, float("-inf"))

@@ -60,7 +60,7 @@ def test_measuring_changes_nothing_that_is_computed(tiny_llm: LLM, tiny_ids: lis
 def test_the_scores_are_those_of_a_full_context(tiny_llm: LLM, tiny_ids: list[int]) -> None:
     """Held against a layer loop of plain pieces, with no prefill in it."""
     model = tiny_llm._model
-    hidden, rope = model.embed(torch.tensor([tiny_ids])), model.rope_of_first(len(tiny_ids))
+    hidden, rope = model.embed(torch.tensor([tiny_ids])), model.rope_of_range(0, len(tiny_ids))
     found = recorded(tiny_llm, tiny_ids, FastKV(window=6, kernel=5, pooling="avg"))
     assert len(found) == len(model.blocks)
     with torch.inference_mode():

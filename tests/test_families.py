@@ -522,7 +522,7 @@ def test_where_config_json_is_silent_it_means_what_transformers_assumes(name: st
     uniform = "sliding_attention" if model_type == "mistral" else "full_attention"
     types = getattr(theirs, "layer_types", None) or [uniform] * theirs.num_hidden_layers
     window = getattr(theirs, "sliding_window", None)
-    assert [ours.window_of(layer) for layer in range(ours.n_layers)] == [
+    assert [ours.windows[layer] for layer in range(ours.n_layers)] == [
         window if kind == "sliding_attention" else None for kind in types
     ]
 

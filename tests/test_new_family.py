@@ -61,7 +61,7 @@ class GemmaBlock(Block):
             q_norm=OnePlusNorm(config.head_dim, eps),
             k_norm=OnePlusNorm(config.head_dim, eps),
             scale=config.family_settings["scale"],
-            rotary=GLOBAL if config.window_of(layer) is None else LOCAL,
+            rotary=GLOBAL if config.windows[layer] is None else LOCAL,
         )
         super().__init__(attention, MLP(config.hidden_size, config.intermediate_size, False, gelu_tanh))
         self.before_attention = OnePlusNorm(config.hidden_size, eps)

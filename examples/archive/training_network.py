@@ -70,7 +70,7 @@ def layer_0_mask(hidden: Tensor) -> Tensor:
 
 def forward(model: Llama, ids: Tensor, hidden_tokens: Tensor | None = None) -> Tensor:
     """ids int64 [B, T] -> logits float32 [B, T, V]. `hidden_tokens`, bool [B, T], are far from sight in layer 0."""
-    rope = model.rope_of_first(ids.shape[1])
+    rope = model.rope_of_range(0, ids.shape[1])
     everything = attend_with(None)
     first = everything if hidden_tokens is None else attend_with(layer_0_mask(hidden_tokens))
     hidden = model.embed(ids)
