@@ -8,7 +8,7 @@ write one. Imports torch for type checkers only, so that the command's --help ca
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from fastkv.cache.setting import check_settings
@@ -48,6 +48,8 @@ class Observation:
     the policy's window, or T if there are fewer; it is T if the policy needs them all. q and k are rotated.
     n_past: entries kept earlier, before the new tokens in k and v; above 0 only where a sequence continues from a
     cache, and the policy `compresses_again`.
+    mass: float32 [B, Hkv, n_past + T], how much attention each entry received from the window's queries and the query
+    heads that read it, once a policy has asked for `attention`.
     """
 
     layer: int
@@ -55,6 +57,19 @@ class Observation:
     k: Tensor
     v: Tensor
     n_past: int = 0
+    noted: dict[str, Tensor] = field(default_factory=dict, repr=False, compare=False)
+
+    @property
+    def mass(self) -> Tensor | None:
+        return self.noted.get("mass")
+
+    def attention(self, window: int) -> Tensor:
+        """Attention of the last `window` queries: float32 [B, Hkv, G, W, n_past + T] (cache/scores.py)."""
+        from fastkv.cache.scores import window_attention
+
+        attention = window_attention(self.q, self.k, window)
+        self.noted["mass"] = attention.sum(dim=(2, 3))
+        return attention
 
 
 class OnlineSelector(Protocol):
@@ -133,6 +148,17 @@ class Policy:
         of a policy that is `per_head`.
         """
         raise NotImplementedError(f"{type(self).__name__} gives every head the same")
+
+    def covering(self, tail: int, n_tokens: int) -> Policy:
+        """The policy for a prompt of `n_tokens` whose last `tail` are the chat template's, and say nothing.
+
+        What looks at the last tokens of a prompt is to see the end of the user's question, too.
+        """
+        return self
+
+    def importance(self, observed: Observation, scores: Tensor) -> Tensor:
+        """What chooses the tokens that are propagated: like `scores`, which chose the entries, or `scores` itself."""
+        return scores
 
     def score(self, observed: Observation) -> Tensor:
         """float32 [B, Hkv, n_past + T - window]: how much each token before the window matters to each KV head.

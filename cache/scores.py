@@ -22,7 +22,7 @@ def recent_attention(q: Tensor, k: Tensor, window: int) -> Tensor:
     q: [B, Hq, n, D] of the last n tokens and k: [B, Hkv, T, D] of all, rotated; T > window. Weights rise linearly to
     the last query and sum to one. Returns float32 [B, Hkv, T - window], the mean over each group.
     """
-    attention = _window_attention(q[:, :, -window:], k)[..., :-window]  # [B, Hkv, G, W, T - W]
+    attention = window_attention(q, k, window)[..., :-window]  # [B, Hkv, G, W, T - W]
     weights = torch.arange(1, attention.shape[3] + 1, dtype=torch.float32, device=q.device)
     return torch.einsum("bhgwt,w->bht", attention, weights / weights.sum()) / attention.shape[2]
 
@@ -35,13 +35,16 @@ def window_scores(q: Tensor, k: Tensor, window: int, kernel: int, pooling: str) 
     `kernel` (stride 1, same length; "avg" counts the zeros of the padding), and summed over the query heads of each KV
     head. Returns float32 [B, Hkv, T - window].
     """
-    attention = _window_attention(q[:, :, -window:], k)  # [B, Hkv, G, W, T]
-    received = attention.sum(dim=-2)[..., :-window]  # [B, Hkv, G, T - W]
-    return _pool(received, kernel, pooling).sum(dim=2)
+    received = over_queries(window_attention(q, k, window), "sum")[..., :-window]
+    return pooled(received, kernel, pooling).sum(dim=2)
 
 
-def _window_attention(q: Tensor, k: Tensor) -> Tensor:
-    """Causal attention of the last W queries, q [B, Hq, W, D], over k [B, Hkv, T, D]: float32 [B, Hkv, G, W, T]."""
+def window_attention(q: Tensor, k: Tensor, window: int) -> Tensor:
+    """Causal attention of the last `window` queries (all n, if there are fewer): float32 [B, Hkv, G, W, T].
+
+    q: [B, Hq, n, D] and k: [B, Hkv, T, D], rotated; G query heads read a KV head.
+    """
+    q = q[:, :, -window:]
     window, head_dim = q.shape[-2:]
     # The queries of a KV head's group are the rows of one matrix product: K is never repeated.
     grouped = q.unflatten(1, (k.shape[1], -1)).flatten(2, 3).float()  # [B, Hkv, G * W, D]
@@ -49,6 +52,31 @@ def _window_attention(q: Tensor, k: Tensor) -> Tensor:
     ahead = torch.ones(window, window, dtype=torch.bool, device=q.device).triu(1)  # only the window can look ahead
     logits[..., -window:].masked_fill_(ahead, float("-inf"))
     return logits.softmax(dim=-1)
+
+
+def over_queries(attention: Tensor, queries: str) -> Tensor:
+    """What the tokens receive from all queries of the window: [B, Hkv, G, W, T] -> [B, Hkv, G, T].
+
+    queries: "sum", as in the papers, or "max": one query that looks at a token is enough (arXiv 2510.13334).
+    """
+    return attention.sum(dim=-2) if queries == "sum" else attention.amax(dim=-2)
+
+
+def forward_pooled(scores: Tensor, reach: int) -> Tensor:
+    """Each score lifts the `reach` tokens after it, and none before it: scores [..., T] -> the same shape.
+
+    s'_t = max(s_{t - reach}, ..., s_t). An answer is copied from left to right. The queries at the end of a prompt
+    attend to where it begins; what the next steps of decoding read stands after that, where no query has looked yet. A
+    symmetric pooling of 7 reaches three tokens on, and answers break off there. (No source: measured in
+    docs/accuracy.md.)
+    """
+    rows = F.pad(scores.flatten(0, -2), (reach, 0), value=float("-inf"))
+    return F.max_pool1d(rows, reach + 1, stride=1).view_as(scores)
+
+
+def value_norms(v: Tensor) -> Tensor:
+    """Length of each value: v [B, Hkv, T, D] -> float32 [B, Hkv, T]. How much a token adds where it is attended to."""
+    return torch.linalg.vector_norm(v, dim=-1, dtype=torch.float32)
 
 
 def received_attention(q: Tensor, k: Tensor) -> Tensor:
@@ -79,10 +107,10 @@ def last_query_scores(q: Tensor, k: Tensor, kernel: int) -> Tensor:
     """
     grouped = q[:, :, -1].unflatten(1, (k.shape[1], -1)).float()  # [B, Hkv, G, D]
     products = grouped @ k.float().transpose(-1, -2)  # [B, Hkv, G, T]
-    return _pool(products, kernel, "avg").sum(dim=2)[..., :-1]
+    return pooled(products, kernel, "avg").sum(dim=2)[..., :-1]
 
 
-def _pool(scores: Tensor, kernel: int, pooling: str) -> Tensor:
-    """Pool [B, Hkv, G, n] along the tokens, length unchanged."""
+def pooled(scores: Tensor, kernel: int, pooling: str) -> Tensor:
+    """Pool [..., n] along the tokens, length unchanged: the "max" or "avg" of `kernel` neighbours, an odd number."""
     pool = F.max_pool1d if pooling == "max" else F.avg_pool1d
     return pool(scores.flatten(0, -2), kernel, stride=1, padding=kernel // 2).view_as(scores)

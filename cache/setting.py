@@ -95,6 +95,24 @@ def choice(*names: str) -> Values:
     return Values(str, check)
 
 
+def switch() -> Values:
+    """True or False: as a flag `yes` or `no`."""
+    words = {"yes": True, "no": False, "true": True, "false": False}
+
+    def read(text: str) -> Any:
+        if text.lower() not in words:
+            raise ValueError(text)
+        return words[text.lower()]
+
+    def check(name: str, value: Any) -> Any:
+        if not isinstance(value, bool):
+            raise FastKVError(f"{name} must be True or False, not {value!r}", setting=name)
+        return value
+
+    read.__name__ = "yes or no"
+    return Values(read, check)
+
+
 def one_or_more(values: Values) -> Values:
     """One of these values, or several: as a flag `0.5,0.2`, in Python a tuple. A list is held as a tuple."""
 

@@ -39,6 +39,7 @@ from fastkv.engine.runtime import Runtime
 from fastkv.engine.sampler import SamplingParams
 from fastkv.errors import FastKVError, check_choice, check_integer
 from fastkv.models.checkpoint import stored_dtype
+from fastkv.models.chat import ChatIds
 from fastkv.models.config import ModelConfig
 from fastkv.models.hub import model_folder
 from fastkv.models.llama import Llama
@@ -226,12 +227,16 @@ class LLM:
         request = self._request(prompt, params, policy)
         return Generation(self._runtime, self.tokenizer, request, called_at, keep_selection)
 
-    def chat(self, messages: list[dict[str, str]]) -> list[int]:
+    def chat(self, messages: list[dict[str, str]]) -> ChatIds:
         """Token ids of a conversation, ready for the model's answer, by the model's own chat template.
 
+        The list knows which of its last tokens are the template's, so that a policy's observation window covers the end
+        of the last message, too; a list made from it (ids + more) does not.
         messages: dicts with `role` and `content`. Raises FastKVError where the model has no tokenizer or no template.
         """
-        return self._checked_encoding(self._required_tokenizer().encode_chat(messages))
+        encoded = self._required_tokenizer().encode_chat(messages)
+        self._checked_encoding(encoded)
+        return encoded
 
     def prefill(
         self,
@@ -295,6 +300,7 @@ class LLM:
             raise FastKVError(f"params must be SamplingParams, not {type(params).__name__}")
         ids = self._token_ids(prompt)
         policy = self.policy if policy is None else self._checked_policy(policy)
+        policy = policy.covering(getattr(prompt, "tail", 0), ids.shape[1])
         limit = position_limit(self.config, policy, ids.shape[1])
         max_tokens = answer_length(self.config, params, ids.shape[1], limit)
         plan = plan_request(self.config, policy, ids.shape[1], max_tokens, self.dtype, limit)

@@ -165,7 +165,8 @@ class LayerRun:
         positions = self._positions_with(layer, state.positions)
         if past:
             k, v = self.projection.joined(self.cache.read(layer), k, v)
-        scores = self._score(Observation(layer, q, k, v, past))
+        observed = Observation(layer, q, k, v, past)
+        scores = self._score(observed)
         kept: Kept = None
         if drops and self.policy.per_head:
             counts = self.policy.head_budgets(layer, len(self.layers), count, scores)
@@ -176,7 +177,7 @@ class LayerRun:
         self.cache.store(layer, k, v, kept, self.positions)
         if sizes.propagated is None and self.selector is None:
             return [Part(k, v)], None
-        return [Part(k, v)], self._propagated(layer, scores[..., past:])
+        return [Part(k, v)], self._propagated(layer, self.policy.importance(observed, scores)[..., past:])
 
     def _score(self, observed: Observation) -> Tensor:
         """The policy's scores. Raises FastKVError if they are not as many as tokens stand before its window."""

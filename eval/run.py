@@ -78,8 +78,8 @@ def ask(
 
     notes: what to say once nothing can be wrong any more.
     """
-    runner = Runner(llm, plan, specs, args.chat)
-    about = {"model": args.model, "revision": args.revision, "chat": args.chat}
+    runner = Runner(llm, plan, specs, args.chat, not args.no_lead)
+    about = {"model": args.model, "revision": args.revision, "chat": args.chat, "no_lead": args.no_lead}
     results = Results({**about, **describe(llm, folder, plan, specs)}, args.output)
     resumed = (
         f"{args.output}: continues after {results.resumed} records" + " (the last line was cut off)" * results.torn

@@ -81,20 +81,25 @@ class Question:
 
 
 class Prompts:
-    """The model's own tokenizer, and its chat template where `chat`. Raises FastKVError where it has none."""
+    """The model's own tokenizer, and its chat template where `chat`. Raises FastKVError where it has none.
 
-    def __init__(self, llm: LLM, chat: bool = False) -> None:
+    lead: whether a prompt ends with the beginning of the answer; else with the question, or the template after it.
+    """
+
+    def __init__(self, llm: LLM, chat: bool = False, lead: bool = True) -> None:
         if llm.tokenizer is None:
             raise FastKVError("the model has no tokenizer, and a task is a text", setting="model")
-        self._llm, self._tokenizer, self._chat = llm, llm.tokenizer, chat
+        self._llm, self._tokenizer, self._chat, self._lead = llm, llm.tokenizer, chat, lead
         self.decode = llm.tokenizer.decode
         self._added = len(llm.tokenizer.encode(""))  # BOS, and what else the model's files ask for
 
     def ids(self, example: Example) -> list[int]:
         """Token ids of the prompt and the beginning of its answer, which a chat template puts into the model's turn."""
-        if self._chat and example.chat:
-            return self._llm.chat([{"role": "user", "content": example.prompt}]) + self.bare(example.lead.lstrip())
-        return self._tokenizer.encode(example.text)
+        lead = example.lead if self._lead else ""
+        if not (self._chat and example.chat):
+            return self._tokenizer.encode(example.prompt + lead)
+        ids = self._llm.chat([{"role": "user", "content": example.prompt}])
+        return ids + self.bare(lead.lstrip()) if lead else ids  # which then knows where the template's end begins
 
     def count(self, example: Example) -> int:
         return len(self.ids(example))
@@ -107,13 +112,13 @@ class Prompts:
 class Runner:
     """Runs a plan on a model. Everything that can be wrong with it is found here, before the first example runs.
 
-    chat: put prompts into the model's chat template. Raises FastKVError where a prompt and its answer do not fit the
+    chat, lead: see Prompts. Raises FastKVError where a prompt and its answer do not fit the
     model under one of the policies, and where the model has no tokenizer.
     """
 
-    def __init__(self, llm: LLM, plan: Plan, specs: list[PolicySpec], chat: bool = False) -> None:
+    def __init__(self, llm: LLM, plan: Plan, specs: list[PolicySpec], chat: bool = False, lead: bool = True) -> None:
         self._llm, self._plan, self._specs = llm, plan, specs
-        self.prompts = Prompts(llm, chat)
+        self.prompts = Prompts(llm, chat, lead)
         for task in plan.tasks:
             if task.most is not None and plan.count(task) > task.most:
                 raise FastKVError(

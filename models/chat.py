@@ -12,6 +12,20 @@ from fastkv.errors import FastKVError
 from fastkv.models.fields import Fields
 
 
+class ChatIds(list[int]):
+    """Token ids of a conversation. tail: how many of the last ones the template wrote after the last message."""
+
+    tail: int = 0
+
+
+def written_after(text: str, messages: list[dict[str, str]]) -> str:
+    """The end of a rendered conversation that is the template's alone; "" if the last message is not found in it."""
+    last = messages[-1].get("content") if messages else None
+    words = last.strip() if isinstance(last, str) else ""
+    place = text.rfind(words) if words else -1
+    return "" if place < 0 else text[place + len(words) :]
+
+
 class ChatTemplate:
     """Turns messages into the text that a model was trained to continue."""
 

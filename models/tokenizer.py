@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from fastkv.errors import FastKVError
-from fastkv.models.chat import ChatTemplate
+from fastkv.models.chat import ChatIds, ChatTemplate, written_after
 from fastkv.models.config import ModelConfig
 from fastkv.models.fields import Fields
 
@@ -78,7 +78,7 @@ class Tokenizer:
         """The text of `ids`; special tokens and unknown ids give nothing."""
         return self._vocabulary.decode(ids)
 
-    def encode_chat(self, messages: list[dict[str, str]]) -> list[int]:
+    def encode_chat(self, messages: list[dict[str, str]]) -> ChatIds:
         """Token ids of a conversation ready for the model's answer, by the model's own chat template.
 
         messages: dicts with `role` and `content`. The template writes every special token itself, so none is added.
@@ -90,7 +90,10 @@ class Tokenizer:
         text = self._chat.render(messages, bos_token=self._text("bos_token"), eos_token=self._text("eos_token"))
         if not text:
             raise FastKVError(f"{self._chat.path}: the chat template writes nothing for these messages")
-        return self._encode(text)
+        ids = ChatIds(self._encode(text))
+        after = written_after(text, messages)
+        ids.tail = len(self._encode(after)) if after else 0
+        return ids
 
     def _encode(self, text: str) -> list[int]:
         try:

@@ -11,6 +11,7 @@ tell every policy and its settings by importing the classes themselves, without 
 from typing import TYPE_CHECKING
 
 from fastkv.cache.policies.fastkv import FastKV as FastKV
+from fastkv.cache.policies.fastkv_paper import FastKVPaper as FastKVPaper
 from fastkv.cache.policies.full import FullKV as FullKV
 from fastkv.cache.policies.snapkv import SnapKV as SnapKV
 from fastkv.cache.policies.pyramidkv import PyramidKV as PyramidKV

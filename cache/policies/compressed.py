@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from fastkv.cache.policy import Observation, Policy
-from fastkv.cache.setting import Values, choice, number, setting, whole
+from fastkv.cache.setting import Values, choice, number, setting, switch, whole
 from fastkv.errors import FastKVError, check_integer
 
 if TYPE_CHECKING:
@@ -14,6 +15,12 @@ if TYPE_CHECKING:
 
 MAX_KERNEL = 4095
 WINDOW_HELP = "last tokens, always kept, whose queries score the others"
+QUERIES_HELP = "sum or max of what these queries attend"
+POOLING_HELP = "max or avg of --kernel neighbours; forward: a score also lifts the --reach tokens after it"
+REACH_HELP = "tokens after its own that a score lifts, with --pooling forward"
+VALUES_HELP = "weigh attention by the length of the value that it reads"
+SINKS_HELP = "first tokens, always kept, whose attention lifts no others"
+SHARE_HELP = "how much of the layer's best score of a token each KV head adds to its own"
 MIN_TOKENS_HELP = "the rates never keep fewer tokens than this"
 
 
@@ -35,7 +42,8 @@ class Compressed(Policy):
 
     kv_retention: share of the prompt that a layer keeps for each KV head, in (0, 1]; 1 keeps all it saw.
     kv_len: the same as an absolute number of tokens; it wins over the rate, and no floor applies to it.
-    min_tokens: floor of what the rate gives (never above the prompt), so that short prompts are not hurt.
+    min_tokens: floor of what the rate gives (never above the prompt), so that short prompts are not hurt. The window,
+    which is always kept, is a floor, too.
     """
 
     kv_retention: float = setting(
@@ -49,7 +57,6 @@ class Compressed(Policy):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.check_holds_window("kv_len", self.kv_len)
-        self.check_holds_window("min_tokens", self.min_tokens)
 
     def check_holds_window(self, name: str, value: int | None) -> None:
         """FastKVError if a number of tokens (None: unset) has no room for those that are always kept."""
@@ -60,7 +67,7 @@ class Compressed(Policy):
 
     def count(self, length: int | None, rate: float, n_tokens: int) -> int:
         """Tokens that an absolute length or a rate means for a prompt of `n_tokens`."""
-        wanted = max(int(rate * n_tokens), self.min_tokens) if length is None else length
+        wanted = max(int(rate * n_tokens), self.min_tokens, self.window) if length is None else length
         return min(wanted, n_tokens)
 
     def budget(self, layer: int, n_layers: int, n_tokens: int) -> int:
@@ -71,15 +78,54 @@ class Compressed(Policy):
 class WindowScored(Compressed):
     """Compressed by what the last tokens attend to (arXiv 2404.14469).
 
-    window: the last tokens (the observation window), always kept, whose queries score the others. kernel, pooling:
-    smoothing of the scores.
+    window: the last tokens (the observation window), always kept, whose queries score the others. In a chat, those of
+    the template's end come on top (`covering`). queries: "sum" or "max" of what these queries attend.
+    pooling: smoothing of the scores: "max" or "avg" of `kernel` neighbours, or "forward": a score also lifts the
+    `reach` tokens after it (cache/scores.py tells why). values: weigh attention by the length of the value that it
+    reads. sinks: the first tokens, always kept; the attention that they draw lifts no token after them. share: how much
+    of the best score that a token has in any KV head of the layer each head adds to its own.
     """
 
     window: int = setting(8, whole(1), WINDOW_HELP, metavar="W")
-    kernel: int = setting(7, odd_width(), "width of the pooling of scores, odd", metavar="K")
-    pooling: str = setting("max", choice("max", "avg"), "max or avg", metavar="max|avg")
+    queries: str = setting("sum", choice("sum", "max"), QUERIES_HELP, metavar="sum|max")
+    pooling: str = setting("max", choice("max", "avg", "forward"), POOLING_HELP, metavar="max|avg|forward")
+    kernel: int = setting(7, odd_width(), "width of the pooling max or avg, odd", metavar="K")
+    reach: int = setting(20, whole(0, MAX_KERNEL), REACH_HELP, metavar="N")
+    values: bool = setting(False, switch(), VALUES_HELP, metavar="yes|no")
+    sinks: int = setting(0, whole(0), SINKS_HELP, metavar="N")
+    share: float = setting(0.0, number(0), SHARE_HELP, metavar="R")
+
+    def covering(self, tail: int, n_tokens: int) -> Policy:
+        """The window covers the chat template's end, too, where that leaves half of every budget to other tokens."""
+        room = self.count(self.kv_len, self.kv_retention, n_tokens) // 2
+        window = max(self.window, min(self.window + tail, room))
+        return self if window == self.window else dataclasses.replace(self, window=window)
 
     def score(self, observed: Observation) -> Tensor:
-        from fastkv.cache.scores import window_scores
+        return self.smoothed(self.received(observed), self.reach)
 
-        return window_scores(observed.q, observed.k, self.window, self.kernel, self.pooling)
+    def received(self, observed: Observation) -> Tensor:
+        """What each query head's window attends to before it: float32 [B, Hkv, G, n_past + T - window]."""
+        from fastkv.cache.scores import over_queries, value_norms
+
+        received = over_queries(observed.attention(self.window), self.queries)[..., : -self.window]
+        if self.values:
+            received = received * value_norms(observed.v[:, :, : -self.window]).unsqueeze(2)
+        return received
+
+    def smoothed(self, received: Tensor, reach: int) -> Tensor:
+        """Scores of the KV heads, [B, Hkv, n], from those of their query heads, [B, Hkv, G, n]: pooled and summed."""
+        from fastkv.cache.scores import forward_pooled, pooled
+
+        if self.sinks:
+            received = received.clone()
+            received[..., : self.sinks] = 0
+        if self.pooling == "forward":
+            scores = forward_pooled(received, reach).sum(dim=2)
+        else:
+            scores = pooled(received, self.kernel, self.pooling).sum(dim=2)
+        if self.share:
+            scores = scores + self.share * scores.amax(dim=1, keepdim=True)
+        if self.sinks:
+            scores[..., : self.sinks] = scores.amax() + 1
+        return scores

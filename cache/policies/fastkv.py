@@ -1,14 +1,37 @@
-"""FastKV: decoupled context reduction and KV compression (arXiv 2502.01068)."""
+"""FastKV: decoupled context reduction and KV compression (arXiv 2502.01068), with scores that real chat models need."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from fastkv.cache.policies.compressed import WindowScored
-from fastkv.cache.policy import Stage
-from fastkv.cache.setting import number, one_or_more, setting, whole
+from fastkv.cache.policies.compressed import (
+    MAX_KERNEL,
+    POOLING_HELP,
+    QUERIES_HELP,
+    SHARE_HELP,
+    SINKS_HELP,
+    VALUES_HELP,
+    WINDOW_HELP,
+    WindowScored,
+)
+from fastkv.cache.policy import Observation, Stage
+from fastkv.cache.setting import choice, number, one_or_more, setting, switch, whole
 from fastkv.errors import FastKVError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+# How the paper scores.
+PAPER: dict[str, Any] = {
+    "window": 8,
+    "queries": "sum",
+    "pooling": "max",
+    "kernel": 7,
+    "values": False,
+    "sinks": 0,
+    "share": 0.0,
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,8 +44,12 @@ class FastKV(WindowScored):
     tsp_rate=(0.5, 0.2, 0.1). At each of these layers its own scores choose from the tokens that are left.
     kv_retention: share of the prompt that each layer keeps for each KV head, in (0, 1]; 1 keeps all it saw.
     tsp_len, kv_len: the same as absolute numbers of tokens; they win over the rates, and no floor applies to them.
-    window: the last tokens, always kept, whose queries score the others. kernel, pooling: smoothing of the scores.
     min_tokens: floor of what the rates give (never above the prompt), so that short prompts are not hurt.
+    window, queries, pooling, kernel, reach, values, sinks, share: the scores (see WindowScored). tsp_reach: `reach` of
+    the scores that choose the propagated tokens; None means the same.
+
+    What differs from the paper: the defaults of the scores. `FastKV.paper()` has the paper's own, under which a real
+    chat model loses most long answers at a tenth of its cache (docs/accuracy.md).
 
     Raises FastKVError for a value out of range. A rate gives int(rate * n_tokens).
 
@@ -49,6 +76,21 @@ class FastKV(WindowScored):
     tsp_len: int | tuple[int, ...] | None = setting(
         None, one_or_more(whole(1)), "tokens that are propagated, in place of --tsp-rate", metavar="N"
     )
+    tsp_reach: int | None = setting(
+        None, whole(0, MAX_KERNEL), "--reach of the scores that choose these tokens", metavar="N", unset="the same"
+    )
+    # Chosen by measurement on real chat models, on texts of their own: docs/accuracy.md.
+    window: int = setting(10, whole(1), WINDOW_HELP, metavar="W")
+    queries: str = setting("max", choice("sum", "max"), QUERIES_HELP, metavar="sum|max")
+    pooling: str = setting("forward", choice("max", "avg", "forward"), POOLING_HELP, metavar="max|avg|forward")
+    values: bool = setting(True, switch(), VALUES_HELP, metavar="yes|no")
+    sinks: int = setting(1, whole(0), SINKS_HELP, metavar="N")
+    share: float = setting(1.0, number(0), SHARE_HELP, metavar="R")
+
+    @classmethod
+    def paper(cls, **settings: Any) -> FastKV:
+        """The paper's scores (arXiv 2502.01068); `settings` are any others. Raises FastKVError as FastKV does."""
+        return cls(**{**PAPER, **settings})
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -92,6 +134,15 @@ class FastKV(WindowScored):
                 made.append(Stage(range(first, layer + 1), keep))
                 first, seen = layer + 1, keep
         return [*made, Stage(range(first, n_layers))]
+
+    def score(self, observed: Observation) -> Tensor:
+        received = observed.noted["received"] = self.received(observed)
+        return self.smoothed(received, self.reach)
+
+    def importance(self, observed: Observation, scores: Tensor) -> Tensor:
+        if self.tsp_reach is None or self.pooling != "forward":
+            return scores
+        return self.smoothed(observed.noted["received"], self.tsp_reach)
 
     def _propagated(self, n_tokens: int) -> list[int]:
         """How many tokens are propagated after each TSP layer."""
