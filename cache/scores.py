@@ -27,18 +27,6 @@ def recent_attention(q: Tensor, k: Tensor, window: int) -> Tensor:
     return torch.einsum("bhgwt,w->bht", attention, weights / weights.sum()) / attention.shape[2]
 
 
-def window_scores(q: Tensor, k: Tensor, window: int, kernel: int, pooling: str) -> Tensor:
-    """Scores of the tokens before the window, for each KV head (arXiv 2404.14469, 2502.01068).
-
-    q: [B, Hq, n, D] of the last n tokens and k: [B, Hkv, T, D] of all, rotated; T > window. The last `window` queries
-    attend causally to all T keys; their attention is summed over the queries, pooled along the tokens with an odd
-    `kernel` (stride 1, same length; "avg" counts the zeros of the padding), and summed over the query heads of each KV
-    head. Returns float32 [B, Hkv, T - window].
-    """
-    received = over_queries(window_attention(q, k, window), "sum")[..., :-window]
-    return pooled(received, kernel, pooling).sum(dim=2)
-
-
 def window_attention(q: Tensor, k: Tensor, window: int) -> Tensor:
     """Causal attention of the last `window` queries (all n, if there are fewer): float32 [B, Hkv, G, W, T].
 

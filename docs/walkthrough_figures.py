@@ -61,7 +61,7 @@ WATCHED: dict[Any, tuple[str, ...]] = {
     DenseLayer: ("append",),
     TokenState: ("take",),
     Sampler: ("sample_slots",),
-    scores: ("window_scores",),
+    scores: ("window_attention", "forward_pooled"),
     prefill: ("select_entries", "select_tokens", "causal_attention", "attend_parts"),
     decode_attention: ("attend_parts",),
 }

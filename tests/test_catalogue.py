@@ -14,13 +14,14 @@ from typing import Any, ClassVar
 import pytest
 import torch
 from places import ROOT
+from torch import Tensor
 
 import fastkv
 from fastkv import FastKV, FastKVError, HeadKV, Policy, PyramidInfer, SnapKV, StreamingLLM
 from fastkv.cache import catalogue
 from fastkv.cache.catalogue import POLICIES, SETTINGS, SharedSetting
 from fastkv.cache.policy import Observation
-from fastkv.cache.scores import recent_attention, window_scores
+from fastkv.cache.scores import recent_attention
 from fastkv.cache.setting import choice, number, one_or_more, setting, settings_of, whole
 from fastkv.cli_flags import build_parser
 
@@ -212,7 +213,7 @@ def test_help_of_a_setting_that_policies_share(texts: dict[str, tuple[str, str]]
 
 def test_which_policies_compress_again() -> None:
     again = {name for name, policy in POLICIES.items() if policy.compresses_again}
-    assert again == {"fastkv", "snapkv", "pyramidkv", "streamingllm", "pyramidinfer", "structkv", "asl"}
+    assert again == {"fastkv", "fastkv-paper", "snapkv", "pyramidkv", "streamingllm", "pyramidinfer", "structkv", "asl"}
 
 
 @pytest.mark.parametrize("policy", [FastKV(), SnapKV(), StreamingLLM(), PyramidInfer()], ids=lambda one: one.name)
@@ -230,8 +231,12 @@ def test_fewer_new_tokens_than_the_window_all_score() -> None:
     generator = torch.Generator().manual_seed(0)
     q, k = torch.randn(1, 4, 3, 8, generator=generator), torch.randn(1, 2, 43, 8, generator=generator)
     assert torch.equal(recent_attention(q, k, 8), recent_attention(q, k, 3)[..., :-5])
-    # a kernel of 1: a wider one would pool over what is not scored here
-    assert torch.equal(window_scores(q, k, 8, 1, "max"), window_scores(q, k, 3, 1, "max")[..., :-5])
+
+    # A kernel of 1: a wider one would pool over what is not scored here.
+    def scores(window: int, q: Tensor, k: Tensor) -> Tensor:
+        return SnapKV(window=window, kernel=1).score(Observation(0, q, k, k, n_past=40))
+
+    assert torch.equal(scores(8, q, k), scores(3, q, k)[..., :-5])
 
 
 def test_sinks_stay_the_first_entries() -> None:

@@ -272,8 +272,15 @@ def test_settings_of_the_policy_arrive(run: Run) -> None:
         "kernel": 5,
         "pooling": "avg",
         "min_tokens": 16,
+        "queries": "sum",
+        "reach": 3,
+        "tsp_reach": 4,
+        "values": False,
+        "sinks": 2,
+        "share": 0.5,
     }
-    argv = [text for name, value in given.items() for text in (f"--{name.replace('_', '-')}", str(value))]
+    texts = {name: {False: "no"}.get(value, str(value)) for name, value in given.items()}
+    argv = [text for name, value in texts.items() for text in (f"--{name.replace('_', '-')}", value)]
     printed = json.loads(run("abcdefghij" * 50, "--json", "--max-tokens", "1", *argv).out)
     assert printed["policy"] == {"name": "fastkv", **given}
     assert printed["metrics"]["tsp_tokens"] == 300

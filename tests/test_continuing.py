@@ -29,8 +29,7 @@ from fastkv import (
 )
 from fastkv.cache.dense import DenseLayer
 from fastkv.cache.per_head import PerHeadLayer
-from fastkv.cache.policy import Policy
-from fastkv.cache.scores import window_scores
+from fastkv.cache.policy import Observation, Policy
 
 CLOSE = {"atol": 1e-4, "rtol": 1e-4}
 EVERY_POLICY = [
@@ -224,12 +223,13 @@ def test_a_second_prompt_is_chosen_with_what_was_kept(tiny_llm: LLM, policy: Sna
     logits = slow.run(new)[:, -1]
     again = tiny_llm.prefill(new, policy, 4, cache=pre.cache)
     torch.testing.assert_close(again.logits, logits, **CLOSE)
-    queries = window_queries(tiny_llm, slow, ids, new, policy)
+    queries, window = window_queries(tiny_llm, slow, ids, new, policy), policy.window
     for layer in range(6):
         keys = torch.stack([k for k, _ in slow.entries[layer]])[None]
-        scores = window_scores(queries[layer], keys, 8, 7, "max")
-        best = scores.topk(60 - 8, dim=-1).indices.sort().values
-        recent = torch.arange(150 - 8, 150).expand(1, 2, -1)
+        values = torch.stack([v for _, v in slow.entries[layer]])[None]
+        scores = policy.score(Observation(layer, queries[layer], keys, values, n_past=60))
+        best = scores.topk(60 - window, dim=-1).indices.sort().values
+        recent = torch.arange(150 - window, 150).expand(1, 2, -1)
         everything = torch.cat((earlier[layer], torch.arange(200, 290).expand(1, 2, -1)), dim=2)
         expected = everything.gather(2, torch.cat((best, recent), dim=2))
         assert torch.equal(again.kept[layer], expected)
@@ -240,7 +240,7 @@ def test_a_second_prompt_is_chosen_with_what_was_kept(tiny_llm: LLM, policy: Sna
             **CLOSE,
         )
         assert (expected < 200).any(), "nothing of the first prompt is left"
-        assert ((expected >= 200) & (expected < 282)).any(), "nothing new but the window"
+        assert ((expected >= 200) & (expected < 290 - window)).any(), "nothing new but the window"
 
 
 def window_queries(llm: LLM, slow: SlowTwin, ids: Tensor, new: Tensor, policy: SnapKV) -> list[Tensor]:
@@ -248,7 +248,9 @@ def window_queries(llm: LLM, slow: SlowTwin, ids: Tensor, new: Tensor, policy: S
     seen: list[Tensor] = []
     real = type(policy).score
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(type(policy), "score", lambda self, o: seen.append(o.q[:, :, -8:].clone()) or real(self, o))
+        patch.setattr(
+            type(policy), "score", lambda self, o: seen.append(o.q[:, :, -self.window :].clone()) or real(self, o)
+        )
         cache = llm.prefill(ids, policy, 4).cache
         seen.clear()
         llm.prefill(new, policy, 4, cache=cache)

@@ -90,7 +90,9 @@ def test_a_label_is_what_policy_takes(heads: Path) -> None:
 def test_several_values_stand_between_slashes() -> None:
     (several,) = parse_policies(["fastkv:tsp_layer=9/15/23, tsp_rate=0.5/0.2/0.1"], 32)
     assert several.policy == FastKV(tsp_layer=(9, 15, 23), tsp_rate=(0.5, 0.2, 0.1))
-    with pytest.raises(FastKVError, match="pooling must be one of max, avg, not '1/max'"):  # a text, as any other
+    with pytest.raises(
+        FastKVError, match="pooling must be one of max, avg, forward, not '1/max'"
+    ):  # a text, as any other
         parse_policies(["fastkv:pooling=1/max"])
     with pytest.raises(FastKVError, match=r"--policy fastkv:tsp_layer=1/2: tsp_rate must have a value for each"):
         parse_policies(["fastkv:tsp_layer=1/2"])

@@ -13,8 +13,7 @@ from places import ROOT
 from torch import Tensor
 
 from fastkv import LLM, FastKV, FastKVError, FullKV, SamplingParams
-from fastkv.cache.policy import LayerPlan, Policy
-from fastkv.cache.scores import window_scores
+from fastkv.cache.policy import LayerPlan, Observation, Policy
 from fastkv.engine.attention import causal_attention
 from fastkv.engine.cost import prefill_flops, prefill_share
 from fastkv.eval import cli
@@ -61,12 +60,11 @@ def test_the_scores_are_those_of_a_full_context(tiny_llm: LLM, tiny_ids: list[in
     """Held against a layer loop of plain pieces, with no prefill in it."""
     model = tiny_llm._model
     hidden, rope = model.embed(torch.tensor([tiny_ids])), model.rope_of_range(0, len(tiny_ids))
-    found = recorded(tiny_llm, tiny_ids, FastKV(window=6, kernel=5, pooling="avg"))
+    found = recorded(tiny_llm, tiny_ids, FastKV(window=6, tsp_reach=3))
     assert len(found) == len(model.blocks)
     with torch.inference_mode():
         for scores, block in zip(found, model.blocks, strict=True):
-            q, k, _ = block.project(hidden, rope)
-            expected = window_scores(q, k, 6, 5, "avg")[0].sum(dim=0)
+            expected = FastKV(window=6, reach=3).score(Observation(0, *block.project(hidden, rope)))[0].sum(dim=0)
             torch.testing.assert_close(scores, expected, atol=1e-5, rtol=1e-4)
             hidden = block.mlp(block.attention(hidden, rope, causal_attention))
 
@@ -119,9 +117,9 @@ def test_every_prompt_counts_the_same() -> None:
 
 
 def test_a_prompt_too_short_for_a_rate_is_refused(tiny_llm: LLM, tiny_ids: list[int]) -> None:
-    assert measure(tiny_llm, tiny_ids[:90], FastKV(), [0.1, 0.5]).rates == (0.1, 0.5)
-    with pytest.raises(FastKVError, match=r"89 tokens is too short: at a rate of 0.1 .* --tsp-rate"):
-        measure(tiny_llm, tiny_ids[:89], FastKV(), [0.1, 0.5])
+    assert measure(tiny_llm, tiny_ids[:110], FastKV(), [0.1, 0.5]).rates == (0.1, 0.5)
+    with pytest.raises(FastKVError, match=r"109 tokens is too short: at a rate of 0.1 .* --tsp-rate"):
+        measure(tiny_llm, tiny_ids[:109], FastKV(), [0.1, 0.5])
 
 
 @pytest.mark.parametrize(
@@ -334,12 +332,12 @@ def command() -> Callable[[str], int]:
 def test_the_bundled_model_is_advised_well(
     command: Callable[[str], int], capfd: pytest.CaptureFixture[str], tmp_path: Path, layer: str, advice: int
 ) -> None:
-    """Importance settles at layer 3, the default. Layer 2 loses nearly all answers, and layer 5 is more work."""
+    """The paper's scores settle at layer 3, the default. Layer 2 loses nearly all answers; layer 5 is more work."""
     pytest.importorskip("matplotlib")
     from matplotlib.image import imread
 
     files = f"--plot {tmp_path}/picture.png --json {tmp_path}/figures.json"
-    examples = f"--task archive --length 512 --depth 0.2 0.8 --examples 4 --policy fastkv:min_tokens=8{layer}"
+    examples = f"--task archive --length 512 --depth 0.2 0.8 --examples 4 --policy fastkv-paper:min_tokens=8{layer}"
     assert command(f"--model {{model}} --dtype float32 --tsp-rate 0.1 0.2 {examples} {files}") == 0
     out, err = capfd.readouterr()
     assert err == ""

@@ -53,7 +53,7 @@ def test_tokens_are_dropped_where_the_selector_says(
     )
     settings = {"tsp_rate": keep / 300, "kv_retention": 0.2, "min_tokens": 8}
     online = tiny_llm.prefill(PROMPT, policy(tsp_layer=latest, **settings))
-    fixed = tiny_llm.prefill(PROMPT, FastKV(tsp_layer=at, **settings))
+    fixed = tiny_llm.prefill(PROMPT, FastKV.paper(tsp_layer=at, **settings))
     assert online.layer_tokens == fixed.layer_tokens == [300] * (at + 1) + [keep] * (5 - at)
     assert all(torch.equal(a, b) for a, b in zip(online.kept, fixed.kept, strict=True))
     torch.testing.assert_close(online.logits, fixed.logits, atol=1e-5, rtol=1e-5)
@@ -107,7 +107,7 @@ def test_nothing_is_dropped_after_the_last_layer(
         policy, "online_selector", lambda self, *sizes: lambda layer, scores: scores if layer == 5 else None
     )
     online = tiny_llm.prefill(PROMPT, policy(tsp_layer=5, tsp_len=60, kv_len=40))
-    fixed = tiny_llm.prefill(PROMPT, FastKV(tsp_layer=5, tsp_len=60, kv_len=40))
+    fixed = tiny_llm.prefill(PROMPT, FastKV.paper(tsp_layer=5, tsp_len=60, kv_len=40))
     assert online.layer_tokens == fixed.layer_tokens == [300] * 6
     assert all(torch.equal(a, b) for a, b in zip(online.kept, fixed.kept, strict=True))
     torch.testing.assert_close(online.logits, fixed.logits, atol=1e-5, rtol=1e-5)

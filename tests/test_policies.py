@@ -217,7 +217,7 @@ def test_settings_are_told_by_name(name: str) -> None:
 def test_snapkv_is_fastkv_without_tsp(tiny_llm: LLM, settings: dict[str, Any]) -> None:
     settings = {"min_tokens": 16, **settings}
     ours = tiny_llm.prefill(PROMPT, SnapKV(**settings))
-    other = tiny_llm.prefill(PROMPT, FastKV(tsp_rate=1.0, **settings))
+    other = tiny_llm.prefill(PROMPT, FastKV.paper(tsp_rate=1.0, **settings))
     assert all(torch.equal(a, b) for a, b in zip(ours.kept, other.kept, strict=True))
     assert torch.equal(ours.logits, other.logits)
 

@@ -92,7 +92,13 @@ BAD = [
     ("window", [0, -1, 1.5, "x"]),
     ("kernel", [0, 2, 6, -1, 1.5]),
     ("pooling", ["mean", "", None, 3]),
-    ("min_tokens", [0, 7, -1, 1.5]),
+    ("min_tokens", [0, -1, 1.5]),
+    ("queries", ["mean", "", None, 3]),
+    ("reach", [-1, 1.5, "x", 5000]),
+    ("tsp_reach", [-1, 1.5, "x", 5000]),
+    ("values", [1, "yes", None]),
+    ("sinks", [-1, 0.5]),
+    ("share", [-0.1, float("nan"), "x"]),
 ]
 
 

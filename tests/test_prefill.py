@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastkv import LLM, FastKV, FullKV
+from fastkv.cache.policies.fastkv import PAPER
 from fastkv.cache.policy import Observation
-from fastkv.cache.scores import window_scores
 from fastkv.engine.attention import attend_from, causal_attention
 from fastkv.models.layers import MLP
 
@@ -53,7 +53,7 @@ def slow_prefill(llm: LLM, ids: Tensor, policy: FastKV) -> Twin:
         indices = torch.arange(len(positions)).expand(config.n_kv_heads, -1)
         scores = torch.empty(0)
         if len(positions) > policy.window:
-            scores = window_scores(q, k, policy.window, policy.kernel, policy.pooling)
+            scores = policy.score(Observation(layer, q, k, v))  # which has a slow twin of its own: test_scores.py
         if budget < len(positions):
             best = scores[0].topk(budget - policy.window).indices.sort().values
             indices = torch.cat((best, indices[:, -policy.window :]), 1)
@@ -75,11 +75,12 @@ CASES: list[dict[str, Any]] = [
     {"min_tokens": 8},
     {"tsp_layer": 0, "tsp_rate": 0.5, "kv_retention": 0.05, "min_tokens": 8},
     {"tsp_layer": 4, "tsp_rate": 0.3, "kv_retention": 0.9, "min_tokens": 8, "pooling": "avg"},
-    {"tsp_len": 40, "kv_len": 100, "window": 16, "kernel": 3},
+    {"tsp_len": 40, "kv_len": 100, "window": 16, "reach": 3},
     {"tsp_rate": 1.0, "min_tokens": 8},
     {"kv_retention": 1.0, "min_tokens": 8},
     {"tsp_layer": 5, "min_tokens": 8},
     {"tsp_layer": (0, 2, 4), "tsp_rate": (0.6, 0.3, 0.1), "min_tokens": 8},
+    PAPER,
 ]
 
 
@@ -212,12 +213,12 @@ def test_only_one_layers_full_kv_is_alive_at_a_time(tiny_llm: LLM, monkeypatch: 
     assert len(places) == 1
 
 
-@pytest.mark.parametrize("n_tokens", [1, 2, 7, 8, 9, 17])
+@pytest.mark.parametrize("n_tokens", [1, 2, 9, 10, 11, 17])
 def test_short_prompts(tiny_llm: LLM, n_tokens: int) -> None:
-    """Around and below the observation window of 8 there is little or nothing to score."""
-    pre = tiny_llm.prefill(prompt(n_tokens), FastKV(tsp_len=8, kv_len=8))
-    assert [kept.shape[-1] for kept in pre.kept] == [min(8, n_tokens)] * 6
-    assert pre.tokens[-1].shape[-1] == min(8, n_tokens)
+    """Around and below the observation window of 10 there is little or nothing to score."""
+    pre = tiny_llm.prefill(prompt(n_tokens), FastKV(tsp_len=10, kv_len=10))
+    assert [kept.shape[-1] for kept in pre.kept] == [min(10, n_tokens)] * 6
+    assert pre.tokens[-1].shape[-1] == min(10, n_tokens)
     assert pre.logits.isfinite().all()
 
 

@@ -45,7 +45,7 @@ def test_matches_the_papers_implementation(path: Path) -> None:
         stated = file.metadata()
         expected = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     llm = LLM(MODELS[stated["model"]], dtype="float32", device="cpu")
-    pre = llm.prefill(expected["prompt"].tolist(), FastKV(**settings(stated)), max_tokens=len(expected["tokens"]))
+    pre = llm.prefill(expected["prompt"].tolist(), FastKV.paper(**settings(stated)), max_tokens=len(expected["tokens"]))
 
     assert torch.equal(pre.tokens[-1][0], expected["tsp"].long())
     for layer, kept in enumerate(pre.kept):

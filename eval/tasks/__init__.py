@@ -12,7 +12,8 @@ from fastkv.eval.tasks.qa import qa_task
 
 GENERATED: dict[str, Task] = {task.name: task for family in (needle, tracing, words, archive) for task in family.TASKS}
 NAMES = (*GENERATED, "qa")
-COPYING = ("niah_single", "niah_multikey", "archive")  # one answer, which always stands in the text word for word
+SINGLE = ("niah_single", *(name for name in GENERATED if name.endswith("digits")), "niah_words")
+COPYING = (*SINGLE, "niah_multikey", "archive")  # one answer, which always stands in the text word for word
 
 
 def build_tasks(names: list[str], qa_file: Path | None = None, longbench: Path | None = None) -> list[Task]:

@@ -57,7 +57,7 @@ class Recorder(Policy):
         return self.window
 
     def score(self, observed: Observation) -> Tensor:
-        scores = self._scorer.score(observed)
+        scores = self._scorer.importance(observed, self._scorer.score(observed))
         self._scores.append(scores[0].sum(dim=0).cpu())
         return scores
 
