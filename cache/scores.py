@@ -114,3 +114,10 @@ def pooled(scores: Tensor, kernel: int, pooling: str) -> Tensor:
     """Pool [..., n] along the tokens, length unchanged: the "max" or "avg" of `kernel` neighbours, an odd number."""
     pool = F.max_pool1d if pooling == "max" else F.avg_pool1d
     return pool(scores.flatten(0, -2), kernel, stride=1, padding=kernel // 2).view_as(scores)
+
+
+def ranks(scores: Tensor) -> Tensor:
+    """The place of each score in falling order, from 0: scores [..., n] -> float32 [..., n]."""
+    order = scores.argsort(dim=-1, descending=True, stable=True)
+    places = torch.arange(scores.shape[-1], dtype=torch.float32, device=scores.device).expand_as(scores)
+    return torch.empty_like(places).scatter_(-1, order, places)

@@ -55,6 +55,8 @@ class _Settling:
         self._ranks: deque[Tensor] = deque(maxlen=policy.lookback)
 
     def __call__(self, layer: int, scores: Tensor) -> Tensor | None:
+        from fastkv.cache.scores import ranks
+
         importance = scores.sum(dim=1)
         self._ranks.append(ranks(importance))
         if layer >= self._latest:
@@ -63,15 +65,6 @@ class _Settling:
             return None
         top = importance.topk(self._keep, dim=-1).indices
         return scores if bool((relative_variance(list(self._ranks), top) < self._policy.tau).all()) else None
-
-
-def ranks(importance: Tensor) -> Tensor:
-    """importance scores [B, n] -> float32 [B, n]: the place of each in falling order, from 0."""
-    import torch
-
-    order = importance.argsort(dim=-1, descending=True, stable=True)
-    places = torch.arange(importance.shape[-1], dtype=torch.float32, device=importance.device).expand_as(importance)
-    return torch.empty_like(places).scatter_(-1, order, places)
 
 
 def relative_variance(by_layer: list[Tensor], tokens: Tensor) -> Tensor:
