@@ -1,4 +1,4 @@
-"""Policies that ask what a value adds to the hidden states: the norms themselves, CriticalKV and CriticalAdaKV."""
+"""Policies that ask what a value adds to the hidden states: the norms themselves, CriticalKV, DefensiveKV."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastkv import LLM, AdaKV, CriticalAdaKV, CriticalKV, FastKVError, SnapKV
+from fastkv import LLM, AdaKV, CriticalAdaKV, CriticalKV, DefensiveKV, FastKVError, SnapKV
 from fastkv.cache.policy import Observation
 from fastkv.cache.selection import select_entries
 from fastkv.engine.output_norms import output_norms
@@ -144,3 +144,76 @@ def test_the_sinks_are_chosen_before_anything() -> None:
 def test_the_norm_is_a_choice(tiny_llm: LLM) -> None:
     l1, l2 = (tiny_llm.prefill(PROMPT, CriticalKV(kv_len=40, norm=norm)).kept for norm in ("l1", "l2"))
     assert not all(torch.equal(a, b) for a, b in zip(l1, l2, strict=True))
+
+
+# --- DefensiveKV ---
+
+
+def attending(rows: Tensor) -> Observation:
+    """A layer whose queries, in 8 rows for each of 4 query heads, attend as `rows` [4, 8, n] say to n tokens."""
+    n_tokens = rows.shape[-1]
+    logits = torch.full((4, 8, n_tokens + 8), -30.0)
+    logits[..., :n_tokens] = rows.clamp_min(1e-12).log()
+    keys = torch.eye(n_tokens + 8)[None, None].expand(1, 2, -1, -1)
+    q = logits[None] * (n_tokens + 8) ** 0.5
+    return Observation(0, q, keys, keys, output=constant)
+
+
+def test_one_strong_query_suffices() -> None:
+    """Half of the rows' attention once, against a tenth in every row: the mean takes the other one."""
+    rows = torch.full((4, 8, 50), 0.4 / 48)
+    rows[:, :, 30] = 0.1
+    rows[2, 5, 20] = 0.5
+    rows /= rows.sum(dim=-1, keepdim=True)
+    made = DefensiveKV(kernel=1, certain_mass=0.0, kv_len=9)
+    scores = made.score(attending(rows))[0]
+    assert scores[1].argmax() == 20
+    assert scores[0].argmax() == 30  # of the other KV head
+    assert SnapKV(kernel=1).score(attending(rows))[0, 1].argmax() == 30
+
+
+def test_queries_that_agree_are_their_mean() -> None:
+    rows = torch.rand(50, generator=torch.Generator().manual_seed(0)).expand(4, 8, -1)
+    rows = rows / rows.sum(dim=-1, keepdim=True)
+    scores = DefensiveKV(kernel=1, certain_mass=0.0).score(attending(rows))[0, 0]
+    expected = rows[0].mean(dim=0).clamp_min(1 / 50) / 2  # constant norms: each of two heads has half
+    torch.testing.assert_close(scores, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_average_pooling_keeps_the_mass_of_a_query() -> None:
+    """At the prompt's edge the zeros of the padding would take some."""
+    rows = torch.zeros(4, 8, 50)
+    rows[:, :, 0] = 1.0
+    found = DefensiveKV(certain_mass=0.0)._rows(attending(rows), rows[None].unflatten(1, (2, 2)))
+    torch.testing.assert_close(found.sum(dim=-1), torch.ones(1, 2, 2, 8))
+    assert found[0, 0, 0, 0, :4].tolist() == pytest.approx([1 / 3, 1 / 3, 1 / 3, 0])
+
+
+def test_tokens_that_hold_the_mass_are_certain() -> None:
+    """As many as fit below it, and no more than the mean budget."""
+    rows = torch.full((4, 8, 50), 0.1 / 46)
+    rows[:, :, 40:44] = torch.tensor([0.4, 0.2, 0.2, 0.1])
+    for mass, kv_len, expected in ((0.85, 20, 3), (0.85, 10, 2), (0.5, 20, 1), (0.0, 20, 0)):
+        made = DefensiveKV(certain_mass=mass, kv_len=kv_len)
+        certain = made._certain(rows[None].unflatten(1, (2, 2)).mean(dim=(2, 3)))
+        assert certain[0, 0].nonzero().flatten().tolist() == list(range(40, 40 + expected))
+
+
+def test_the_windows_own_mass_counts() -> None:
+    mean = torch.full((1, 1, 10), 0.02)  # the window holds 0.8
+    assert DefensiveKV(kv_len=18)._certain(mean).sum() == 4
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"certain_mass": 0.3}, {"certain_mass": 0.3, "norm": "l2"}, {"pooling": "forward", "sinks": 1, "values": True}],
+)
+def test_defensive_budgets_add_up(tiny_llm: LLM, settings: dict[str, Any]) -> None:
+    pre = tiny_llm.prefill(PROMPT, DefensiveKV(kv_len=40, head_floor=0.0, **settings))
+    counts = [(kept >= 0).sum(dim=2)[0].tolist() for kept in pre.kept]
+    assert [sum(of_layer) for of_layer in counts] == [80] * 6
+    if "certain_mass" in settings:
+        assert any(first != second for first, second in counts)
+    else:  # attention is spread so widely that every budget goes to what is certain
+        assert all(first == second for first, second in counts)
+        assert all((kept[0, :, 0] == 0).all() for kept in pre.kept)
