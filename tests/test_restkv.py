@@ -52,6 +52,15 @@ def test_scores_are_those_of_leaving_one_out(attention: Attention) -> None:
 
 
 @torch.inference_mode()
+def test_a_group_is_the_sum_of_its_query_heads(attention: Attention) -> None:
+    """As if each query head had keys and values of its own."""
+    seen = observed(attention, batch=2)
+    alone = replace(seen, k=seen.k.repeat_interleave(2, 1), v=seen.v.repeat_interleave(2, 1))
+    expected = ReSTKV(**PLAIN).score(alone).unflatten(1, (2, 2)).sum(dim=2)
+    torch.testing.assert_close(ReSTKV(**PLAIN).score(seen), expected)
+
+
+@torch.inference_mode()
 def test_values_that_are_all_alike_are_worth_nothing(attention: Attention) -> None:
     seen = observed(attention)
     alike = replace(seen, v=seen.v[:, :, :1].expand_as(seen.v))
