@@ -38,8 +38,8 @@ from fastkv.engine.request import (
 from fastkv.engine.runtime import Runtime
 from fastkv.engine.sampler import SamplingParams
 from fastkv.errors import FastKVError, check_choice, check_integer
-from fastkv.models.chat import ChatIds
 from fastkv.models.checkpoint import stored_dtype
+from fastkv.models.chat import ChatIds
 from fastkv.models.config import ModelConfig
 from fastkv.models.hub import model_folder
 from fastkv.models.llama import Llama
