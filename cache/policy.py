@@ -8,6 +8,7 @@ write one. Imports torch for type checkers only, so that the command's --help ca
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
@@ -58,6 +59,8 @@ class Observation:
     v: Tensor
     n_past: int = 0
     noted: dict[str, Tensor] = field(default_factory=dict, repr=False, compare=False)
+    # What the engine answers `output_norms` with; a policy asks for that.
+    output: Callable[[Tensor, str], Tensor] | None = field(default=None, repr=False, compare=False)
 
     @property
     def mass(self) -> Tensor | None:
@@ -70,6 +73,17 @@ class Observation:
         attention = window_attention(self.q, self.k, window)
         self.noted["mass"] = attention.sum(dim=(2, 3))
         return attention
+
+    def output_norms(self, x: Tensor, norm: str) -> Tensor:
+        """How much values change the hidden states through the layer's output projection, W_h for query head h.
+
+        x: [B, Hkv, n, D], which the G query heads of a KV head share, or [B, Hkv, G, n, D]. Returns float32
+        [B, Hkv, G, n]: the length of W_h x, by the norm "l1" (as much work as the projection itself) or "l2" (little:
+        see engine/output_norms.py). Raises FastKVError of an observation that was made without `output`.
+        """
+        if self.output is None:
+            raise FastKVError("this observation has no output projection: give Observation its `output`")
+        return self.output(x if x.dim() == 5 else x.unsqueeze(2), norm)
 
 
 class OnlineSelector(Protocol):
@@ -148,6 +162,14 @@ class Policy:
         of a policy that is `per_head`.
         """
         raise NotImplementedError(f"{type(self).__name__} gives every head the same")
+
+    def ranking(self, observed: Observation, scores: Tensor, counts: Tensor | int) -> Tensor:
+        """What chooses the entries once their number is known: like `scores`, or `scores` itself.
+
+        counts: entries that each KV head keeps, its window included; int64 [B, Hkv] of a policy that is `per_head`.
+        Asked of a layer that drops entries.
+        """
+        return scores
 
     def covering(self, tail: int, n_tokens: int) -> Policy:
         """The policy for a prompt of `n_tokens` whose last `tail` are the chat template's, and say nothing.

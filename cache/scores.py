@@ -102,3 +102,25 @@ def pooled(scores: Tensor, kernel: int, pooling: str) -> Tensor:
     """Pool [..., n] along the tokens, length unchanged: the "max" or "avg" of `kernel` neighbours, an odd number."""
     pool = F.max_pool1d if pooling == "max" else F.avg_pool1d
     return pool(scores.flatten(0, -2), kernel, stride=1, padding=kernel // 2).view_as(scores)
+
+
+def ranks(scores: Tensor) -> Tensor:
+    """The place of each score in falling order, from 0: scores [..., n] -> float32 [..., n]."""
+    order = scores.argsort(dim=-1, descending=True, stable=True)
+    places = torch.arange(scores.shape[-1], dtype=torch.float32, device=scores.device).expand_as(scores)
+    return torch.empty_like(places).scatter_(-1, order, places)
+
+
+def shifted_mean(scores: Tensor, widths: list[int], shifts: list[int]) -> Tensor:
+    """The mean of each token's neighbours, moved along: scores [B, H, n] -> the same shape.
+
+    For each sequence, its own odd width, and by how many tokens the result is moved towards the end (below 0: towards
+    the beginning). Beyond the ends the first and the last score go on.
+    """
+    reach = max(width // 2 + abs(shift) for width, shift in zip(widths, shifts, strict=True))
+    padded = F.pad(scores, (reach, reach), mode="replicate")
+    means = []
+    for one, width, shift in zip(padded, widths, shifts, strict=True):
+        first = reach - width // 2 - shift
+        means.append(F.avg_pool1d(one[:, first : first + scores.shape[-1] + width - 1], width, stride=1))
+    return torch.stack(means)

@@ -28,6 +28,21 @@ def select_tokens(scores: Tensor, count: int, window: int) -> Tensor:
     return _best_and_window(importance, count, window)
 
 
+def competed_counts(scores: Tensor, count: int, window: int, floor: float) -> Tensor:
+    """How many entries each KV head keeps where the heads of a layer compete (arXiv 2407.11550): int64 [B, Hkv].
+
+    scores: [B, Hkv, T - window]; the best of the layer win. count: the mean over the heads, the window included. floor:
+    share of it, the window left out, that each head has before the rest is competed for.
+    """
+    batch, n_heads, before = scores.shape
+    mean = count - window
+    safe = scores.topk(int(floor * mean), dim=-1).indices
+    competing = scores.scatter(2, safe, float("inf")).flatten(1)
+    winners = competing.topk(n_heads * mean, dim=-1).indices // before  # [B, Hkv * mean], the head of each
+    counts = winners.new_full((batch, n_heads), window)
+    return counts.scatter_add_(1, winners, winners.new_ones(winners.shape))
+
+
 def _best_and_window(scores: Tensor, count: int, window: int) -> Tensor:
     # Exactly topk over the columns before the window: pooling makes ties, and this is how they fall in the paper's
     # implementation on the same device.

@@ -10,6 +10,7 @@ what that holds, too.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -19,6 +20,7 @@ from fastkv.cache.layer import Kept, Part
 from fastkv.cache.policy import FirstPass, Observation, OnlineSelector
 from fastkv.cache.selection import positions_of, select_entries, select_per_head, select_tokens
 from fastkv.engine.attention import AUTO, attend_parts, causal_attention, take_tokens
+from fastkv.engine.output_norms import output_norms
 from fastkv.engine.plan import RequestPlan
 from fastkv.engine.projection import Projection
 from fastkv.engine.tsp import TokenState
@@ -114,7 +116,7 @@ class LayerRun:
             q, k, v = self.projection.everything(layer, state.hidden, rope)
             self.projection.finish_(layer, state.hidden, self._attend_all(layer, q, [Part(k, v)]))
         q, k, v = self.projection.keys(first.layer, state.hidden, rope, self._n_queries(ids.shape[1]))
-        return select_tokens(self._score(Observation(first.layer, q, k, v)), first.keep, self.policy.window)
+        return select_tokens(self._score(self._observed(first.layer, q, k, v)), first.keep, self.policy.window)
 
     def layer(self, layer: int, state: TokenState, rope: Rope) -> tuple[TokenState, Rope]:
         """Keys, selection, then attention and MLP of the tokens that are propagated: those, and their rotation."""
@@ -165,19 +167,24 @@ class LayerRun:
         positions = self._positions_with(layer, state.positions)
         if past:
             k, v = self.projection.joined(self.cache.read(layer), k, v)
-        observed = Observation(layer, q, k, v, past)
+        observed = self._observed(layer, q, k, v, past)
         scores = self._score(observed)
         kept: Kept = None
         if drops and self.policy.per_head:
             counts = self.policy.head_budgets(layer, len(self.layers), count, scores)
-            kept = select_per_head(scores, counts, self.policy.window)
+            kept = select_per_head(self.policy.ranking(observed, scores, counts), counts, self.policy.window)
         elif drops:
-            kept = select_entries(scores, count, self.policy.window)
+            kept = select_entries(self.policy.ranking(observed, scores, count), count, self.policy.window)
         self.positions = positions if kept is None else positions_of(kept, positions)
         self.cache.store(layer, k, v, kept, self.positions)
         if sizes.propagated is None and self.selector is None:
             return [Part(k, v)], None
         return [Part(k, v)], self._propagated(layer, self.policy.importance(observed, scores)[..., past:])
+
+    def _observed(self, layer: int, q: Tensor, k: Tensor, v: Tensor, past: int = 0) -> Observation:
+        """What the policy sees of a layer."""
+        attention = self.model.blocks[layer].self_attn
+        return Observation(layer, q, k, v, past, output=partial(output_norms, attention))
 
     def _score(self, observed: Observation) -> Tensor:
         """The policy's scores. Raises FastKVError if they are not as many as tokens stand before its window."""

@@ -49,6 +49,7 @@ class Attention(nn.Module):
         self.has_norms = q_norm is not None
         ratio = 1.0 if scale is None else scale * math.sqrt(self.head_dim)
         self.q_factor = None if math.isclose(ratio, 1.0) else ratio
+        self._gram: tuple[tuple[int, int], Tensor] | None = None  # of which weights, and what `output_gram` gives
 
     def project(self, hidden: Tensor, rope: Rope, out: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """hidden [B, T, E] -> q [B, Hq, T, D], k and v [B, Hkv, T, D], q and k rotated.
@@ -81,6 +82,18 @@ class Attention(nn.Module):
         heads = self.qkv_proj.part(hidden, 1, 3).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
         rope.rotations[self.rotary].rotate(self.k_norm(heads[:, :n_k]), out=out[:, :n_k])
         out[:, n_k:] = heads[:, n_k:]
+
+    def output_gram(self) -> Tensor:
+        """W_h^T W_h of each query head's part W_h [E, D] of the output projection: float32 [Hq, D, D].
+
+        |W_h x|^2 = x^T gram x, at D / E of the work. Made when first asked for and kept, until the weights change.
+        """
+        weight = self.o_proj.weight
+        which = (weight.data_ptr(), 0 if weight.is_inference() else weight._version)
+        if self._gram is None or self._gram[0] != which:
+            heads = weight.detach().float().unflatten(1, (-1, self.head_dim)).transpose(0, 1)  # [Hq, E, D]
+            self._gram = which, heads.transpose(1, 2) @ heads
+        return self._gram[1]
 
 
 class Block(nn.Module):

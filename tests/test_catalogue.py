@@ -213,7 +213,8 @@ def test_help_of_a_setting_that_policies_share(texts: dict[str, tuple[str, str]]
 
 def test_which_policies_compress_again() -> None:
     again = {name for name, policy in POLICIES.items() if policy.compresses_again}
-    assert again == {"fastkv", "fastkv-paper", "snapkv", "pyramidkv", "streamingllm", "pyramidinfer", "structkv", "asl"}
+    by_window = {"fastkv", "fastkv-paper", "claa", "snapkv", "pyramidkv", "criticalkv", "restkv", "tova"}
+    assert again == by_window | {"streamingllm", "pyramidinfer", "structkv", "asl"}
 
 
 @pytest.mark.parametrize("policy", [FastKV(), SnapKV(), StreamingLLM(), PyramidInfer()], ids=lambda one: one.name)

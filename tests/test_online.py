@@ -12,10 +12,11 @@ from caches import let_overflow
 from torch import Tensor
 
 from fastkv import ASL, LLM, FastKV, FastKVError, FullKV, GemFilter, SamplingParams, StructKV
-from fastkv.cache.policies.asl import ranks, relative_variance
+from fastkv.cache.policies.asl import relative_variance
 from fastkv.cache.policies.online import OnlineTSP
 from fastkv.cache.policies.structkv import figures_of
 from fastkv.cache.policy import OnlineSelector, Policy, Stage
+from fastkv.cache.scores import ranks
 from fastkv.cache.selection import select_tokens
 
 PROMPT = torch.randint(3, 256, (1, 300), generator=torch.Generator().manual_seed(1))

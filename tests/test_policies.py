@@ -197,6 +197,18 @@ def test_on_every_family(tmp_path: Path, name: str, family: str) -> None:
 
 
 @pytest.mark.parametrize("name", BUDGETED)
+@pytest.mark.parametrize("n_tokens", [11, 12, 41])
+def test_one_entry_too_many(tiny_llm: LLM, name: str, n_tokens: int) -> None:
+    """The shortest prompts that lose anything, by a budget of one entry less; and twice the same."""
+    policy = make(name, kv_len=n_tokens - 1)
+    plans = plan_layers(policy, 6, n_tokens)
+    first, second = (tiny_llm.prefill(PROMPT[:, :n_tokens], policy) for _ in range(2))
+    assert [int(counts(kept).sum()) for kept in first.kept] == [2 * plan.kept for plan in plans]
+    assert all(torch.equal(a, b) for a, b in zip(first.kept, second.kept, strict=True))
+    assert torch.equal(first.logits, second.logits)
+
+
+@pytest.mark.parametrize("name", BUDGETED)
 def test_settings_out_of_range_are_refused(name: str) -> None:
     for settings in ({"kv_retention": 0}, {"kv_retention": 1.1}, {"kv_len": 0}, {"min_tokens": 0}, {"kv_len": 1.5}):
         with pytest.raises(FastKVError) as caught:

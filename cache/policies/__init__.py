@@ -12,11 +12,18 @@ from typing import TYPE_CHECKING
 
 from fastkv.cache.policies.fastkv import FastKV as FastKV
 from fastkv.cache.policies.fastkv_paper import FastKVPaper as FastKVPaper
+from fastkv.cache.policies.fastkv_ada import FastKVAda as FastKVAda
+from fastkv.cache.policies.claa import CLAA as CLAA
 from fastkv.cache.policies.full import FullKV as FullKV
 from fastkv.cache.policies.snapkv import SnapKV as SnapKV
 from fastkv.cache.policies.pyramidkv import PyramidKV as PyramidKV
 from fastkv.cache.policies.adakv import AdaKV as AdaKV
 from fastkv.cache.policies.headkv import HeadKV as HeadKV
+from fastkv.cache.policies.criticalkv import CriticalKV as CriticalKV
+from fastkv.cache.policies.criticaladakv import CriticalAdaKV as CriticalAdaKV
+from fastkv.cache.policies.defensivekv import DefensiveKV as DefensiveKV
+from fastkv.cache.policies.restkv import ReSTKV as ReSTKV
+from fastkv.cache.policies.tova import TOVA as TOVA
 from fastkv.cache.policies.h2o import H2O as H2O
 from fastkv.cache.policies.streamingllm import StreamingLLM as StreamingLLM
 from fastkv.cache.policies.gemfilter import GemFilter as GemFilter

@@ -11,6 +11,8 @@ from fastkv.cache.setting import number, setting
 if TYPE_CHECKING:
     from torch import Tensor
 
+FLOOR_HELP = "share of the budget that each head has for certain"
+
 
 @dataclass(frozen=True, kw_only=True)
 class AdaKV(SnapKV):
@@ -28,13 +30,9 @@ class AdaKV(SnapKV):
     per_head: ClassVar[bool] = True
     compresses_again: ClassVar[bool] = False  # the earlier entries of its heads differ in number
 
-    head_floor: float = setting(0.2, number(0, 1), "share of the budget that each head has for certain", metavar="R")
+    head_floor: float = setting(0.2, number(0, 1), FLOOR_HELP, metavar="R")
 
     def head_budgets(self, layer: int, n_layers: int, count: int, scores: Tensor) -> Tensor:
-        batch, n_heads, before = scores.shape
-        mean = count - self.window
-        safe = scores.topk(int(self.head_floor * mean), dim=-1).indices
-        competing = scores.scatter(2, safe, float("inf")).flatten(1)
-        winners = competing.topk(n_heads * mean, dim=-1).indices // before  # [B, Hkv * mean], the head of each
-        counts = winners.new_full((batch, n_heads), self.window)
-        return counts.scatter_add_(1, winners, winners.new_ones(winners.shape))
+        from fastkv.cache.selection import competed_counts
+
+        return competed_counts(scores, count, self.window, self.head_floor)

@@ -115,15 +115,23 @@ class WindowScored(Compressed):
 
     def smoothed(self, received: Tensor, reach: int) -> Tensor:
         """Scores of the KV heads, [B, Hkv, n], from those of their query heads, [B, Hkv, G, n]: pooled and summed."""
+        return self.raised(self.pooled(received, reach).sum(dim=2))
+
+    def pooled(self, received: Tensor, reach: int) -> Tensor:
+        """What tokens receive, [..., n], pooled along them; what the sinks draw is left out."""
         from fastkv.cache.scores import forward_pooled, pooled
 
         if self.sinks:
             received = received.clone()
             received[..., : self.sinks] = 0
-        if self.pooling == "forward":
-            scores = forward_pooled(received, reach).sum(dim=2)
-        else:
-            scores = pooled(received, self.kernel, self.pooling).sum(dim=2)
+        return (
+            forward_pooled(received, reach)
+            if self.pooling == "forward"
+            else pooled(received, self.kernel, self.pooling)
+        )
+
+    def raised(self, scores: Tensor) -> Tensor:
+        """Scores of the KV heads, [B, Hkv, n], with what they share, and the sinks above all others."""
         if self.share:
             scores = scores + self.share * scores.amax(dim=1, keepdim=True)
         if self.sinks:
