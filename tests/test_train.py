@@ -178,6 +178,7 @@ def test_interrupt_saves(tmp_path: Path) -> None:
         (train, "--digits 0", "--digits"),
         (make_prompt, "--tokens 5", "--tokens"),
         (make_prompt, "--depth 2", "--depth"),
+        (make_prompt, "--digits 12 7", "--digits"),
         (make_prompt, "--records 400", "400 records"),
         (make_prompt, "--tokenizer missing.json", "missing.json"),
         (make_prompt, "--out missing/prompt.txt", "missing"),
@@ -277,6 +278,11 @@ def test_prompt(tokens: int, depth: float) -> None:
         assert asked == archive_text.question(key)
         before, after = (len(encode(part)) for part in body.split(archive_text.record(key, prompt.answers[0])))
         assert before / (before + after) == pytest.approx(depth, abs=12 / tokens)
+
+
+def test_prompt_with_a_long_code(tmp_path: Path) -> None:
+    assert make_prompt.main(["--digits", "12", "--answer-file", str(tmp_path / "answer.txt")]) == 0
+    assert re.fullmatch(r"\d{12}\n", (tmp_path / "answer.txt").read_text())
 
 
 def test_prompt_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -16,8 +16,9 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from arguments import Parser, integer, number
-from training_plan import HEAD_DIM, MAX_DIGITS, MAX_LENGTH, MIN_LENGTH, Budget, Settings
+from arguments import Parser, integer, number, span
+from encoding import MAX_DIGITS
+from training_plan import HEAD_DIM, MAX_LENGTH, MIN_LENGTH, Budget, Settings
 
 MINUTES = 120.0
 INTERRUPTED = 130
@@ -44,7 +45,7 @@ def parser() -> Parser:
     run.add_argument("--lr", type=number(0, 1, above=True), help=f"highest learning rate ({known.lr:g})")
     run.add_argument("--lengths", type=integer(MIN_LENGTH, MAX_LENGTH), nargs="+", help="in tokens (128 256 … 4096)")
     run.add_argument(
-        "--digits", type=integer(1, MAX_DIGITS), nargs="+", help="of a code: how many, or the fewest and the most (4)"
+        "--digits", type=integer(1, MAX_DIGITS), nargs="+", help="of a code: a number, or the fewest and the most (4)"
     )
     run.add_argument("--batch-tokens", type=integer(1), help=f"tokens a step ({known.batch_tokens})")
     run.add_argument("--hidden", type=integer(1), help=f"hidden size, a multiple of {HEAD_DIM} ({known.hidden})")
@@ -59,9 +60,7 @@ def given_settings(args: argparse.Namespace) -> dict[str, Any]:
     if "lengths" in given:
         given["lengths"] = tuple(sorted(set(args.lengths)))
     if "digits" in given:
-        if len(args.digits) > 2 or args.digits != sorted(args.digits):
-            raise ValueError(f"argument --digits: must be a number, or a lower and a higher one, not {args.digits}")
-        given["digits"] = (args.digits[0], args.digits[-1])
+        given["digits"] = span("--digits", args.digits)
     if args.hidden is not None and args.hidden % HEAD_DIM:
         raise ValueError(f"argument --hidden: must be a multiple of {HEAD_DIM}, not {args.hidden}")
     return given

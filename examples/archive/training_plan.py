@@ -11,7 +11,6 @@ from dataclasses import dataclass
 
 HEAD_DIM = 32
 MIN_LENGTH, MAX_LENGTH = 64, 8192
-MAX_DIGITS = 20
 LENGTHS = (128, 256, 512, 1024, 2048, 4096)
 
 # Shares of the run. Lengths beyond LONGEST_ALONE come up in the mix only.
@@ -27,8 +26,8 @@ WARM_UP_SHARE = 0.05  # a short run does not spend itself on warming up
 class Settings:
     """What a run keeps from start to end, over every resume.
 
-    `digits`: the fewest and the most of a code. `batch_tokens` are tokens a step; `report_every` is in steps, and is also
-    how often accuracy is measured.
+    `digits`: the fewest and the most of a code. `batch_tokens` are tokens a step. `report_every` is in steps, and is
+    also how often accuracy is measured.
     """
 
     seed: int = 0
