@@ -78,20 +78,21 @@ def test_as_long_as_asked(prompts: Prompts, name: str, length: int, qa_file: Pat
             assert length - LONGEST_PIECE < tokens <= length
 
 
-@pytest.mark.parametrize("name", [name for name in GENERATED if name not in ("niah_single", "archive")])
+@pytest.mark.parametrize("name", [name for name in GENERATED if name not in ("niah_single", "archive", "archive_long")])
 def test_too_short_a_length(prompts: Prompts, name: str) -> None:
     with pytest.raises(FastKVError, match=f"100 tokens are too short for task {name}"):
         write(prompts, GENERATED[name], 100)
 
 
-@pytest.mark.parametrize("name", ["niah_single", "archive"])
+@pytest.mark.parametrize("name", ["niah_single", "archive", "archive_long"])
 @pytest.mark.parametrize("depth", [0.0, 0.25, 0.7, 1.0])
 def test_needles_lie_at_their_depth(prompts: Prompts, name: str, depth: float) -> None:
     """Counted in tokens: the text in front of the needle is that share of all text around it."""
     for index in range(3):
         example = write(prompts, GENERATED[name], 2000, depth, index)
         (answer,) = example.answers
-        text = example.text.rsplit("\n\n", 1)[0].split("\n\n")[-1] if name != "archive" else example.text.split("\n")[0]
+        archive = name.startswith("archive")
+        text = example.text.split("\n")[0] if archive else example.text.rsplit("\n\n", 1)[0].split("\n\n")[-1]
         (told,) = re.findall(rf"The [^.]*? is {answer}\.", text)
         before, after = (len(prompts.bare(part)) for part in text.split(told))
         assert before / (before + after) == pytest.approx(depth, abs=0.02)
@@ -205,8 +206,18 @@ def test_zipf(total: int) -> None:
     assert counts[0] / total == pytest.approx(6 / 3.14159265**2, abs=1 / total)
 
 
-def test_the_archive_task_asks_as_the_model_was_trained(prompts: Prompts) -> None:
-    example = write(prompts, GENERATED["archive"], 1000, 0.5)
+@pytest.mark.parametrize(("name", "digits"), [("archive", {4}), ("archive_long", {7, 8, 9, 10, 11, 12})])
+def test_the_codes_are_as_long_as_those_of_the_training(prompts: Prompts, name: str, digits: set[int]) -> None:
+    examples = [write(prompts, GENERATED[name], 600, 0.5, index) for index in range(12)]
+    told = re.findall(r"is (\d+)\.", " ".join(example.prompt for example in examples))
+    assert {len(code) for code in told} == digits
+    assert all(len(example.answers[0]) in digits for example in examples)
+    assert max(digits) + 3 <= GENERATED[name].max_new_tokens  # the full stop, the newline and EOS
+
+
+@pytest.mark.parametrize("name", ["archive", "archive_long"])
+def test_the_archive_task_asks_as_the_model_was_trained(prompts: Prompts, name: str) -> None:
+    example = write(prompts, GENERATED[name], 1000, 0.5)
     (code,) = example.answers
     asked = example.text.split("\n")[1]
     key = (asked.split()[-3], asked.split()[-2])

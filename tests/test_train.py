@@ -10,6 +10,7 @@ import re
 import signal
 import subprocess
 import sys
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,7 @@ def load_scripts(*names: str) -> list[Any]:
 
 
 make_prompt, train, encoding = load_scripts("make_prompt", "train", "encoding")
-data, network, plan, state, _ = load_scripts(
+data, network, plan, state, loop = load_scripts(
     "training_data", "training_network", "training_plan", "training_state", "training_loop"
 )
 encode = encoding.load_encode(EXAMPLE / "model" / "tokenizer.json")
@@ -127,6 +128,20 @@ def test_resume_goes_on(unbroken: tuple[Path, str], halves: tuple[Path, str, str
         torch.testing.assert_close(load_file(folder / name), load_file(unbroken[0] / name), rtol=1e-3, atol=1e-4)
 
 
+def test_a_run_begins_with_a_model(unbroken: tuple[Path, str], tmp_path: Path) -> None:
+    """--weights: every weight of that model, and other codes to train it on, which a resumed run keeps."""
+    folder, settings = unbroken[0], plan.Settings(hidden=32, layers=2, digits=(7, 12))
+    run = loop.Run(tmp_path, settings, plan.Budget(None, 5), print)
+    run.begin_with(folder)
+    torch.testing.assert_close(run.model.state_dict(), load(folder).state_dict(), rtol=0, atol=0)
+    run.save()
+    assert state.read_record(tmp_path).settings == settings
+    said = run_here(
+        "--out", str(tmp_path / "begun"), "--weights", str(folder), "--steps", "6", "--held-out", "4", *SMALL
+    )
+    assert losses(said)[0] < losses(unbroken[1])[1]
+
+
 def test_interrupt_saves(tmp_path: Path) -> None:
     """Ctrl-C ends the run after the step in hand, with everything saved and no traceback."""
     with start("--out", str(tmp_path), "--steps", "100000", *SMALL) as process:
@@ -154,8 +169,16 @@ def test_interrupt_saves(tmp_path: Path) -> None:
         (train, "--out broken", "already"),
         (train, f"--out {EXAMPLE / 'model'}", "already"),
         (train, "--resume --layers 3 --out HALVES", "--layers"),
+        (train, "--resume --digits 7 12 --out HALVES", "--digits"),
+        (train, "--resume --weights HALVES --out HALVES", "--weights"),
+        (train, "--weights HALVES --out other", "HALVES"),
+        (train, "--weights missing --out other", "missing"),
+        (train, "--digits 12 7", "--digits"),
+        (train, "--digits 1 2 3", "--digits"),
+        (train, "--digits 0", "--digits"),
         (make_prompt, "--tokens 5", "--tokens"),
         (make_prompt, "--depth 2", "--depth"),
+        (make_prompt, "--digits 12 7", "--digits"),
         (make_prompt, "--records 400", "400 records"),
         (make_prompt, "--tokenizer missing.json", "missing.json"),
         (make_prompt, "--out missing/prompt.txt", "missing"),
@@ -178,7 +201,7 @@ def test_bad_arguments(
         script.main([str(halves[0]) if word == "HALVES" else word for word in arguments.split(" ")])
     output, error = capsys.readouterr()
     assert (ended.value.code, output, error.count("\n")) == (2, "", 1)
-    assert named in error
+    assert named.replace("HALVES", str(halves[0])) in error
 
 
 def test_stages_grow() -> None:
@@ -257,6 +280,11 @@ def test_prompt(tokens: int, depth: float) -> None:
         assert before / (before + after) == pytest.approx(depth, abs=12 / tokens)
 
 
+def test_prompt_with_a_long_code(tmp_path: Path) -> None:
+    assert make_prompt.main(["--digits", "12", "--answer-file", str(tmp_path / "answer.txt")]) == 0
+    assert re.fullmatch(r"\d{12}\n", (tmp_path / "answer.txt").read_text())
+
+
 def test_prompt_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A file ends in one newline; stdout is the prompt alone, as it is. The bundled files are such files."""
     files = ["--out", str(tmp_path / "prompt.txt"), "--answer-file", str(tmp_path / "answer.txt")]
@@ -269,32 +297,44 @@ def test_prompt_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert (tmp_path / "answer.txt").read_text() == (EXAMPLE / "answer.txt").read_text()
 
 
-@pytest.mark.parametrize("length", [64, 128, 1000])
-def test_training_example(length: int) -> None:
+def test_texts_of_four_digits_are_those_that_the_bundled_model_was_trained_on() -> None:
+    """The lengths of codes are a setting; where it is not given, nothing that is drawn changes."""
+    batch = data.make_batch(random.Random(0), encode, 4, 512)
+    assert zlib.crc32(batch.ids.numpy().tobytes()) == 1161999692
+
+
+@pytest.mark.parametrize(("length", "digits"), [(64, (4, 4)), (128, (4, 4)), (1000, (4, 4)), (128, (7, 12))])
+def test_training_example(length: int, digits: tuple[int, int]) -> None:
     """Exactly as long as asked; each answer is the code that the text gives, weighted whole, with EOS behind it."""
     tokenizer, rng = Tokenizer.from_file(str(EXAMPLE / "model" / "tokenizer.json")), random.Random(0)
+    found: set[int] = set()
     for _ in range(10):
-        ids, weights = data.make_example(rng, encode, length)
+        ids, weights = data.make_example(rng, encode, length, digits)
         used = length - weights.count(0.0)
         assert len(ids) == len(weights) == length
-        assert length - used < 20
+        assert length - used < 20 + (digits[1] - digits[0]) * ids[:used].count(1)
         text = tokenizer.decode(ids[:used], skip_special_tokens=False).removeprefix("<|begin_of_text|>")
         body, _, questions = text.partition("\n")
-        asked = re.findall(r"Question: (The access code of the \w+ \w+ is) (\d{4})\.\n<\|end_of_text\|>", questions)
+        asked = re.findall(r"Question: (The access code of the \w+ \w+ is) (\d+)\.\n<\|end_of_text\|>", questions)
         assert len(asked) == ids[:used].count(1) >= 1
-        assert weights.count(1.0) == 7 * len(asked)
+        assert weights.count(1.0) == sum(len(code) + 3 for _, code in asked)
+        found |= {len(code) for _, code in asked}
         assert all(body.count(f"{sentence} {code}.") == body.count(code) == 1 for sentence, code in asked)
         assert 3 <= body.count("The access code") <= 48
+    assert found <= set(range(digits[0], digits[1] + 1))
+    assert len(found) > 1 or digits[0] == digits[1]
 
 
-def test_count_right(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("digits", [(4, 4), (7, 12)])
+def test_count_right(digits: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
     """An answer is right if its code, full stop and newline all are; neither EOS nor the text around it counts."""
-    batch = data.make_batch(random.Random(0), encode, 4, 128, n_questions=1)
+    batch = data.make_batch(random.Random(0), encode, 4, 128, digits, n_questions=1)
     predicted = batch.ids[:, 1:].clone()
     monkeypatch.setattr(network, "forward", lambda model, ids: torch.nn.functional.one_hot(predicted, 1024))
     assert network.count_right(None, batch) == (4, 4)
     answers = (batch.weights[:, 1:] == 1).int().argmax(dim=1)  # where they begin
+    lengths = (batch.weights[:, 1:] == 1).sum(dim=1)
     predicted[0, answers[0] + 2] += 1  # a digit
-    predicted[1, answers[1] + 6] -= 1  # EOS
+    predicted[1, answers[1] + lengths[1] - 1] -= 1  # EOS
     predicted[2, 3] += 1  # the text
     assert network.count_right(None, batch) == (3, 4)

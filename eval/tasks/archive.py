@@ -10,14 +10,16 @@ import random
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 from fastkv.errors import FastKVError
 from fastkv.eval.example import Draw, Example, Task, first_word
 from fastkv.eval.fitting import adjust
-from fastkv.eval.tasks.archive_text import Key, filler, nearest, question, record, records
+from fastkv.eval.tasks.archive_text import FOUR, Digits, Key, filler, nearest, question, record, records
 
 Encode = Callable[[str], list[int]]  # no BOS added
 
+LONG: Digits = (7, 12)  # long-codes/ in examples/archive
 MIN_RECORDS, MAX_RECORDS = 3, 48
 MIN_SHARE, MAX_SHARE = 0.1, 0.6  # of a text's tokens that are records
 
@@ -40,16 +42,18 @@ class Archive:
         return [key for key, code in self.codes.items() if uses[code] == 1]
 
 
-def make_prompt(encode: Encode, tokens: int, depth: float, seed: int | str, n_records: int | None = None) -> Example:
+def make_prompt(
+    encode: Encode, tokens: int, depth: float, seed: int | str, n_records: int | None = None, digits: Digits = FOUR
+) -> Example:
     """A prompt of about `tokens` tokens, BOS included; `depth` in [0, 1] is where the asked record lies in the text.
 
-    It ends where the answer ` 5831.\\n` begins, whose four digits it has once. Raises ValueError where the records do
-    not fit.
+    It ends where the answer ` 5831.\\n` begins; it has that code, of as many digits as `digits` allows, once. Raises
+    ValueError where the records do not fit.
     """
     rng = random.Random(seed)
     # Every question has the same number of tokens; BOS and the newline are the other two.
     room = tokens - 2 - len(encode(question(("calm", "owl"))))
-    archive = compose(rng, encode, room, n_records)
+    archive = compose(rng, encode, room, n_records, digits)
     if not archive.askable:
         raise ValueError("every code of the text appears twice; take another seed")
     key = rng.choice(archive.askable)
@@ -57,7 +61,9 @@ def make_prompt(encode: Encode, tokens: int, depth: float, seed: int | str, n_re
     return Example(f"{text}\n{question(key)}", (archive.codes[key],))
 
 
-def compose(rng: random.Random, encode: Encode, tokens: int, n_records: int | None = None) -> Archive:
+def compose(
+    rng: random.Random, encode: Encode, tokens: int, n_records: int | None = None, digits: Digits = FOUR
+) -> Archive:
     """A shuffled text of at most `tokens` tokens, and less than one sentence short of that.
 
     `n_records` None draws it: records take 10 to 60 % of the text, 3 to 48 of them. Raises ValueError where the
@@ -65,9 +71,9 @@ def compose(rng: random.Random, encode: Encode, tokens: int, n_records: int | No
     """
     if n_records is None:
         share = rng.uniform(MIN_SHARE, MAX_SHARE)
-        count = round(share * tokens / size(encode, record(("calm", "owl"), "0123")))
+        count = round(share * tokens / record_size(encode, digits))
         n_records = min(max(count, MIN_RECORDS), MAX_RECORDS)
-    codes = records(rng, n_records)
+    codes = records(rng, n_records, digits)
     sentences = [record(key, code) for key, code in codes.items()]
     left = tokens - sum(size(encode, sentence) for sentence in sentences)
     if left < 0:
@@ -94,19 +100,27 @@ def size(encode: Encode, sentence: str) -> int:
     return len(encode(" " + sentence))
 
 
-def write(draw: Draw) -> Example:
+def record_size(encode: Encode, digits: Digits) -> int:
+    """Tokens of a record whose code is as long as `digits` allows."""
+    return size(encode, record(("calm", "owl"), ("0123456789" * digits[1])[: digits[1]]))
+
+
+def write(draw: Draw, digits: Digits = FOUR) -> Example:
     """A prompt of the slot's length with the asked record at the slot's depth."""
-    sentence = size(draw.encode, record(("calm", "owl"), "0123"))
-    return adjust(draw, lambda room: _compose(draw, room), draw.limit, sentence)
+    sentence = record_size(draw.encode, digits)
+    return adjust(draw, lambda room: _compose(draw, room, digits), draw.limit, sentence)
 
 
-def _compose(draw: Draw, tokens: int) -> Example:
+def _compose(draw: Draw, tokens: int, digits: Digits) -> Example:
     depth = 0.5 if draw.slot.depth is None else draw.slot.depth
     try:
-        return make_prompt(draw.encode, tokens, depth, f"{draw.seed}/{draw.slot.id}")
+        return make_prompt(draw.encode, tokens, depth, f"{draw.seed}/{draw.slot.id}", digits=digits)
     except ValueError as error:
-        message = f"{draw.limit} tokens are too short for task archive ({error})"
+        message = f"{draw.limit} tokens are too short for task {draw.slot.task} ({error})"
         raise FastKVError(message, setting="length") from None
 
 
-TASKS = (Task("archive", "the bundled model's own: one access code among many", first_word, 8, write, has_depth=True),)
+TASKS = (
+    Task("archive", "the bundled model's own: one access code among many", first_word, 8, write, has_depth=True),
+    Task("archive_long", "the same with 7 to 12 digits", first_word, 16, partial(write, digits=LONG), has_depth=True),
+)

@@ -43,6 +43,8 @@ PLACES = (
 ).split("|")
 
 Key = tuple[str, str]
+Digits = tuple[int, int]  # the fewest and the most digits of a code
+FOUR: Digits = (4, 4)
 
 
 def filler(rng: random.Random) -> str:
@@ -58,11 +60,17 @@ def question(key: Key) -> str:
     return f"Question: The access code of the {key[0]} {key[1]} is"
 
 
-def records(rng: random.Random, count: int) -> dict[Key, str]:
+def records(rng: random.Random, count: int, digits: Digits = FOUR) -> dict[Key, str]:
     found: dict[Key, str] = {}
     while len(found) < count:
-        found.setdefault((rng.choice(ADJECTIVES), rng.choice(NOUNS)), f"{rng.randrange(10_000):04d}")
+        found.setdefault((rng.choice(ADJECTIVES), rng.choice(NOUNS)), code(rng, digits))
     return found
+
+
+def code(rng: random.Random, digits: Digits) -> str:
+    fewest, most = digits
+    n = fewest if fewest == most else rng.randint(fewest, most)
+    return f"{rng.randrange(10**n):0{n}d}"
 
 
 def nearest(sizes: Sequence[int], depth: float) -> int:

@@ -32,6 +32,13 @@ def integer(low: int, high: int | None = None) -> Callable[[str], int]:
     return read
 
 
+def span(flag: str, values: list[int]) -> tuple[int, int]:
+    """The lowest and the highest of a flag's one or two values. Raises ValueError for anything else."""
+    if len(values) > 2 or values != sorted(values):
+        raise ValueError(f"argument {flag}: must be one number, or a lower and a higher one, not {values}")
+    return values[0], values[-1]
+
+
 def number(low: float, high: float = math.inf, *, above: bool = False) -> Callable[[str], float]:
     """A reader of finite numbers in [low, high], or in (low, high] where `above`."""
 

@@ -6,6 +6,8 @@ from pathlib import Path
 
 from fastkv.eval.tasks.archive import Encode
 
+MAX_DIGITS = 20  # of a code, each of which is a token
+
 
 def load_encode(path: Path) -> Encode:
     """The tokenizer of a `tokenizer.json`. Raises ValueError where it cannot be read."""

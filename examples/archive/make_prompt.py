@@ -11,8 +11,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from arguments import Parser, integer, number
-from encoding import load_encode
+from arguments import Parser, integer, number, span
+from encoding import MAX_DIGITS, load_encode
 
 from fastkv.eval.example import Example
 from fastkv.eval.tasks.archive import make_prompt
@@ -27,6 +27,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--records", type=integer(1, 2000), help="how many records (drawn: 10 to 60 %% of the text, 3 to 48)"
     )
+    parser.add_argument(
+        "--digits",
+        type=integer(1, MAX_DIGITS),
+        nargs="+",
+        default=[4],
+        help="of a code: a number, or the fewest and the most (4)",
+    )
     parser.add_argument("--seed", type=integer(0), default=0, help="fixes the text (0)")
     parser.add_argument("--tokenizer", type=Path, default=TOKENIZER, help="a tokenizer.json (the bundled model's)")
     parser.add_argument("--out", type=Path, help="the prompt file, ending in a newline (stdout, as it is)")
@@ -34,7 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = parser.parse_args(arguments)
     try:
         encode = load_encode(args.tokenizer)
-        prompt = make_prompt(encode, args.tokens, args.depth, args.seed, args.records)
+        prompt = make_prompt(encode, args.tokens, args.depth, args.seed, args.records, span("--digits", args.digits))
         write(prompt, args.out, args.answer_file)
     except (ValueError, OSError) as error:
         parser.error(str(error))

@@ -2,6 +2,8 @@
 
     python train.py --minutes 120 --out trained
 
+--digits gives the codes another length, and --weights begins with another model's weights.
+
 Ctrl-C saves and ends; --resume goes on from there. The folder is a model that fastkv-run can load at any time.
 """
 
@@ -14,7 +16,8 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from arguments import Parser, integer, number
+from arguments import Parser, integer, number, span
+from encoding import MAX_DIGITS
 from training_plan import HEAD_DIM, MAX_LENGTH, MIN_LENGTH, Budget, Settings
 
 MINUTES = 120.0
@@ -24,7 +27,7 @@ INTERRUPTED = 130
 def parser() -> Parser:
     """Options of the run itself have no default here, so that --resume can tell which were given."""
     known = Settings()
-    made = Parser(description="Train the archive model from nothing.")
+    made = Parser(description="Train the archive model, from nothing or on from --weights.")
     made.add_argument("--out", type=Path, default=Path(__file__).parent / "trained", help="folder (trained/)")
     made.add_argument("--minutes", type=number(0, above=True), help=f"length of the whole run ({MINUTES:g})")
     made.add_argument(
@@ -32,6 +35,7 @@ def parser() -> Parser:
     )
     made.add_argument("--stop-after", type=integer(1), metavar="STEPS", help="save and end after so many steps")
     made.add_argument("--resume", action="store_true", help="go on from the state in --out")
+    made.add_argument("--weights", type=Path, metavar="FOLDER", help="begin with this model's weights")
     made.add_argument("--threads", type=integer(1), help="CPU threads (torch's choice)")
     made.add_argument(
         "--held-out", type=integer(1), default=50, metavar="TEXTS", help="texts a length, at the end (50)"
@@ -40,6 +44,9 @@ def parser() -> Parser:
     run.add_argument("--seed", type=integer(0), help=f"fixes weights and texts ({known.seed})")
     run.add_argument("--lr", type=number(0, 1, above=True), help=f"highest learning rate ({known.lr:g})")
     run.add_argument("--lengths", type=integer(MIN_LENGTH, MAX_LENGTH), nargs="+", help="in tokens (128 256 … 4096)")
+    run.add_argument(
+        "--digits", type=integer(1, MAX_DIGITS), nargs="+", help="of a code: a number, or the fewest and the most (4)"
+    )
     run.add_argument("--batch-tokens", type=integer(1), help=f"tokens a step ({known.batch_tokens})")
     run.add_argument("--hidden", type=integer(1), help=f"hidden size, a multiple of {HEAD_DIM} ({known.hidden})")
     run.add_argument("--layers", type=integer(1), help=f"layers ({known.layers})")
@@ -48,10 +55,12 @@ def parser() -> Parser:
 
 
 def given_settings(args: argparse.Namespace) -> dict[str, Any]:
-    """The settings that stand on the command line. Raises ValueError for a hidden size that has no whole heads."""
+    """The settings that stand on the command line. Raises ValueError for those that do not go together."""
     given = {name: value for name in asdict(Settings()) if (value := getattr(args, name)) is not None}
     if "lengths" in given:
         given["lengths"] = tuple(sorted(set(args.lengths)))
+    if "digits" in given:
+        given["digits"] = span("--digits", args.digits)
     if args.hidden is not None and args.hidden % HEAD_DIM:
         raise ValueError(f"argument --hidden: must be a multiple of {HEAD_DIM}, not {args.hidden}")
     return given
@@ -72,6 +81,8 @@ def start(args: argparse.Namespace) -> int:
     if args.threads is not None:
         torch.set_num_threads(args.threads)
     if args.resume:
+        if args.weights is not None:
+            raise ValueError("argument --weights: a run to resume has its own; leave it out")
         record = read_record(args.out)
         refuse_changes(record.settings, given)
         record = replace(record, budget=given_budget(args) or record.budget)
@@ -82,6 +93,8 @@ def start(args: argparse.Namespace) -> int:
     if args.resume:
         run.resume(record.counters)
         report(f"step {record.counters.step:5d}  resumed")
+    elif args.weights is not None:
+        run.begin_with(args.weights)
     interrupted = run.train(args.stop_after)
     report(f"step {run.counters.step:5d}  saved in {args.out}")
     if run.progress < 1:

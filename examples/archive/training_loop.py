@@ -26,6 +26,7 @@ from fastkv.errors import FastKVError
 from fastkv.eval.tasks.archive import Encode
 from fastkv.models.config import ModelConfig
 from fastkv.models.llama import Llama
+from fastkv.models.weights import load_weights
 
 BETAS, WEIGHT_DECAY, CLIP = (0.9, 0.98), 0.05, 1.0
 SAVE_MINUTES = 5.0
@@ -48,6 +49,11 @@ class Run:
         self._losses: list[float] = []
         self._began = self._saved = time.monotonic()
         self._minutes_before = 0.0
+
+    def begin_with(self, folder: Path) -> None:
+        """Take the weights of another model of the same size. Raises FastKVError where the folder holds none such."""
+        weights = load_weights(self.model.config, folder, torch.float32, torch.device("cpu"))
+        self.model.load_state_dict(weights.state_dict())
 
     def resume(self, counters: Counters) -> None:
         """Go on from the folder's saved state, whose counters these are."""
@@ -85,7 +91,7 @@ class Run:
 
     def _descend(self, rng: random.Random, stage: Stage, length: int) -> float:
         size = batch_size(self.settings, length)
-        batch = make_batch(rng, self.encode, size, length)
+        batch = make_batch(rng, self.encode, size, length, self.settings.digits)
         loss = loss_of(self.model, batch, hide(rng, size, length) if stage.hiding else None)
         value = loss.item()
         if not math.isfinite(value):
@@ -100,7 +106,7 @@ class Run:
         """Accuracy on fresh texts of this length; says how things stand, and whether the first stage is over."""
         counters = self.counters
         rng = random.Random(f"{self.settings.seed} check {counters.step}")
-        batch = make_batch(rng, self.encode, batch_size(self.settings, length), length)
+        batch = make_batch(rng, self.encode, batch_size(self.settings, length), length, self.settings.digits)
         right, asked = count_right(self.model, batch)
         loss, self._losses = sum(self._losses) / len(self._losses), []
         left = counters.minutes / self.progress * (1 - self.progress)
@@ -126,7 +132,8 @@ class Run:
             right = done = 0
             while done < n_texts:
                 size = min(batch_size(self.settings, length), n_texts - done)
-                right += count_right(self.model, make_batch(rng, self.encode, size, length, n_questions=1))[0]
+                batch = make_batch(rng, self.encode, size, length, self.settings.digits, n_questions=1)
+                right += count_right(self.model, batch)[0]
                 done += size
             self.report(f"held out: length {length:4d}  {right} of {n_texts} codes right")
 

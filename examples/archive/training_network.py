@@ -7,7 +7,7 @@ import random
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from training_data import ANSWER_TOKENS, ANSWER_WEIGHT, Batch
+from training_data import ANSWER_WEIGHT, EOS, Batch
 
 from fastkv.models.block import Attend
 from fastkv.models.llama import Llama
@@ -96,6 +96,10 @@ def count_right(model: Llama, batch: Batch) -> tuple[int, int]:
     before it.
     """
     likeliest = forward(model, batch.ids[:, :-1]).argmax(dim=-1)  # [B, T]
-    right = likeliest == batch.ids[:, 1:]
-    answers = right[batch.weights[:, 1:] == ANSWER_WEIGHT].view(-1, ANSWER_TOKENS)  # [answers, tokens]
-    return int(answers[:, :-1].all(dim=1).sum()), len(answers)
+    answers = batch.weights[:, 1:] == ANSWER_WEIGHT
+    wanted = batch.ids[:, 1:][answers]  # all answers, one after another; each ends in EOS
+    ends = wanted == EOS
+    wrong = (likeliest[answers] != wanted) & ~ends
+    answer = ends.cumsum(0) - ends.int()  # which one a token is of
+    asked = int(ends.sum())
+    return asked - len(answer[wrong].unique()), asked

@@ -26,13 +26,15 @@ WARM_UP_SHARE = 0.05  # a short run does not spend itself on warming up
 class Settings:
     """What a run keeps from start to end, over every resume.
 
-    `batch_tokens` are tokens a step; `report_every` is in steps, and is also how often accuracy is measured.
+    `digits`: the fewest and the most of a code. `batch_tokens` are tokens a step. `report_every` is in steps, and is
+    also how often accuracy is measured.
     """
 
     seed: int = 0
     hidden: int = 128
     layers: int = 8
     lengths: tuple[int, ...] = LENGTHS
+    digits: tuple[int, int] = (4, 4)
     batch_tokens: int = 8192
     lr: float = 1.5e-3
     report_every: int = 25

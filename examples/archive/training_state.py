@@ -88,8 +88,8 @@ def read_record(folder: Path) -> Record:
     try:
         with safe_open(path, framework="pt") as file:
             values = json.loads((file.metadata() or {})["record"])
-        lengths = tuple(values["settings"].pop("lengths"))
-        settings = Settings(**values["settings"], lengths=lengths)
+        pairs = {name: tuple(value) for name, value in values["settings"].items() if isinstance(value, list)}
+        settings = Settings(**values["settings"] | pairs)
         return Record(settings, Budget(**values["budget"]), Counters(**values["counters"]))
     except (SafetensorError, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise _broken(path, error) from None
