@@ -5,7 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from fastkv.cache.policies.compressed import POOLING_HELP, QUERIES_HELP, SHARE_HELP, SINKS_HELP, VALUES_HELP, WINDOW_HELP
+from fastkv.cache.policies.compressed import (
+    POOLING_HELP,
+    QUERIES_HELP,
+    SHARE_HELP,
+    SINKS_HELP,
+    VALUES_HELP,
+    WINDOW_HELP,
+)
 from fastkv.cache.policies.fastkv import PAPER, FastKV
 from fastkv.cache.setting import choice, number, setting, switch, whole
 
