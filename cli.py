@@ -61,10 +61,10 @@ def _run(args: argparse.Namespace) -> int:
     params = SamplingParams(stop=args.stop, ignore_eos=args.ignore_eos, **_given(args, SAMPLING_FLAGS))
     given = _given(args, SETTINGS)
     named = None if args.policy_file is None else read_policy_file(Path(args.policy_file))
-    policy = build_policy(args.policy or "fastkv", given) if named is None else named.build(given)
-    tuned = None if args.policy is not None else _tuned(args, named)
-    if tuned is not None:
-        policy = tuned.build(given)
+    name = "fastkv" if args.policy is None else args.policy
+    policy = build_policy(name, given) if named is None else named.build(given)
+    tuned = _tuned(args, named) if args.policy is None else None
+    policy = policy if tuned is None else tuned.build(given)
     source = [] if tuned is None else [("tuned", tuned.told(given))]
     try:
         llm = _load(args, policy)

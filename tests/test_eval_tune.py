@@ -227,13 +227,15 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_what_is_found_is_printed_written_remembered_and_used(
     quick: None, capsys: pytest.CaptureFixture[str], tmp_path: Path, cache_folder: Path
 ) -> None:
-    output = tmp_path / "policy.json"
-    assert tune("--length", "96", "--output", str(output)) == 0
+    output, text = tmp_path / "policy.json", tmp_path / "letters.txt"
+    text.write_text("The clerk found two letters near the station.\nA visitor sold a small boat.\n" * 20)
+    assert tune("--length", "96", "--output", str(output), "--prompt", str(text)) == 0
     out, err = capsys.readouterr()
     assert err == ""
     content = json.loads(output.read_text())
     settings = content["settings"]
     assert (content["policy"], content["files"]) == ("fastkv", fingerprint(Path(MODEL)))
+    assert content["prompts"] == ["letters.txt"]
     assert list(settings) == ["kv_retention", "min_tokens", "reach", "tsp_rate"]
     assert settings["min_tokens"] == max(int(settings["kv_retention"] * content["tokens"]), FastKV().window)
     assert f"fastkv-run --kv-retention {settings['kv_retention']:g} --min-tokens {settings['min_tokens']}" in out
