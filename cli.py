@@ -11,6 +11,7 @@ import json
 import os
 import sys
 from collections.abc import Iterable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastkv.cache.catalogue import SETTINGS
@@ -20,6 +21,7 @@ from fastkv.console.job import run_jobs
 from fastkv.console.jsonl import check_output
 from fastkv.console.load import load_model
 from fastkv.console.parser import DONE, INTERRUPTED, flag_of, guarded, say, write_utf8
+from fastkv.console.policy_file import PolicyFile, read_policy_file, remembered_policy, remembers
 from fastkv.console.policy_text import build_policy
 from fastkv.console.prompt import Job, check_names, is_broken, read_jobs, read_prompt
 from fastkv.console.summary import as_json, figures
@@ -29,8 +31,9 @@ if TYPE_CHECKING:
     from fastkv.cache.policy import Policy
     from fastkv.engine.generation import Generation
     from fastkv.engine.llm import LLM
-    from fastkv.engine.output import Output
     from fastkv.engine.sampler import SamplingParams
+
+Rows = list[tuple[str, str]]  # of figures: label, text
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -48,15 +51,46 @@ def _run(args: argparse.Namespace) -> int:
             raise FastKVError(f"{flag}: is not UTF-8")
     if sys.stdout is None:
         raise OSError("standard output is closed")
+    if args.policy is not None and args.policy_file is not None:
+        raise FastKVError("--policy-file names a policy already: leave it or --policy out")
     jobs = _jobs(args)
     _check_targets(args)
 
     from fastkv.engine.sampler import SamplingParams
 
     params = SamplingParams(stop=args.stop, ignore_eos=args.ignore_eos, **_given(args, SAMPLING_FLAGS))
-    policy = build_policy(args.policy, _given(args, SETTINGS))
-    llm = _load(args, policy)
-    return _run_one(args, llm, jobs[0], params) if args.output is None else _run_many(args, llm, jobs, params)
+    given = _given(args, SETTINGS)
+    named = None if args.policy_file is None else read_policy_file(Path(args.policy_file))
+    name = "fastkv" if args.policy is None else args.policy
+    policy = build_policy(name, given) if named is None else named.build(given)
+    tuned = _tuned(args, named) if args.policy is None else None
+    policy = policy if tuned is None else tuned.build(given)
+    source = [] if tuned is None else [("tuned", tuned.told(given))]
+    try:
+        llm = _load(args, policy)
+    except FastKVError as error:
+        raise error if tuned is None else tuned.blamed(error, given) from None
+    if args.output is not None:
+        return _run_many(args, llm, jobs, params, source)
+    return _run_one(args, llm, jobs[0], params, source)
+
+
+def _tuned(args: argparse.Namespace, named: PolicyFile | None) -> PolicyFile | None:
+    """The policy file that the user named, or what is remembered for the model; FastKVError for another model's."""
+    if named is None and not remembers():
+        return None
+    from fastkv.console.machine import fingerprint
+    from fastkv.models.hub import model_folder
+
+    folder = model_folder(args.model, args.revision)
+    try:
+        files = fingerprint(folder)
+    except OSError:
+        return named  # the model cannot be read: loading it will say so
+    tuned = remembered_policy(files) if named is None else named
+    if tuned is not None:
+        tuned.check_model(files)
+    return tuned
 
 
 def _check_targets(args: argparse.Namespace) -> None:
@@ -114,18 +148,19 @@ def _jobs(args: argparse.Namespace) -> list[Job]:
     return jobs
 
 
-def _run_one(args: argparse.Namespace, llm: LLM, job: Job, params: SamplingParams) -> int:
-    """The answer to standard output, as it is made."""
+def _run_one(args: argparse.Namespace, llm: LLM, job: Job, params: SamplingParams, source: Rows) -> int:
+    """The answer to standard output, as it is made. source: where the policy comes from, for the figures."""
     stream = llm.stream(_prompt(args, llm, job), params, keep_selection=args.report is not None)
     status = _print_json(stream) if args.json else _print_text(stream)
     if not args.quiet:
-        _print_figures(stream.output())
+        policy, *others = figures(stream.output())
+        _print_figures([policy, *source, *others])
     if args.report is not None:
         _write_report(args.report, llm, stream)
     return status
 
 
-def _run_many(args: argparse.Namespace, llm: LLM, jobs: list[Job], params: SamplingParams) -> int:
+def _run_many(args: argparse.Namespace, llm: LLM, jobs: list[Job], params: SamplingParams, source: Rows) -> int:
     """The answers into a file, those left out that are there."""
     limits: dict[str, Any] = {} if args.batch_size is None else {"batch_size": args.batch_size}
     if args.kv_memory is not None:
@@ -138,6 +173,7 @@ def _run_many(args: argparse.Namespace, llm: LLM, jobs: list[Job], params: Sampl
     else:
         status = DONE
     if not args.quiet:
+        _print_figures(source)
         say(line)
     return status
 
@@ -185,8 +221,8 @@ def _print_json(stream: Generation) -> int:
     return status
 
 
-def _print_figures(output: Output) -> None:
-    for label, value in figures(output):
+def _print_figures(rows: Rows) -> None:
+    for label, value in rows:
         say(f"{label:<12} {value}")
 
 

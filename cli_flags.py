@@ -34,7 +34,7 @@ SAMPLING_FLAGS = {
 NAMED_SETTINGS = {
     *SETTINGS,
     *SAMPLING_FLAGS,
-    *("prompt", "chat", "stop", "policy", "device", "dtype"),
+    *("prompt", "chat", "stop", "policy", "policy_file", "device", "dtype"),
     *("threads", "revision", "compile", "attention", "report"),
     *("prompts", "output", "batch_size", "kv_memory"),
 }
@@ -57,10 +57,11 @@ def build_parser() -> Parser:
     parser.add_argument("--prompts", metavar="FILE", help="JSONL of objects with prompt and, if wanted, id")
     parser.add_argument(
         "--policy",
-        default="fastkv",
         metavar="NAME",
-        help=", ".join(f"{name} (default)" if name == "fastkv" else name for name in POLICIES),
+        help=", ".join(f"{name} (default)" if name == "fastkv" else name for name in POLICIES)
+        + "; with it, what fastkv-eval tune remembered of this model is not used",
     )
+    parser.add_argument("--policy-file", metavar="FILE", help="policy and settings of a file by fastkv-eval tune")
     policy = parser.add_argument_group("settings of the policies; one that a policy does not have is refused")
     _add_flags(policy, SETTINGS)
     sampling = parser.add_argument_group("generation")

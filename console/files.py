@@ -75,6 +75,22 @@ def check_replaceable(path: Path, setting: str) -> None:
         raise unwritable(path, error, setting) from None
 
 
+def check_own_file(path: Path, kind: str) -> None:
+    """Before hours of work: --output can be put there, and a file that is there is empty or of this `kind`."""
+    check_replaceable(path, "output")
+    if not path.exists():
+        return
+    try:
+        with path.open("rb") as file:
+            beginning = file.read(100)  # which has the kind, in the files of a command that writes one
+    except OSError as error:
+        raise FastKVError(f"{path}: cannot be read ({error.strerror})", setting="output") from None
+    if beginning and kind.encode() not in beginning:
+        raise FastKVError(
+            f"{path}: is there already, and is none of this command's; name another one", setting="output"
+        )
+
+
 def check_regular(path: Path, setting: str) -> None:
     """FastKVError for a folder, pipe or device: reading it might never end, and no file must take its place."""
     if path.exists() and not path.is_file():

@@ -19,6 +19,7 @@ COMMANDS = {
     "tsp-layers": "fastkv.eval.tsp_layers.command",
     "head-scores": "fastkv.eval.head_scores.command",
     "compare": "fastkv.eval.compare.command",
+    "tune": "fastkv.eval.tune.command",
 }
 
 

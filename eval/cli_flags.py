@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from fastkv import __version__
-from fastkv.console.files import check_folder, check_replaceable
+from fastkv.console.files import check_folder, check_own_file, check_replaceable
 from fastkv.console.jsonl import check_output
 from fastkv.console.parser import Parser, add_machine_flags, add_model_flag, check_installed, flag_of
 from fastkv.console.picture import check_picture
+from fastkv.console.policy_file import KIND as POLICY_KIND
 from fastkv.errors import FastKVError, check_choice, check_integer, check_number
 from fastkv.eval.tasks import COPYING, GENERATED, NAMES, build_tasks
 
@@ -43,7 +44,7 @@ FLAGS: dict[str, dict[str, Any]] = {
 }
 TEXTS = ("length", "depth", "seed", "examples")  # which texts are drawn
 # What a complaint names the flag of; the settings of policies are named in its message already.
-SETTINGS = {*FLAGS, "model", "device", "dtype", "threads", "revision"} - {"policy"}
+SETTINGS = {*FLAGS, "model", "loss", "device", "dtype", "threads", "revision"} - {"policy"}
 
 SUMMARIES = {
     **{task.name: task.summary for task in GENERATED.values()},
@@ -73,6 +74,7 @@ policies:
 another command: fastkv-eval tsp-layers --help
 another command: fastkv-eval head-scores --help
 another command: fastkv-eval compare --help
+another command: fastkv-eval tune --help
 """
 COMPARE_EPILOG = f"""\
 policies:
@@ -154,11 +156,37 @@ def _compare() -> Parser:
     return parser
 
 
+def _tune() -> Parser:
+    parser = _parser(
+        "fastkv-eval tune",
+        "Find FastKV's settings for a model: TSP layer and rate, reach, and the smallest KV retention. fastkv-run then "
+        "takes them for this model by itself.",
+    )
+    parser.add_argument(
+        "--prompt",
+        action="append",
+        metavar="FILE",
+        help="a text of your own to hide needles in, repeatable (small talk)",
+    )
+    parser.add_argument(
+        "--loss", type=float, metavar="POINTS", help="of 100 needles that the full cache finds, lost at most (5)"
+    )
+    _add(parser, "length", nargs=None, help="prompts of N tokens at most (1024)")
+    _add(parser, "examples", help="needles, of which half choose (40)")
+    _add(parser, "seed", help="fixes every needle (0)")
+    parser.add_argument(
+        "--output", type=Path, metavar="FILE.json", help="write the policy there, too, for --policy-file"
+    )
+    add_machine_flags(parser.add_argument_group("machine"), quiet="no progress line")
+    return parser
+
+
 PARSERS: dict[str, Callable[[], Parser]] = {
     "tasks": build_parser,
     "tsp-layers": _tsp_layers,
     "head-scores": _head_scores,
     "compare": _compare,
+    "tune": _tune,
 }
 
 
@@ -183,6 +211,9 @@ def check(args: argparse.Namespace) -> None:
 
     Adds `args.tasks`, which --task names.
     """
+    if args.command == "tune":
+        _check_tune(args)
+        return
     if args.command == "tsp-layers":
         _check_prompts(args)
     for name in [] if args.command == "tasks" else args.task or []:
@@ -200,6 +231,19 @@ def check(args: argparse.Namespace) -> None:
         check_picture(args.plot, "plot", "eval")
     if args.page is not None and args.output is not None and args.page.resolve() == args.output.resolve():
         raise FastKVError(f"{args.page}: is the file of --output; name another one", setting="page")
+
+
+def _check_tune(args: argparse.Namespace) -> None:
+    if args.length is not None:
+        check_integer("length", args.length, 1)
+    if args.examples is not None:
+        check_integer("examples", args.examples, 16)
+    if args.threads is not None:
+        check_integer("threads", args.threads, 1, 4096)
+    if args.loss is not None:
+        check_number("loss", args.loss, 0, 100)
+    if args.output is not None:
+        check_own_file(args.output, POLICY_KIND)
 
 
 def _check_prompts(args: argparse.Namespace) -> None:

@@ -78,6 +78,11 @@ class Tokenizer:
         """The text of `ids`; special tokens and unknown ids give nothing."""
         return self._vocabulary.decode(ids)
 
+    @property
+    def has_chat(self) -> bool:
+        """Whether the model has a chat template."""
+        return self._chat is not None
+
     def encode_chat(self, messages: list[dict[str, str]]) -> ChatIds:
         """Token ids of a conversation ready for the model's answer, by the model's own chat template.
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import signal
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -17,6 +19,17 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 # Small models are fastest on one thread, and two threads on a busy machine can be many times slower.
 torch.set_num_threads(1)
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # for the commands that tests start
+# For fixtures that outlive a test; nothing is ever there.
+os.environ["FASTKV_CACHE"] = str(Path(tempfile.gettempdir(), f"fastkv-tests-{os.getpid()}"))
+_counter = itertools.count()
+
+
+@pytest.fixture(autouse=True)
+def cache_folder(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where this test's commands remember things: a folder of its own that is not there yet, never the user's."""
+    folder = tmp_path_factory.getbasetemp() / f"cache-{next(_counter)}"
+    monkeypatch.setenv("FASTKV_CACHE", str(folder))
+    return folder
 
 
 @pytest.fixture(scope="session")

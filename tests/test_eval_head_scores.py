@@ -15,10 +15,11 @@ from torch import Tensor
 
 import fastkv
 from fastkv import LLM, FastKVError, FullKV, HeadKV
+from fastkv.console.files import check_own_file
 from fastkv.eval import cli
 from fastkv.eval.example import Draw, Example, Task
 from fastkv.eval.head_scores import retrieval
-from fastkv.eval.head_scores.command import check_output, model_name, table
+from fastkv.eval.head_scores.command import KIND, model_name, table
 from fastkv.eval.head_scores.retrieval import Copying, HeadScores, Needle, find_needle, strongest_entry, watch_copying
 from fastkv.eval.tasks import GENERATED
 
@@ -404,10 +405,10 @@ def test_only_files_of_this_command_are_replaced(tmp_path: Path, content: bytes,
     path = tmp_path / "file"
     path.write_bytes(content)
     if replaced:
-        check_output(path)
+        check_own_file(path, KIND)
     else:
         with pytest.raises(FastKVError, match="file: is there already, and is none of this command's"):
-            check_output(path)
+            check_own_file(path, KIND)
     assert path.read_bytes() == content
 
 

@@ -13,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from fastkv.cache.policies import FullKV
-from fastkv.console.files import check_replaceable, write_whole
+from fastkv.console.files import check_own_file, write_whole
 from fastkv.console.machine import fingerprint, machine
 from fastkv.console.markdown import markdown
 from fastkv.console.parser import DONE
@@ -34,7 +34,7 @@ TOO_FEW = "A model that chooses so few of them itself hardly shows how it copies
 
 def run(args: argparse.Namespace) -> int:
     """Run the command; its exit status. Raises FastKVError for a user's mistake."""
-    check_output(args.output)
+    check_own_file(args.output, KIND)
     llm, folder = load(args)
     plan = plan_of(args, llm.config.context_length)
     with ProgressLine(None if args.quiet else sys.stderr) as progress:
@@ -74,22 +74,6 @@ def run(args: argparse.Namespace) -> int:
         why = "their answer's tokens do not stand in the prompt exactly once"
         print(f"{left_out} of {total} examples were left out: {why}.")
     return DONE
-
-
-def check_output(path: Path) -> None:
-    """Before hours of work: a file can be put there, and one that is there already is empty or of this command."""
-    check_replaceable(path, "output")
-    if not path.exists():
-        return
-    try:
-        with path.open("rb") as file:
-            beginning = file.read(100)  # which has the kind, in the files of this command
-    except OSError as error:
-        raise FastKVError(f"{path}: cannot be read ({error.strerror})", setting="output") from None
-    if beginning and KIND.encode() not in beginning:
-        raise FastKVError(
-            f"{path}: is there already, and is none of this command's; name another one", setting="output"
-        )
 
 
 def _needles(llm: LLM, plan: Plan, chat: bool, progress: ProgressLine) -> tuple[list[retrieval.Needle], int]:
