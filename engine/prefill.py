@@ -9,6 +9,7 @@ what that holds, too.
 
 from __future__ import annotations
 
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -19,6 +20,7 @@ from fastkv.cache.layer import Kept, Part
 from fastkv.cache.policy import FirstPass, Observation, OnlineSelector
 from fastkv.cache.selection import positions_of, select_entries, select_per_head, select_tokens
 from fastkv.engine.attention import AUTO, attend_parts, causal_attention, take_tokens
+from fastkv.engine.lookahead import Lookahead
 from fastkv.engine.plan import RequestPlan
 from fastkv.engine.projection import Projection
 from fastkv.engine.tsp import TokenState
@@ -53,17 +55,24 @@ class Prefill:
 
 @torch.inference_mode()
 def prefill(
-    model: Llama, ids: Tensor, plan: RequestPlan, cache: KVCache, workspace: Workspace, attention: str = AUTO
+    model: Llama,
+    ids: Tensor,
+    plan: RequestPlan,
+    cache: KVCache,
+    workspace: Workspace,
+    attention: str = AUTO,
+    eos_ids: Collection[int] = (),
 ) -> Prefill:
     """Run the new tokens `ids`, int64 [B, N], through all layers, into `cache`, which may hold a sequence already.
 
     attention: the backend of causal attention. Full K/V of one layer at a time is there, in the `workspace`: a layer
-    keeps its share in the cache, and the next one writes over the rest.
+    keeps its share in the cache, and the next one writes over the rest. (A look-ahead holds it for longer:
+    engine/lookahead.py.) eos_ids: the tokens that end an answer, and the draft of a look-ahead.
     """
     run = LayerRun(model, plan, cache, workspace, attention)
     start = cache.position
     model.reserve(start + plan.positions)
-    cache.begin(whole=not plan.compresses, room=plan.max_tokens)
+    cache.begin(whole=not plan.compresses, room=plan.room)
     origins = None if plan.first_pass is None else run.choose(ids, plan.first_pass)
     state, rope = run.start(ids if origins is None else ids.gather(1, origins), start)
     tokens: list[Tensor] = []
@@ -73,10 +82,13 @@ def prefill(
         state, rope = run.layer(layer, state, rope)
         kept.append(run.positions)
     cache.end(start + plan.layers[0].seen, plan.position_limit)
+    logits = model.head(state.hidden[:, -1])
+    for layer, positions in run.looked_ahead(logits, eos_ids):
+        kept[layer] = positions
     if origins is not None:
         tokens = [origins.gather(1, positions) for positions in tokens]
         kept = [origins.unsqueeze(1).expand(-1, of.shape[1], -1).gather(2, of) for of in kept]
-    return Prefill(model.head(state.hidden[:, -1]), tokens, kept, cache)
+    return Prefill(logits, tokens, kept, cache)
 
 
 class LayerRun:
@@ -91,6 +103,7 @@ class LayerRun:
         self.policy, self.layers = plan.policy, list(plan.layers)
         self.projection, self.workspace = Projection(model, workspace), workspace
         self.windows = model.config.windows
+        self.ahead = Lookahead(plan.lookahead) if plan.lookahead else None
         self.idle_hidden = "other hidden"  # of the two buffers for hidden states the one that is not in use
         # A policy may decide during the prefill at which layer tokens are dropped; the plan then says at the latest.
         self.keep = next((layer.propagated for layer in self.layers if layer.propagated is not None), None)
@@ -158,26 +171,54 @@ class LayerRun:
         to, and the indices of the tokens that are propagated, int64 [B, n] (None: all).
         """
         sizes, past = self.layers[layer], self.plan.past[layer]
-        count = min(sizes.kept, past + k.shape[2])
-        drops = count < past + k.shape[2]
+        drops = sizes.kept < past + k.shape[2]
         if not (drops or sizes.propagated is not None or self.selector is not None):
             return self._keep_all(layer, state, k, v), None
         positions = self._positions_with(layer, state.positions)
         if past:
             k, v = self.projection.joined(self.cache.read(layer), k, v)
         observed = Observation(layer, q, k, v, past)
-        scores = self._score(observed)
-        kept: Kept = None
-        if drops and self.policy.per_head:
-            counts = self.policy.head_budgets(layer, len(self.layers), count, scores)
-            kept = select_per_head(scores, counts, self.policy.window)
-        elif drops:
-            kept = select_entries(scores, count, self.policy.window)
-        self.positions = positions if kept is None else positions_of(kept, positions)
-        self.cache.store(layer, k, v, kept, self.positions)
+        scores = self.fill(observed, positions)
+        if drops and self.ahead is not None:
+            self.ahead.hold(observed, positions, self.policy.window)
         if sizes.propagated is None and self.selector is None:
             return [Part(k, v)], None
         return [Part(k, v)], self._propagated(layer, self.policy.importance(observed, scores)[..., past:])
+
+    def fill(self, observed: Observation, positions: Tensor) -> Tensor:
+        """Let the policy score what a layer saw, at `positions` [B, Hkv, T], and keep its share. -> the scores."""
+        scores, kept = self._score(observed), None
+        layer, n_entries = observed.layer, observed.k.shape[2]
+        count = self.layers[layer].kept
+        if count < n_entries:
+            kept = self._best(layer, count, scores)
+        self.positions = positions if kept is None else positions_of(kept, positions)
+        self.cache.store(layer, observed.k, observed.v, kept, self.positions)
+        return scores
+
+    def looked_ahead(self, logits: Tensor, eos_ids: Collection[int]) -> Iterator[tuple[int, Tensor]]:
+        """Draft after the last layer, and let the layers choose again: each layer, and the positions that it now keeps.
+
+        logits: [B, V], of the last token. Afterwards the draft has never been.
+        """
+        if self.ahead is None:
+            return
+        cache, end = self.cache, (self.cache.position, self.cache.position_limit)
+        cache.begin(whole=False, room=self.plan.room)
+        drafted = self.ahead.draft(self.model, cache, logits, eos_ids)
+        cache.begin(whole=False, room=self.plan.max_tokens)
+        if drafted:
+            for observed, positions in self.ahead.release():
+                self.fill(observed, positions)
+                yield observed.layer, self.positions
+        cache.end(*end)
+
+    def _best(self, layer: int, count: int, scores: Tensor) -> Kept:
+        """The entries that a layer keeps: `count` of each head, or on average."""
+        if not self.policy.per_head:
+            return select_entries(scores, count, self.policy.window)
+        counts = self.policy.head_budgets(layer, len(self.layers), count, scores)
+        return select_per_head(scores, counts, self.policy.window)
 
     def _score(self, observed: Observation) -> Tensor:
         """The policy's scores. Raises FastKVError if they are not as many as tokens stand before its window."""
