@@ -59,8 +59,8 @@ def run_batch(
 def slots_that_fit(runtime: Runtime, requests: Sequence[Request], batch_size: int, kv_memory: int | None = None) -> int:
     """How many of the requests can be at work at a time: at most `batch_size`, in `kv_memory` bytes of KV cache.
 
-    kv_memory: None means what the device has left, less what the largest look-ahead holds. A slot has room for the largest request. Raises FastKVError if not
-    even one fits.
+    kv_memory: None means what the device has left, less what the largest look-ahead holds. A slot has room for the
+    largest request. Raises FastKVError if not even one fits.
     """
     plan = requests[0].plan
     one = bytes_of(layout_of(requests), capacities_of(requests), plan.shape)

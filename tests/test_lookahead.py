@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastkv import ASL, LLM, AdaKV, FastKV, FastKVError, FullKV, PyramidKV, SamplingParams, SnapKV, StructKV
+from fastkv import ASL, LLM, AdaKV, FastKV, FastKVError, PyramidKV, SamplingParams, SnapKV, StructKV
 from fastkv.cache.policies.compressed import WindowScored
 from fastkv.cache.policy import Policy
 from fastkv.cache.scores import value_norms
@@ -322,7 +322,7 @@ def test_a_prompt_whose_hold_has_no_room_is_refused(tiny_llm: LLM, monkeypatch: 
     plan = plan_of(tiny_llm, 160, NO_TSP, 4)
     tiny_llm.free_buffers()
     monkeypatch.setattr("fastkv.engine.memory.available_bytes", lambda device: plan.nbytes + plan.held_nbytes - 1)
-    with pytest.raises(FastKVError, match="lookahead holds until its draft ends, needs .* set lookahead to 0"):
+    with pytest.raises(FastKVError, match=r"lookahead holds until its draft ends, needs .* set lookahead to 0"):
         tiny_llm.generate(ids[0].tolist(), params, NO_TSP)
     with pytest.raises(FastKVError, match="set lookahead to 0"):
         tiny_llm.prefill(ids, NO_TSP, 4)
