@@ -50,6 +50,12 @@ class Drafted:
     k: Tensor
     live: Tensor
 
+    def attention(self, k: Tensor) -> Tensor:
+        """Of their queries to the tokens before them, k [B, Hkv, T, D]: float32 [B, Hkv, G, m, T] (cache/scores.py)."""
+        from fastkv.cache.scores import drafted_attention
+
+        return drafted_attention(self.q, k, self.k, self.live)
+
 
 @dataclass(frozen=True)
 class Observation:
@@ -85,13 +91,6 @@ class Observation:
         self.noted["mass"] = attention.sum(dim=(2, 3))
         return attention
 
-    def attention_ahead(self) -> Tensor | None:
-        """That of the drafted tokens' queries, zero where a token is not live: [B, Hkv, G, m, n_past + T], or None."""
-        from fastkv.cache.scores import drafted_attention
-
-        drafted = self.drafted
-        return None if drafted is None else drafted_attention(drafted.q, self.k, drafted.k, drafted.live)
-
 
 class OnlineSelector(Protocol):
     """Follows the layers of one prefill, and decides after which of them tokens are dropped."""
@@ -115,7 +114,7 @@ class Policy:
 
     name: ClassVar[str]  # as --policy takes it; unless stated, the class's own name in lower case
     window: int = 0  # the last tokens, which are kept whatever the scores say
-    # Tokens that a prefill drafts over the compressed cache, to score what its layers saw again, before it forgets both
+    # Tokens that a prefill drafts, to score what its layers saw again, before it drops the rest and forgets the draft
     # (engine/lookahead.py). Only for a policy whose `score` looks at Observation.drafted.
     lookahead: int = 0
     needs_all_queries: ClassVar[bool] = False  # of a layer, for its scores; not those of the window alone

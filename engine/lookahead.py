@@ -1,38 +1,52 @@
-"""Look-ahead: tokens drafted over the compressed cache score the prompt again, then they are forgotten (2505.20334).
+"""Look-ahead: tokens drafted from the whole prompt score it again, then they are forgotten (after arXiv 2505.20334).
 
 What an answer needs is attended to by the answer's own queries, which the prompt's last tokens can only guess. So a
-prefill with `lookahead` = m holds the whole K and V of each layer, compresses as usual, and lets that cache draft m
-tokens greedily, whatever the request's sampling settings are. The queries of these tokens score the held entries, each
-layer chooses anew under the same budget, and the rest is dropped, as is the draft: logits, positions and propagated
-tokens are those of the prefill itself.
+prefill with `lookahead` = m holds the whole K and V that each layer saw, and drafts m tokens greedily over them,
+whatever the request's sampling settings are. The queries of these tokens score the held entries, each layer chooses
+anew under the same budget, and the rest is dropped, as is the draft: logits, positions and propagated tokens are those
+of the prefill itself.
 
-Cost: m eager decode steps; a second scoring; and until then, in memory, K and V of every token that a dropping layer
-saw (before the TSP layer all of them, after it the propagated ones), which RequestPlan.held_nbytes counts.
+What differs from the paper: it drafts over the compressed cache. What is held allows more, and at a small budget that
+cache drafts what it then goes on to keep: the wrong entries (docs/accuracy.md).
+
+Cost: m eager decode steps over a full cache; a second scoring; and until then, in memory, K and V of every token that
+a layer saw (before the TSP layer all of them, after it the propagated ones), which RequestPlan.held_nbytes counts.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
 from fastkv.cache.kv_cache import KVCache
 from fastkv.cache.policy import Drafted, Observation
+from fastkv.engine.attention import decode_attention
 from fastkv.engine.decode import run_layers
-from fastkv.engine.decode_attention import EagerAttention, StepAttention
 from fastkv.models.llama import Llama
 
 
 @dataclass
 class _Held:
-    """What a layer saw, in memory of its own, at `positions` int64 [B, Hkv, T]; and each drafted token's q and k."""
+    """K and V that a layer saw, [B, Hkv, T + m, D] with room for the draft; `count` tokens are there.
 
-    observed: Observation
-    positions: Tensor
-    q: list[Tensor] = field(default_factory=list)  # [B, Hq, 1, D]
-    k: list[Tensor] = field(default_factory=list)  # [B, Hkv, 1, D]
+    seen, positions (int64 [B, Hkv, T]): of a layer that drops entries, which is to choose again. q: [B, Hq, 1, D] of
+    each drafted token.
+    """
+
+    k: Tensor
+    v: Tensor
+    count: int
+    seen: Observation | None = None
+    positions: Tensor | None = None
+    q: list[Tensor] = field(default_factory=list)
+
+    def append(self, q: Tensor, k: Tensor, v: Tensor) -> None:
+        self.k[:, :, self.count : self.count + 1], self.v[:, :, self.count : self.count + 1] = k, v
+        self.count += 1
+        self.q.append(q)
 
 
 class Lookahead:
@@ -45,48 +59,60 @@ class Lookahead:
 
     def hold(self, observed: Observation, positions: Tensor, window: int) -> None:
         """Copy what a layer saw: its K, V and the queries of the window."""
-        q = observed.q[:, :, -window:].clone()
-        held = Observation(observed.layer, q, observed.k.clone(), observed.v.clone(), observed.n_past)
-        self._held[observed.layer] = _Held(held, positions)
+        held = self._copied(observed.k.shape, like=observed.k)
+        n_tokens = held.count = observed.k.shape[2]
+        held.k[:, :, :n_tokens], held.v[:, :, :n_tokens] = observed.k, observed.v
+        k, v = held.k[:, :, :n_tokens], held.v[:, :, :n_tokens]
+        held.seen = replace(observed, q=observed.q[:, :, -window:].clone(), k=k, v=v, noted={})
+        held.positions = positions
+        self._held[observed.layer] = held
 
-    def draft(self, model: Llama, cache: KVCache, logits: Tensor, eos_ids: Collection[int]) -> int:
-        """Draft greedily from logits [B, V], and make the cache forget it: how many tokens any sequence has drafted.
+    def draft(self, model: Llama, cache: KVCache, logits: Tensor, end: int, eos_ids: Collection[int]) -> bool:
+        """Draft greedily from logits [B, V]: whether any sequence has drafted a token.
 
-        A sequence ends before one of `eos_ids`; what is drafted for it beyond scores nothing.
+        end: the position of the first one. A sequence ends before one of `eos_ids`; what is drafted for it beyond scores nothing. The cache stays as it is;
+        of a layer that dropped nothing it is where K and V are found.
         """
+
+        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            if layer not in self._held:
+                self._held[layer] = self._whole(cache, layer, like=k)
+            held = self._held[layer]
+            held.append(q, k, v)
+            return decode_attention(q, held.k[:, :, : held.count], held.v[:, :, : held.count])
+
         ends = torch.tensor(sorted(eos_ids), dtype=torch.int64, device=logits.device)
         live = torch.ones(logits.shape[0], dtype=torch.bool, device=logits.device)
-        for _ in range(self._n_tokens):
+        positions = torch.full_like(live, end, dtype=torch.int64).unsqueeze(1)
+        for step in range(self._n_tokens):
             tokens = logits.argmax(dim=-1)
             live = live & ~torch.isin(tokens, ends)
             if eos_ids and not live.any():
                 break
             self._live.append(live)
-            logits = self._step(model, cache, tokens)
-        cache.truncate(len(self._live))
-        return len(self._live)
+            logits = run_layers(model, tokens.unsqueeze(1), positions + step, attend)[:, 0]
+        return bool(self._live)
 
     def release(self) -> Iterator[tuple[Observation, Tensor]]:
-        """Each layer that was held, with what was drafted, and its positions. A layer's memory goes after its turn."""
+        """Each layer that is to choose again: what it saw, and its positions. A layer's memory goes after its turn."""
         live = torch.stack(self._live, dim=1)
-        for layer in list(self._held):
+        for layer in sorted(self._held):
             held = self._held.pop(layer)
-            of = held.observed
-            drafted = Drafted(torch.cat(held.q, dim=2), torch.cat(held.k, dim=2), live)
-            yield Observation(layer, of.q, of.k, of.v, of.n_past, drafted), held.positions
+            if held.seen is not None and held.positions is not None:
+                k = held.k[:, :, held.seen.k.shape[2] : held.count]
+                yield replace(held.seen, drafted=Drafted(torch.cat(held.q, dim=2), k, live)), held.positions
 
-    def _step(self, model: Llama, cache: KVCache, tokens: Tensor) -> Tensor:
-        """Append tokens, int64 [B], to the cache, and note their queries and keys: logits [B, V]."""
-        attention = EagerAttention(cache.pool, [cache.slots], 1, model.config.windows)
-        logits = run_layers(model, tokens.unsqueeze(1), cache.next_position.unsqueeze(1), self._noting(attention))
-        cache.advance()
-        return logits[:, 0]
+    def _whole(self, cache: KVCache, layer: int, like: Tensor) -> _Held:
+        """A copy of what the cache holds of a layer that keeps all it saw."""
+        batch, n_heads, _, head_dim = like.shape
+        held = self._copied((batch, n_heads, cache.count(layer), head_dim), like)
+        held.count = cache.count(layer)
+        for part in cache.read(layer):
+            held.k[part.sequences, part.heads, : held.count] = part.k
+            held.v[part.sequences, part.heads, : held.count] = part.v
+        return held
 
-    def _noting(self, attention: StepAttention) -> StepAttention:
-        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            if layer in self._held:
-                self._held[layer].q.append(q)
-                self._held[layer].k.append(k)
-            return attention(layer, q, k, v)
-
-        return attend
+    def _copied(self, shape: Sequence[int], like: Tensor) -> _Held:
+        """Memory for entries [B, Hkv, T, D], and for those that are drafted."""
+        size = (*shape[:2], shape[2] + self._n_tokens, shape[3])
+        return _Held(like.new_empty(size), like.new_empty(size), 0)

@@ -54,23 +54,17 @@ class RequestPlan:
         return bytes_of(DenseLayer, [capacity] * len(self.layers), self.shape)
 
     @property
-    def room(self) -> int:
-        """Tokens for which the cache has room after the prefill's own."""
-        return max(self.max_tokens, self.lookahead)
-
-    @property
     def held_nbytes(self) -> int:
-        """Bytes of K and V that a look-ahead holds of one sequence: all that the layers saw which drop something."""
+        """Bytes of K and V that a look-ahead holds of one sequence: of all that each layer saw, and of the draft."""
         if not self.lookahead:
             return 0
         seen = [before + layer.seen for before, layer in zip(self.past, self.layers, strict=True)]
-        dropping = [most for most, layer in zip(seen, self.layers, strict=True) if layer.kept < most]
-        return bytes_of(DenseLayer, dropping, self.shape)
+        return bytes_of(DenseLayer, [count + self.lookahead for count in seen], self.shape)
 
     @property
     def positions(self) -> int:
         """Positions that prompt and answer (or draft) take at most, from those of this prefill on."""
-        return self.layers[0].seen + self.room
+        return self.layers[0].seen + max(self.max_tokens, self.lookahead)
 
     def cache_in(self, pool: KVPool, slots: range) -> KVCache:
         """An empty cache for this request in these slots of a pool."""
@@ -113,7 +107,7 @@ def plan_request(
     drops = any(plan.kept < most for plan, most in zip(layers, seen_at_most, strict=True))
     end = n_tokens + (0 if cache is None else cache.position)
     lookahead = max(0, min(policy.lookahead, limit - end)) if drops else 0
-    capacities = tuple(round_up(plan.kept + max(max_tokens, lookahead)) for plan in layers)
+    capacities = tuple(round_up(plan.kept + max_tokens) for plan in layers)
     return RequestPlan(
         policy,
         n_tokens,

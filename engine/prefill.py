@@ -72,7 +72,7 @@ def prefill(
     run = LayerRun(model, plan, cache, workspace, attention)
     start = cache.position
     model.reserve(start + plan.positions)
-    cache.begin(whole=not plan.compresses, room=plan.room)
+    cache.begin(whole=not plan.compresses, room=plan.max_tokens)
     origins = None if plan.first_pass is None else run.choose(ids, plan.first_pass)
     state, rope = run.start(ids if origins is None else ids.gather(1, origins), start)
     tokens: list[Tensor] = []
@@ -81,10 +81,10 @@ def prefill(
         tokens.append(state.positions)
         state, rope = run.layer(layer, state, rope)
         kept.append(run.positions)
-    cache.end(start + plan.layers[0].seen, plan.position_limit)
     logits = model.head(state.hidden[:, -1])
-    for layer, positions in run.looked_ahead(logits, eos_ids):
+    for layer, positions in run.looked_ahead(logits, start + plan.layers[0].seen, eos_ids):
         kept[layer] = positions
+    cache.end(start + plan.layers[0].seen, plan.position_limit)
     if origins is not None:
         tokens = [origins.gather(1, positions) for positions in tokens]
         kept = [origins.unsqueeze(1).expand(-1, of.shape[1], -1).gather(2, of) for of in kept]
@@ -196,22 +196,17 @@ class LayerRun:
         self.cache.store(layer, observed.k, observed.v, kept, self.positions)
         return scores
 
-    def looked_ahead(self, logits: Tensor, eos_ids: Collection[int]) -> Iterator[tuple[int, Tensor]]:
+    def looked_ahead(self, logits: Tensor, end: int, eos_ids: Collection[int]) -> Iterator[tuple[int, Tensor]]:
         """Draft after the last layer, and let the layers choose again: each layer, and the positions that it now keeps.
 
-        logits: [B, V], of the last token. Afterwards the draft has never been.
+        logits: [B, V], of the last token. end: the position after it.
         """
         if self.ahead is None:
             return
-        cache, end = self.cache, (self.cache.position, self.cache.position_limit)
-        cache.begin(whole=False, room=self.plan.room)
-        drafted = self.ahead.draft(self.model, cache, logits, eos_ids)
-        cache.begin(whole=False, room=self.plan.max_tokens)
-        if drafted:
+        if self.ahead.draft(self.model, self.cache, logits, end, eos_ids):
             for observed, positions in self.ahead.release():
                 self.fill(observed, positions)
                 yield observed.layer, self.positions
-        cache.end(*end)
 
     def _best(self, layer: int, count: int, scores: Tensor) -> Kept:
         """The entries that a layer keeps: `count` of each head, or on average."""

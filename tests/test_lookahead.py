@@ -1,4 +1,4 @@
-"""Look-ahead: a draft over the compressed cache scores the prompt again, and then has never been."""
+"""Look-ahead: a draft over all that the layers saw scores the prompt again, and then has never been."""
 
 from __future__ import annotations
 
@@ -26,6 +26,7 @@ NO_TSP = FastKV(min_tokens=8, tsp_rate=1.0, lookahead=M)
 ONE_LENGTH: list[WindowScored] = [
     TSP,
     NO_TSP,
+    FastKV(min_tokens=8, tsp_layer=1, tsp_rate=0.5, kv_retention=0.6, lookahead=M),  # layers 2 to 5 keep all they see
     FastKV.paper(min_tokens=8, tsp_layer=(1, 3), tsp_rate=(0.5, 0.3), lookahead=M),
     SnapKV(min_tokens=8, pooling="avg", lookahead=M),
     PyramidKV(min_tokens=10, lookahead=M),
@@ -47,6 +48,11 @@ def without(policy: WindowScored) -> WindowScored:
     return dataclasses.replace(policy, lookahead=0)
 
 
+def keeping_all(policy: WindowScored) -> WindowScored:
+    """Without it, and each layer keeps all that it saw."""
+    return dataclasses.replace(policy, kv_retention=1.0, lookahead=0)
+
+
 def plan_of(llm: LLM, n_tokens: int, policy: Policy, max_tokens: int = 6) -> RequestPlan:
     limit = position_limit(llm.config, policy, n_tokens)
     return plan_request(llm.config, policy, n_tokens, max_tokens, llm.dtype, limit)
@@ -59,8 +65,8 @@ def prefill_until(llm: LLM, ids: Tensor, policy: Policy, eos_ids: Sequence[int])
 
 
 def draft_of(llm: LLM, ids: Tensor, policy: WindowScored, count: int = M) -> Tensor:
-    """What plain greedy decoding over the compressed cache says, [B, count]."""
-    pre = llm.prefill(ids, without(policy), count)
+    """What plain greedy decoding says where nothing but the propagation of tokens has dropped any, [B, count]."""
+    pre = llm.prefill(ids, keeping_all(policy), count)
     tokens = [pre.logits.argmax(-1)]
     for _ in range(count - 1):
         tokens.append(llm.decode(pre.cache, tokens[-1]).argmax(-1))
@@ -77,20 +83,19 @@ def same_kept(one: Prefill, other: Prefill) -> bool:
 def slow_choice(llm: LLM, ids: Tensor, policy: WindowScored) -> list[Tensor]:
     """The positions that each layer keeps of one prompt, [Hkv, n], with attention written out once more.
 
-    K, V and the window's queries come from a full forward of the tokens that each layer saw, the draft's queries from
-    plain decoding over the compressed cache.
+    K and V come from a full forward of the tokens that each layer saw, the draft's queries from
+    plain decoding over a cache that keeps all of these.
     """
-    model, base = llm.model, llm.prefill(ids, without(policy), policy.lookahead)
+    model, base = llm.model, llm.prefill(ids, keeping_all(policy), policy.lookahead)
     drafted = slow_draft(llm, base, policy.lookahead)
     kept = []
     hidden, rope = model.embed(ids), model.rope_of_range(0, ids.shape[1])
     for layer, block in enumerate(model.blocks):
         q, k, v = block.project(hidden, rope)
         before = k.shape[2] - policy.window
-        by_window = attention_of(q[:, :, -policy.window :], k)
         ahead = attention_of(drafted[layer][0], torch.cat((k, drafted[layer][1]), dim=2))
-        both = torch.cat((by_window[..., :before], ahead[..., :before]), dim=-2)  # [Hkv, G, W + m, before]
-        received = both.amax(dim=-2) if policy.queries == "max" else both.sum(dim=-2)
+        received = ahead.amax(dim=-2) if policy.queries == "max" else ahead.sum(dim=-2)  # [Hkv, G, T + m]
+        received = received[..., :before]
         if policy.values:
             received = received * value_norms(v)[0, :, None, :before]
         count = min(policy.budget(layer, llm.config.n_layers, ids.shape[1]), k.shape[2])
@@ -171,7 +176,7 @@ def test_decoding_after_it_equals_that_of_a_cache_built_from_the_chosen_entries(
     ids = prompt(3, batch=2)
     ahead = tiny_llm.prefill(ids, policy, 4)
     built = tiny_llm.prefill(ids, without(policy), 4)
-    whole = tiny_llm.prefill(ids, dataclasses.replace(policy, kv_retention=1.0, lookahead=0), 4)
+    whole = tiny_llm.prefill(ids, keeping_all(policy), 4)
     for layer, kept in enumerate(ahead.kept):
         (part,) = whole.cache.read(layer)
         at = torch.searchsorted(whole.kept[layer].contiguous(), kept)
@@ -186,7 +191,8 @@ def test_decoding_after_it_equals_that_of_a_cache_built_from_the_chosen_entries(
 @pytest.mark.parametrize("policy", [*ONE_LENGTH[:-2], POLICIES[-1]], ids=name_of)  # ASL's rows decide together
 def test_rows_of_a_batch_equal_single_runs(tiny_llm: LLM, policy: WindowScored) -> None:
     ids = prompt(4, batch=3)
-    eos = [int(draft_of(tiny_llm, ids, policy)[1, 2])]  # rows end at different steps
+    drafted = draft_of(tiny_llm, ids, policy)
+    eos = [int(drafted[1, 2]), int(drafted[2, 0])]  # rows end at different steps, one before the first
     together = prefill_until(tiny_llm, ids, policy, eos)
     for row in range(3):
         alone = prefill_until(tiny_llm, ids[row : row + 1], policy, eos)
@@ -230,7 +236,7 @@ def test_llm_ends_it_at_the_models_own_token(tiny_llm: LLM, monkeypatch: pytest.
 def test_the_models_positions_end_it(tiny_llm: LLM) -> None:
     limit = tiny_llm.config.context_length
     assert plan_of(tiny_llm, limit - 3, NO_TSP, 2).lookahead == 3
-    assert plan_of(tiny_llm, limit - 3, NO_TSP, 2).room == 3
+    assert plan_of(tiny_llm, limit - 3, NO_TSP, 2).positions == limit
     assert plan_of(tiny_llm, limit, NO_TSP, 0).lookahead == 0
 
 
@@ -313,8 +319,8 @@ def test_what_is_held_is_counted(tiny_llm: LLM) -> None:
     """K and V of all tokens up to the TSP layer, of the propagated ones after it."""
     config = tiny_llm.config
     one = 2 * config.n_kv_heads * config.head_dim * 4
-    assert plan_of(tiny_llm, 160, NO_TSP).held_nbytes == config.n_layers * 160 * one
-    assert plan_of(tiny_llm, 160, TSP).held_nbytes == (2 * 160 + (config.n_layers - 2) * 80) * one
+    assert plan_of(tiny_llm, 160, NO_TSP).held_nbytes == config.n_layers * (160 + M) * one
+    assert plan_of(tiny_llm, 160, TSP).held_nbytes == (2 * 160 + (config.n_layers - 2) * 80 + config.n_layers * M) * one
 
 
 def test_a_prompt_whose_hold_has_no_room_is_refused(tiny_llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,7 +21,7 @@ REACH_HELP = "tokens after its own that a score lifts, with --pooling forward"
 VALUES_HELP = "weigh attention by the length of the value that it reads"
 SINKS_HELP = "first tokens, always kept, whose attention lifts no others"
 SHARE_HELP = "how much of the layer's best score of a token each KV head adds to its own"
-LOOKAHEAD_HELP = "tokens drafted over the compressed cache, whose queries score the prompt again; 0: none"
+LOOKAHEAD_HELP = "tokens that are drafted, and then forgotten, to score the prompt by their queries; 0: none"
 MIN_TOKENS_HELP = "the rates never keep fewer tokens than this"
 
 
@@ -86,12 +86,13 @@ class WindowScored(Compressed):
     reads. sinks: the first tokens, always kept; the attention that they draw lifts no token after them. share: how much
     of the best score that a token has in any KV head of the layer each head adds to its own.
 
-    lookahead: tokens that the compressed cache drafts greedily, whose queries then score the prompt together with the
-    window's; each layer chooses anew by that, and the draft is forgotten (arXiv 2505.20334; engine/lookahead.py). The
-    propagated tokens stay as they were chosen. An end-of-text token ends the draft. So it is too where a sequence
-    continues from a cache, if the policy chooses anew there (`compresses_again`). Until the draft ends, the K and V of
-    all tokens that each layer saw stay in memory, two times n_kv_heads * head_dim values for each token and layer; a
-    prompt for which there is no such room is refused. 0 (default) drafts nothing and holds nothing.
+    lookahead: tokens that are drafted greedily before anything is dropped for good, whose queries then score the prompt
+    in place of the window's; each layer chooses anew by that, and the draft is forgotten (after arXiv 2505.20334;
+    engine/lookahead.py). The propagated tokens stay as they were chosen. An end-of-text token ends the draft, and so
+    does the model's last position. It works where a sequence continues from a cache, too, if the policy chooses anew
+    there (`compresses_again`). Until the draft ends, the K and V of all tokens that each layer saw stay in memory, two
+    times n_kv_heads * head_dim values for each token and layer; a prompt for which there is no such room is refused. 0
+    (default) drafts nothing and holds nothing.
     """
 
     window: int = setting(8, whole(1), WINDOW_HELP, metavar="W")
@@ -115,14 +116,14 @@ class WindowScored(Compressed):
 
     def received(self, observed: Observation) -> Tensor:
         """What each query head's window attends to before it: float32 [B, Hkv, G, n_past + T - window]."""
-        import torch
-
         from fastkv.cache.scores import over_queries, value_norms
 
-        attention, ahead = observed.attention(self.window), observed.attention_ahead()
-        if ahead is not None:
-            attention = torch.cat((attention, ahead), dim=3)
-        received = over_queries(attention, self.queries)[..., : -self.window]
+        received = over_queries(observed.attention(self.window), self.queries)
+        drafted = observed.drafted
+        if drafted is not None:  # its queries alone; of a sequence that has drafted nothing the window's
+            ahead = over_queries(drafted.attention(observed.k), self.queries)
+            received = ahead.where(drafted.live[:, :1, None, None], received)
+        received = received[..., : -self.window]
         if self.values:
             received = received * value_norms(observed.v[:, :, : -self.window]).unsqueeze(2)
         return received
