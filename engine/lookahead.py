@@ -70,8 +70,8 @@ class Lookahead:
     def draft(self, model: Llama, cache: KVCache, logits: Tensor, end: int, eos_ids: Collection[int]) -> bool:
         """Draft greedily from logits [B, V]: whether any sequence has drafted a token.
 
-        end: the position of the first one. A sequence ends before one of `eos_ids`; what is drafted for it beyond scores nothing. The cache stays as it is;
-        of a layer that dropped nothing it is where K and V are found.
+        end: the position of the first one. A sequence ends before one of `eos_ids`; what is drafted for it beyond
+        scores nothing. The cache stays as it is; of a layer that dropped nothing it is where K and V are found.
         """
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:

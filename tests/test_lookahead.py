@@ -21,7 +21,7 @@ from fastkv.engine.prefill import Prefill, prefill
 from fastkv.engine.workspace import Workspace
 
 M = 5
-TSP = FastKV(min_tokens=8, tsp_layer=1, tsp_rate=0.5, lookahead=M)
+TSP = FastKV(min_tokens=8, tsp_layer=1, tsp_rate=0.5, lookahead=M, lookahead_reach=3)
 NO_TSP = FastKV(min_tokens=8, tsp_rate=1.0, lookahead=M)
 ONE_LENGTH: list[WindowScored] = [
     TSP,
@@ -91,7 +91,7 @@ def slow_choice(llm: LLM, ids: Tensor, policy: WindowScored) -> list[Tensor]:
     kept = []
     hidden, rope = model.embed(ids), model.rope_of_range(0, ids.shape[1])
     for layer, block in enumerate(model.blocks):
-        q, k, v = block.project(hidden, rope)
+        _, k, v = block.project(hidden, rope)
         before = k.shape[2] - policy.window
         ahead = attention_of(drafted[layer][0], torch.cat((k, drafted[layer][1]), dim=2))
         received = ahead.amax(dim=-2) if policy.queries == "max" else ahead.sum(dim=-2)  # [Hkv, G, T + m]
@@ -99,7 +99,7 @@ def slow_choice(llm: LLM, ids: Tensor, policy: WindowScored) -> list[Tensor]:
         if policy.values:
             received = received * value_norms(v)[0, :, None, :before]
         count = min(policy.budget(layer, llm.config.n_layers, ids.shape[1]), k.shape[2])
-        best = policy.smoothed(received[None], policy.reach)[0].topk(count - policy.window, dim=-1).indices
+        best = policy.smoothed(received[None], policy.lookahead_reach)[0].topk(count - policy.window, dim=-1).indices
         recent = torch.arange(before, k.shape[2]).expand(len(best), -1)
         kept.append(base.tokens[layer][0][torch.cat((best.sort(dim=-1).values, recent), dim=1)])
         if layer + 1 < llm.config.n_layers:
