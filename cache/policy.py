@@ -41,6 +41,24 @@ class FirstPass:
 
 
 @dataclass(frozen=True)
+class Drafted:
+    """Tokens that a look-ahead drafted after the new ones, as a layer saw them.
+
+    q: [B, Hq, m, D] and k: [B, Hkv, m, D], rotated. live: bool [B, m], False from a sequence's end-of-text token on.
+    """
+
+    q: Tensor
+    k: Tensor
+    live: Tensor
+
+    def attention(self, k: Tensor) -> Tensor:
+        """Of their queries to the tokens before them, k [B, Hkv, T, D]: float32 [B, Hkv, G, m, T] (cache/scores.py)."""
+        from fastkv.cache.scores import drafted_attention
+
+        return drafted_attention(self.q, k, self.k, self.live)
+
+
+@dataclass(frozen=True)
 class Observation:
     """What a policy sees of a layer's prefill.
 
@@ -49,6 +67,7 @@ class Observation:
     the policy's window, or T if there are fewer; it is T if the policy needs them all. q and k are rotated.
     n_past: entries kept earlier, before the new tokens in k and v; above 0 only where a sequence continues from a
     cache, and the policy `compresses_again`.
+    drafted: what a look-ahead drafted, when the layer is scored for the second time (Policy.lookahead).
     mass: float32 [B, Hkv, n_past + T], how much attention each entry received from the window's queries and the query
     heads that read it, once a policy has asked for `attention`.
     """
@@ -58,6 +77,7 @@ class Observation:
     k: Tensor
     v: Tensor
     n_past: int = 0
+    drafted: Drafted | None = None
     noted: dict[str, Tensor] = field(default_factory=dict, repr=False, compare=False)
     # What the engine answers `output_norms` with; a policy asks for that.
     output: Callable[[Tensor, str], Tensor] | None = field(default=None, repr=False, compare=False)
@@ -108,6 +128,9 @@ class Policy:
 
     name: ClassVar[str]  # as --policy takes it; unless stated, the class's own name in lower case
     window: int = 0  # the last tokens, which are kept whatever the scores say
+    # Tokens that a prefill drafts, to score what its layers saw again, before it drops the rest and forgets the draft
+    # (engine/lookahead.py). Only for a policy whose `score` looks at Observation.drafted.
+    lookahead: int = 0
     needs_all_queries: ClassVar[bool] = False  # of a layer, for its scores; not those of the window alone
     per_head: ClassVar[bool] = False  # the KV heads of a layer keep different numbers of entries (`head_budgets`)
     # When a sequence continues from a cache that already holds entries: whether this policy chooses anew among those

@@ -42,6 +42,18 @@ def window_attention(q: Tensor, k: Tensor, window: int) -> Tensor:
     return logits.softmax(dim=-1)
 
 
+def drafted_attention(q: Tensor, k: Tensor, drafted_k: Tensor, live: Tensor) -> Tensor:
+    """Attention of m drafted tokens to the T tokens before them: float32 [B, Hkv, G, m, T] (arXiv 2505.20334).
+
+    q: [B, Hq, m, D] and drafted_k: [B, Hkv, m, D] of the drafted tokens, k: [B, Hkv, T, D], all rotated. A drafted
+    token attends to all T, to those drafted before it and to itself, so that a row sums to less than one. live: bool
+    [B, m]; the row of a token that is not live is zero.
+    """
+    n_drafted = q.shape[2]
+    attention = window_attention(q, torch.cat((k, drafted_k), dim=2), n_drafted)[..., :-n_drafted]
+    return attention * live[:, None, None, :, None]
+
+
 def over_queries(attention: Tensor, queries: str) -> Tensor:
     """What the tokens receive from all queries of the window: [B, Hkv, G, W, T] -> [B, Hkv, G, T].
 

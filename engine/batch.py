@@ -59,14 +59,15 @@ def run_batch(
 def slots_that_fit(runtime: Runtime, requests: Sequence[Request], batch_size: int, kv_memory: int | None = None) -> int:
     """How many of the requests can be at work at a time: at most `batch_size`, in `kv_memory` bytes of KV cache.
 
-    kv_memory: None means what the device has left. A slot has room for the largest request. Raises FastKVError if not
-    even one fits.
+    kv_memory: None means what the device has left, less what the largest look-ahead holds. A slot has room for the
+    largest request. Raises FastKVError if not even one fits.
     """
     plan = requests[0].plan
     one = bytes_of(layout_of(requests), capacities_of(requests), plan.shape)
     if kv_memory is None:
         available = available_bytes(runtime.model.device)
-        limit = batch_size if available is None else (available + runtime.buffers.idle_bytes) // one
+        held = max(request.plan.held_nbytes for request in requests)  # one prompt at a time is prefilled
+        limit = batch_size if available is None else (available + runtime.buffers.idle_bytes - held) // one
         return max(1, min(batch_size, len(requests), limit))
     if one > kv_memory:
         raise FastKVError(

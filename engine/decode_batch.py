@@ -69,7 +69,8 @@ class DecodeBatch:
         self._at_work[slot] = _Sequence(request, cache)  # from here on `close` ends it, too
         prompt = request.ids.to(model.device)
         state.sampler.start(slot, request.params, prompt)
-        result = prefill(model, prompt, request.plan, cache, self._buffers.workspace, self._runtime.attention)
+        workspace, attention = self._buffers.workspace, self._runtime.attention
+        result = prefill(model, prompt, request.plan, cache, workspace, attention, request.eos_ids)
         state.first(slot, result.logits)
         self._unread.append(({slot: self._at_work[slot]}, _read_later(state.tokens)))
         return slot, result

@@ -270,15 +270,15 @@ class LLM:
         plan = plan_request(self.config, policy, ids.shape[1], max_tokens, self.dtype, limit, cache)
         new = 0 if plan.compresses else plan.n_tokens + max_tokens
         fits = cache is not None and cache.has_room(plan.capacities, new)
-        if not fits:
-            check_cache_fits(plan, self.device, ids.shape[0])
+        check_cache_fits(plan, self.device, ids.shape[0], cache.nbytes if cache is not None and fits else 0)
         with explain_out_of_memory():
             if cache is None:
                 cache = plan.new_cache(ids.shape[0], self.device)
             elif not fits:
                 cache.make_room(plan.capacities, new)
             buffers = self._runtime.buffers.lease()
-            result = prefill(self._model, ids, plan, cache, buffers.workspace, self._runtime.attention)
+            eos_ids = self._eos_ids(SamplingParams())
+            result = prefill(self._model, ids, plan, cache, buffers.workspace, self._runtime.attention, eos_ids)
             self._runtime.buffers.give_back(buffers)
         return dataclasses.replace(result, logits=result.logits.clone())  # a tensor like any other: writable
 

@@ -24,7 +24,9 @@ class RequestPlan:
     n_tokens: new tokens. past: entries that each layer already holds (0 where a sequence begins). layers: what each
     layer sees of the new tokens, keeps in all, and propagates. compresses: whether the policy chooses anything; else
     every layer keeps every new token. max_tokens: the answer's, for which there is room. position_limit: positions that
-    the sequence may take. capacities: entries of each layer's KV heads. layout, shape: how they are stored.
+    the sequence may take. lookahead: tokens that are drafted when the layers are done, and forgotten; fewer than the
+    policy says where the positions end, 0 where no layer drops an entry. capacities: entries of each layer's KV heads.
+    layout, shape: how they are stored.
     """
 
     policy: Policy
@@ -35,6 +37,7 @@ class RequestPlan:
     compresses: bool
     max_tokens: int
     position_limit: int
+    lookahead: int
     capacities: tuple[int, ...]
     layout: type[KVLayer]
     shape: EntryShape
@@ -51,9 +54,17 @@ class RequestPlan:
         return bytes_of(DenseLayer, [capacity] * len(self.layers), self.shape)
 
     @property
+    def held_nbytes(self) -> int:
+        """Bytes of K and V that a look-ahead holds of one sequence: of all that each layer saw, and of the draft."""
+        if not self.lookahead:
+            return 0
+        seen = [before + layer.seen for before, layer in zip(self.past, self.layers, strict=True)]
+        return bytes_of(DenseLayer, [count + self.lookahead for count in seen], self.shape)
+
+    @property
     def positions(self) -> int:
-        """Positions that prompt and answer take at most, from those of this prefill on."""
-        return self.layers[0].seen + self.max_tokens
+        """Positions that prompt and answer (or draft) take at most, from those of this prefill on."""
+        return self.layers[0].seen + max(self.max_tokens, self.lookahead)
 
     def cache_in(self, pool: KVPool, slots: range) -> KVCache:
         """An empty cache for this request in these slots of a pool."""
@@ -93,9 +104,23 @@ def plan_request(
         plan.kept < most or plan.propagated is not None for plan, most in zip(layers, seen_at_most, strict=True)
     )
     layout = _layout(policy, compresses) if cache is None else cache.pool.layout
+    drops = any(plan.kept < most for plan, most in zip(layers, seen_at_most, strict=True))
+    end = n_tokens + (0 if cache is None else cache.position)
+    lookahead = max(0, min(policy.lookahead, limit - end)) if drops else 0
     capacities = tuple(round_up(plan.kept + max_tokens) for plan in layers)
     return RequestPlan(
-        policy, n_tokens, past, tuple(layers), first_pass, compresses, max_tokens, limit, capacities, layout, shape
+        policy,
+        n_tokens,
+        past,
+        tuple(layers),
+        first_pass,
+        compresses,
+        max_tokens,
+        limit,
+        lookahead,
+        capacities,
+        layout,
+        shape,
     )
 
 

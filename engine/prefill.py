@@ -9,6 +9,7 @@ what that holds, too.
 
 from __future__ import annotations
 
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -20,6 +21,7 @@ from fastkv.cache.layer import Kept, Part
 from fastkv.cache.policy import FirstPass, Observation, OnlineSelector
 from fastkv.cache.selection import positions_of, select_entries, select_per_head, select_tokens
 from fastkv.engine.attention import AUTO, attend_parts, causal_attention, take_tokens
+from fastkv.engine.lookahead import Lookahead
 from fastkv.engine.output_norms import output_norms
 from fastkv.engine.plan import RequestPlan
 from fastkv.engine.projection import Projection
@@ -55,12 +57,19 @@ class Prefill:
 
 @torch.inference_mode()
 def prefill(
-    model: Llama, ids: Tensor, plan: RequestPlan, cache: KVCache, workspace: Workspace, attention: str = AUTO
+    model: Llama,
+    ids: Tensor,
+    plan: RequestPlan,
+    cache: KVCache,
+    workspace: Workspace,
+    attention: str = AUTO,
+    eos_ids: Collection[int] = (),
 ) -> Prefill:
     """Run the new tokens `ids`, int64 [B, N], through all layers, into `cache`, which may hold a sequence already.
 
     attention: the backend of causal attention. Full K/V of one layer at a time is there, in the `workspace`: a layer
-    keeps its share in the cache, and the next one writes over the rest.
+    keeps its share in the cache, and the next one writes over the rest. (A look-ahead holds it for longer:
+    engine/lookahead.py.) eos_ids: the tokens that end an answer, and the draft of a look-ahead.
     """
     run = LayerRun(model, plan, cache, workspace, attention)
     start = cache.position
@@ -74,11 +83,14 @@ def prefill(
         tokens.append(state.positions)
         state, rope = run.layer(layer, state, rope)
         kept.append(run.positions)
+    logits = model.head(state.hidden[:, -1])
+    for layer, positions in run.looked_ahead(logits, start + plan.layers[0].seen, eos_ids):
+        kept[layer] = positions
     cache.end(start + plan.layers[0].seen, plan.position_limit)
     if origins is not None:
         tokens = [origins.gather(1, positions) for positions in tokens]
         kept = [origins.unsqueeze(1).expand(-1, of.shape[1], -1).gather(2, of) for of in kept]
-    return Prefill(model.head(state.hidden[:, -1]), tokens, kept, cache)
+    return Prefill(logits, tokens, kept, cache)
 
 
 class LayerRun:
@@ -93,6 +105,7 @@ class LayerRun:
         self.policy, self.layers = plan.policy, list(plan.layers)
         self.projection, self.workspace = Projection(model, workspace), workspace
         self.windows = model.config.windows
+        self.ahead = Lookahead(plan.lookahead) if plan.lookahead else None
         self.idle_hidden = "other hidden"  # of the two buffers for hidden states the one that is not in use
         # A policy may decide during the prefill at which layer tokens are dropped; the plan then says at the latest.
         self.keep = next((layer.propagated for layer in self.layers if layer.propagated is not None), None)
@@ -160,23 +173,16 @@ class LayerRun:
         to, and the indices of the tokens that are propagated, int64 [B, n] (None: all).
         """
         sizes, past = self.layers[layer], self.plan.past[layer]
-        count = min(sizes.kept, past + k.shape[2])
-        drops = count < past + k.shape[2]
+        drops = sizes.kept < past + k.shape[2]
         if not (drops or sizes.propagated is not None or self.selector is not None):
             return self._keep_all(layer, state, k, v), None
         positions = self._positions_with(layer, state.positions)
         if past:
             k, v = self.projection.joined(self.cache.read(layer), k, v)
         observed = self._observed(layer, q, k, v, past)
-        scores = self._score(observed)
-        kept: Kept = None
-        if drops and self.policy.per_head:
-            counts = self.policy.head_budgets(layer, len(self.layers), count, scores)
-            kept = select_per_head(self.policy.ranking(observed, scores, counts), counts, self.policy.window)
-        elif drops:
-            kept = select_entries(self.policy.ranking(observed, scores, count), count, self.policy.window)
-        self.positions = positions if kept is None else positions_of(kept, positions)
-        self.cache.store(layer, k, v, kept, self.positions)
+        scores = self.fill(observed, positions)
+        if drops and self.ahead is not None:
+            self.ahead.hold(observed, positions, self.policy.window)
         if sizes.propagated is None and self.selector is None:
             return [Part(k, v)], None
         return [Part(k, v)], self._propagated(layer, self.policy.importance(observed, scores)[..., past:])
@@ -185,6 +191,36 @@ class LayerRun:
         """What the policy sees of a layer."""
         attention = self.model.blocks[layer].self_attn
         return Observation(layer, q, k, v, past, output=partial(output_norms, attention))
+
+    def fill(self, observed: Observation, positions: Tensor) -> Tensor:
+        """Let the policy score what a layer saw, at `positions` [B, Hkv, T], and keep its share. -> the scores."""
+        scores, kept = self._score(observed), None
+        layer, n_entries = observed.layer, observed.k.shape[2]
+        count = self.layers[layer].kept
+        if count < n_entries:
+            kept = self._best(observed, count, scores)
+        self.positions = positions if kept is None else positions_of(kept, positions)
+        self.cache.store(layer, observed.k, observed.v, kept, self.positions)
+        return scores
+
+    def looked_ahead(self, logits: Tensor, end: int, eos_ids: Collection[int]) -> Iterator[tuple[int, Tensor]]:
+        """Draft after the last layer, and let the layers choose again: each layer, and the positions that it now keeps.
+
+        logits: [B, V], of the last token. end: the position after it.
+        """
+        if self.ahead is None:
+            return
+        if self.ahead.draft(self.model, self.cache, logits, end, eos_ids):
+            for observed, positions in self.ahead.release():
+                self.fill(observed, positions)
+                yield observed.layer, self.positions
+
+    def _best(self, observed: Observation, count: int, scores: Tensor) -> Kept:
+        """The entries that a layer keeps: `count` of each head, or on average."""
+        if not self.policy.per_head:
+            return select_entries(self.policy.ranking(observed, scores, count), count, self.policy.window)
+        counts = self.policy.head_budgets(observed.layer, len(self.layers), count, scores)
+        return select_per_head(self.policy.ranking(observed, scores, counts), counts, self.policy.window)
 
     def _score(self, observed: Observation) -> Tensor:
         """The policy's scores. Raises FastKVError if they are not as many as tokens stand before its window."""

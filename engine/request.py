@@ -105,12 +105,17 @@ def answer_length(config: ModelConfig, params: SamplingParams, n_tokens: int, li
 
 
 def check_cache_fits(plan: RequestPlan, device: torch.device, batch: int = 1, reusable: int = 0) -> None:
-    """FastKVError if the KV cache of `batch` sequences is more than the device's memory has left.
+    """FastKVError if `batch` sequences need more than the device's memory has left: their KV cache, and for a moment
+    what a look-ahead holds besides it.
 
-    reusable: bytes that are allocated but idle, which the request can use.
+    reusable: bytes that are allocated but idle, which the cache can use.
     """
-    advice = "lower kv_retention or max_tokens, or shorten the prompt"
-    check_fits("the KV cache", batch * plan.nbytes, device, advice, reusable)
+    cache, held = batch * plan.nbytes, batch * plan.held_nbytes
+    what, advice = "the KV cache", "lower kv_retention or max_tokens, or shorten the prompt"
+    if held:
+        what = "the KV cache, with the whole K and V that lookahead holds until its draft ends,"
+        advice = "set lookahead to 0, lower kv_retention or max_tokens, or shorten the prompt"
+    check_fits(what, cache + held, device, advice, min(reusable, cache))
 
 
 def is_batch(prompt: Any) -> bool:

@@ -21,6 +21,8 @@ REACH_HELP = "tokens after its own that a score lifts, with --pooling forward"
 VALUES_HELP = "weigh attention by the length of the value that it reads"
 SINKS_HELP = "first tokens, always kept, whose attention lifts no others"
 SHARE_HELP = "how much of the layer's best score of a token each KV head adds to its own"
+LOOKAHEAD_HELP = "tokens that are drafted, and then forgotten, to score the prompt by their queries; 0: none"
+AHEAD_REACH_HELP = "--reach of the scores by drafted tokens, which have looked ahead themselves"
 MIN_TOKENS_HELP = "the rates never keep fewer tokens than this"
 
 
@@ -84,6 +86,15 @@ class WindowScored(Compressed):
     `reach` tokens after it (cache/scores.py tells why). values: weigh attention by the length of the value that it
     reads. sinks: the first tokens, always kept; the attention that they draw lifts no token after them. share: how much
     of the best score that a token has in any KV head of the layer each head adds to its own.
+
+    lookahead: tokens that are drafted greedily before anything is dropped for good, whose queries then score the
+    prompt in place of the window's, pooled with `lookahead_reach` in place of `reach`; each layer chooses anew by
+    that, and the draft is forgotten (after arXiv 2505.20334; engine/lookahead.py). The propagated tokens stay as
+    they were chosen. An end-of-text token ends the draft, and so does the model's last position. It works where a
+    sequence continues from a cache, too, if the policy chooses anew there (`compresses_again`). Until the draft
+    ends, the K and V of all tokens that each layer saw stay in memory, two times n_kv_heads * head_dim values for
+    each token and layer; a prompt for which there is no such room is refused. 0 (default) drafts nothing and holds
+    nothing.
     """
 
     window: int = setting(8, whole(1), WINDOW_HELP, metavar="W")
@@ -94,6 +105,13 @@ class WindowScored(Compressed):
     values: bool = setting(False, switch(), VALUES_HELP, metavar="yes|no")
     sinks: int = setting(0, whole(0), SINKS_HELP, metavar="N")
     share: float = setting(0.0, number(0), SHARE_HELP, metavar="R")
+    lookahead: int = setting(0, whole(0), LOOKAHEAD_HELP, metavar="N")
+    lookahead_reach: int = setting(8, whole(0, MAX_KERNEL), AHEAD_REACH_HELP, metavar="N")
+
+    def check_no_lookahead(self) -> None:
+        """FastKVError for a look-ahead; for methods that score by what only the window's own queries can tell."""
+        if self.lookahead:
+            raise FastKVError(f"lookahead is no setting of {self.name}; leave it at 0", setting="lookahead")
 
     def covering(self, tail: int, n_tokens: int) -> Policy:
         """The window covers the chat template's end, too, where that leaves half of every budget to other tokens."""
@@ -102,13 +120,21 @@ class WindowScored(Compressed):
         return self if window == self.window else dataclasses.replace(self, window=window)
 
     def score(self, observed: Observation) -> Tensor:
-        return self.smoothed(self.received(observed), self.reach)
+        scores, drafted = self.smoothed(self.received(observed), self.reach), observed.drafted
+        if drafted is None:
+            return scores
+        ahead = self.smoothed(self._received(observed, drafted.attention(observed.k)), self.lookahead_reach)
+        return ahead.where(drafted.live[:, :1, None], scores)  # of a sequence that has drafted nothing the window's
 
     def received(self, observed: Observation) -> Tensor:
         """What each query head's window attends to before it: float32 [B, Hkv, G, n_past + T - window]."""
+        return self._received(observed, observed.attention(self.window))
+
+    def _received(self, observed: Observation, attention: Tensor) -> Tensor:
+        """The same of the attention of some queries, [B, Hkv, G, n, n_past + T]."""
         from fastkv.cache.scores import over_queries, value_norms
 
-        received = over_queries(observed.attention(self.window), self.queries)[..., : -self.window]
+        received = over_queries(attention, self.queries)[..., : -self.window]
         if self.values:
             received = received * value_norms(observed.v[:, :, : -self.window]).unsqueeze(2)
         return received

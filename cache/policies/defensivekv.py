@@ -43,6 +43,10 @@ class DefensiveKV(AdaKV):
         0.9, number(0, 1), "share of a head's attention whose tokens are kept before others compete", metavar="R"
     )
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.check_no_lookahead()
+
     def score(self, observed: Observation) -> Tensor:
         import torch
 

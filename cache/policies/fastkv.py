@@ -135,9 +135,9 @@ class FastKV(WindowScored):
                 first, seen = layer + 1, keep
         return [*made, Stage(range(first, n_layers))]
 
-    def score(self, observed: Observation) -> Tensor:
-        received = observed.noted["received"] = self.received(observed)
-        return self.smoothed(received, self.reach)
+    def received(self, observed: Observation) -> Tensor:
+        received = observed.noted["received"] = super().received(observed)
+        return received
 
     def importance(self, observed: Observation, scores: Tensor) -> Tensor:
         if self.tsp_reach is None or self.pooling != "forward":

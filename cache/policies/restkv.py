@@ -57,6 +57,7 @@ class ReSTKV(SnapKV):
         super().__post_init__()
         if self.values:
             raise FastKVError("values must be no: restkv measures what values add already", setting="values")
+        self.check_no_lookahead()
 
     def score(self, observed: Observation) -> Tensor:
         attention = observed.attention(self.window)  # [B, Hkv, G, W, T]
