@@ -68,8 +68,8 @@ class Observation:
     n_past: entries kept earlier, before the new tokens in k and v; above 0 only where a sequence continues from a
     cache, and the policy `compresses_again`.
     drafted: what a look-ahead drafted, when the layer is scored for the second time (Policy.lookahead).
-    mass: float32 [B, Hkv, n_past + T], how much attention each entry received from the window's queries and the query
-    heads that read it, once a policy has asked for `attention`.
+    peaks: float32 [B, Hkv, n_past + T], the most that any of the window's queries, in any query head that reads it,
+    attends to each entry; None until the policy has asked for `attention`.
     """
 
     layer: int
@@ -83,15 +83,15 @@ class Observation:
     output: Callable[[Tensor, str], Tensor] | None = field(default=None, repr=False, compare=False)
 
     @property
-    def mass(self) -> Tensor | None:
-        return self.noted.get("mass")
+    def peaks(self) -> Tensor | None:
+        return self.noted.get("peaks")
 
     def attention(self, window: int) -> Tensor:
         """Attention of the last `window` queries: float32 [B, Hkv, G, W, n_past + T] (cache/scores.py)."""
         from fastkv.cache.scores import window_attention
 
         attention = window_attention(self.q, self.k, window)
-        self.noted["mass"] = attention.sum(dim=(2, 3))
+        self.noted["peaks"] = attention.amax(dim=(2, 3))
         return attention
 
     def output_norms(self, x: Tensor, norm: str) -> Tensor:

@@ -116,7 +116,7 @@ def run_jobs(
     about = {**about, "dtype": dtype, "policy": policy, "sampling": dataclasses.asdict(params)}
     with Records(output, about, jobs) as records, ProgressLine(sys.stderr) as line:
         todo = [job for job in jobs if job.id not in records.done]
-        started, new_tokens = time.perf_counter(), 0
+        started, new_tokens, warned = time.perf_counter(), 0, 0
         try:
             each = llm.generate_each([prompt_of(job) for job in todo], params, **limits)
         except FastKVError as error:
@@ -126,12 +126,14 @@ def run_jobs(
             raise FastKVError(f"prompt {todo[error.prompt].id}: {error.__cause__}", setting=setting) from None
         for count, (index, answer) in enumerate(each, 1):
             fields = as_json(answer)
-            kept = ("text", "token_ids", "finish_reason", "metrics")
+            kept = ("text", "token_ids", "finish_reason", "warning", "metrics")
             records.append(todo[index], {name: fields[name] for name in kept})
             new_tokens += answer.metrics.new_tokens
+            warned += fields["warning"] is not None
             line.show(f"{count} of {len(todo)} prompts", count, len(todo))
         seconds = time.perf_counter() - started
     before = f"; {len(jobs) - len(todo):,} were there already" if len(todo) < len(jobs) else ""
     speed = f", {new_tokens / seconds:,.1f} tokens/s with their prompts" if todo else ""
     answers = f"{len(todo):,} answer{'s' if len(todo) != 1 else ''}"
-    return f"{answers} to {output}: {new_tokens:,} tokens in {seconds:,.1f} s{speed}{before}"
+    warnings = f'; see "warning" in {warned:,} of them' if warned else ""
+    return f"{answers} to {output}: {new_tokens:,} tokens in {seconds:,.1f} s{speed}{warnings}{before}"

@@ -6,7 +6,8 @@ import dataclasses
 import itertools
 from typing import Any
 
-from fastkv.engine.output import Metrics, Output, RunInfo
+from fastkv.console.parser import flag_of
+from fastkv.engine.output import LOW_ATTENTION, Metrics, Output, RunInfo
 
 MOST_STAGES = 4  # reductions that are told one by one
 
@@ -20,8 +21,17 @@ def as_json(output: Output) -> dict[str, Any]:
         "policy": {"name": output.run.policy, **output.run.settings},
         "device": output.run.device,
         "dtype": output.run.dtype,
+        "warning": warning(output.run, output.metrics),
         "metrics": dataclasses.asdict(output.metrics),
     }
+
+
+def warning(run: RunInfo, metrics: Metrics) -> str | None:
+    """What to do where so little attention mass is kept that the answer is likely to be wrong."""
+    if metrics.attention_kept is None or metrics.attention_kept >= LOW_ATTENTION:
+        return None
+    flag = flag_of("kv_retention" if run.settings.get("kv_len") is None else "kv_len")
+    return f"{_kept(metrics.attention_kept)}: raise {flag}"
 
 
 def figures(output: Output) -> list[tuple[str, str]]:
@@ -44,7 +54,7 @@ def figures(output: Output) -> list[tuple[str, str]]:
             f" {_mebibytes(metrics.kv_bytes)} of {_mebibytes(metrics.kv_full_bytes)}",
         ),
     ]
-    rows += _reductions(run, metrics)
+    rows += _reductions(run, metrics) + _attention(run, metrics)
     if metrics.peak_bytes is not None:
         rows.append(("peak memory", f"{_mebibytes(metrics.peak_bytes)} ({_peak_of(run)})"))
     return rows
@@ -65,6 +75,16 @@ def _reductions(run: RunInfo, metrics: Metrics) -> list[tuple[str, str]]:
         return [*rows, ("tokens", f"{stages[0]}, fewer from layer to layer, {stages[-1]}")]
     label = "TSP" if "tsp_layer" in run.settings else "tokens"
     return rows + [(label, stage) for stage in stages]
+
+
+def _attention(run: RunInfo, metrics: Metrics) -> list[tuple[str, str]]:
+    """How much of the attention mass is kept, and what to do where that is little."""
+    share = metrics.attention_kept
+    return [] if share is None or share == 1 else [("attention", warning(run, metrics) or _kept(share))]
+
+
+def _kept(share: float) -> str:
+    return f"kept {100 * share:.0f} % of attention mass"
 
 
 def _peak_of(run: RunInfo) -> str:

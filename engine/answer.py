@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 
+from fastkv.cache.mass import LayerMass, shares
 from fastkv.engine.output import Metrics, Output, Piece, RunInfo
 from fastkv.engine.prefill import Prefill
 from fastkv.engine.request import Request
@@ -32,6 +33,7 @@ class Answer:
         self._stops = StopStrings(request.params.stop)
         self._kv_bytes = self._kv_entries = 0
         self._layer_tokens: tuple[int, ...] = ()
+        self._mass: list[LayerMass | None] = []
         self._token_ids: list[int] = []
         self._text: list[str] = []
         self._times: list[float] = []
@@ -41,6 +43,7 @@ class Answer:
         """Book what the prefill has kept, and how many tokens each layer saw."""
         self._kv_bytes, self._kv_entries = self.request.plan.nbytes, result.cache.entries
         self._layer_tokens = tuple(result.layer_tokens)
+        self._mass = result.mass  # stays on the device: reading it would wait for the prefill
 
     def take(self, token_id: int) -> tuple[Piece, bool]:
         """Book a new token; the piece to emit, and whether it is the last one."""
@@ -84,6 +87,7 @@ class Answer:
     def _metrics(self) -> Metrics:
         plan, times = self.request.plan, self._times
         n_prompt, n_new = plan.n_tokens, len(self._token_ids)
+        together, each = shares(self._mass)
         heads = self._config.n_layers * self._config.n_kv_heads
         return Metrics(
             prompt_tokens=n_prompt,
@@ -98,4 +102,6 @@ class Answer:
             tsp_tokens=self._layer_tokens[-1] if self._layer_tokens else n_prompt,
             layer_tokens=self._layer_tokens,
             peak_bytes=self.peak,
+            attention_kept=together,
+            layer_attention=each,
         )

@@ -5,6 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+# Metrics.attention_kept below which an answer is likely to be wrong: benchmarks/results/2026-11-27-attention-mass.md.
+LOW_ATTENTION = 0.7
+
 
 @dataclass(frozen=True)
 class Piece:
@@ -26,6 +29,9 @@ class Metrics:
     layer; layer_tokens: that each layer sees. peak_bytes: on a GPU the most memory allocated during the request, on a
     CPU the most resident memory of the whole process meanwhile (where the system cannot begin anew: so far); None where
     the system does not say.
+    attention_kept: the share of the attention mass that all layers keep together, in [0, 1], which tells how far the
+    answer can be trusted; layer_attention: that of each layer, what was dropped before it counted as dropped. None
+    where that was not measured (cache/mass.py).
     """
 
     prompt_tokens: int
@@ -40,6 +46,8 @@ class Metrics:
     tsp_tokens: int
     layer_tokens: tuple[int, ...]
     peak_bytes: int | None
+    attention_kept: float | None = None
+    layer_attention: tuple[float | None, ...] = ()
 
 
 @dataclass(frozen=True)

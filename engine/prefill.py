@@ -10,7 +10,7 @@ what that holds, too.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import torch
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from fastkv.cache.kv_cache import KVCache
 from fastkv.cache.layer import Kept, Part
+from fastkv.cache.mass import LayerMass, MassOfLayers
 from fastkv.cache.policy import FirstPass, Observation, OnlineSelector
 from fastkv.cache.selection import positions_of, select_entries, select_per_head, select_tokens
 from fastkv.engine.attention import AUTO, attend_parts, causal_attention, take_tokens
@@ -42,12 +43,15 @@ class Prefill:
     kept: for each layer int64 [B, Hkv, n], the original positions of the entries in its cache, ascending; where heads
     keep different numbers, -1 stands after those of the shorter ones.
     cache: holds those entries, with room for `max_tokens` more.
+    mass: for each layer how much of the attention mass it keeps (cache/mass.py); None where the policy looks at no
+    window's attention.
     """
 
     logits: Tensor
     tokens: list[Tensor]
     kept: list[Tensor]
     cache: KVCache
+    mass: list[LayerMass | None] = field(default_factory=list)
 
     @property
     def layer_tokens(self) -> list[int]:
@@ -90,7 +94,7 @@ def prefill(
     if origins is not None:
         tokens = [origins.gather(1, positions) for positions in tokens]
         kept = [origins.unsqueeze(1).expand(-1, of.shape[1], -1).gather(2, of) for of in kept]
-    return Prefill(logits, tokens, kept, cache)
+    return Prefill(logits, tokens, kept, cache, run.mass.layers)
 
 
 class LayerRun:
@@ -106,6 +110,8 @@ class LayerRun:
         self.projection, self.workspace = Projection(model, workspace), workspace
         self.windows = model.config.windows
         self.ahead = Lookahead(plan.lookahead) if plan.lookahead else None
+        # Nobody measures what a first pass drops.
+        self.mass = MassOfLayers(cache.batch, model.device, known=plan.first_pass is None)
         self.idle_hidden = "other hidden"  # of the two buffers for hidden states the one that is not in use
         # A policy may decide during the prefill at which layer tokens are dropped; the plan then says at the latest.
         self.keep = next((layer.propagated for layer in self.layers if layer.propagated is not None), None)
@@ -185,7 +191,9 @@ class LayerRun:
             self.ahead.hold(observed, positions, self.policy.window)
         if sizes.propagated is None and self.selector is None:
             return [Part(k, v)], None
-        return [Part(k, v)], self._propagated(layer, self.policy.importance(observed, scores)[..., past:])
+        chosen = self._propagated(layer, self.policy.importance(observed, scores)[..., past:])
+        self.mass.propagate(observed, chosen, self.policy.window)
+        return [Part(k, v)], chosen
 
     def _observed(self, layer: int, q: Tensor, k: Tensor, v: Tensor, past: int = 0) -> Observation:
         """What the policy sees of a layer."""
@@ -201,6 +209,7 @@ class LayerRun:
             kept = self._best(observed, count, scores)
         self.positions = positions if kept is None else positions_of(kept, positions)
         self.cache.store(layer, observed.k, observed.v, kept, self.positions)
+        self.mass.keep(observed, kept, self.policy.window)
         return scores
 
     def looked_ahead(self, logits: Tensor, end: int, eos_ids: Collection[int]) -> Iterator[tuple[int, Tensor]]:
@@ -235,6 +244,7 @@ class LayerRun:
         return scores
 
     def _keep_all(self, layer: int, state: TokenState, k: Tensor, v: Tensor) -> list[Part]:
+        self.mass.keep_all()
         if self.plan.compresses:
             self.positions = self._positions_with(layer, state.positions)
         else:  # every layer holds the same, which takes no memory

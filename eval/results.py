@@ -26,7 +26,8 @@ class Record:
 
     length is None where texts have their own; cut says that such a text lost its middle. Times in seconds, sizes in
     bytes. kv_bytes is what was allocated, room for the answer included; kv_entries are the prompt entries kept (a
-    token's K and V in one KV head), kv_full_entries those of a full cache.
+    token's K and V in one KV head), kv_full_entries those of a full cache. attention_kept: of Metrics; None in older
+    files, too.
     """
 
     id: str
@@ -48,9 +49,11 @@ class Record:
     kv_entries: int
     kv_full_entries: int
     cut: bool = False
+    attention_kept: float | None = None
 
 
 _FIELDS = {field.name for field in fields(Record)}
+_LATER = {"attention_kept"}  # fields that older files lack
 MEASURED = sorted(_FIELDS & {field.name for field in fields(Metrics)})  # as the engine measures them
 
 
@@ -95,7 +98,7 @@ class Results:
         self._compare(file, file.objects[0])
         there: set[tuple[str, str]] = set()
         for number, line in enumerate(file.objects[1:], start=2):
-            if set(line) != _FIELDS:
+            if not _FIELDS - _LATER <= set(line) <= _FIELDS:
                 raise file.foreign(number)
             record = Record(**{**line, "answers": tuple(line["answers"])})
             if (record.id, record.policy) in there:

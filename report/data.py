@@ -22,7 +22,8 @@ class Report:
 
     texts, kinds, ids: for each token its text, its kind (texts.py) and its id. reach: bool [L, N], whether the layer
     saw the token. kept: bool [L, H, N]. names: of special tokens that have one, by id. echoes: token ranges
-    [first, end) that repeat words of the answer. figures: (label, text) rows of budget and timing.
+    [first, end) that repeat words of the answer. figures: (label, text) rows of budget and timing. attention: for each
+    layer the share of the attention mass that it keeps, in [0, 1], None where it was not measured; () for none at all.
     """
 
     policy: str
@@ -36,6 +37,7 @@ class Report:
     finish_reason: str
     echoes: list[tuple[int, int]]
     figures: list[tuple[str, str]]
+    attention: tuple[float | None, ...] = ()
 
 
 def report_of(
@@ -65,6 +67,7 @@ def report_of(
         finish_reason=output.finish_reason,
         echoes=echoes(output.text, texts),
         figures=figures(output),
+        attention=output.metrics.layer_attention,
     )
 
 

@@ -51,6 +51,10 @@ for (const [first, end] of data.echoes) {
   echoed[end - 1] |= 4;
 }
 
+// The share of the attention mass that each layer keeps; null, or no list at all, where it was not measured.
+const attentionOf = (layer) => data.attention[layer] ?? null;
+const measured = data.attention.some((share) => share !== null);
+
 // What is looked at: every cache (layer -1), one layer (head -1), or one head of it.
 const view = { layer: -1, head: -1 };
 const cachesInView = () => (view.layer < 0 ? CACHES : view.head < 0 ? H : 1);

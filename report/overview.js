@@ -42,7 +42,29 @@ function drawOverview() {
   strip.style.height = `${stripHeight}px`;
   strip.style.imageRendering = 'pixelated';
   strip.getContext('2d').putImageData(image, 0, 0);
+  drawShares(shades[5], unseen, ground);
   markRow();
+}
+
+// A bar for each layer, beside its row of the strip: the share of the attention mass that it keeps.
+const shares = document.getElementById('shares');
+function drawShares(bar, rest, nothing) {
+  shares.hidden = !measured;
+  if (!measured) return;
+  const width = 100;
+  const image = new ImageData(width, L);
+  for (let at = 0; at < width * L; at++) {
+    const share = attentionOf(Math.floor(at / width));
+    const colour = share === null ? nothing : (at % width) + 0.5 < width * share ? bar : rest;
+    image.data.set([...colour.map(Math.round), 255], 4 * at);
+  }
+  shares.width = width;
+  shares.height = L;
+  shares.style.height = `${stripHeight}px`;
+  shares.getContext('2d').putImageData(image, 0, 0);
+  const texts = data.attention.map((share, l) => `layer ${l}: ${share === null ? 'not measured' : percent(share, 1)}`);
+  shares.setAttribute('aria-label', `Attention mass kept. ${texts.join(', ')}`);
+  shares.title = 'Attention mass kept, layer by layer';
 }
 
 // For each of `width` places of each layer: the share of its entries that are kept, and of its tokens that were seen.

@@ -78,13 +78,20 @@ function writeLegend() {
   if (data.echoes.length) key('t e first last', 'token', 'stands in the answer');
   const title = view.layer < 0 ? 'Caches that keep a token' : view.head < 0 ? `Heads of layer ${view.layer} that keep it` : 'This cache';
   const strip = 'In the strip above: a row for each layer. The more of its heads keep a place, the stronger the colour; grey where the layer never saw it.' +
-    (cuts.length ? ' Orange: after this layer tokens were dropped.' : '');
+    (cuts.length ? ' Orange: after this layer tokens were dropped.' : '') +
+    (measured ? ' Bars beside it: the share of the attention mass that the layer keeps.' : '');
   byId('legend').replaceChildren(element('h2', '', title), list, element('p', 'quiet strip-note', strip));
 }
 
 function describeView() {
   const l = view.layer;
   if (l < 0) return 'All layers together. Move the slider to see one layer.';
+  const share = attentionOf(l);
+  const mass = share === null ? '' : ` It keeps ${percent(share, 1)} of its attention mass.`;
+  return describeLayer(l) + mass;
+}
+
+function describeLayer(l) {
   const seen = `Layer ${l} saw ${number(seenBy[l])} of ${plural(N, 'token')}`;
   let any = 0;
   let all = 0;

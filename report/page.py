@@ -74,6 +74,7 @@ def _payload(report: Report) -> dict[str, Any]:
         "finish": report.finish_reason,
         "echoes": report.echoes,
         "figures": report.figures,
+        "attention": report.attention,
     }
 
 

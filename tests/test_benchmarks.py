@@ -34,6 +34,7 @@ MODULES = (
     "kernels",
     "latency",
     "machine",
+    "mass_calibration",
     "peer",
     "plot",
     "selection",
@@ -547,6 +548,26 @@ def test_where_the_time_goes(
     assert any("aten::" in row for row in rows)
     assert benchmarks.kernels.main([*argv, "--policy", "half"]) == 2
     assert "--policy must be one of" in capsys.readouterr().err
+
+
+def test_calibration_of_the_attention_mass(benchmarks: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Only of examples that the full cache answers right; the threshold comes from the even ones alone."""
+    scores = [(0, 0.9, 1), (0, 0.3, 0), (2, 0.8, 1), (2, 0.5, 0), (1, 0.9, 1), (1, 0.95, 0), (1, 0.2, 0), (3, 0.99, 0)]
+    records = [
+        {"id": str(index), "policy": "fastkv", "index": index, "score": score, "attention_kept": share}
+        for index, share, score in scores
+    ]
+    records += [{"id": str(i), "policy": "full", "index": i, "score": i < 3, "attention_kept": 1.0} for i in range(4)]
+    path = tmp_path / "m.jsonl"
+    path.write_text("\n".join(map(json.dumps, [{"format": "fastkv-eval 1"}, *records])) + "\n")
+    assert benchmarks.mass_calibration.main([str(path)]) == 0
+    threshold, even, odd = capsys.readouterr().out.splitlines()
+    assert threshold == "threshold 0.55"
+    assert "2 of 4 right; ROC area 1.00; warned of 100% of the wrong and 0% of the right answers" in even
+    assert "1 of 3 right; ROC area 0.50; warned of 50% of the wrong and 0% of the right answers" in odd
+    path.write_text("{}\n")
+    assert benchmarks.mass_calibration.main([str(path)]) == 2
+    assert "has no answer with attention_kept" in capsys.readouterr().err
 
 
 def test_what_choosing_costs(benchmarks: Any, archive_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 import select
 import signal
 import subprocess
@@ -155,7 +156,8 @@ def test_figures(run: Run) -> None:
     assert f"{kept:.1f} MiB of {full:.1f} MiB" in figures["KV kept"]
     assert figures["TSP"] == "500 tokens (50.0 %) propagated after layer 1"
     assert "MiB" in figures["peak memory"]
-    assert len(figures) == 7
+    assert re.fullmatch(r"kept \d+ % of attention mass.*", figures["attention"])
+    assert len(figures) == 8
 
 
 def test_figures_of_many_reductions_are_one_line(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:

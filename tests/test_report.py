@@ -125,6 +125,8 @@ def test_a_report_of_a_real_request(archive_llm: LLM, archive_folder: Path) -> N
     assert torch.equal(bits(data["reach"], n_layers)[..., :n_tokens], report.reach)
     assert data["ids"] == ids
     assert dict(map(tuple, data["figures"]))["prompt"] == f"{len(ids):,} tokens"
+    assert data["attention"] == list(out.metrics.layer_attention)
+    assert len(data["attention"]) == n_layers
 
 
 def test_without_a_tokenizer_tokens_have_no_texts(tiny_llm: LLM) -> None:

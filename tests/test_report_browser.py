@@ -172,6 +172,38 @@ def test_survivors_of_the_cut_are_marked(opened: Opened) -> None:
     assert "Propagated after layer 1: 100 tokens (50.0 %)." in opened.page.locator("#headline").inner_text()
 
 
+def test_the_attention_mass_of_each_layer_is_a_bar(browser: Any, tmp_path: Path) -> None:
+    report = a_report(words(200), attention=(1.0, 0.25, None, 0.5))
+    with Opened(browser, tmp_path / "page.html", report) as opened:
+        bars = opened.page.locator("#shares")
+        strip = opened.page.locator("#overview canvas").bounding_box()
+        assert bars.bounding_box()["height"] == pytest.approx(strip["height"], abs=1)
+        assert bars.bounding_box()["x"] >= strip["x"] + strip["width"]
+        said = "layer 0: 100.0 %, layer 1: 25.0 %, layer 2: not measured, layer 3: 50.0 %"
+        assert bars.get_attribute("aria-label") == f"Attention mass kept. {said}"
+        filled = bars.evaluate(
+            """(e) => {
+              const {width, height} = e;
+              const {data} = e.getContext('2d').getImageData(0, 0, width, height);
+              const colour = (row, x) => data.slice(4 * (row * width + x), 4 * (row * width + x) + 3).join();
+              const columns = [...Array(width).keys()];
+              const same = (row) => columns.filter((x) => colour(row, x) === colour(row, 0)).length / width;
+              return [...Array(height).keys()].map(same);
+            }"""
+        )
+        assert filled == [1, 0.25, 1, 0.5]  # of a row that was not measured all is ground
+        opened.move_to("#layer", "1")
+        assert "It keeps 25.0 % of its attention mass." in opened.page.locator("#view").inner_text()
+        opened.move_to("#layer", "2")
+        assert "attention mass" not in opened.page.locator("#view").inner_text()
+        assert opened.complaints == []
+
+
+def test_without_a_measure_there_are_no_bars(opened: Opened) -> None:
+    assert not opened.page.locator("#shares").is_visible()
+    assert "attention mass" not in opened.page.locator("#legend").inner_text()
+
+
 def test_pointing_at_a_token_shows_its_caches(opened: Opened) -> None:
     panel = opened.page.locator("#token")
     opened.page.locator("#text .t").nth(23).hover()
@@ -275,7 +307,9 @@ def test_tokens_can_be_read_in_both_themes(browser: Any, tmp_path: Path, scheme:
 
 @pytest.mark.parametrize("width", [320, 390, 768, 1280])
 def test_nothing_sticks_out_at_any_width(browser: Any, tmp_path: Path, width: int) -> None:
-    report = a_report([*words(300), " " + "long" * 100, "\n", "\ttab"], answer="long" * 200)
+    report = a_report(
+        [*words(300), " " + "long" * 100, "\n", "\ttab"], answer="long" * 200, attention=(1.0, 0.2, 0.3, None)
+    )
     with Opened(browser, tmp_path / "page.html", report, viewport={"width": width, "height": 800}) as opened:
         assert opened.page.evaluate("document.documentElement.scrollWidth") <= width
         opened.page.locator("#text .t").nth(1).click()  # in the first line, so in one piece
