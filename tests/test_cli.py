@@ -280,6 +280,8 @@ def test_settings_of_the_policy_arrive(run: Run) -> None:
         "values": False,
         "sinks": 2,
         "share": 0.5,
+        "lookahead": 1,
+        "lookahead_reach": 5,
     }
     texts = {name: {False: "no"}.get(value, str(value)) for name, value in given.items()}
     argv = [text for name, value in texts.items() for text in (f"--{name.replace('_', '-')}", value)]

@@ -579,6 +579,8 @@ WRONG = {
     "--queries": ["", "mean", "MAX"],
     "--reach": ["-1", "1.5", "x", "", "9" * 9],
     "--tsp-reach": ["-1", "1.5", "x", "", "9" * 9],
+    "--lookahead": ["-1", "1.5", "x", ""],
+    "--lookahead-reach": ["-1", "1.5", "x", "", "9" * 9],
     "--values": ["", "1", "on", "maybe"],
     "--sinks": ["-1", "1.5", "x"],
     "--share": ["-0.1", "nan", "inf", "x"],
@@ -628,7 +630,13 @@ OF_ONE_POLICY = {
     "--filter-layer": ("gemfilter", ["-1", "8", "x"]),
     "--tau": ("asl", ["0", "-1", "nan", "x"]),
     "--lookback": ("asl", ["1", "1.5", "x"]),
-    "--score-decay": ("structkv", ["0", "1.1", "x"]),
+    "--score-decay": ("structkv", ["-0.1", "1.1", "x"]),
+    "--pivot": ("structkv", ["", "fall"]),
+    "--reading": ("asl", ["", "mine"]),
+    "--full-layers": ("claa", ["-1", "1.5", "x"]),
+    "--norm": ("criticalkv", ["", "l3"]),
+    "--certain-mass": ("defensivekv", ["-0.1", "1.1", "x"]),
+    "--alpha": ("restkv", ["0", "1.1", "x"]),
 }
 
 

@@ -21,7 +21,7 @@ from fastkv.eval.example import Draw, Example, Task
 from fastkv.eval.head_scores import retrieval
 from fastkv.eval.head_scores.command import KIND, model_name, table
 from fastkv.eval.head_scores.retrieval import Copying, HeadScores, Needle, find_needle, strongest_entry, watch_copying
-from fastkv.eval.tasks import GENERATED
+from fastkv.eval.tasks import COPYING, GENERATED
 
 MODEL = str(ROOT / "examples" / "archive" / "model")
 
@@ -367,13 +367,13 @@ def test_scores_of_nothing_are_not_written(
         ("--model {model} --output {folder}", "cannot be written, for it is no ordinary file"),
         (
             "--model {model} --output {out} --task cwe",
-            "--task: task must be one of niah_single, niah_multikey, archive, not 'cwe'",
+            f"--task: task must be one of {', '.join(COPYING)}, not 'cwe'",
         ),
         ("--model {model} --output {out} --task archive vt", "not 'vt'"),
         ("--model {model} --output {out} --task niah_multivalue", "not 'niah_multivalue'"),
         ("--model {model} --output {out} --task qa", "not 'qa'"),
         ("--model {model} --output {out} --task longbench:qasper", "not 'longbench:qasper'"),
-        ("--model {model} --output {out} --task other", "task must be one of niah_single, niah_multikey, archive"),
+        ("--model {model} --output {out} --task other", f"task must be one of {', '.join(COPYING)}"),
         ("--model {model} --output {out} --length 0", "--length: length must be"),
         ("--model {model} --output {out} --length 8190 --task archive", "--length: 8190 tokens and an answer of 8"),
         ("--model {model} --output {out} --length 9000", "--length: the prompt has 9000 tokens"),
