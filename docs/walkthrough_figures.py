@@ -50,9 +50,9 @@ SEVERAL, RECORDS = 8, 24  # questions about one text (as many as the model saw i
 # min_tokens=8: else a text of 1,000 tokens would keep 128 of them, more than 10 %.
 COMPARED: dict[str, Policy] = {
     "full": FullKV(),
-    "FastKV, 10 %": FastKV(min_tokens=8),
-    "10 %, no TSP": FastKV(min_tokens=8, tsp_rate=1.0),
-    "FastKV, 50 %": FastKV(min_tokens=8, kv_retention=0.5),
+    "FastKV, 10 %": FastKV.paper(min_tokens=8),
+    "10 %, no TSP": FastKV.paper(min_tokens=8, tsp_rate=1.0),
+    "FastKV, 50 %": FastKV.paper(min_tokens=8, kv_retention=0.5),
 }
 WATCHED: dict[Any, tuple[str, ...]] = {
     Llama: ("embed", "head"),
