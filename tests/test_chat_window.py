@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from fastkv import LLM, FastKV, FullKV, SamplingParams, SnapKV
+from fastkv import CLAA, LLM, FastKV, FullKV, SamplingParams, SnapKV, StructKV
 from fastkv.models.chat import ChatIds, written_after
 
 TEMPLATE = "{% for m in messages %}{{ m.content }}. {% endfor %}Answer of the assistant:"
@@ -51,6 +51,9 @@ def test_what_the_template_writes_after_the_last_message(
         (FastKV(kv_len=24), 2000, 12),  # half of the budget is for other tokens
         (FastKV(kv_len=10), 2000, 10),  # never less than what was asked for
         (FastKV(min_tokens=1), 100, 10),
+        (FastKV(tsp_len=12), 2000, 10),  # no room among the propagated tokens
+        (StructKV(tsp_len=12), 2000, 8),
+        (CLAA(tsp_len=24), 2000, 12),
         (SnapKV(), 2000, 14),
     ],
 )

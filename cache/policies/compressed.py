@@ -113,9 +113,13 @@ class WindowScored(Compressed):
         if self.lookahead:
             raise FastKVError(f"lookahead is no setting of {self.name}; leave it at 0", setting="lookahead")
 
+    def least_budget(self, n_tokens: int) -> int:
+        """The fewest tokens of a prompt that the policy keeps or propagates anywhere, as far as its settings say."""
+        return self.count(self.kv_len, self.kv_retention, n_tokens)
+
     def covering(self, tail: int, n_tokens: int) -> Policy:
         """The window covers the chat template's end, too, where that leaves half of every budget to other tokens."""
-        room = self.count(self.kv_len, self.kv_retention, n_tokens) // 2
+        room = self.least_budget(n_tokens) // 2
         window = max(self.window, min(self.window + tail, room))
         return self if window == self.window else dataclasses.replace(self, window=window)
 

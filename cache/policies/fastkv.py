@@ -144,6 +144,9 @@ class FastKV(WindowScored):
             return scores
         return self.smoothed(observed.noted["received"], self.tsp_reach)
 
+    def least_budget(self, n_tokens: int) -> int:
+        return min(super().least_budget(n_tokens), *self._propagated(n_tokens))
+
     def _propagated(self, n_tokens: int) -> list[int]:
         """How many tokens are propagated after each TSP layer."""
         if self.tsp_len is not None:

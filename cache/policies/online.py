@@ -53,6 +53,9 @@ class OnlineTSP(SnapKV):
             latest = self.tsp_layer
         return (min(first, latest) if self.first_layer is None else self.first_layer), latest
 
+    def least_budget(self, n_tokens: int) -> int:
+        return min(super().least_budget(n_tokens), self.count(self.tsp_len, self.tsp_rate, n_tokens))
+
     def validate(self, n_layers: int, n_kv_heads: int | None = None) -> None:
         first, latest = self.layers_of(n_layers)
         if latest >= n_layers:
