@@ -48,6 +48,12 @@ def setting(default: Any, values: Values, help: str, *, metavar: str, unset: str
     return dataclasses.field(default=default, metadata={_KEY: Setting(values, help, metavar, told)})
 
 
+def redefined(policy: type, name: str, default: Any) -> Any:
+    """The setting of a base class once more, for a derived class that has another default."""
+    declared = settings_of(policy)[name]
+    return setting(default, declared.values, declared.help, metavar=declared.metavar)
+
+
 def settings_of(policy: type) -> dict[str, Setting]:
     """The settings of a class by name, in the order of its fields: those fields that `setting` made."""
     fields = dataclasses.fields(policy) if dataclasses.is_dataclass(policy) else ()

@@ -6,9 +6,8 @@ from collections import deque
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from fastkv.cache.policies.compressed import POOLING_HELP
 from fastkv.cache.policies.fastkv_paper import FastKVPaper
-from fastkv.cache.setting import choice, number, setting, whole
+from fastkv.cache.setting import number, redefined, setting, whole
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -37,7 +36,7 @@ class CLAA(FastKVPaper):
         0.2, number(0, 1, above=True), "share of the prompt that is propagated; 1 turns TSP off", metavar="R"
     )
     tsp_len: int | None = setting(None, whole(1), "tokens that are propagated, in place of --tsp-rate", metavar="N")
-    pooling: str = setting("avg", choice("max", "avg", "forward"), POOLING_HELP, metavar="max|avg|forward")
+    pooling: str = redefined(FastKVPaper, "pooling", "avg")
     lookback: int = setting(4, whole(1), "layers whose scores choose the tokens that are propagated", metavar="N")
     full_layers: int = setting(0, whole(0), "first layers, which keep all entries", metavar="N")
 

@@ -6,9 +6,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from fastkv.cache.policies.adakv import AdaKV
-from fastkv.cache.policies.compressed import POOLING_HELP, QUERIES_HELP, odd_width
 from fastkv.cache.policies.criticalkv import NORM_HELP
-from fastkv.cache.setting import choice, number, setting
+from fastkv.cache.setting import choice, number, redefined, setting
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -35,9 +34,9 @@ class DefensiveKV(AdaKV):
 
     name: ClassVar[str] = "defensivekv"
 
-    queries: str = setting("max", choice("sum", "max"), QUERIES_HELP, metavar="sum|max")
-    pooling: str = setting("avg", choice("max", "avg", "forward"), POOLING_HELP, metavar="max|avg|forward")
-    kernel: int = setting(5, odd_width(), "width of the pooling max or avg, odd", metavar="K")
+    queries: str = redefined(AdaKV, "queries", "max")
+    pooling: str = redefined(AdaKV, "pooling", "avg")
+    kernel: int = redefined(AdaKV, "kernel", 5)
     norm: str = setting("l1", choice("l1", "l2"), NORM_HELP, metavar="l1|l2")
     certain_mass: float = setting(
         0.9, number(0, 1), "share of a head's attention whose tokens are kept before others compete", metavar="R"

@@ -5,18 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from fastkv.cache.policies.compressed import (
-    MAX_KERNEL,
-    POOLING_HELP,
-    QUERIES_HELP,
-    SHARE_HELP,
-    SINKS_HELP,
-    VALUES_HELP,
-    WINDOW_HELP,
-    WindowScored,
-)
+from fastkv.cache.policies.compressed import MAX_KERNEL, WindowScored
 from fastkv.cache.policy import Observation, Stage
-from fastkv.cache.setting import choice, number, one_or_more, setting, switch, whole
+from fastkv.cache.setting import number, one_or_more, redefined, setting, whole
 from fastkv.errors import FastKVError
 
 if TYPE_CHECKING:
@@ -80,12 +71,12 @@ class FastKV(WindowScored):
         None, whole(0, MAX_KERNEL), "--reach of the scores that choose these tokens", metavar="N", unset="the same"
     )
     # Chosen by measurement on real chat models, on texts of their own: docs/accuracy.md.
-    window: int = setting(10, whole(1), WINDOW_HELP, metavar="W")
-    queries: str = setting("max", choice("sum", "max"), QUERIES_HELP, metavar="sum|max")
-    pooling: str = setting("forward", choice("max", "avg", "forward"), POOLING_HELP, metavar="max|avg|forward")
-    values: bool = setting(True, switch(), VALUES_HELP, metavar="yes|no")
-    sinks: int = setting(1, whole(0), SINKS_HELP, metavar="N")
-    share: float = setting(1.0, number(0), SHARE_HELP, metavar="R")
+    window: int = redefined(WindowScored, "window", 10)
+    queries: str = redefined(WindowScored, "queries", "max")
+    pooling: str = redefined(WindowScored, "pooling", "forward")
+    values: bool = redefined(WindowScored, "values", True)
+    sinks: int = redefined(WindowScored, "sinks", 1)
+    share: float = redefined(WindowScored, "share", 1.0)
 
     @classmethod
     def paper(cls, **settings: Any) -> FastKV:

@@ -5,16 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from fastkv.cache.policies.compressed import (
-    POOLING_HELP,
-    QUERIES_HELP,
-    SHARE_HELP,
-    SINKS_HELP,
-    VALUES_HELP,
-    WINDOW_HELP,
-)
 from fastkv.cache.policies.fastkv import PAPER, FastKV
-from fastkv.cache.setting import choice, number, setting, switch, whole
+from fastkv.cache.setting import redefined
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,9 +18,10 @@ class FastKVPaper(FastKV):
 
     name: ClassVar[str] = "fastkv-paper"
 
-    window: int = setting(PAPER["window"], whole(1), WINDOW_HELP, metavar="W")
-    queries: str = setting(PAPER["queries"], choice("sum", "max"), QUERIES_HELP, metavar="sum|max")
-    pooling: str = setting(PAPER["pooling"], choice("max", "avg", "forward"), POOLING_HELP, metavar="max|avg|forward")
-    values: bool = setting(PAPER["values"], switch(), VALUES_HELP, metavar="yes|no")
-    sinks: int = setting(PAPER["sinks"], whole(0), SINKS_HELP, metavar="N")
-    share: float = setting(PAPER["share"], number(0), SHARE_HELP, metavar="R")
+    window: int = redefined(FastKV, "window", PAPER["window"])
+    queries: str = redefined(FastKV, "queries", PAPER["queries"])
+    pooling: str = redefined(FastKV, "pooling", PAPER["pooling"])
+    kernel: int = redefined(FastKV, "kernel", PAPER["kernel"])
+    values: bool = redefined(FastKV, "values", PAPER["values"])
+    sinks: int = redefined(FastKV, "sinks", PAPER["sinks"])
+    share: float = redefined(FastKV, "share", PAPER["share"])

@@ -5,10 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from fastkv.cache.policies.compressed import odd_width
 from fastkv.cache.policies.criticalkv import NORM_HELP
 from fastkv.cache.policies.snapkv import SnapKV
-from fastkv.cache.setting import choice, number, setting
+from fastkv.cache.setting import choice, number, redefined, setting
 from fastkv.errors import FastKVError
 
 if TYPE_CHECKING:
@@ -47,7 +46,7 @@ class ReSTKV(SnapKV):
         "max, avg or forward as elsewhere; adaptive: a mean that moves as attention does",
         metavar="adaptive|max|avg|forward",
     )
-    kernel: int = setting(5, odd_width(), "width of the pooling max or avg, odd", metavar="K")
+    kernel: int = redefined(SnapKV, "kernel", 5)
     norm: str = setting("l2", choice("l1", "l2"), NORM_HELP, metavar="l1|l2")
     alpha: float = setting(
         0.3, number(0, 1, above=True), "weight of a query of the window against those before it", metavar="R"

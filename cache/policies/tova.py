@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from fastkv.cache.policies.compressed import WINDOW_HELP, WindowScored, odd_width
-from fastkv.cache.setting import setting, whole
+from fastkv.cache.policies.compressed import WindowScored
+from fastkv.cache.setting import redefined
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -28,8 +28,8 @@ class TOVA(WindowScored):
     name: ClassVar[str] = "tova"
     compresses_again: ClassVar[bool] = True
 
-    window: int = setting(1, whole(1), WINDOW_HELP, metavar="W")
-    kernel: int = setting(1, odd_width(), "width of the pooling max or avg, odd", metavar="K")
+    window: int = redefined(WindowScored, "window", 1)
+    kernel: int = redefined(WindowScored, "kernel", 1)
 
     def score(self, observed: Observation) -> Tensor:
         scores = super().score(observed)
