@@ -6,8 +6,8 @@ whatever the request's sampling settings are. The queries of these tokens score 
 anew under the same budget, and the rest is dropped, as is the draft: logits, positions and propagated tokens are those
 of the prefill itself.
 
-What differs from the paper: it drafts over the compressed cache. What is held allows more, and at a small budget that
-cache drafts what it then goes on to keep: the wrong entries (docs/accuracy.md).
+What differs from the paper: it drafts over the compressed cache. What is held allows more, and where that cache lacks
+the answer it drafts something else, and then keeps the entries for that.
 
 Cost: m eager decode steps over a full cache; a second scoring; and until then, in memory, K and V of every token that
 a layer saw (before the TSP layer all of them, after it the propagated ones), which RequestPlan.held_nbytes counts.
