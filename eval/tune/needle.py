@@ -20,7 +20,7 @@ from fastkv.engine.sampler import SamplingParams
 from fastkv.eval.example import Draw, Example, Slot
 from fastkv.eval.fitting import fit
 from fastkv.eval.runner import Prompts
-from fastkv.eval.tasks.archive_text import ADJECTIVES, NOUNS
+from fastkv.eval.tasks.archive_text import ADJECTIVES, NOUNS, record
 from fastkv.eval.tasks.haystack import numbers
 from fastkv.eval.tune.hay import hidden, pieces_of, small_talk, stretch
 
@@ -83,8 +83,9 @@ class Needles:
         slot = Slot(f"tune, {kind[0]}", self._length, depth, index)
         draw = Draw(slot, self._seed, self._prompts.count, self._prompts.bare, self._prompts.decode)
         rng = draw.rng("lead" if kind[1] else "question")
-        key, code = f"{rng.choice(ADJECTIVES)} {rng.choice(NOUNS)}", _code(kind[0], rng)
-        needle, lead = f"The access code of the {key} is {code}.", f"\nAnswer: The access code of the {key} is"
+        names, code = (rng.choice(ADJECTIVES), rng.choice(NOUNS)), _code(kind[0], rng)
+        key, needle = " ".join(names), record(names, code)
+        lead = f"\nAnswer: The access code of the {key} is"
         if not kind[1]:
             lead = "" if self.chat else "\nAnswer:"
         if self._texts:
