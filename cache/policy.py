@@ -201,9 +201,13 @@ class Policy:
         """
         return self
 
-    def importance(self, observed: Observation, scores: Tensor) -> Tensor:
-        """What chooses the tokens that are propagated: like `scores`, which chose the entries, or `scores` itself."""
-        return scores
+    def importance(self, observed: Observation, scores: Tensor, count: int | None) -> Tensor:
+        """What chooses the new tokens that are propagated, by its sum over H: [B, H, T - window] for some H.
+
+        scores: those that chose the entries, [B, Hkv, n_past + T - window]. count: how many tokens are propagated, the
+        window included; None where an `online_selector` says it later.
+        """
+        return scores[..., observed.n_past :]
 
     def score(self, observed: Observation) -> Tensor:
         """float32 [B, Hkv, n_past + T - window]: how much each token before the window matters to each KV head.

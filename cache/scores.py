@@ -116,6 +116,13 @@ def pooled(scores: Tensor, kernel: int, pooling: str) -> Tensor:
     return pool(scores.flatten(0, -2), kernel, stride=1, padding=kernel // 2).view_as(scores)
 
 
+def best(scores: Tensor, counts: int | Tensor) -> Tensor:
+    """Which are the `counts` best of each head: scores [B, H, n] -> bool [B, H, n]. counts: one, or int64 [B, H]."""
+    if not isinstance(counts, int):
+        return ranks(scores) < counts.unsqueeze(-1)
+    return torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, scores.topk(counts, dim=-1).indices, True)
+
+
 def ranks(scores: Tensor) -> Tensor:
     """The place of each score in falling order, from 0: scores [..., n] -> float32 [..., n]."""
     order = scores.argsort(dim=-1, descending=True, stable=True)

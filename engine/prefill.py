@@ -191,7 +191,7 @@ class LayerRun:
             self.ahead.hold(observed, positions, self.policy.window)
         if sizes.propagated is None and self.selector is None:
             return [Part(k, v)], None
-        chosen = self._propagated(layer, self.policy.importance(observed, scores)[..., past:])
+        chosen = self._propagated(layer, self.policy.importance(observed, scores, sizes.propagated))
         self.mass.propagate(observed, chosen, self.policy.window)
         return [Part(k, v)], chosen
 

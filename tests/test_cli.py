@@ -280,6 +280,7 @@ def test_settings_of_the_policy_arrive(run: Run) -> None:
         "values": False,
         "sinks": 2,
         "share": 0.5,
+        "narrow": 0.25,
         "lookahead": 1,
         "lookahead_reach": 5,
     }

@@ -584,6 +584,7 @@ WRONG = {
     "--values": ["", "1", "on", "maybe"],
     "--sinks": ["-1", "1.5", "x"],
     "--share": ["-0.1", "nan", "inf", "x"],
+    "--narrow": ["-0.1", "1.1", "nan", "x", ""],
     "--min-tokens": NO_COUNT,
     "--max-tokens": [*NO_COUNT, "100000", "9" * 40],
     "--temperature": ["-1", "-0.001", "nan", "inf", "abc", ""],

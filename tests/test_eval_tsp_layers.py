@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 import torch
 from places import ROOT
-from torch import Tensor
 
 from fastkv import LLM, FastKV, FastKVError, FullKV, SamplingParams
 from fastkv.cache.policy import LayerPlan, Observation, Policy
@@ -29,7 +28,7 @@ from fastkv.eval.tsp_layers.advice import (
     settled_layers,
 )
 from fastkv.eval.tsp_layers.check import AnswerCheck, ContinuationCheck, Result, Show, divergence
-from fastkv.eval.tsp_layers.importance import Importance, Recorder, choices, compare, mean, measure
+from fastkv.eval.tsp_layers.importance import Importance, Recorder, compare, mean, measure
 from fastkv.eval.tsp_layers.report import check_table
 
 MODEL = str(ROOT / "examples" / "archive" / "model")
@@ -40,10 +39,10 @@ def silent(what: str, done: int, total: int) -> None:
     """Reports no progress."""
 
 
-def recorded(llm: LLM, ids: list[int], scorer: FastKV) -> Tensor:
-    recorder = Recorder(scorer)
+def recorded(llm: LLM, ids: list[int], scorer: FastKV, count: int = 50) -> Recorder:
+    recorder = Recorder(scorer, [count])
     llm.prefill(ids, recorder, max_tokens=0)
-    return recorder.scores
+    return recorder
 
 
 @pytest.fixture(scope="session")
@@ -60,7 +59,7 @@ def test_the_scores_are_those_of_a_full_context(tiny_llm: LLM, tiny_ids: list[in
     """Held against a layer loop of plain pieces, with no prefill in it."""
     model = tiny_llm._model
     hidden, rope = model.embed(torch.tensor([tiny_ids])), model.rope_of_range(0, len(tiny_ids))
-    found = recorded(tiny_llm, tiny_ids, FastKV(window=6, tsp_reach=3))
+    found = recorded(tiny_llm, tiny_ids, FastKV(window=6, tsp_reach=3)).scores
     assert len(found) == len(model.blocks)
     with torch.inference_mode():
         for scores, block in zip(found, model.blocks, strict=True):
@@ -69,10 +68,10 @@ def test_the_scores_are_those_of_a_full_context(tiny_llm: LLM, tiny_ids: list[in
             hidden = block.mlp(block.attention(hidden, rope, causal_attention))
 
 
-@pytest.mark.parametrize("rate", [0.1, 0.35])
+@pytest.mark.parametrize("rate", [0.1, 0.35])  # the second has room for tokens that narrow pooling chooses
 def test_a_choice_is_what_tsp_at_that_layer_propagates(tiny_llm: LLM, tiny_ids: list[int], rate: float) -> None:
-    scorer = FastKV(min_tokens=8)
-    chosen = choices(recorded(tiny_llm, tiny_ids, scorer), int(rate * len(tiny_ids)), scorer.window)
+    scorer = FastKV(min_tokens=8, reach=9)
+    chosen = recorded(tiny_llm, tiny_ids, scorer, int(rate * len(tiny_ids))).chosen[0]
     for layer in range(tiny_llm.config.n_layers - 1):
         policy = replace(scorer, tsp_layer=layer, tsp_rate=rate)
         propagated = tiny_llm.prefill(tiny_ids, policy, max_tokens=0).tokens[layer + 1][0].tolist()
@@ -80,7 +79,7 @@ def test_a_choice_is_what_tsp_at_that_layer_propagates(tiny_llm: LLM, tiny_ids: 
 
 
 def test_three_layers_compared_by_hand() -> None:
-    """Ten tokens, a window of two, a rate of 0.5: three of the eight in front of the window are chosen."""
+    """Of eight tokens in front of the window three are chosen."""
     scores = torch.tensor(
         [
             [9, 8, 7, 1, 1, 1, 1, 1],
@@ -89,7 +88,8 @@ def test_three_layers_compared_by_hand() -> None:
         ],
         dtype=torch.float32,
     )
-    found = compare(scores, 10, 2, [0.5])
+    chosen = torch.tensor([[[1, 1, 1, 0, 0, 0, 0, 0], [1, 0, 0, 1, 1, 0, 0, 0], [0, 0, 1, 1, 1, 0, 0, 0]]]).double()
+    found = compare(scores, chosen, [0.5])
     third = 1 / 3
     expected = torch.tensor([[1, third, third], [third, 1, 2 * third], [third, 2 * third, 1]]).double()
     torch.testing.assert_close(found.overlap[0], expected)
@@ -103,7 +103,8 @@ def test_three_layers_compared_by_hand() -> None:
 
 def test_attention_without_preferences_leaves_nothing_to_miss() -> None:
     rounding = 1e-7 * torch.rand(3, 92, generator=torch.Generator().manual_seed(0))
-    assert compare(1 + rounding, 100, 8, [0.2]).attained.tolist() == [[1.0, 1.0]]
+    chosen = (rounding > rounding.quantile(0.9)).double()[None]
+    assert compare(1 + rounding, chosen, [0.2]).attained.tolist() == [[1.0, 1.0]]
 
 
 def test_every_prompt_counts_the_same() -> None:

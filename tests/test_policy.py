@@ -99,6 +99,7 @@ BAD = [
     ("values", [1, "yes", None]),
     ("sinks", [-1, 0.5]),
     ("share", [-0.1, float("nan"), "x"]),
+    ("narrow", [-0.1, 1.1, float("nan"), "x"]),
 ]
 
 

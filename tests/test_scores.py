@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import pytest
@@ -10,9 +11,9 @@ from torch import Tensor
 
 from fastkv import FastKV, SnapKV
 from fastkv.cache.policies.compressed import WindowScored
-from fastkv.cache.policy import Observation
+from fastkv.cache.policy import Drafted, Observation
 from fastkv.cache.scores import forward_pooled
-from fastkv.cache.selection import select_entries, select_tokens
+from fastkv.cache.selection import select_entries, select_per_head, select_tokens
 
 
 def slow_scores(q: Tensor, k: Tensor, v: Tensor, policy: WindowScored) -> Tensor:
@@ -83,8 +84,71 @@ def test_propagated_tokens_may_have_a_reach_of_their_own() -> None:
     apart, alike = FastKV(reach=2, tsp_reach=9), FastKV(reach=9)
     scores = apart.score(observed)
     assert torch.equal(scores, FastKV(reach=2).score(observed))
-    assert torch.equal(apart.importance(observed, scores), alike.score(observed))
-    assert alike.importance(observed, scores) is scores
+    assert torch.equal(apart.importance(observed, scores, None), alike.score(observed))
+    assert torch.equal(alike.importance(observed, scores, None), scores)
+
+
+NARROW = FastKV(window=3, reach=2, kernel=3, narrow=0.6)
+
+
+def chosen_by_two(wide: list[float], narrow: list[float], n_wide: int, count: int) -> list[int]:
+    """The best tokens by `wide`, then of the others the best by `narrow`, one at a time."""
+    by_wide = sorted(range(len(wide)), key=lambda token: -wide[token])[:n_wide]
+    others = sorted(set(range(len(wide))) - set(by_wide), key=lambda token: -narrow[token])
+    return sorted([*by_wide, *others[: count - n_wide]])
+
+
+# Of 9 tokens all, of 20 the four passages of a token and its reach of 2 (12), of 57 what is left of 0.6 (34) are wide.
+@pytest.mark.parametrize(("count", "n_wide"), [(9, 9), (20, 12), (57, 23)])
+def test_a_part_of_every_budget_is_chosen_by_narrow_pooling(count: int, n_wide: int) -> None:
+    torch.manual_seed(count)
+    heads = torch.randn(1, 2, 100, 4)
+    wide, narrow = torch.rand(2, 1, 2, 97)
+    observed = Observation(0, heads, heads, heads, noted={"received": wide[:, :, None], "narrow": narrow})
+    entries = select_entries(NARROW.ranking(observed, wide, count + 3), count + 3, 3)
+    per_head = select_per_head(
+        NARROW.ranking(observed, wide, torch.full((1, 2), count + 3)), torch.full((1, 2), count + 3), 3
+    )
+    assert torch.equal(per_head.index.view(1, 2, -1) % 100, entries)
+    for head in range(2):
+        expected = chosen_by_two(wide[0, head].tolist(), narrow[0, head].tolist(), n_wide, count)
+        assert entries[0, head, :-3].tolist() == expected
+    tokens = select_tokens(NARROW.importance(observed, wide, count + 3), count + 3, 3)
+    sums = (of[0].double().sum(dim=0).tolist() for of in (wide, narrow))
+    assert tokens[0, :-3].tolist() == chosen_by_two(*sums, n_wide, count)
+
+
+def test_earlier_entries_take_nothing_of_what_new_tokens_are_propagated() -> None:
+    torch.manual_seed(1)
+    heads = torch.randn(1, 2, 100, 4)
+    wide, narrow = torch.rand(2, 1, 2, 97)
+    wide[..., :60] += 10
+    observed = Observation(0, heads, heads, heads, n_past=60, noted={"narrow": narrow})
+    tokens = select_tokens(NARROW.importance(observed, wide, 23), 23, 3)[0, :-3].tolist()
+    sums = (of[0, :, 60:].double().sum(dim=0).tolist() for of in (wide, narrow))
+    assert tokens == chosen_by_two(*sums, 12, 20)
+
+
+@pytest.mark.parametrize("policy", [NARROW, FastKV(narrow=0.3, queries="sum", share=0.0)], ids=str)
+def test_narrow_scores_are_those_of_max_pooling(policy: FastKV) -> None:
+    torch.manual_seed(2)
+    q, k, v = torch.randn(1, 4, 80, 8) * 2, torch.randn(1, 2, 80, 8), torch.randn(1, 2, 80, 8)
+    drafted = Drafted(torch.randn(1, 4, 5, 8), torch.randn(1, 2, 5, 8), torch.ones(1, 5, dtype=torch.bool))
+    for draft in (None, drafted):
+        observed = Observation(0, q, k, v, drafted=draft)
+        ranked = policy.ranking(observed, policy.score(observed), 60)
+        by_max = dataclasses.replace(policy, pooling="max").score(Observation(0, q, k, v, drafted=draft))
+        wide = ranked.isinf()
+        assert 0 < wide.sum() < wide.numel()
+        assert torch.equal(ranked[~wide], by_max[~wide])
+
+
+@pytest.mark.parametrize("policy", [FastKV(narrow=0.0), FastKV(pooling="max"), FastKV.paper()], ids=str)
+def test_nothing_is_narrow_where_that_is_off(policy: FastKV) -> None:
+    heads = torch.randn(1, 2, 100, 4)
+    observed, scores = Observation(0, heads, heads, heads), torch.rand(1, 2, 100 - policy.window)
+    assert policy.ranking(observed, scores, 40) is scores
+    assert torch.equal(policy.importance(observed, scores, 40), scores)
 
 
 def test_scores_are_float32_in_bfloat16_models() -> None:

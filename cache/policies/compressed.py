@@ -18,6 +18,7 @@ WINDOW_HELP = "last tokens, always kept, whose queries score the others"
 QUERIES_HELP = "sum or max of what these queries attend"
 POOLING_HELP = "max or avg of --kernel neighbours; forward: a score also lifts the --reach tokens after it"
 REACH_HELP = "tokens after its own that a score lifts, with --pooling forward"
+KERNEL_HELP = "width of the pooling max or avg, odd"
 VALUES_HELP = "weigh attention by the length of the value that it reads"
 SINKS_HELP = "first tokens, always kept, whose attention lifts no others"
 SHARE_HELP = "how much of the layer's best score of a token each KV head adds to its own"
@@ -100,7 +101,7 @@ class WindowScored(Compressed):
     window: int = setting(8, whole(1), WINDOW_HELP, metavar="W")
     queries: str = setting("sum", choice("sum", "max"), QUERIES_HELP, metavar="sum|max")
     pooling: str = setting("max", choice("max", "avg", "forward"), POOLING_HELP, metavar="max|avg|forward")
-    kernel: int = setting(7, odd_width(), "width of the pooling max or avg, odd", metavar="K")
+    kernel: int = setting(7, odd_width(), KERNEL_HELP, metavar="K")
     reach: int = setting(20, whole(0, MAX_KERNEL), REACH_HELP, metavar="N")
     values: bool = setting(False, switch(), VALUES_HELP, metavar="yes|no")
     sinks: int = setting(0, whole(0), SINKS_HELP, metavar="N")
@@ -124,10 +125,17 @@ class WindowScored(Compressed):
         return self if window == self.window else dataclasses.replace(self, window=window)
 
     def score(self, observed: Observation) -> Tensor:
-        scores, drafted = self.smoothed(self.received(observed), self.reach), observed.drafted
+        return self.scores(observed, self.reach, self.lookahead_reach)
+
+    def scores(self, observed: Observation, reach: int | None, ahead_reach: int | None) -> Tensor:
+        """Scores of the KV heads, [B, Hkv, n], for these settings in place of `reach` and `lookahead_reach`.
+
+        None: pooled over `kernel` neighbours, whatever `pooling` is.
+        """
+        scores, drafted = self.smoothed(self.received(observed), reach), observed.drafted
         if drafted is None:
             return scores
-        ahead = self.smoothed(self._received(observed, drafted.attention(observed.k)), self.lookahead_reach)
+        ahead = self.smoothed(self._received(observed, drafted.attention(observed.k)), ahead_reach)
         return ahead.where(drafted.live[:, :1, None], scores)  # of a sequence that has drafted nothing the window's
 
     def received(self, observed: Observation) -> Tensor:
@@ -143,22 +151,23 @@ class WindowScored(Compressed):
             received = received * value_norms(observed.v[:, :, : -self.window]).unsqueeze(2)
         return received
 
-    def smoothed(self, received: Tensor, reach: int) -> Tensor:
+    def smoothed(self, received: Tensor, reach: int | None) -> Tensor:
         """Scores of the KV heads, [B, Hkv, n], from those of their query heads, [B, Hkv, G, n]: pooled and summed."""
         return self.raised(self.pooled(received, reach).sum(dim=2))
 
-    def pooled(self, received: Tensor, reach: int) -> Tensor:
-        """What tokens receive, [..., n], pooled along them; what the sinks draw is left out."""
+    def pooled(self, received: Tensor, reach: int | None) -> Tensor:
+        """What tokens receive, [..., n], pooled along them; what the sinks draw is left out.
+
+        reach: of forward pooling. None: the maximum of `kernel` neighbours in its place.
+        """
         from fastkv.cache.scores import forward_pooled, pooled
 
         if self.sinks:
             received = received.clone()
             received[..., : self.sinks] = 0
-        return (
-            forward_pooled(received, reach)
-            if self.pooling == "forward"
-            else pooled(received, self.kernel, self.pooling)
-        )
+        if self.pooling == "forward" and reach is not None:
+            return forward_pooled(received, reach)
+        return pooled(received, self.kernel, "avg" if self.pooling == "avg" else "max")
 
     def raised(self, scores: Tensor) -> Tensor:
         """Scores of the KV heads, [B, Hkv, n], with what they share, and the sinks above all others."""

@@ -33,12 +33,9 @@ class CriticalKV(SnapKV):
     norm: str = setting("l1", choice("l1", "l2"), NORM_HELP, metavar="l1|l2")
 
     def ranking(self, observed: Observation, scores: Tensor, counts: Tensor | int) -> Tensor:
-        from fastkv.cache.scores import ranks
+        from fastkv.cache.scores import best
 
-        by_attention = (counts - self.window) // 2
-        if not isinstance(by_attention, int):
-            by_attention = by_attention.unsqueeze(-1)
-        chosen = ranks(scores) < by_attention
+        chosen = best(scores, (counts - self.window) // 2)
         chosen[..., : self.sinks] = True
         norms = observed.output_norms(observed.v[:, :, : scores.shape[-1]], self.norm).mean(dim=2)
         return ((scores + _LEAST_SCORE) * norms).masked_fill(chosen, float("inf"))

@@ -22,7 +22,13 @@ PAPER: dict[str, Any] = {
     "values": False,
     "sinks": 0,
     "share": 0.0,
+    "narrow": 0.0,
 }
+
+NARROW_HELP = "with --pooling forward: share of each budget that the max of --kernel neighbours chooses instead"
+# A budget of fewer passages, each a token and the `reach` after it, has no room for anything else: with fewer, answers
+# of 14 digits break off (docs/accuracy.md).
+_LEAST_PASSAGES = 4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +44,10 @@ class FastKV(WindowScored):
     min_tokens: floor of what the rates give (never above the prompt), so that short prompts are not hurt.
     window, queries, pooling, kernel, reach, values, sinks, share: the scores (see WindowScored). tsp_reach: `reach` of
     the scores that choose the propagated tokens; None means the same.
+    narrow: with pooling="forward", the share of each budget (of entries and of propagated tokens, the window left out)
+    that is chosen by the same scores, pooled by the maximum of `kernel` neighbours. Forward pooling keeps long passages
+    after few tokens; this part keeps short ones around many, which a question about several places needs. The first
+    four passages' worth of a budget is never narrow.
 
     What differs from the paper: the defaults of the scores. `FastKV.paper()` has the paper's own, under which a real
     chat model loses most long answers at a tenth of its cache (docs/accuracy.md).
@@ -77,6 +87,7 @@ class FastKV(WindowScored):
     values: bool = redefined(WindowScored, "values", True)
     sinks: int = redefined(WindowScored, "sinks", 1)
     share: float = redefined(WindowScored, "share", 1.0)
+    narrow: float = setting(0.6, number(0, 1), NARROW_HELP, metavar="R")
 
     @classmethod
     def paper(cls, **settings: Any) -> FastKV:
@@ -127,13 +138,48 @@ class FastKV(WindowScored):
         return [*made, Stage(range(first, n_layers))]
 
     def received(self, observed: Observation) -> Tensor:
-        received = observed.noted["received"] = super().received(observed)
-        return received
+        if "received" not in observed.noted:
+            observed.noted["received"] = super().received(observed)
+        return observed.noted["received"]
 
-    def importance(self, observed: Observation, scores: Tensor) -> Tensor:
-        if self.tsp_reach is None or self.pooling != "forward":
+    def ranking(self, observed: Observation, scores: Tensor, counts: Tensor | int) -> Tensor:
+        if not self.narrows:
             return scores
-        return self.smoothed(observed.noted["received"], self.tsp_reach)
+        return self._with_narrow(scores, self._narrow_scores(observed), counts - self.window, self.reach)
+
+    def importance(self, observed: Observation, scores: Tensor, count: int | None) -> Tensor:
+        reach, past = self.reach, observed.n_past
+        if self.tsp_reach is not None and self.pooling == "forward":
+            reach = self.tsp_reach
+            scores = self.smoothed(self.received(observed), reach)
+        if count is None or not self.narrows:
+            return scores[..., past:]
+        wide, narrow = (of[..., past:].sum(dim=1, keepdim=True) for of in (scores, self._narrow_scores(observed)))
+        return self._with_narrow(wide, narrow, count - self.window, reach)
+
+    @property
+    def narrows(self) -> bool:
+        """Whether a part of the budgets is chosen by narrow pooling."""
+        return self.narrow > 0 and self.pooling == "forward"
+
+    def _narrow_scores(self, observed: Observation) -> Tensor:
+        if "narrow" not in observed.noted:
+            observed.noted["narrow"] = self.scores(observed, None, None)
+        return observed.noted["narrow"]
+
+    def _with_narrow(self, wide: Tensor, narrow: Tensor, count: Tensor | int, reach: int) -> Tensor:
+        """Scores [B, H, n] whose best `count` are the best by `wide`, and for the rest those by `narrow`.
+
+        count: one, or int64 [B, H]; the window is not in it.
+        """
+        from fastkv.cache.scores import best
+
+        least = _LEAST_PASSAGES * (reach + 1)
+        if isinstance(count, int):
+            n_wide: Tensor | int = min(count, max(count - int(self.narrow * count), least))
+        else:
+            n_wide = (count - (self.narrow * count).long()).clamp(min=least).minimum(count)
+        return narrow.masked_fill(best(wide, n_wide), float("inf"))
 
     def least_budget(self, n_tokens: int) -> int:
         return min(super().least_budget(n_tokens), *self._propagated(n_tokens))

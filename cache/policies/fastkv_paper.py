@@ -25,3 +25,4 @@ class FastKVPaper(FastKV):
     values: bool = redefined(FastKV, "values", PAPER["values"])
     sinks: int = redefined(FastKV, "sinks", PAPER["sinks"])
     share: float = redefined(FastKV, "share", PAPER["share"])
+    narrow: float = redefined(FastKV, "narrow", PAPER["narrow"])

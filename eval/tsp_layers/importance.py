@@ -42,28 +42,41 @@ class Importance:
 class Recorder(Policy):
     """Full context in every layer, and each layer's scores by `scorer`, summed over KV heads: float32 [L, N - W].
 
+    counts: of propagated tokens, the window included; `chosen` are the tokens in front of the window that TSP at each
+    layer would propagate, float64 zeros and ones [len(counts), L, N - W].
     A prefill attends to all K and V, whatever the cache keeps of them. So the smallest budget is asked for: it makes
     every layer score, changes nothing that is computed, and costs no memory.
     """
 
     name: ClassVar[str] = FastKV.name  # whose choices these are: what refuses FastKV a prompt refuses this one
 
-    def __init__(self, scorer: FastKV) -> None:
-        self._scorer = scorer
+    def __init__(self, scorer: FastKV, counts: Sequence[int] = ()) -> None:
+        self._scorer, self._counts = scorer, counts
         self.window = scorer.window
         self._scores: list[Tensor] = []
+        self._chosen: list[list[Tensor]] = []
 
     def budget(self, layer: int, n_layers: int, n_tokens: int) -> int:
         return self.window
 
     def score(self, observed: Observation) -> Tensor:
-        scores = self._scorer.importance(observed, self._scorer.score(observed))
-        self._scores.append(scores[0].sum(dim=0).cpu())
+        scores = self._scorer.score(observed)
+        self._scores.append(self._scorer.importance(observed, scores, None)[0].sum(dim=0).cpu())
+        self._chosen.append([self._choice(observed, scores, count) for count in self._counts])
         return scores
+
+    def _choice(self, observed: Observation, scores: Tensor, count: int) -> Tensor:
+        # The engine's own choice, ties included; its last `window` indices are the window itself.
+        best = select_tokens(self._scorer.importance(observed, scores, count), count, self.window)[0, : -self.window]
+        return torch.zeros(scores.shape[-1], dtype=torch.float64).index_fill_(0, best.cpu(), 1)
 
     @property
     def scores(self) -> Tensor:
         return torch.stack(self._scores)
+
+    @property
+    def chosen(self) -> Tensor:
+        return torch.stack([torch.stack(of_layer) for of_layer in self._chosen], dim=1)
 
 
 def measure(llm: LLM, ids: list[int], scorer: FastKV, rates: Sequence[float]) -> Importance:
@@ -74,14 +87,14 @@ def measure(llm: LLM, ids: list[int], scorer: FastKV, rates: Sequence[float]) ->
             f"a prompt of {len(ids)} tokens is too short: at a rate of {smallest:g} nothing but the window of "
             f"{scorer.window} would be propagated; give longer prompts, or higher rates with --tsp-rate"
         )
-    recorder = Recorder(scorer)
+    recorder = Recorder(scorer, [int(rate * len(ids)) for rate in rates])
     llm.prefill(ids, recorder, max_tokens=0)
-    return compare(recorder.scores, len(ids), scorer.window, rates)
+    return compare(recorder.scores, recorder.chosen, rates)
 
 
-def compare(scores: Tensor, n_tokens: int, window: int, rates: Sequence[float]) -> Importance:
-    """scores float32 [L, n_tokens - window] of one prompt; each rate gives more tokens than the window."""
-    at_rates = (_at_one_rate(scores.double(), choices(scores, int(rate * n_tokens), window)) for rate in rates)
+def compare(scores: Tensor, chosen: Tensor, rates: Sequence[float]) -> Importance:
+    """scores float32 [L, n] and choices float64 [R, L, n] of one prompt: of the n tokens in front of the window."""
+    at_rates = (_at_one_rate(scores.double(), at_rate) for at_rate in chosen)
     return Importance(tuple(rates), *map(torch.stack, zip(*at_rates, strict=True)))
 
 
@@ -89,15 +102,6 @@ def mean(parts: Sequence[Importance]) -> Importance:
     """The mean over prompts, each counting the same."""
     tensors = zip(*((part.overlap, part.coverage, part.attained) for part in parts), strict=True)
     return Importance(parts[0].rates, *(torch.stack(over_prompts).mean(dim=0) for over_prompts in tensors))
-
-
-def choices(scores: Tensor, count: int, window: int) -> Tensor:
-    """What TSP at each layer would choose in front of the window, by scores [L, N - W]: float64 zeros and ones."""
-    chosen = torch.zeros(scores.shape, dtype=torch.float64)
-    for layer, of_layer in enumerate(scores):
-        # The engine's own choice, ties included; its last `window` indices are the window itself.
-        chosen[layer, select_tokens(of_layer[None, None], count, window)[0, :-window]] = 1
-    return chosen
 
 
 def _at_one_rate(scores: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor, Tensor]:
