@@ -129,7 +129,7 @@ def test_earlier_entries_take_nothing_of_what_new_tokens_are_propagated() -> Non
     assert tokens == chosen_by_two(*sums, 12, 20)
 
 
-@pytest.mark.parametrize("policy", [NARROW, FastKV(narrow=0.3, queries="sum", share=0.0)], ids=str)
+@pytest.mark.parametrize("policy", [NARROW, FastKV(narrow=0.3, queries="sum", kernel=9)], ids=str)
 def test_narrow_scores_are_those_of_max_pooling(policy: FastKV) -> None:
     torch.manual_seed(2)
     q, k, v = torch.randn(1, 4, 80, 8) * 2, torch.randn(1, 2, 80, 8), torch.randn(1, 2, 80, 8)
@@ -137,7 +137,7 @@ def test_narrow_scores_are_those_of_max_pooling(policy: FastKV) -> None:
     for draft in (None, drafted):
         observed = Observation(0, q, k, v, drafted=draft)
         ranked = policy.ranking(observed, policy.score(observed), 60)
-        by_max = dataclasses.replace(policy, pooling="max").score(Observation(0, q, k, v, drafted=draft))
+        by_max = dataclasses.replace(policy, pooling="max", share=0.0).score(Observation(0, q, k, v, drafted=draft))
         wide = ranked.isinf()
         assert 0 < wide.sum() < wide.numel()
         assert torch.equal(ranked[~wide], by_max[~wide])

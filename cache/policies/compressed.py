@@ -130,7 +130,7 @@ class WindowScored(Compressed):
     def scores(self, observed: Observation, reach: int | None, ahead_reach: int | None) -> Tensor:
         """Scores of the KV heads, [B, Hkv, n], for these settings in place of `reach` and `lookahead_reach`.
 
-        None: pooled over `kernel` neighbours, whatever `pooling` is.
+        None: each head's own, nothing shared, pooled over `kernel` neighbours, whatever `pooling` is.
         """
         scores, drafted = self.smoothed(self.received(observed), reach), observed.drafted
         if drafted is None:
@@ -153,7 +153,7 @@ class WindowScored(Compressed):
 
     def smoothed(self, received: Tensor, reach: int | None) -> Tensor:
         """Scores of the KV heads, [B, Hkv, n], from those of their query heads, [B, Hkv, G, n]: pooled and summed."""
-        return self.raised(self.pooled(received, reach).sum(dim=2))
+        return self.raised(self.pooled(received, reach).sum(dim=2), shared=reach is not None)
 
     def pooled(self, received: Tensor, reach: int | None) -> Tensor:
         """What tokens receive, [..., n], pooled along them; what the sinks draw is left out.
@@ -169,9 +169,9 @@ class WindowScored(Compressed):
             return forward_pooled(received, reach)
         return pooled(received, self.kernel, "avg" if self.pooling == "avg" else "max")
 
-    def raised(self, scores: Tensor) -> Tensor:
+    def raised(self, scores: Tensor, *, shared: bool = True) -> Tensor:
         """Scores of the KV heads, [B, Hkv, n], with what they share, and the sinks above all others."""
-        if self.share:
+        if shared and self.share:
             scores = scores + self.share * scores.amax(dim=1, keepdim=True)
         if self.sinks:
             scores[..., : self.sinks] = scores.amax() + 1

@@ -45,9 +45,9 @@ class FastKV(WindowScored):
     window, queries, pooling, kernel, reach, values, sinks, share: the scores (see WindowScored). tsp_reach: `reach` of
     the scores that choose the propagated tokens; None means the same.
     narrow: with pooling="forward", the share of each budget (of entries and of propagated tokens, the window left out)
-    that is chosen by the same scores, pooled by the maximum of `kernel` neighbours. Forward pooling keeps long passages
-    after few tokens; this part keeps short ones around many, which a question about several places needs. The first
-    four passages' worth of a budget is never narrow.
+    that is chosen by scores pooled by the maximum of `kernel` neighbours, of which nothing is shared. Forward pooling
+    keeps long passages after few tokens; this part keeps short ones around many, which a question about several places
+    needs. As many tokens as four passages have are never chosen so.
 
     What differs from the paper: the defaults of the scores. `FastKV.paper()` has the paper's own, under which a real
     chat model loses most long answers at a tenth of its cache (docs/accuracy.md).
@@ -84,10 +84,11 @@ class FastKV(WindowScored):
     window: int = redefined(WindowScored, "window", 10)
     queries: str = redefined(WindowScored, "queries", "max")
     pooling: str = redefined(WindowScored, "pooling", "forward")
+    kernel: int = redefined(WindowScored, "kernel", 5)
     values: bool = redefined(WindowScored, "values", True)
     sinks: int = redefined(WindowScored, "sinks", 1)
     share: float = redefined(WindowScored, "share", 1.0)
-    narrow: float = setting(0.6, number(0, 1), NARROW_HELP, metavar="R")
+    narrow: float = setting(0.8, number(0, 1), NARROW_HELP, metavar="R")
 
     @classmethod
     def paper(cls, **settings: Any) -> FastKV:
