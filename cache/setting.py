@@ -101,14 +101,16 @@ def choice(*names: str) -> Values:
     return Values(str, check)
 
 
+SWITCH_WORDS = {"yes": True, "no": False, "true": True, "false": False}
+
+
 def switch() -> Values:
     """True or False: as a flag `yes` or `no`."""
-    words = {"yes": True, "no": False, "true": True, "false": False}
 
     def read(text: str) -> Any:
-        if text.lower() not in words:
+        if text.lower() not in SWITCH_WORDS:
             raise ValueError(text)
-        return words[text.lower()]
+        return SWITCH_WORDS[text.lower()]
 
     def check(name: str, value: Any) -> Any:
         if not isinstance(value, bool):

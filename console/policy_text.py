@@ -9,7 +9,7 @@ from typing import Any
 
 from fastkv.cache.catalogue import POLICIES
 from fastkv.cache.policy import Policy
-from fastkv.cache.setting import settings_of
+from fastkv.cache.setting import SWITCH_WORDS, settings_of
 from fastkv.console.parser import flag_of
 from fastkv.errors import FastKVError
 
@@ -42,17 +42,26 @@ def read_settings(text: str) -> tuple[str, dict[str, Any]]:
 
 def write_settings(name: str, settings: dict[str, Any]) -> str:
     """What `read_settings` reads."""
-    values = {key: "/".join(map(str, v)) if isinstance(v, tuple) else str(v) for key, v in settings.items()}
+    values = {key: "/".join(map(_written, v)) if isinstance(v, tuple) else _written(v) for key, v in settings.items()}
     return f"{name}:{','.join(f'{key}={value}' for key, value in values.items())}"
 
 
+def _written(value: Any) -> str:
+    return {True: "yes", False: "no"}[value] if isinstance(value, bool) else str(value)
+
+
 def _value(text: str) -> Any:
-    """A number where it is one, a tuple where all parts between slashes are; the policy itself says whether it fits."""
-    parts = tuple(map(_number, text.split("/")))
-    return parts if len(parts) > 1 and str not in map(type, parts) else _number(text)
+    """A number or yes or no where it is one, a tuple where all parts between slashes are numbers.
+
+    The policy itself says whether it fits.
+    """
+    parts = tuple(map(_word, text.split("/")))
+    return parts if len(parts) > 1 and not {str, bool} & set(map(type, parts)) else _word(text)
 
 
-def _number(text: str) -> int | float | str:
+def _word(text: str) -> int | float | bool | str:
+    if text.lower() in SWITCH_WORDS:
+        return SWITCH_WORDS[text.lower()]
     for kind in (int, float):
         try:
             return kind(text)

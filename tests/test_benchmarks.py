@@ -26,6 +26,7 @@ from fastkv.models import linear
 from fastkv.models.presets import PRESETS
 
 MODULES = (
+    "ablation",
     "choices",
     "runners",
     "cost",
@@ -568,6 +569,31 @@ def test_calibration_of_the_attention_mass(benchmarks: Any, tmp_path: Path, caps
     path.write_text("{}\n")
     assert benchmarks.mass_calibration.main([str(path)]) == 2
     assert "has no answer with attention_kept" in capsys.readouterr().err
+
+
+def test_the_ablation_continues_and_tells_every_setting(
+    benchmarks: Any, archive_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any
+) -> None:
+    monkeypatch.setattr(benchmarks.ablation, "POLICIES", {"full": "full", "values=no": "fastkv:values=no"})
+    words = ["ablation.py", str(tmp_path), "--model", str(archive_folder), "--task", "archive", "--no-chat"]
+    monkeypatch.setattr(sys, "argv", [*words, "--length", "128"])
+    assert benchmarks.ablation.main() == 0
+    first = capsys.readouterr().out
+    assert first.endswith("|  | model-128-lead, archive (5) |\n| --- | --- |\n" + first[first.rindex("| full |") :])
+    (file,) = tmp_path.glob("*.jsonl")
+    asked = [json.loads(line) for line in file.read_text().splitlines()[1:]]
+    assert {one["policy"] for one in asked} == {"full", "fastkv:values=no,min_tokens=1"}
+    right = sum(one["score"] for one in asked if one["policy"] == "full")
+    assert f"| full | {100 * right / 5:.1f} |" in first
+    # An example that not every setting has answered yet does not count.
+    asked[-1]["score"] = 1 - asked[-1]["score"]
+    file.write_text("\n".join([file.read_text().splitlines()[0], *map(json.dumps, asked[:-1])]) + "\n")
+    assert "archive (4)" in benchmarks.ablation.table(tmp_path)
+    assert benchmarks.ablation.main() == 0
+    assert capsys.readouterr().out[-200:] == first[-200:], "the run did not continue"
+    file.write_text("{}\n[]\n")
+    with pytest.raises(FastKVError, match="no file of fastkv-eval"):
+        benchmarks.ablation.table(tmp_path)
 
 
 def test_what_choosing_costs(benchmarks: Any, archive_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

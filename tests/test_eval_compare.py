@@ -19,6 +19,7 @@ from fastkv.cache.catalogue import POLICIES
 from fastkv.cache.policies import PyramidInfer
 from fastkv.cache.policy import plan_layers
 from fastkv.console.markdown import BEGIN, END, check_page, write_page
+from fastkv.console.policy_text import read_settings, write_settings
 from fastkv.eval import cli
 from fastkv.eval.compare.command import page_part
 from fastkv.eval.compare.settings import Terms, equal_policies, nearest_decay, off_by, wanted
@@ -85,6 +86,15 @@ def test_a_label_is_what_policy_takes(heads: Path) -> None:
     assert len(found) == 1 + 2 * len(POLICIES)
     again = parse_policies([one.label for one in found], 8)
     assert [one.policy for one in again] == [one.policy for one in found]
+
+
+@pytest.mark.parametrize(("word", "value"), [("no", False), ("yes", True), ("False", False), ("true", True)])
+def test_yes_and_no_are_words(word: str, value: bool) -> None:
+    (found,) = parse_policies([f"fastkv:values={word}"])
+    assert found.policy == FastKV(values=value)
+    assert read_settings(write_settings("fastkv", {"values": value})) == ("fastkv", {"values": value})
+    with pytest.raises(FastKVError, match="tsp_rate must be a number"):
+        parse_policies([f"fastkv:tsp_rate={word}"])
 
 
 def test_several_values_stand_between_slashes() -> None:
