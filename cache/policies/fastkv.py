@@ -28,7 +28,7 @@ PAPER: dict[str, Any] = {
 NARROW_HELP = "with --pooling forward: share of each budget that the max of --kernel neighbours chooses instead"
 # A budget of fewer passages, each a token and the `reach` after it, has no room for anything else: with fewer, answers
 # of 14 digits break off (docs/accuracy.md).
-_LEAST_PASSAGES = 4
+_LEAST_PASSAGES = 3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +47,7 @@ class FastKV(WindowScored):
     narrow: with pooling="forward", the share of each budget (of entries and of propagated tokens, the window left out)
     that is chosen by scores pooled by the maximum of `kernel` neighbours, of which nothing is shared. Forward pooling
     keeps long passages after few tokens; this part keeps short ones around many, which a question about several places
-    needs. As many tokens as four passages have are never chosen so.
+    needs. As many tokens as three passages have are never chosen so.
 
     What differs from the paper: the defaults of the scores. `FastKV.paper()` has the paper's own, under which a real
     chat model loses most long answers at a tenth of its cache (docs/accuracy.md).
@@ -84,7 +84,6 @@ class FastKV(WindowScored):
     window: int = redefined(WindowScored, "window", 10)
     queries: str = redefined(WindowScored, "queries", "max")
     pooling: str = redefined(WindowScored, "pooling", "forward")
-    kernel: int = redefined(WindowScored, "kernel", 5)
     values: bool = redefined(WindowScored, "values", True)
     sinks: int = redefined(WindowScored, "sinks", 1)
     share: float = redefined(WindowScored, "share", 1.0)
