@@ -99,7 +99,7 @@ def slow_choice(llm: LLM, ids: Tensor, policy: WindowScored) -> list[Tensor]:
         if policy.values:
             received = received * value_norms(v)[0, :, None, :before]
         count = min(policy.budget(layer, llm.config.n_layers, ids.shape[1]), k.shape[2])
-        best = policy.smoothed(received[None], policy.lookahead_reach)[0].topk(count - policy.window, dim=-1).indices
+        best = slow_best(policy, received, count - policy.window)
         recent = torch.arange(before, k.shape[2]).expand(len(best), -1)
         kept.append(base.tokens[layer][0][torch.cat((best.sort(dim=-1).values, recent), dim=1)])
         if layer + 1 < llm.config.n_layers:
@@ -107,6 +107,17 @@ def slow_choice(llm: LLM, ids: Tensor, policy: WindowScored) -> list[Tensor]:
             hidden = hidden[:, torch.isin(base.tokens[layer], base.tokens[layer + 1])[0]]
             rope = model.rope(base.tokens[layer + 1])
     return kept
+
+
+def slow_best(policy: WindowScored, received: Tensor, count: int) -> Tensor:
+    """The best by forward pooling, then for the narrow part of the budget the best others by `kernel` neighbours."""
+    scores = policy.smoothed(received[None], policy.lookahead_reach)[0]
+    if not (isinstance(policy, FastKV) and policy.narrows):
+        return scores.topk(count, dim=-1).indices
+    n_wide = max(count - int(policy.narrow * count), min(count, 3 * (policy.reach + 1)))
+    wide = scores.topk(n_wide, dim=-1).indices
+    narrow = policy.smoothed(received[None], None)[0]
+    return narrow.scatter(-1, wide, float("inf")).topk(count, dim=-1).indices
 
 
 def slow_draft(llm: LLM, base: Prefill, count: int) -> list[tuple[Tensor, Tensor]]:
