@@ -26,8 +26,8 @@ PAPER: dict[str, Any] = {
 }
 
 NARROW_HELP = "with --pooling forward: share of each budget that the max of --kernel neighbours chooses instead"
-# A budget of fewer passages, each a token and the `reach` after it, has no room for anything else: with fewer, answers
-# of 14 digits break off (docs/accuracy.md).
+# Passages, each a token and the `reach` after it, that a budget has room for before any of it is narrow: with fewer,
+# answers of 14 digits break off (docs/accuracy.md).
 _LEAST_PASSAGES = 3
 
 
