@@ -52,10 +52,11 @@ def slow_prefill(llm: LLM, ids: Tensor, policy: FastKV) -> Twin:
         budget = min(policy.budget(layer, config.n_layers, n_tokens), len(positions))
         indices = torch.arange(len(positions)).expand(config.n_kv_heads, -1)
         scores = torch.empty(0)
+        observed = Observation(layer, q, k, v)
         if len(positions) > policy.window:
-            scores = policy.score(Observation(layer, q, k, v))  # which has a slow twin of its own: test_scores.py
+            scores = policy.score(observed)  # which has a slow twin of its own, as the two rankings: test_scores.py
         if budget < len(positions):
-            best = scores[0].topk(budget - policy.window).indices.sort().values
+            best = policy.ranking(observed, scores, budget)[0].topk(budget - policy.window).indices.sort().values
             indices = torch.cat((best, indices[:, -policy.window :]), 1)
         twin.kept.append(positions[indices])
         index = indices[..., None].expand(-1, -1, config.head_dim)
@@ -64,7 +65,7 @@ def slow_prefill(llm: LLM, ids: Tensor, policy: FastKV) -> Twin:
         ends = {stage.layers[-1]: stage.keep for stage in policy.stages(config.n_layers, n_tokens)}
         keep = ends.get(layer)
         if keep is not None:
-            best = scores[0].sum(0).topk(keep - policy.window).indices.sort().values
+            best = policy.importance(observed, scores, keep)[0].sum(0).topk(keep - policy.window).indices.sort().values
             chosen = torch.cat((best, torch.arange(len(positions) - policy.window, len(positions))))
             hidden, positions = hidden[:, chosen], positions[chosen]
     twin.logits = model.head(hidden[:, -1])
