@@ -18,7 +18,6 @@ WINDOW_HELP = "last tokens, always kept, whose queries score the others"
 QUERIES_HELP = "sum or max of what these queries attend"
 POOLING_HELP = "max or avg of --kernel neighbours; forward: a score also lifts the --reach tokens after it"
 REACH_HELP = "tokens after its own that a score lifts, with --pooling forward"
-KERNEL_HELP = "width of the pooling max or avg, odd"
 VALUES_HELP = "weigh attention by the length of the value that it reads"
 SINKS_HELP = "first tokens, always kept, whose attention lifts no others"
 SHARE_HELP = "how much of the layer's best score of a token each KV head adds to its own"
@@ -101,7 +100,7 @@ class WindowScored(Compressed):
     window: int = setting(8, whole(1), WINDOW_HELP, metavar="W")
     queries: str = setting("sum", choice("sum", "max"), QUERIES_HELP, metavar="sum|max")
     pooling: str = setting("max", choice("max", "avg", "forward"), POOLING_HELP, metavar="max|avg|forward")
-    kernel: int = setting(7, odd_width(), KERNEL_HELP, metavar="K")
+    kernel: int = setting(7, odd_width(), "width of the pooling max or avg, odd", metavar="K")
     reach: int = setting(20, whole(0, MAX_KERNEL), REACH_HELP, metavar="N")
     values: bool = setting(False, switch(), VALUES_HELP, metavar="yes|no")
     sinks: int = setting(0, whole(0), SINKS_HELP, metavar="N")
