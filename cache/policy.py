@@ -64,7 +64,7 @@ class Observation:
 
     k and v: [B, Hkv, n_past + T, D]: the entries that the cache of each head kept earlier, at ascending positions, then
     the T new tokens that the layer saw, in their order. q: [B, Hq, n, D] of the last n of the new tokens: n is at least
-    the policy's window, or T if there are fewer; it is T if the policy needs them all. q and k are rotated.
+    the policy's `n_queries`, or T if there are fewer; it is T if the policy needs them all. q and k are rotated.
     n_past: entries kept earlier, before the new tokens in k and v; above 0 only where a sequence continues from a
     cache, and the policy `compresses_again`.
     drafted: what a look-ahead drafted, when the layer is scored for the second time (Policy.lookahead).
@@ -147,6 +147,11 @@ class Policy:
     def __post_init__(self) -> None:
         """Check the settings, each by itself. Raises FastKVError for a value out of range."""
         check_settings(self)
+
+    @property
+    def n_queries(self) -> int:
+        """How many of the last queries of a layer the policy looks at, unless it `needs_all_queries`."""
+        return self.window
 
     def validate(self, n_layers: int, n_kv_heads: int | None = None) -> None:
         """Raise FastKVError if a setting does not fit a model of `n_layers` and `n_kv_heads` (None: not checked)."""

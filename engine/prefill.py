@@ -281,7 +281,7 @@ class LayerRun:
 
     def _n_queries(self, n_tokens: int) -> int:
         """How many of the last queries the policy looks at."""
-        return n_tokens if self.policy.needs_all_queries else self.policy.window
+        return n_tokens if self.policy.needs_all_queries else self.policy.n_queries
 
     def _positions_with(self, layer: int, new: Tensor) -> Tensor:
         """The positions of what the cache holds of a layer and of new tokens, int64 [B, T]: [B, Hkv, n + T]."""

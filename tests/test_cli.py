@@ -277,6 +277,7 @@ def test_settings_of_the_policy_arrive(run: Run) -> None:
         "queries": "sum",
         "reach": 3,
         "tsp_reach": 4,
+        "tsp_window": 12,
         "values": False,
         "sinks": 2,
         "share": 0.5,

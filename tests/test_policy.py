@@ -96,6 +96,7 @@ BAD = [
     ("queries", ["mean", "", None, 3]),
     ("reach", [-1, 1.5, "x", 5000]),
     ("tsp_reach", [-1, 1.5, "x", 5000]),
+    ("tsp_window", [-1, 1.5, "x", None]),
     ("values", [1, "yes", None]),
     ("sinks", [-1, 0.5]),
     ("share", [-0.1, float("nan"), "x"]),

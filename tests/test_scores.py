@@ -78,17 +78,39 @@ def test_a_score_lifts_the_tokens_after_it_and_none_before() -> None:
     assert torch.equal(forward_pooled(scores, 0), scores)
 
 
-def test_propagated_tokens_may_have_a_reach_of_their_own() -> None:
+def some_heads() -> Observation:
     torch.manual_seed(0)
-    observed = Observation(0, torch.randn(1, 4, 40, 8), torch.randn(1, 2, 40, 8), torch.randn(1, 2, 40, 8))
-    apart, alike = FastKV(reach=2, tsp_reach=9), FastKV(reach=9)
+    return Observation(0, torch.randn(1, 4, 60, 8), torch.randn(1, 2, 60, 8), torch.randn(1, 2, 60, 8))
+
+
+def test_propagated_tokens_may_have_a_reach_of_their_own() -> None:
+    observed = some_heads()
+    apart, alike = FastKV(reach=2, tsp_reach=9, tsp_window=0), FastKV(reach=9, tsp_window=0)
     scores = apart.score(observed)
     assert torch.equal(scores, FastKV(reach=2).score(observed))
     assert torch.equal(apart.importance(observed, scores, None), alike.score(observed))
-    assert torch.equal(alike.importance(observed, scores, None), scores)
+    assert torch.equal(alike.importance(observed, alike.score(observed), None), alike.score(observed))
 
 
-NARROW = FastKV(window=3, reach=2, kernel=3, narrow=0.6)
+@pytest.mark.parametrize(
+    ("count", "n_choosing"),
+    [(None, 16), (40, 16), (30, 15), (20, 10), (12, 8)],  # at most half of what is propagated; never below the window
+)
+def test_propagated_tokens_may_be_chosen_by_more_queries(count: int | None, n_choosing: int) -> None:
+    policy, wider = FastKV(window=8, tsp_window=16, reach=3), FastKV(window=n_choosing, tsp_window=0, reach=3)
+    observed, alone = some_heads(), some_heads()
+    found = policy.importance(observed, policy.score(observed), count)
+    expected = wider.importance(alone, wider.score(alone), count)
+    assert torch.equal(found[..., : 60 - n_choosing], expected)
+    assert (found[..., 60 - n_choosing :] == float("inf")).all(), "a token that chooses might be dropped"
+    assert found.shape[-1] == 60 - 8
+
+
+def test_queries_that_choose_tokens_choose_no_entries() -> None:
+    assert torch.equal(FastKV(tsp_window=50).score(some_heads()), FastKV(tsp_window=0).score(some_heads()))
+
+
+NARROW = FastKV(window=3, tsp_window=0, reach=2, kernel=3, narrow=0.6)
 
 
 def chosen_by_two(wide: list[float], narrow: list[float], n_wide: int, count: int) -> list[int]:
@@ -143,7 +165,7 @@ def test_narrow_scores_are_those_of_max_pooling(policy: FastKV) -> None:
         assert torch.equal(ranked[~wide], by_max[~wide])
 
 
-@pytest.mark.parametrize("policy", [FastKV(narrow=0.0), FastKV(pooling="max"), FastKV.paper()], ids=str)
+@pytest.mark.parametrize("policy", [FastKV(narrow=0.0, tsp_window=0), FastKV(pooling="max", tsp_window=0), FastKV.paper()], ids=str)
 def test_nothing_is_narrow_where_that_is_off(policy: FastKV) -> None:
     heads = torch.randn(1, 2, 100, 4)
     observed, scores = Observation(0, heads, heads, heads), torch.rand(1, 2, 100 - policy.window)

@@ -134,20 +134,20 @@ class WindowScored(Compressed):
         scores, drafted = self.smoothed(self.received(observed), reach), observed.drafted
         if drafted is None:
             return scores
-        ahead = self.smoothed(self._received(observed, drafted.attention(observed.k)), ahead_reach)
+        ahead = self.smoothed(self._received(observed, drafted.attention(observed.k), self.window), ahead_reach)
         return ahead.where(drafted.live[:, :1, None], scores)  # of a sequence that has drafted nothing the window's
 
     def received(self, observed: Observation) -> Tensor:
         """What each query head's window attends to before it: float32 [B, Hkv, G, n_past + T - window]."""
-        return self._received(observed, observed.attention(self.window))
+        return self._received(observed, observed.attention(self.window), self.window)
 
-    def _received(self, observed: Observation, attention: Tensor) -> Tensor:
-        """The same of the attention of some queries, [B, Hkv, G, n, n_past + T]."""
+    def _received(self, observed: Observation, attention: Tensor, window: int) -> Tensor:
+        """The same of the attention of some queries, [B, Hkv, G, n, n_past + T], to what stands before a window."""
         from fastkv.cache.scores import over_queries, value_norms
 
-        received = over_queries(attention, self.queries)[..., : -self.window]
+        received = over_queries(attention, self.queries)[..., :-window]
         if self.values:
-            received = received * value_norms(observed.v[:, :, : -self.window]).unsqueeze(2)
+            received = received * value_norms(observed.v[:, :, :-window]).unsqueeze(2)
         return received
 
     def smoothed(self, received: Tensor, reach: int | None) -> Tensor:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from fastkv.cache.policies.compressed import MAX_KERNEL, WindowScored
-from fastkv.cache.policy import Observation, Stage
+from fastkv.cache.policy import Observation, Policy, Stage
 from fastkv.cache.setting import number, one_or_more, redefined, setting, whole
 from fastkv.errors import FastKVError
 
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
 # How the paper scores.
 PAPER: dict[str, Any] = {
     "window": 8,
+    "tsp_window": 0,
     "queries": "sum",
     "pooling": "max",
     "kernel": 7,
@@ -25,6 +27,7 @@ PAPER: dict[str, Any] = {
     "narrow": 0.0,
 }
 
+TSP_WINDOW_HELP = "--window of the choice of these tokens, at least --window and at most half of them"
 NARROW_HELP = "with --pooling forward: share of each budget that the max of --kernel neighbours chooses instead"
 # Passages, each a token and the `reach` after it, that a budget has room for before any of it is narrow: with fewer,
 # answers of 14 digits break off (docs/accuracy.md).
@@ -44,6 +47,8 @@ class FastKV(WindowScored):
     min_tokens: floor of what the rates give (never above the prompt), so that short prompts are not hurt.
     window, queries, pooling, kernel, reach, values, sinks, share: the scores (see WindowScored). tsp_reach: `reach` of
     the scores that choose the propagated tokens; None means the same.
+    tsp_window: the last tokens that choose the propagated ones, and are among them: at least the window, else at most
+    half of them. A question is longer than the window, which takes room that entries need; here there is room.
     narrow: with pooling="forward", the share of each budget (of entries and of propagated tokens, the window left out)
     that is chosen by scores pooled by the maximum of `kernel` neighbours, of which nothing is shared. Forward pooling
     keeps long passages after few tokens; this part keeps short ones around many, which a question about several places
@@ -80,6 +85,7 @@ class FastKV(WindowScored):
     tsp_reach: int | None = setting(
         None, whole(0, MAX_KERNEL), "--reach of the scores that choose these tokens", metavar="N", unset="the same"
     )
+    tsp_window: int = setting(24, whole(0, MAX_KERNEL), TSP_WINDOW_HELP, metavar="W")
     # Chosen by measurement on real chat models, on texts of their own: docs/accuracy.md.
     window: int = redefined(WindowScored, "window", 10)
     queries: str = redefined(WindowScored, "queries", "max")
@@ -137,6 +143,11 @@ class FastKV(WindowScored):
                 first, seen = layer + 1, keep
         return [*made, Stage(range(first, n_layers))]
 
+    def covering(self, tail: int, n_tokens: int) -> Policy:
+        covering = super().covering(tail, n_tokens)
+        longer = self.tsp_window + tail if self.tsp_window else 0
+        return dataclasses.replace(covering, tsp_window=longer) if longer != self.tsp_window else covering
+
     def received(self, observed: Observation) -> Tensor:
         if "received" not in observed.noted:
             observed.noted["received"] = super().received(observed)
@@ -147,15 +158,29 @@ class FastKV(WindowScored):
             return scores
         return self._with_narrow(scores, self._narrow_scores(observed), counts - self.window, self.reach)
 
+    @property
+    def n_queries(self) -> int:
+        return max(self.window, self.tsp_window)
+
+    def window_of_tsp(self, observed: Observation, count: int | None) -> int:
+        """How many of the last tokens choose those that are propagated: `count` of them, None for not known."""
+        most = observed.q.shape[2] if count is None else min(observed.q.shape[2], count // 2)
+        return max(self.window, min(self.tsp_window, most))
+
     def importance(self, observed: Observation, scores: Tensor, count: int | None) -> Tensor:
-        reach, past = self.reach, observed.n_past
-        if self.tsp_reach is not None and self.pooling == "forward":
-            reach = self.tsp_reach
-            scores = self.smoothed(self.received(observed), reach)
-        if count is None or not self.narrows:
-            return scores[..., past:]
-        wide, narrow = (of[..., past:].sum(dim=1, keepdim=True) for of in (scores, self._narrow_scores(observed)))
-        return self._with_narrow(wide, narrow, count - self.window, reach)
+        from torch.nn.functional import pad
+
+        window = self.window_of_tsp(observed, count)
+        reach = self.reach if self.tsp_reach is None else self.tsp_reach
+        received = self._received_from(observed, window)
+        same = window == self.window
+        wide = scores if same and reach == self.reach else self.smoothed(received, reach)
+        wide = wide[..., observed.n_past :]
+        if count is not None and self.narrows:
+            narrow = self._narrow_scores(observed) if same else self.smoothed(received, None)
+            both = (of.sum(dim=1, keepdim=True) for of in (wide, narrow[..., observed.n_past :]))
+            wide = self._with_narrow(*both, count - window, reach)
+        return pad(wide, (0, window - self.window), value=float("inf"))  # as good as in the window
 
     @property
     def narrows(self) -> bool:
@@ -166,6 +191,14 @@ class FastKV(WindowScored):
         if "narrow" not in observed.noted:
             observed.noted["narrow"] = self.scores(observed, None, None)
         return observed.noted["narrow"]
+
+    def _received_from(self, observed: Observation, window: int) -> Tensor:
+        """What another number of last queries attends to: float32 [B, Hkv, G, n_past + T - window]."""
+        if window == self.window:
+            return self.received(observed)
+        from fastkv.cache.scores import window_attention
+
+        return self._received(observed, window_attention(observed.q, observed.k, window), window)
 
     def _with_narrow(self, wide: Tensor, narrow: Tensor, count: Tensor | int, reach: int) -> Tensor:
         """Scores [B, H, n] whose best `count` are the best by `wide`, and for the rest those by `narrow`.

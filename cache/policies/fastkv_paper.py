@@ -19,6 +19,7 @@ class FastKVPaper(FastKV):
     name: ClassVar[str] = "fastkv-paper"
 
     window: int = redefined(FastKV, "window", PAPER["window"])
+    tsp_window: int = redefined(FastKV, "tsp_window", PAPER["tsp_window"])
     queries: str = redefined(FastKV, "queries", PAPER["queries"])
     pooling: str = redefined(FastKV, "pooling", PAPER["pooling"])
     kernel: int = redefined(FastKV, "kernel", PAPER["kernel"])

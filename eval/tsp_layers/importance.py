@@ -1,7 +1,7 @@
 """How the importance of tokens settles with depth: what each layer would choose, held against what later layers read.
 
 For a prompt, a full-context prefill gives every layer's TSP scores (arXiv 2502.01068). At a rate r, layer l's choice
-are the int(r·N) tokens that TSP at layer l would propagate. The observation window, which is always propagated, counts
+are the int(r·N) tokens that TSP at layer l would propagate. The last W tokens, which choose (FastKV's tsp_window), count
 on neither side. Knows nothing of answers: whether a choice is good enough is for check.py to find out.
 """
 
@@ -43,7 +43,7 @@ class Recorder(Policy):
     """Full context in every layer, and each layer's scores by `scorer`, summed over KV heads: float32 [L, N - W].
 
     counts: of propagated tokens, the window included; `chosen` are the tokens in front of the window that TSP at each
-    layer would propagate, float64 zeros and ones [len(counts), L, N - W].
+    layer would propagate, float64 zeros and ones [len(counts), L, N - W]; of tokens that choose, both are 0.
     A prefill attends to all K and V, whatever the cache keeps of them. So the smallest budget is asked for: it makes
     every layer score, changes nothing that is computed, and costs no memory.
     """
@@ -56,18 +56,24 @@ class Recorder(Policy):
         self._scores: list[Tensor] = []
         self._chosen: list[list[Tensor]] = []
 
+    @property
+    def n_queries(self) -> int:
+        return self._scorer.n_queries
+
     def budget(self, layer: int, n_layers: int, n_tokens: int) -> int:
         return self.window
 
     def score(self, observed: Observation) -> Tensor:
         scores = self._scorer.score(observed)
-        self._scores.append(self._scorer.importance(observed, scores, None)[0].sum(dim=0).cpu())
+        importance = self._scorer.importance(observed, scores, None)[0].sum(dim=0).cpu()
+        self._scores.append(importance.masked_fill(importance.isinf(), 0))
         self._chosen.append([self._choice(observed, scores, count) for count in self._counts])
         return scores
 
     def _choice(self, observed: Observation, scores: Tensor, count: int) -> Tensor:
-        # The engine's own choice, ties included; its last `window` indices are the window itself.
-        best = select_tokens(self._scorer.importance(observed, scores, count), count, self.window)[0, : -self.window]
+        # The engine's own choice, ties included; its last indices are the tokens that choose.
+        n_choosing = self._scorer.window_of_tsp(observed, count)
+        best = select_tokens(self._scorer.importance(observed, scores, count), count, self.window)[0, :-n_choosing]
         return torch.zeros(scores.shape[-1], dtype=torch.float64).index_fill_(0, best.cpu(), 1)
 
     @property
