@@ -12,17 +12,16 @@ that FOLDER holds.
 
 from __future__ import annotations
 
-import json
 import sys
 from argparse import Namespace
 from collections.abc import Iterator
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+
+from answers import read_answers
 
 from fastkv.console.markdown import markdown
 from fastkv.console.parser import Parser, guarded
-from fastkv.errors import FastKVError
 from fastkv.eval.cli import main as fastkv_eval
 
 # Name in the table -> policy as --policy takes it. A row differs from `fastkv` in what its name says, and no more; but
@@ -42,6 +41,7 @@ POLICIES = {
     "share=0": "fastkv:share=0",
     "heads compete": "fastkv-ada",
     "claa": "claa",
+    "TSP by the window alone": "fastkv:tsp_window=0",
     "TSP off": "fastkv:tsp_rate=1",
     "TSP 10 %": "fastkv:tsp_rate=0.1",
     "5 % kept": "fastkv:kv_retention=0.05",
@@ -71,20 +71,11 @@ def ask(args: Namespace, length: int, end: str) -> int:
     return fastkv_eval(words)
 
 
-def read(file: Path) -> list[dict[str, Any]]:
-    """The answers of a file of fastkv-eval. Raises FastKVError where it cannot be read."""
-    try:
-        lines = [json.loads(line) for line in file.read_text("utf-8").splitlines()]
-        return [{field: line[field] for field in ("id", "policy", "task", "score")} for line in lines[1:]]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise FastKVError(f"{file}: is no file of fastkv-eval --output that can be read ({error})") from None
-
-
 def columns(folder: Path) -> Iterator[tuple[str, dict[str, float]]]:
     """A heading for each file and task, and the mean scores by policy of the examples that all have answered."""
     for file in sorted(folder.glob("*.jsonl")):
         answers: dict[str, dict[str, dict[str, float]]] = {}  # task -> example -> policy -> score
-        for record in read(file):
+        for record in read_answers(file):
             of_task = answers.setdefault(record["task"], {})
             of_task.setdefault(record["id"], {})[record["policy"]] = record["score"]
         for task, examples in answers.items():

@@ -12,11 +12,12 @@ all files together; what it does is told of the odd ones.
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
+
+from answers import read_answers
 
 from fastkv.console.parser import Parser, guarded
 from fastkv.errors import FastKVError
@@ -61,16 +62,13 @@ def best_threshold(answers: Sequence[Answer]) -> float:
 
 def read(path: Path) -> list[Answer]:
     """The answers of a file of fastkv-eval. Raises FastKVError where it cannot be read or measured nothing."""
-    try:
-        records: list[dict[str, Any]] = [json.loads(line) for line in path.read_text("utf-8").splitlines()][1:]
-        solved = {each["id"] for each in records if each["policy"] == "full" and each["score"] == 1}
-        found = [
-            Answer(each["attention_kept"], each["score"] == 1, each["index"])
-            for each in records
-            if each["id"] in solved and each["policy"] != "full" and each.get("attention_kept") is not None
-        ]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise FastKVError(f"{path}: is no file of fastkv-eval --output that can be read ({error})") from None
+    records = read_answers(path)
+    solved = {each["id"] for each in records if each["policy"] == "full" and each["score"] == 1}
+    found = [
+        Answer(each["attention_kept"], each["score"] == 1, each["index"])
+        for each in records
+        if each["id"] in solved and each["policy"] != "full" and each.get("attention_kept") is not None
+    ]
     if not found:
         raise FastKVError(f"{path}: has no answer with attention_kept to an example that --policy full answers right")
     return found

@@ -27,6 +27,7 @@ from fastkv.models.presets import PRESETS
 
 MODULES = (
     "ablation",
+    "answers",
     "choices",
     "runners",
     "cost",
@@ -569,6 +570,17 @@ def test_calibration_of_the_attention_mass(benchmarks: Any, tmp_path: Path, caps
     path.write_text("{}\n")
     assert benchmarks.mass_calibration.main([str(path)]) == 2
     assert "has no answer with attention_kept" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "text", ["", "no JSON\n", "{}\n[]\n", "{}\n3\n", '{}\n"id policy score"\n', '{}\n{"id": 1}\n', None]
+)
+def test_what_is_no_file_of_answers_is_refused(benchmarks: Any, tmp_path: Path, text: str | None) -> None:
+    file = tmp_path / "answers.jsonl"
+    if text is not None:
+        file.write_text(text)
+    with pytest.raises(FastKVError, match=rf"{file}: is no file of fastkv-eval"):
+        benchmarks.answers.read_answers(file)
 
 
 def test_the_ablation_continues_and_tells_every_setting(

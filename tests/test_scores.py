@@ -165,7 +165,9 @@ def test_narrow_scores_are_those_of_max_pooling(policy: FastKV) -> None:
         assert torch.equal(ranked[~wide], by_max[~wide])
 
 
-@pytest.mark.parametrize("policy", [FastKV(narrow=0.0, tsp_window=0), FastKV(pooling="max", tsp_window=0), FastKV.paper()], ids=str)
+@pytest.mark.parametrize(
+    "policy", [FastKV(narrow=0.0, tsp_window=0), FastKV(pooling="max", tsp_window=0), FastKV.paper()], ids=str
+)
 def test_nothing_is_narrow_where_that_is_off(policy: FastKV) -> None:
     heads = torch.randn(1, 2, 100, 4)
     observed, scores = Observation(0, heads, heads, heads), torch.rand(1, 2, 100 - policy.window)

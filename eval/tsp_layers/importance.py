@@ -1,8 +1,8 @@
 """How the importance of tokens settles with depth: what each layer would choose, held against what later layers read.
 
 For a prompt, a full-context prefill gives every layer's TSP scores (arXiv 2502.01068). At a rate r, layer l's choice
-are the int(r·N) tokens that TSP at layer l would propagate. The last W tokens, which choose (FastKV's tsp_window), count
-on neither side. Knows nothing of answers: whether a choice is good enough is for check.py to find out.
+are the int(r·N) tokens that TSP at layer l would propagate. The last W tokens, which choose (FastKV's tsp_window),
+count on neither side. Knows nothing of answers: whether a choice is good enough is for check.py to find out.
 """
 
 from __future__ import annotations
