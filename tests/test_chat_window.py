@@ -62,6 +62,8 @@ def test_the_window_grows_by_the_template(policy: FastKV | SnapKV, n_tokens: int
     assert isinstance(covering, (FastKV, SnapKV))
     assert covering.window == expected
     assert policy.covering(0, n_tokens) is policy
+    if isinstance(policy, FastKV):
+        assert covering.tsp_window == (policy.tsp_window + 6 if policy.tsp_window else 0)
 
 
 def test_other_policies_stay_as_they_are() -> None:

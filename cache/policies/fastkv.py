@@ -144,9 +144,10 @@ class FastKV(WindowScored):
         return [*made, Stage(range(first, n_layers))]
 
     def covering(self, tail: int, n_tokens: int) -> Policy:
-        covering = super().covering(tail, n_tokens)
-        longer = self.tsp_window + tail if self.tsp_window else 0
-        return dataclasses.replace(covering, tsp_window=longer) if longer != self.tsp_window else covering
+        policy = self
+        if self.tsp_window and tail:
+            policy = dataclasses.replace(self, tsp_window=min(self.tsp_window + tail, MAX_KERNEL))
+        return WindowScored.covering(policy, tail, n_tokens)
 
     def received(self, observed: Observation) -> Tensor:
         if "received" not in observed.noted:
@@ -178,8 +179,8 @@ class FastKV(WindowScored):
         wide = wide[..., observed.n_past :]
         if count is not None and self.narrows:
             narrow = self._narrow_scores(observed) if same else self.smoothed(received, None)
-            both = (of.sum(dim=1, keepdim=True) for of in (wide, narrow[..., observed.n_past :]))
-            wide = self._with_narrow(*both, count - window, reach)
+            narrow = narrow[..., observed.n_past :].sum(dim=1, keepdim=True)
+            wide = self._with_narrow(wide.sum(dim=1, keepdim=True), narrow, count - window, reach)
         return pad(wide, (0, window - self.window), value=float("inf"))  # as good as in the window
 
     @property
