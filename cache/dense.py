@@ -14,6 +14,15 @@ from fastkv.cache.layer import EntryShape, Kept, LayerMemory, Part
 _WASTE = 1.25
 
 
+def new_memory(memory: LayerMemory, capacity: int) -> tuple[Tensor, Tensor]:
+    """K and V for `capacity` entries of each head of each slot: two tensors [S, Hkv, C, D]."""
+    shape = memory.shape
+    size = (len(memory.appended), shape.n_kv_heads, capacity, shape.head_dim)
+    # Zeros, not empty: attention multiplies an unused entry by a weight of zero, and NaN would survive that.
+    k, v = (torch.zeros(size, dtype=shape.dtype, device=memory.lengths.device) for _ in range(2))
+    return k, v
+
+
 class DenseLayer:
     """K and V of one layer, [S, Hkv, C, D] each (see KVLayer)."""
 
@@ -23,12 +32,10 @@ class DenseLayer:
         self.capacity = memory.capacity
         self.lengths, self.starts = memory.lengths, memory.starts
         self._appended = memory.appended
-        n_slots, shape = len(memory.appended), memory.shape
+        n_slots = len(memory.appended)
         self._stored = [0] * n_slots
         self._spans = [0] * n_slots
-        # Zeros, not empty: attention multiplies an unused entry by a weight of zero, and NaN would survive that.
-        size = (n_slots, shape.n_kv_heads, memory.capacity, shape.head_dim)
-        self.k, self.v = (torch.zeros(size, dtype=shape.dtype, device=memory.lengths.device) for _ in range(2))
+        self.k, self.v = self._memory(memory)
 
     @staticmethod
     def bytes_of(capacity: int, shape: EntryShape) -> int:
@@ -91,6 +98,10 @@ class DenseLayer:
     def flat(self) -> tuple[Tensor, Tensor] | None:
         return self.k.flatten(0, 2), self.v.flatten(0, 2)
 
+    @property
+    def rows(self) -> int:
+        return self.k.shape[1] * self.k.shape[2]
+
     def truncate(self, slots: range, count: int) -> None:
         before = self.count(slots[0])
         self._blank(slots, before - count, before)
@@ -108,6 +119,10 @@ class DenseLayer:
 
     def restore(self, slot: int, state: dict[str, Tensor], room: int) -> None:
         self.store(range(slot, slot + 1), state["k"].unsqueeze(0), state["v"].unsqueeze(0), None, room)
+
+    def _memory(self, memory: LayerMemory) -> tuple[Tensor, Tensor]:
+        """K and V, [S, Hkv, C, D] each."""
+        return new_memory(memory, memory.capacity)
 
     def _fill(self, slots: range, first: int, k: Tensor, v: Tensor) -> None:
         end = first + k.shape[2]

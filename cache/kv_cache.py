@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fastkv.cache.layer import EntryShape, Kept, KVLayer, Part
 from fastkv.cache.pool import KVPool, round_up
+from fastkv.cache.selection import PerHead
 from fastkv.errors import FastKVError, check_integer
 
 
@@ -90,6 +91,13 @@ class KVCache:
         self.pool.layers[layer].store(self.slots, k, v, kept, self.room)
         if not self._whole:
             self._chosen[layer] = positions
+
+    def store_each(self, layer: int, k: Tensor, v: Tensor, kept: Sequence[PerHead], positions: Tensor) -> None:
+        """As `store`, where sequences keep different numbers of a layer's entries: `kept` has one for each."""
+        for row, (slot, of_row) in enumerate(zip(self.slots, kept, strict=True)):
+            part = slice(row, row + 1)
+            self.pool.layers[layer].store(range(slot, slot + 1), k[part], v[part], of_row, self.room)
+        self._chosen[layer] = positions
 
     def extend(self, layer: int, k: Tensor, v: Tensor, positions: Tensor) -> None:
         """Add the entries k and v [B, Hkv, T, D] to a layer, all of which then stand at `positions` [B, Hkv, n + T]."""

@@ -47,6 +47,7 @@ class LayerMemory:
 
     lengths, starts: int64 [S, Hkv], views on the pool's: live entries of each head, and where the first one lies.
     appended: for each slot how many tokens decode steps have added; one list for all layers of a pool.
+    before: the layer before this one in the pool (None: it is the first). total: the capacities of all layers together.
     """
 
     capacity: int  # entries of each head, for which there is room
@@ -54,6 +55,8 @@ class LayerMemory:
     lengths: Tensor
     starts: Tensor
     appended: list[int]
+    before: KVLayer | None = None
+    total: int = 0
 
 
 class KVLayer(Protocol):
@@ -102,7 +105,11 @@ class KVLayer(Protocol):
         """The first `span` entries of each head, live or not: k and v [B, Hkv, span, D]. Reads no host count."""
 
     def flat(self) -> tuple[Tensor, Tensor] | None:
-        """The memory of all slots as rows [S * Hkv * C, D] for K and V, addressed by `starts`; None if it is not so."""
+        """The memory of all slots as rows [S * R, D] for K and V, addressed by `starts`; None if it is not so."""
+
+    @property
+    def rows(self) -> int:
+        """R, the rows of one slot there."""
 
     def truncate(self, slots: range, count: int) -> None:
         """Forget the last `count` stored entries of each head."""

@@ -51,10 +51,12 @@ def attention_mass(peaks: Tensor, window: int) -> Tensor:
     return F.pad(forward_pooled(peaks[..., SINKS : n_tokens - window], REACH) ** POWER, (SINKS, window))
 
 
-def kept_mass(mass: Tensor, kept: Kept) -> Tensor:
+def kept_mass(mass: Tensor, kept: Kept | Sequence[PerHead]) -> Tensor:
     """What `mass`, [B, Hkv, T], is left in the entries that a layer keeps: float32 [B]."""
     if kept is None:
         return mass.sum(dim=(1, 2))
+    if isinstance(kept, Sequence):
+        return torch.cat([kept_mass(mass[row : row + 1], of_row) for row, of_row in enumerate(kept)])
     if isinstance(kept, PerHead):
         return mass.flatten(1).gather(1, kept.index).sum(dim=1)
     return mass.gather(2, kept).sum(dim=(1, 2))
@@ -75,7 +77,7 @@ class MassOfLayers:
         """A layer keeps all that it saw."""
         self.layers.append(None if self._left is None else LayerMass(self._left, self._one, measured=False))
 
-    def keep(self, observed: Observation, kept: Kept, window: int) -> None:
+    def keep(self, observed: Observation, kept: Kept | Sequence[PerHead], window: int) -> None:
         """A layer keeps some of what was observed; kept: None for all. After a look-ahead it may choose again."""
         if observed.drafted is not None:
             self._keep_others(observed, kept, window)
@@ -88,7 +90,7 @@ class MassOfLayers:
             total = mass.sum(dim=(1, 2)) / self._left
             self.layers.append(LayerMass(kept_mass(mass, kept), total, measured=True))
 
-    def _keep_others(self, observed: Observation, kept: Kept, window: int) -> None:
+    def _keep_others(self, observed: Observation, kept: Kept | Sequence[PerHead], window: int) -> None:
         before = self.layers[observed.layer]
         if before is not None and observed.peaks is not None:
             mass = kept_mass(attention_mass(observed.peaks, window), kept)

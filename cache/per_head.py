@@ -42,13 +42,14 @@ class PerHeadLayer(DenseLayer):
         assert isinstance(chosen, PerHead), "one index for all heads belongs into a DenseLayer"
         source = chosen.index.unsqueeze(2).expand(-1, -1, k.shape[-1])
         rows_k, rows_v = (new.flatten(1, 2).gather(1, source) for new in (k, v))
-        self.clear(slots)
-        target = torch.arange(chosen.index.shape[1], device=k.device) + chosen.heads * room
+        n_entries, n_heads = chosen.index.shape[1], k.shape[1]
+        begin = torch.tensor(self._begin(slots, n_entries + n_heads * room), device=k.device).unsqueeze(1)
+        target = torch.arange(n_entries, device=k.device) + chosen.heads * room + begin
         target = target.unsqueeze(2).expand_as(source)
         memory_k, memory_v = self._rows(slots)
         memory_k.scatter_(1, target, rows_k)
         memory_v.scatter_(1, target, rows_v)
-        starts = chosen.before + torch.arange(k.shape[1], device=k.device) * room
+        starts = chosen.before + torch.arange(n_heads, device=k.device) * room + begin
         self.starts[slots.start : slots.stop] = starts
         self.lengths[slots.start : slots.stop] = chosen.counts
         for slot, counts, first in zip(slots, chosen.counts.tolist(), starts.tolist(), strict=True):
@@ -103,8 +104,13 @@ class PerHeadLayer(DenseLayer):
         kept = PerHead(counts.unsqueeze(0), index.unsqueeze(0), total)
         self.store(range(slot, slot + 1), every_head_k, every_head_v, kept, room)
 
+    def _begin(self, slots: range, n_rows: int) -> list[int]:
+        """Blank what the next `n_rows` rows of each slot are to be: where these begin."""
+        self.clear(slots)
+        return [0] * len(slots)
+
     def _rows(self, slots: range) -> tuple[Tensor, Tensor]:
-        """K and V of these slots, [B, Hkv * C, D] each."""
+        """K and V of these slots, [B, R, D] each."""
         return self.k[slots.start : slots.stop].flatten(1, 2), self.v[slots.start : slots.stop].flatten(1, 2)
 
     def _of_head(self, index: int, slot: int, head: int, new: int) -> Part:

@@ -8,7 +8,7 @@ write one. Imports torch for type checkers only, so that the command's --help ca
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
@@ -133,6 +133,9 @@ class Policy:
     lookahead: int = 0
     needs_all_queries: ClassVar[bool] = False  # of a layer, for its scores; not those of the window alone
     per_head: ClassVar[bool] = False  # the KV heads of a layer keep different numbers of entries (`head_budgets`)
+    # The layers compete for the budgets of the whole model (`model_budgets`): nothing is dropped before the last layer
+    # has been scored, so K and V of all tokens stay in memory until then. Only for a policy that is `per_head`.
+    over_layers: ClassVar[bool] = False
     # When a sequence continues from a cache that already holds entries: whether this policy chooses anew among those
     # entries and the new tokens (its budget counting from the whole sequence so far). Else the earlier entries stay and
     # the new tokens are kept whole.
@@ -190,6 +193,13 @@ class Policy:
         of a policy that is `per_head`.
         """
         raise NotImplementedError(f"{type(self).__name__} gives every head the same")
+
+    def model_budgets(self, counts: Sequence[int], scores: Sequence[Tensor]) -> list[Tensor]:
+        """As `head_budgets` for all layers at once: int64 [B, Hkv] for each, together Hkv times the sum of `counts`.
+
+        Asked only of a policy that is `over_layers`, once all layers have been scored.
+        """
+        raise NotImplementedError(f"{type(self).__name__} gives every layer its own budget")
 
     def ranking(self, observed: Observation, scores: Tensor, counts: Tensor | int) -> Tensor:
         """What chooses the entries once their number is known: like `scores`, or `scores` itself.

@@ -32,7 +32,7 @@ class KVPool:
     """L layers of one layout, with room for `n_slots` sequences.
 
     lengths: int64 [L, S, Hkv], live entries of each head. starts: int64 [L, S, Hkv], where they begin, in the rows
-    [S * Hkv * C] of a layer counted from the slot's first one. next_position: int64 [S], of the next token.
+    of a layer (KVLayer.flat) counted from the slot's first one. next_position: int64 [S], of the next token.
     appended: the host's count of the tokens that decode steps have added to each slot since its prefill.
     All tensors keep their addresses for as long as the pool lives.
     """
@@ -49,10 +49,11 @@ class KVPool:
             self.lengths = torch.zeros(size, dtype=torch.int64, device=device)
             self.starts = torch.tensor(even, dtype=torch.int64, device=device).unsqueeze(1).repeat(1, n_slots, 1)
             self.next_position = torch.zeros(n_slots, dtype=torch.int64, device=device)
-            self.layers = [
-                layout(LayerMemory(capacity, shape, self.lengths[index], self.starts[index], self.appended))
-                for index, capacity in enumerate(capacities)
-            ]
+            self.layers: list[KVLayer] = []
+            for index, capacity in enumerate(capacities):
+                before = self.layers[-1] if self.layers else None
+                counts = (self.lengths[index], self.starts[index], self.appended)
+                self.layers.append(layout(LayerMemory(capacity, shape, *counts, before, sum(capacities))))
         self._free = list(range(n_slots - 1, -1, -1))
 
     @property

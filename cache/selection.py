@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -107,6 +108,22 @@ def select_per_head(scores: Tensor, counts: Tensor, window: int) -> PerHead:
     kept.scatter_(2, best, chosen)
     index = kept.flatten(1).nonzero()[:, 1].view(batch, -1)
     return PerHead(counts, index, before + window)
+
+
+def select_each(scores: Tensor, counts: Tensor, window: int) -> list[PerHead]:
+    """As select_per_head, for sequences that keep different numbers of entries: one for each of them."""
+    rows = zip(scores.split(1), counts.split(1), strict=True)
+    return [select_per_head(of_row, count, window) for of_row, count in rows]
+
+
+def positions_of_each(kept: Sequence[PerHead], positions: Tensor) -> Tensor:
+    """Where what each sequence keeps stands, of entries at `positions` int64 [B, Hkv, T]: int64 [B, Hkv, n].
+
+    After the last of a shorter head stand -1.
+    """
+    rows = [of_row.positions(positions[row : row + 1, 0])[0] for row, of_row in enumerate(kept)]
+    longest = max(row.shape[1] for row in rows)
+    return torch.stack([torch.nn.functional.pad(row, (0, longest - row.shape[1]), value=-1) for row in rows])
 
 
 def positions_of(kept: Tensor | PerHead, positions: Tensor) -> Tensor:

@@ -98,8 +98,8 @@ class VarlenAttention:
         device, integer = pool.device, torch.int32
         self._queries = torch.arange(n * n_kv_heads + 1, dtype=integer, device=device)
         # Where the entries of each slot begin, of all that a layer has, and where those of the last one end: [L, n + 1]
-        capacities = torch.tensor(pool.capacities, dtype=integer, device=device)
-        self._slots = torch.arange(n + 1, dtype=integer, device=device) * (n_kv_heads * capacities).unsqueeze(1)
+        rows = torch.tensor([layer.rows for layer in pool.layers], dtype=integer, device=device)
+        self._slots = torch.arange(n + 1, dtype=integer, device=device) * rows.unsqueeze(1)
         self._starts = torch.zeros(n_layers, n * n_kv_heads + 1, dtype=integer, device=device)
         self._starts[:, -1] = self._slots[:, -1]
         self._live = torch.zeros(n_layers, n * n_kv_heads, dtype=integer, device=device)
@@ -127,7 +127,7 @@ class VarlenAttention:
         n_rows = rows.shape[1]
         if n_rows == 1 and two_rows_are_faster(q):
             rows = rows.expand(-1, 2, -1).contiguous()
-        k, v = (memory[: self._n * n_kv_heads * self._pool.capacities[layer], None] for memory in flat)
+        k, v = (memory[: self._n * self._pool.layers[layer].rows, None] for memory in flat)
         span, starts = self._spans[layer], self._starts[layer]
         attended = self._attend(rows, k, v, self._queries, starts, 1, span, seqused_k=self._live[layer])
         return attended[:, :n_rows].reshape(q.shape)

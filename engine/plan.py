@@ -10,6 +10,7 @@ import torch
 from fastkv.cache.dense import DenseLayer
 from fastkv.cache.kv_cache import KVCache
 from fastkv.cache.layer import EntryShape, KVLayer
+from fastkv.cache.model_wide import ModelWideLayer
 from fastkv.cache.per_head import PerHeadLayer
 from fastkv.cache.policy import FirstPass, LayerPlan, Policy, drops_tokens, plan_layers
 from fastkv.cache.pool import KVPool, bytes_of, round_up
@@ -55,8 +56,8 @@ class RequestPlan:
 
     @property
     def held_nbytes(self) -> int:
-        """Bytes of K and V that a look-ahead holds of one sequence: of all that each layer saw, and of the draft."""
-        if not self.lookahead:
+        """Bytes of K and V that one sequence holds until its layers have chosen: of all they saw, and of a draft."""
+        if not (self.lookahead or (self.policy.over_layers and self.compresses)):
             return 0
         seen = [before + layer.seen for before, layer in zip(self.past, self.layers, strict=True)]
         return bytes_of(DenseLayer, [count + self.lookahead for count in seen], self.shape)
@@ -148,7 +149,9 @@ def _layout(policy: Policy, compresses: bool) -> type[KVLayer]:
     """How the layers of a new cache store their entries."""
     if policy.layout is not None:
         return policy.layout
-    return PerHeadLayer if policy.per_head and compresses else DenseLayer
+    if not (policy.per_head and compresses):
+        return DenseLayer
+    return ModelWideLayer if policy.over_layers else PerHeadLayer
 
 
 def position_limit(config: ModelConfig, policy: Policy, n_tokens: int, cache: KVCache | None = None) -> int:

@@ -20,8 +20,9 @@ from fastkv.cache.kv_cache import KVCache
 from fastkv.cache.layer import Kept, Part
 from fastkv.cache.mass import LayerMass, MassOfLayers
 from fastkv.cache.policy import FirstPass, Observation, OnlineSelector
-from fastkv.cache.selection import positions_of, select_entries, select_per_head, select_tokens
+from fastkv.cache.selection import positions_of, positions_of_each, select_entries, select_per_head, select_tokens
 from fastkv.engine.attention import AUTO, attend_parts, causal_attention, take_tokens
+from fastkv.engine.competing import CompetingLayers
 from fastkv.engine.lookahead import Lookahead
 from fastkv.engine.output_norms import output_norms
 from fastkv.engine.plan import RequestPlan
@@ -88,6 +89,8 @@ def prefill(
         state, rope = run.layer(layer, state, rope)
         kept.append(run.positions)
     logits = model.head(state.hidden[:, -1])
+    for layer, positions in run.competed():
+        kept[layer] = positions
     for layer, positions in run.looked_ahead(logits, start + plan.layers[0].seen, eos_ids):
         kept[layer] = positions
     cache.end(start + plan.layers[0].seen, plan.position_limit)
@@ -110,6 +113,7 @@ class LayerRun:
         self.projection, self.workspace = Projection(model, workspace), workspace
         self.windows = model.config.windows
         self.ahead = Lookahead(plan.lookahead) if plan.lookahead else None
+        self.competing = CompetingLayers(plan.policy) if plan.policy.over_layers else None
         # Nobody measures what a first pass drops.
         self.mass = MassOfLayers(cache.batch, model.device, known=plan.first_pass is None)
         self.idle_hidden = "other hidden"  # of the two buffers for hidden states the one that is not in use
@@ -205,6 +209,10 @@ class LayerRun:
         scores, kept = self._score(observed), None
         layer, n_entries = observed.layer, observed.k.shape[2]
         count = self.layers[layer].kept
+        if self.competing is not None:
+            self.competing.hold(observed, scores, positions, count)
+            self.positions = positions
+            return scores
         if count < n_entries:
             kept = self._best(observed, count, scores)
         self.positions = positions if kept is None else positions_of(kept, positions)
@@ -223,6 +231,16 @@ class LayerRun:
             for observed, positions in self.ahead.release():
                 self.fill(observed, positions)
                 yield observed.layer, self.positions
+
+    def competed(self) -> Iterator[tuple[int, Tensor]]:
+        """Give out the budgets of all layers, where they compete: each layer, and the positions that it keeps."""
+        if self.competing is None:
+            return
+        for observed, kept, positions in self.competing.chosen():
+            of_layer = positions_of_each(kept, positions)
+            self.cache.store_each(observed.layer, observed.k, observed.v, kept, of_layer)
+            self.mass.keep(observed, kept, self.policy.window)
+            yield observed.layer, of_layer
 
     def _best(self, observed: Observation, count: int, scores: Tensor) -> Kept:
         """The entries that a layer keeps: `count` of each head, or on average."""

@@ -112,7 +112,10 @@ def check_cache_fits(plan: RequestPlan, device: torch.device, batch: int = 1, re
     """
     cache, held = batch * plan.nbytes, batch * plan.held_nbytes
     what, advice = "the KV cache", "lower kv_retention or max_tokens, or shorten the prompt"
-    if held:
+    if plan.policy.over_layers and held:
+        what = "the KV cache, with the whole K and V that this policy holds until the last layer,"
+        advice = "take another policy, lower max_tokens, or shorten the prompt"
+    elif held:
         what = "the KV cache, with the whole K and V that lookahead holds until its draft ends,"
         advice = "set lookahead to 0, lower kv_retention or max_tokens, or shorten the prompt"
     check_fits(what, cache + held, device, advice, min(reusable, cache))

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from fastkv.cache.dense import DenseLayer
 from fastkv.cache.layer import EntryShape, KVLayer
+from fastkv.cache.model_wide import ModelWideLayer
 from fastkv.cache.per_head import PerHeadLayer
 from fastkv.cache.pool import KVPool
 from fastkv.cache.selection import PerHead
@@ -27,7 +28,7 @@ SHAPE = EntryShape(2, 8, torch.float32)
 CAPACITIES = (96, 64)
 SPANS = (96, 64)
 WINDOWS = [None, 5, 200]
-LAYOUTS: list[type[KVLayer]] = [DenseLayer, PerHeadLayer]
+LAYOUTS: list[type[KVLayer]] = [DenseLayer, PerHeadLayer, ModelWideLayer]
 # entries of each slot, in layer 0 and in layer 1: far apart, nearly equal, equal; an empty slot is one at rest
 LENGTHS: dict[str, Sequence[tuple[int, int]]] = {
     "far apart": [(70, 33), (2, 55), (0, 0), (41, 9)],
@@ -42,7 +43,7 @@ def _inference() -> Iterator[None]:
         yield
 
 
-@pytest.fixture(params=LAYOUTS, ids=["dense", "per head"])
+@pytest.fixture(params=LAYOUTS, ids=["dense", "per head", "model wide"])
 def layout(request: pytest.FixtureRequest) -> type[KVLayer]:
     return request.param
 
@@ -54,7 +55,7 @@ def pool_of(layout: type[KVLayer], lengths: Sequence[tuple[int, int]]) -> KVPool
         for layer, count in enumerate(counts):
             k, v = entries(count, seed=10 * slot + layer, head_dim=8)
             kept = None
-            if layout is PerHeadLayer:
+            if layout.per_head:
                 index = torch.cat((torch.arange(count), count + torch.arange(count // 3)))
                 kept = PerHead(torch.tensor([[count, count // 3]]), index[None], count) if count else None
             pool.layers[layer].store(range(slot, slot + 1), k, v, kept, 8)

@@ -16,7 +16,7 @@ import torch
 from caches import idle_pool, let_overflow
 from torch import Tensor
 
-from fastkv import LLM, AdaKV, FastKV, FastKVError, FullKV, SamplingParams, SnapKV
+from fastkv import LLM, AdaKV, DefensiveKVLayer, FastKV, FastKVError, FullKV, SamplingParams, SnapKV
 from fastkv.cache.dense import DenseLayer
 from fastkv.cache.kv_cache import KVCache
 from fastkv.cache.layer import EntryShape
@@ -33,13 +33,16 @@ from fastkv.errors import FaultError
 from fastkv.models.llama import Llama
 
 PROMPT = torch.randint(3, 256, (300,), generator=torch.Generator().manual_seed(5)).tolist()
-POLICIES = [  # the last two: layers differ; heads differ
+POLICIES = [  # the last three: layers differ; heads differ; layers compete
     FullKV(),
     FastKV(min_tokens=8),
     FastKV(tsp_layer=1, tsp_len=20, kv_len=100),
     AdaKV(min_tokens=8),
+    DefensiveKVLayer(min_tokens=8),
 ]
-EACH_POLICY = pytest.mark.parametrize("policy", POLICIES, ids=["full", "fastkv", "layers differ", "heads differ"])
+EACH_POLICY = pytest.mark.parametrize(
+    "policy", POLICIES, ids=["full", "fastkv", "layers differ", "heads differ", "layers compete"]
+)
 
 
 class Recorder:

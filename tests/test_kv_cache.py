@@ -10,10 +10,13 @@ from fastkv import LLM, FastKV, FastKVError, FullKV, SamplingParams
 from fastkv.cache.dense import DenseLayer
 from fastkv.cache.kv_cache import KVCache
 from fastkv.cache.layer import EntryShape, KVLayer
+from fastkv.cache.model_wide import ModelWideLayer
 from fastkv.cache.per_head import PerHeadLayer
 from fastkv.cache.pool import BLOCK, KVPool, bucket, bytes_of, round_up
 
-BOTH = pytest.mark.parametrize("layout", [DenseLayer, PerHeadLayer], ids=["dense", "per head"])
+EACH = pytest.mark.parametrize(
+    "layout", [DenseLayer, PerHeadLayer, ModelWideLayer], ids=["dense", "per head", "model wide"]
+)
 
 
 # --- bytes ---
@@ -25,14 +28,14 @@ def test_bytes_of_llama_31() -> None:
     assert bytes_of(DenseLayer, [131_072] * 32, shape) == 131_072 * 128 * 1024
 
 
-@BOTH
+@EACH
 def test_bytes_are_those_that_are_allocated(layout: type[KVLayer]) -> None:
     """The formula, which requests are planned by, against the tensors."""
     for dtype in (torch.float32, torch.bfloat16):
         shape = EntryShape(2, 3, dtype)
         pool = make_pool(layout, (32, 96), n_slots=3, shape=shape)
-        flat = [rows for layer in pool.layers for rows in layer.flat() or ()]
-        assert pool.nbytes == sum(rows.numel() * rows.element_size() for rows in flat)
+        flat = {rows.data_ptr(): rows for layer in pool.layers for rows in layer.flat() or ()}  # layers may share it
+        assert pool.nbytes == sum(rows.numel() * rows.element_size() for rows in flat.values())
         assert pool.nbytes == 3 * bytes_of(layout, (32, 96), shape)
         assert KVCache(pool, range(2), 4, 1000).nbytes * 3 == pool.nbytes * 2
 
@@ -87,7 +90,7 @@ def test_a_pool_holds_what_fits_of_its_layout() -> None:
     assert not pool.holds(PerHeadLayer, (32, 32), 1)
 
 
-@BOTH
+@EACH
 def test_places_follow_the_live_entries(layout: type[KVLayer]) -> None:
     pool = make_pool(layout, (16, 16), n_slots=2)
     pool.lengths.copy_(torch.tensor([[[1, 2], [3, 4]], [[5, 6], [7, 8]]]))
@@ -132,7 +135,7 @@ def test_store_gathers_each_heads_own_entries() -> None:
     assert cache.next_position.tolist() == [100]
 
 
-@BOTH
+@EACH
 def test_append_writes_the_next_entry_and_nothing_else(layout: type[KVLayer]) -> None:
     """Layers of different lengths, one step after the other, as a decode step does it."""
     cache = make_cache(layout)
@@ -181,7 +184,7 @@ def test_decoding_never_reallocates(tiny_llm: LLM, policy: FullKV | FastKV) -> N
     assert cache.nbytes == size
 
 
-@BOTH
+@EACH
 def test_a_cache_in_a_used_slot_is_as_good_as_new(layout: type[KVLayer]) -> None:
     """What the sequence before left could be infinite; a weight of zero would make NaN of it."""
     pool = KVPool(layout, [64, 64], 2, EntryShape(2, 3, torch.float32), CPU)

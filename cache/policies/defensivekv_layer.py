@@ -1,0 +1,34 @@
+"""DefensiveKV's layer variant: the heads of all layers compete for the whole cache (arXiv 2510.13334)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+from fastkv.cache.policies.defensivekv import DefensiveKV
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class DefensiveKVLayer(DefensiveKV):
+    """DefensiveKV, but the best entries of the whole model win, and not those of each layer.
+
+    kv_retention, kv_len, min_tokens: the MEAN budget of all heads of the model. head_floor: share of it that each head
+    has for certain. The settings are DefensiveKV's. K and V of all tokens stay in memory until the last layer has been
+    scored. What differs from the paper stands in DefensiveKV. Raises FastKVError for a value out of range.
+    """
+
+    name: ClassVar[str] = "defensivekv-layer"
+    over_layers: ClassVar[bool] = True
+
+    def model_budgets(self, counts: Sequence[int], scores: Sequence[Tensor]) -> list[Tensor]:
+        import torch
+
+        from fastkv.cache.selection import competed_counts
+
+        mean = counts[0]  # a prefill without context reduction: every layer sees all tokens, and has the same budget
+        together = competed_counts(torch.cat(tuple(scores), dim=1), mean, self.window, self.head_floor)
+        return list(together.chunk(len(scores), dim=1))
