@@ -91,10 +91,15 @@ class MassOfLayers:
             self.layers.append(LayerMass(kept_mass(mass, kept), total, measured=True))
 
     def _keep_others(self, observed: Observation, kept: Kept | Sequence[PerHead], window: int) -> None:
-        before = self.layers[observed.layer]
-        if before is not None and observed.peaks is not None:
-            mass = kept_mass(attention_mass(observed.peaks, window), kept)
-            self.layers[observed.layer] = before._replace(kept=mass)
+        """What drafted tokens have chosen is measured by their attention: the window's would miss what it let go."""
+        before, drafted = self.layers[observed.layer], observed.drafted
+        if before is None or observed.peaks is None or drafted is None:
+            return
+        left = attention_mass(observed.peaks, window).sum(dim=(1, 2)) / (before.total + _NOTHING)
+        peaks = drafted.attention(observed.k).amax(dim=(2, 3)).where(drafted.live[:, :1, None], observed.peaks)
+        mass = attention_mass(peaks, window)
+        total = mass.sum(dim=(1, 2)) / (left + _NOTHING)
+        self.layers[observed.layer] = before._replace(kept=kept_mass(mass, kept), total=total)
 
     def propagate(self, observed: Observation, chosen: Tensor | None, window: int) -> None:
         """Of the new tokens observed some are propagated, `chosen` int64 [B, n]; None: all."""

@@ -179,6 +179,30 @@ def test_a_continued_layer_matches_the_definition(tiny_llm: LLM, monkeypatch: py
     assert shares(again.mass)[1][0] == close(expected[0])
 
 
+def test_what_a_draft_has_chosen_is_measured_by_the_drafts_attention(
+    tiny_llm: LLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected: dict[int, float] = {}
+    real = MassOfLayers.keep
+
+    def watched(self: MassOfLayers, observed: Observation, kept: Any, window: int) -> None:
+        if observed.drafted is not None:
+            (expected[observed.layer],) = slow_share(observed.drafted.attention(observed.k), window, kept.tolist())
+        real(self, observed, kept, window)
+
+    monkeypatch.setattr(MassOfLayers, "keep", watched)
+    policy = FastKV(kv_len=20, tsp_rate=1.0, window=4, lookahead=3)
+    _, each = shares(tiny_llm.prefill(random_ids(80), policy).mass)
+    assert list(each) == [close(expected[layer]) for layer in range(6)]
+    # Where tokens were dropped, what is left of the mass counts: the first layer after that, held against all of it.
+    dropping = dataclasses.replace(policy, tsp_rate=0.5, tsp_layer=0, min_tokens=8)
+    _, after = shares(tiny_llm.prefill(random_ids(80), dropping).mass)
+    _, before = shares(
+        tiny_llm.prefill(random_ids(80), dataclasses.replace(dropping, kv_len=None, kv_retention=1.0)).mass
+    )
+    assert after[1] == close(expected[1] * before[1])
+
+
 def test_the_output_tells_them(tiny_llm: LLM) -> None:
     ids = random_ids(80)[0].tolist()
     policy = FastKV(kv_len=20, tsp_len=40, window=4)
