@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from matplotlib import figure
     from matplotlib.axes import Axes
 
-FULL, FASTKV = "full", "fastkv:kv_retention=0.1,min_tokens=8"
+FULL, FASTKV = "full", "fastkv:min_tokens=8"
 COLOURS = {
     "full": "#767676",
     "fastkv": "#0072B2",
