@@ -8,18 +8,19 @@ from typing import Any
 
 from fastkv.errors import FastKVError
 
-FIELDS = ("id", "policy", "score")  # which every answer has; a measurement of one may be missing or None
+FIELDS = ("id", "policy", "task", "index", "score")  # which every answer has; one that was not measured may be missing
 
 
 def read_answers(file: Path) -> list[dict[str, Any]]:
     """Each answer as its fields. Raises FastKVError where the file cannot be read as one of fastkv-eval."""
     try:
         _, *answers = map(json.loads, file.read_text("utf-8").splitlines())
-        missing = [field for answer in answers for field in FIELDS if field not in answer]
-    except (OSError, ValueError, TypeError) as error:
+    except (OSError, ValueError) as error:
         raise _unreadable(file, error) from None
-    if missing or not all(isinstance(answer, dict) for answer in answers):
-        raise _unreadable(file, f"an answer has no {missing[0]}" if missing else "an answer is no object")
+    for number, answer in enumerate(answers, start=2):
+        missing = [field for field in FIELDS if not isinstance(answer, dict) or field not in answer]
+        if missing:
+            raise _unreadable(file, f"line {number} has no {missing[0]}")
     return answers
 
 

@@ -135,7 +135,7 @@ class Policy:
     per_head: ClassVar[bool] = False  # the KV heads of a layer keep different numbers of entries (`head_budgets`)
     # The layers compete for the budgets of the whole model (`model_budgets`): nothing is dropped before the last layer
     # has been scored, so K and V of all tokens stay in memory until then. Only for a policy that is `per_head`.
-    over_layers: ClassVar[bool] = False
+    over_layers: ClassVar[bool] = False  # without context reduction, and with one `budget` for all layers
     # When a sequence continues from a cache that already holds entries: whether this policy chooses anew among those
     # entries and the new tokens (its budget counting from the whole sequence so far). Else the earlier entries stay and
     # the new tokens are kept whole.
@@ -257,6 +257,11 @@ def plan_layers(policy: Policy, n_layers: int, n_tokens: int) -> list[LayerPlan]
                 raise FastKVError(
                     f"policy {policy.name}: budget must be at least its window ({policy.window}), not {kept} (layer "
                     f"{layer}, {n_tokens} tokens)"
+                )
+            if policy.over_layers and (reduces or (plans and (seen, kept) != (plans[0].seen, plans[0].kept))):
+                raise FastKVError(
+                    f"policy {policy.name}: layers that compete must all see the same tokens, and have the same budget "
+                    f"(layer {layer}, {n_tokens} tokens)"
                 )
             propagated = stage.keep if reduces and layer == stage.layers[-1] else None
             plans.append(LayerPlan(seen, kept, propagated))

@@ -560,6 +560,7 @@ def test_calibration_of_the_attention_mass(benchmarks: Any, tmp_path: Path, caps
         for index, share, score in scores
     ]
     records += [{"id": str(i), "policy": "full", "index": i, "score": i < 3, "attention_kept": 1.0} for i in range(4)]
+    records = [{"task": "niah_single", **record} for record in records]
     path = tmp_path / "m.jsonl"
     path.write_text("\n".join(map(json.dumps, [{"format": "fastkv-eval 1"}, *records])) + "\n")
     assert benchmarks.mass_calibration.main([str(path)]) == 0
@@ -573,7 +574,16 @@ def test_calibration_of_the_attention_mass(benchmarks: Any, tmp_path: Path, caps
 
 
 @pytest.mark.parametrize(
-    "text", ["", "no JSON\n", "{}\n[]\n", "{}\n3\n", '{}\n"id policy score"\n', '{}\n{"id": 1}\n', None]
+    "text",
+    [
+        "",
+        "no JSON\n",
+        "{}\n[]\n",
+        "{}\n3\n",
+        '{}\n"id policy score"\n',
+        '{}\n{"id": 1, "policy": "full", "score": 1, "index": 0}\n',
+        None,
+    ],
 )
 def test_what_is_no_file_of_answers_is_refused(benchmarks: Any, tmp_path: Path, text: str | None) -> None:
     file = tmp_path / "answers.jsonl"

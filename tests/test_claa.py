@@ -131,3 +131,13 @@ def test_heads_share_what_the_layer_keeps_after_the_tsp_layer_too(tiny_llm: LLM)
     params = SamplingParams(max_tokens=3, ignore_eos=True)
     out = tiny_llm.generate(PROMPT[0].tolist(), params, FastKVAda(tsp_layer=2, tsp_len=30, kv_len=40))
     assert out.metrics.kv_entries == 2 * (3 * 40 + 3 * 30)
+
+
+@pytest.mark.parametrize("n_tokens", [20, 24, 50, 200])
+def test_at_most_half_of_the_propagated_tokens_choose(tiny_llm: LLM, n_tokens: int) -> None:
+    """What the selector chooses from has room for tokens before those that choose, in short prompts, too."""
+    policy = CLAA(tsp_window=100, tsp_len=18, kv_len=16)
+    propagated = tiny_llm.prefill(PROMPT[:, :n_tokens], policy, 2).tokens[-1][0].tolist()
+    assert len(propagated) == min(18, n_tokens)
+    assert propagated[-9:] == list(range(n_tokens - 9, n_tokens))
+    assert propagated[0] < n_tokens - 18 or n_tokens < 40

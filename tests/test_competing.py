@@ -109,6 +109,21 @@ def test_what_is_held_until_the_last_layer_counts(tiny_llm: LLM, monkeypatch: py
         tiny_llm.prefill(IDS[:1], DefensiveKVLayer(kv_len=BUDGET), 1)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Uneven(DefensiveKVLayer):
+    """One layer keeps everything, which the others' competition knows nothing of."""
+
+    name: ClassVar[str] = "uneven"
+
+    def budget(self, layer: int, n_layers: int, n_tokens: int) -> int:
+        return n_tokens if layer == 1 else super().budget(layer, n_layers, n_tokens)
+
+
+def test_layers_that_compete_have_one_budget(tiny_llm: LLM) -> None:
+    with pytest.raises(FastKVError, match=r"uneven: layers that compete .* same budget \(layer 1, 300 tokens\)"):
+        tiny_llm.prefill(IDS, Uneven(kv_len=BUDGET), 4)
+
+
 def store(layer: ModelWideLayer, slot: int, counts: list[int], value: float, room: int = 2) -> None:
     """Of five entries in each of two heads the first ones, as many as `counts` says."""
     index = [head * 5 + token for head, count in enumerate(counts) for token in range(count)]

@@ -164,24 +164,40 @@ class FastKV(WindowScored):
         return max(self.window, self.tsp_window)
 
     def window_of_tsp(self, observed: Observation, count: int | None) -> int:
-        """How many of the last tokens choose those that are propagated: `count` of them, None for not known."""
-        most = observed.q.shape[2] if count is None else min(observed.q.shape[2], count // 2)
-        return max(self.window, min(self.tsp_window, most))
+        """How many of the last tokens choose those that are propagated: `count` of them, None for what TSP propagates.
+
+        At most half of these, but never fewer than the window.
+        """
+        if count is None:
+            count = self._propagated(observed.k.shape[2] - observed.n_past)[0]
+        return max(self.window, min(self.tsp_window, count // 2, observed.q.shape[2]))
+
+    def tsp_scores(self, observed: Observation, scores: Tensor, window: int) -> Tensor:
+        """Scores of the new tokens by the last `window` queries, with the reach of TSP: [B, Hkv, T - window].
+
+        scores: those of the entries, which these may be.
+        """
+        reach = self._reach_of_tsp
+        if window != self.window or reach != self.reach:
+            scores = self.smoothed(self._received_from(observed, window), reach)
+        return scores[..., observed.n_past :]
 
     def importance(self, observed: Observation, scores: Tensor, count: int | None) -> Tensor:
         from torch.nn.functional import pad
 
         window = self.window_of_tsp(observed, count)
-        reach = self.reach if self.tsp_reach is None else self.tsp_reach
-        received = self._received_from(observed, window)
-        same = window == self.window
-        wide = scores if same and reach == self.reach else self.smoothed(received, reach)
-        wide = wide[..., observed.n_past :]
+        chosen_by = self.tsp_scores(observed, scores, window)
         if count is not None and self.narrows:
-            narrow = self._narrow_scores(observed) if same else self.smoothed(received, None)
+            received = None if window == self.window else self._received_from(observed, window)
+            narrow = self._narrow_scores(observed) if received is None else self.smoothed(received, None)
             narrow = narrow[..., observed.n_past :].sum(dim=1, keepdim=True)
-            wide = self._with_narrow(wide.sum(dim=1, keepdim=True), narrow, count - window, reach)
-        return pad(wide, (0, window - self.window), value=float("inf"))  # as good as in the window
+            wide = chosen_by.sum(dim=1, keepdim=True)
+            chosen_by = self._with_narrow(wide, narrow, count - window, self._reach_of_tsp)
+        return pad(chosen_by, (0, window - self.window), value=float("inf"))  # as good as in the window
+
+    @property
+    def _reach_of_tsp(self) -> int:
+        return self.reach if self.tsp_reach is None else self.tsp_reach
 
     @property
     def narrows(self) -> bool:
@@ -199,7 +215,11 @@ class FastKV(WindowScored):
             return self.received(observed)
         from fastkv.cache.scores import window_attention
 
-        return self._received(observed, window_attention(observed.q, observed.k, window), window)
+        name = f"received by {window}"
+        if name not in observed.noted:
+            attention = window_attention(observed.q, observed.k, window)
+            observed.noted[name] = self._received(observed, attention, window)
+        return observed.noted[name]
 
     def _with_narrow(self, wide: Tensor, narrow: Tensor, count: Tensor | int, reach: int) -> Tensor:
         """Scores [B, H, n] whose best `count` are the best by `wide`, and for the rest those by `narrow`.

@@ -40,10 +40,9 @@ class Importance:
 
 
 class Recorder(Policy):
-    """Full context in every layer, and each layer's scores by `scorer`, summed over KV heads: float32 [L, N - W].
+    """Full context in every layer, and for each of `counts` what TSP at each layer would propagate by `scorer`.
 
-    counts: of propagated tokens, the window included; `chosen` are the tokens in front of the window that TSP at each
-    layer would propagate, float64 zeros and ones [len(counts), L, N - W]; of tokens that choose, both are 0.
+    counts: of propagated tokens, those included that choose. `scores` and `chosen` are of the tokens in front of these.
     A prefill attends to all K and V, whatever the cache keeps of them. So the smallest budget is asked for: it makes
     every layer score, changes nothing that is computed, and costs no memory.
     """
@@ -53,8 +52,8 @@ class Recorder(Policy):
     def __init__(self, scorer: FastKV, counts: Sequence[int] = ()) -> None:
         self._scorer, self._counts = scorer, counts
         self.window = scorer.window
-        self._scores: list[Tensor] = []
-        self._chosen: list[list[Tensor]] = []
+        self._scores: list[list[Tensor]] = [[] for _ in counts]
+        self._chosen: list[list[Tensor]] = [[] for _ in counts]
 
     @property
     def n_queries(self) -> int:
@@ -65,24 +64,24 @@ class Recorder(Policy):
 
     def score(self, observed: Observation) -> Tensor:
         scores = self._scorer.score(observed)
-        importance = self._scorer.importance(observed, scores, None)[0].sum(dim=0).cpu()
-        self._scores.append(importance.masked_fill(importance.isinf(), 0))
-        self._chosen.append([self._choice(observed, scores, count) for count in self._counts])
+        for index, count in enumerate(self._counts):
+            n_choosing = self._scorer.window_of_tsp(observed, count)
+            of_layer = self._scorer.tsp_scores(observed, scores, n_choosing)[0].sum(dim=0).cpu()
+            # The engine's own choice, ties included; its last indices are the tokens that choose.
+            best = select_tokens(self._scorer.importance(observed, scores, count), count, self.window)[0, :-n_choosing]
+            self._scores[index].append(of_layer)
+            self._chosen[index].append(torch.zeros(len(of_layer), dtype=torch.float64).index_fill_(0, best.cpu(), 1))
         return scores
 
-    def _choice(self, observed: Observation, scores: Tensor, count: int) -> Tensor:
-        # The engine's own choice, ties included; its last indices are the tokens that choose.
-        n_choosing = self._scorer.window_of_tsp(observed, count)
-        best = select_tokens(self._scorer.importance(observed, scores, count), count, self.window)[0, :-n_choosing]
-        return torch.zeros(scores.shape[-1], dtype=torch.float64).index_fill_(0, best.cpu(), 1)
+    @property
+    def scores(self) -> list[Tensor]:
+        """For each count float32 [L, n], summed over KV heads."""
+        return [torch.stack(layers) for layers in self._scores]
 
     @property
-    def scores(self) -> Tensor:
-        return torch.stack(self._scores)
-
-    @property
-    def chosen(self) -> Tensor:
-        return torch.stack([torch.stack(of_layer) for of_layer in self._chosen], dim=1)
+    def chosen(self) -> list[Tensor]:
+        """For each count float64 zeros and ones [L, n]."""
+        return [torch.stack(layers) for layers in self._chosen]
 
 
 def measure(llm: LLM, ids: list[int], scorer: FastKV, rates: Sequence[float]) -> Importance:
@@ -98,9 +97,9 @@ def measure(llm: LLM, ids: list[int], scorer: FastKV, rates: Sequence[float]) ->
     return compare(recorder.scores, recorder.chosen, rates)
 
 
-def compare(scores: Tensor, chosen: Tensor, rates: Sequence[float]) -> Importance:
-    """scores float32 [L, n] and choices float64 [R, L, n] of one prompt: of the n tokens in front of the window."""
-    at_rates = (_at_one_rate(scores.double(), at_rate) for at_rate in chosen)
+def compare(scores: Sequence[Tensor], chosen: Sequence[Tensor], rates: Sequence[float]) -> Importance:
+    """Of one prompt for each rate scores float32 [L, n] and choices float64 [L, n]: see Recorder."""
+    at_rates = (_at_one_rate(scored.double(), choice) for scored, choice in zip(scores, chosen, strict=True))
     return Importance(tuple(rates), *map(torch.stack, zip(*at_rates, strict=True)))
 
 
