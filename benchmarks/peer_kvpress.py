@@ -52,6 +52,9 @@ class Peer:
         from transformers import AutoModelForCausalLM
 
         self.model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+        config = self.model.config
+        if not hasattr(config, "head_dim"):  # which some presses read, and Qwen2's config has not
+            config.head_dim = config.hidden_size // config.num_attention_heads
         stated = self.model.generation_config.eos_token_id
         self.eos = set(stated if isinstance(stated, list) else [stated])
 
