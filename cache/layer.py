@@ -109,7 +109,7 @@ class KVLayer(Protocol):
 
     @property
     def rows(self) -> int:
-        """R, the rows of one slot there."""
+        """R, the rows of one slot there. Not asked of a layer whose memory is not flat."""
 
     def truncate(self, slots: range, count: int) -> None:
         """Forget the last `count` stored entries of each head."""
