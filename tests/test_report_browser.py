@@ -234,6 +234,7 @@ def test_a_place_of_the_answer_is_marked_and_can_be_reached(browser: Any, tmp_pa
     with Opened(browser, tmp_path / "page.html", report) as opened:
         marked = opened.page.locator("#text .e")
         opened.page.locator("#found button").click()
+        opened.until("document.querySelectorAll('#text .e').length >= 3")  # a busy machine draws them one by one
         assert marked.evaluate_all("all => all.map(e => e.textContent)") == words(3000)[2003:2006]
         opened.page.wait_for_timeout(300)  # chunks that are seen for the first time have found their heights
         assert 200 < marked.first.bounding_box()["y"] < opened.page.viewport_size["height"] - 200
