@@ -6,8 +6,8 @@
 Asks the same texts under FastKV, under FastKV with one setting at a time as in the paper, under the paper's own, other
 budgets, other shares of the propagated tokens, and two other methods. Prompts end with the beginning of the answer
 (lead) and with the question (as in a chat), where the model has a chat template. Every answer is kept in FOLDER, one
-file of `fastkv-eval` for each model, length and prompt end; the same command continues, and prints one table of all
-that FOLDER holds.
+file of `fastkv-eval` for each model, task, length and prompt end, so that each may have its own number of examples; the
+same command continues, and prints one table of all that FOLDER holds.
 """
 
 from __future__ import annotations
@@ -57,31 +57,32 @@ def policy_text(text: str) -> str:
     return text if text == "full" else f"{text}{',' if ':' in text else ':'}min_tokens=1"
 
 
-def file_of(folder: Path, model: str, length: int, end: str) -> Path:
-    return folder / f"{Path(model).resolve().name}-{length}-{end}.jsonl"
+def file_of(folder: Path, model: str, task: str, length: int, end: str) -> Path:
+    return folder / f"{Path(model).resolve().name}, {task} {length:,} {end}.jsonl"
 
 
-def ask(args: Namespace, length: int, end: str) -> int:
+def ask(args: Namespace, task: str, length: int, end: str) -> int:
     """One run of fastkv-eval, or what is missing of it."""
     policies = [word for text in POLICIES.values() for word in ("--policy", policy_text(text))]
     chat = ["--chat"] if args.chat else []
-    output = file_of(args.folder, args.model, length, end)
-    words = ["--model", args.model, "--task", *args.task, "--length", str(length), "--examples", str(args.examples)]
+    output = file_of(args.folder, args.model, task, length, end)
+    words = ["--model", args.model, "--task", task, "--length", str(length), "--examples", str(args.examples)]
     words += ["--seed", str(args.seed), "--dtype", args.dtype, "--output", str(output), *chat, *ENDS[end], *policies]
+    if args.max_tokens is not None:
+        words += ["--max-tokens", str(args.max_tokens)]
     return fastkv_eval(words)
 
 
 def columns(folder: Path) -> Iterator[tuple[str, dict[str, float]]]:
-    """A heading for each file and task, and the mean scores by policy of the examples that all have answered."""
+    """A heading for each file, and the mean scores by policy of the examples that every setting has answered."""
     for file in sorted(folder.glob("*.jsonl")):
-        answers: dict[str, dict[str, dict[str, float]]] = {}  # task -> example -> policy -> score
+        examples: dict[str, dict[str, float]] = {}  # id -> policy -> score
         for record in read_answers(file):
-            of_task = answers.setdefault(record["task"], {})
-            of_task.setdefault(record["id"], {})[record["policy"]] = record["score"]
-        for task, examples in answers.items():
-            asked = max(map(len, examples.values()))
-            done = [scores for scores in examples.values() if len(scores) == asked]
-            yield f"{file.stem}, {task} ({len(done)})", {p: fmean(scores[p] for scores in done) for p in done[0]}
+            examples.setdefault(record["id"], {})[record["policy"]] = record["score"]
+        asked = max(map(len, examples.values()), default=0)
+        done = [scores for scores in examples.values() if len(scores) == asked]
+        if done:
+            yield f"{file.stem} ({len(done)})", {p: fmean(scores[p] for scores in done) for p in done[0]}
 
 
 def table(folder: Path) -> str:
@@ -102,9 +103,10 @@ def main() -> int:
     args.folder.mkdir(parents=True, exist_ok=True)
     for length in args.length:
         for end in ENDS if args.chat else ["lead"]:
-            status = ask(args, length, end)
-            if status:
-                return status
+            for task in args.task:
+                status = ask(args, task, length, end)
+                if status:
+                    return status
     print(table(args.folder))
     return 0
 
@@ -116,6 +118,7 @@ def _parser() -> Parser:
     parser.add_argument("--task", nargs="+", required=True, metavar="NAME", help="as fastkv-eval has them")
     parser.add_argument("--length", nargs="+", type=int, default=[1024], metavar="N", help="tokens of a prompt (1024)")
     parser.add_argument("--examples", type=int, default=1, metavar="N", help="of each task, length and depth (1)")
+    parser.add_argument("--max-tokens", type=int, metavar="N", help="of an answer (the task's own)")
     parser.add_argument("--seed", type=int, default=0, metavar="S", help="fixes every text (0)")
     parser.add_argument("--dtype", default="float32", metavar="T", help="float32, bfloat16 or float16 (float32)")
     parser.add_argument("--no-chat", dest="chat", action="store_false", help="for a model without a chat template")

@@ -14,6 +14,7 @@ from typing import Any
 from fastkv.errors import FastKVError, check_choice, check_integer, check_number
 
 _KEY = "fastkv.setting"
+_NONE = "fastkv.no_setting"
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,11 @@ def redefined(policy: type, name: str, default: Any) -> Any:
     return setting(default, declared.values, declared.help, metavar=declared.metavar)
 
 
+def no_setting(default: Any) -> Any:
+    """A field of a base class that is no setting of a derived one: listed nowhere, and refused at any other value."""
+    return dataclasses.field(default=default, metadata={_NONE: True})
+
+
 def settings_of(policy: type) -> dict[str, Setting]:
     """The settings of a class by name, in the order of its fields: those fields that `setting` made."""
     fields = dataclasses.fields(policy) if dataclasses.is_dataclass(policy) else ()
@@ -64,6 +70,9 @@ def check_settings(policy: object) -> None:
     """Check each setting of a policy by itself. Raises FastKVError for the first value out of range."""
     for field in dataclasses.fields(policy):  # type: ignore[arg-type]
         value = getattr(policy, field.name)
+        if _NONE in field.metadata and value != field.default:
+            name = getattr(policy, "name", type(policy).__name__)
+            raise FastKVError(f"{field.name} is no setting of {name}; leave it at {field.default}", setting=field.name)
         if _KEY not in field.metadata or (value is None and field.default is None):
             continue
         held = field.metadata[_KEY].values.check(field.name, value)

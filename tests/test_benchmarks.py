@@ -601,7 +601,7 @@ def test_the_ablation_continues_and_tells_every_setting(
     monkeypatch.setattr(sys, "argv", [*words, "--length", "128"])
     assert benchmarks.ablation.main() == 0
     first = capsys.readouterr().out
-    assert first.endswith("|  | model-128-lead, archive (5) |\n| --- | --- |\n" + first[first.rindex("| full |") :])
+    assert first.endswith("|  | model, archive 128 lead (5) |\n| --- | --- |\n" + first[first.rindex("| full |") :])
     (file,) = tmp_path.glob("*.jsonl")
     asked = [json.loads(line) for line in file.read_text().splitlines()[1:]]
     assert {one["policy"] for one in asked} == {"full", "fastkv:values=no,min_tokens=1"}
@@ -610,7 +610,7 @@ def test_the_ablation_continues_and_tells_every_setting(
     # An example that not every setting has answered yet does not count.
     asked[-1]["score"] = 1 - asked[-1]["score"]
     file.write_text("\n".join([file.read_text().splitlines()[0], *map(json.dumps, asked[:-1])]) + "\n")
-    assert "archive (4)" in benchmarks.ablation.table(tmp_path)
+    assert "archive 128 lead (4)" in benchmarks.ablation.table(tmp_path)
     assert benchmarks.ablation.main() == 0
     assert capsys.readouterr().out[-200:] == first[-200:], "the run did not continue"
     file.write_text("{}\n[]\n")

@@ -94,13 +94,28 @@ def test_policies_import_torch_only_where_they_compute() -> None:
                 assert "scores" not in ast.unparse(node), path
 
 
+REFUSED = {
+    "restkv": ["values", "lookahead", "lookahead_reach"],
+    "defensivekv": ["lookahead", "lookahead_reach"],
+    "defensivekv-layer": ["lookahead", "lookahead_reach"],
+}
+
+
 @pytest.mark.parametrize("name", POLICIES)
 def test_every_setting_says_what_it_takes_and_what_for(name: str) -> None:
     declared = settings_of(POLICIES[name])
-    assert list(declared) == [field.name for field in dataclasses.fields(POLICIES[name])]  # type: ignore[arg-type]
+    fields = [field.name for field in dataclasses.fields(POLICIES[name])]  # type: ignore[arg-type]
+    assert [field for field in fields if field not in declared] == REFUSED.get(name, [])
     for one in declared.values():
         assert one.help
         assert one.metavar
+
+
+@pytest.mark.parametrize(("name", "field"), [(name, field) for name, fields in REFUSED.items() for field in fields])
+def test_what_a_derived_method_has_no_use_for_is_refused_and_not_listed(name: str, field: str) -> None:
+    assert name not in SETTINGS[field].by_policy
+    with pytest.raises(FastKVError, match=f"^{field} is no setting of {name}; leave it at (0|8|False)$"):
+        POLICIES[name](**{field: 1})
 
 
 def test_every_setting_is_a_flag() -> None:

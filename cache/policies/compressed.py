@@ -108,11 +108,6 @@ class WindowScored(Compressed):
     lookahead: int = setting(0, whole(0), LOOKAHEAD_HELP, metavar="N")
     lookahead_reach: int = setting(8, whole(0, MAX_KERNEL), AHEAD_REACH_HELP, metavar="N")
 
-    def check_no_lookahead(self) -> None:
-        """FastKVError for a look-ahead; for methods that score by what only the window's own queries can tell."""
-        if self.lookahead:
-            raise FastKVError(f"lookahead is no setting of {self.name}; leave it at 0", setting="lookahead")
-
     def least_budget(self, n_tokens: int) -> int:
         """The fewest tokens of a prompt that the policy keeps or propagates anywhere, as far as its settings say."""
         return self.count(self.kv_len, self.kv_retention, n_tokens)

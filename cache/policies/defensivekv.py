@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from fastkv.cache.policies.adakv import AdaKV
 from fastkv.cache.policies.criticalkv import NORM_HELP
-from fastkv.cache.setting import choice, number, redefined, setting
+from fastkv.cache.setting import choice, no_setting, number, redefined, setting
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -41,10 +41,9 @@ class DefensiveKV(AdaKV):
     certain_mass: float = setting(
         0.9, number(0, 1), "share of a head's attention whose tokens are kept before others compete", metavar="R"
     )
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.check_no_lookahead()
+    # The method knows no queries but the window's.
+    lookahead: int = no_setting(0)
+    lookahead_reach: int = no_setting(8)
 
     def score(self, observed: Observation) -> Tensor:
         import torch

@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from fastkv.cache.policies.criticalkv import NORM_HELP
 from fastkv.cache.policies.snapkv import SnapKV
-from fastkv.cache.setting import choice, number, redefined, setting
-from fastkv.errors import FastKVError
+from fastkv.cache.setting import choice, no_setting, number, redefined, setting
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -51,12 +50,10 @@ class ReSTKV(SnapKV):
     alpha: float = setting(
         0.3, number(0, 1, above=True), "weight of a query of the window against those before it", metavar="R"
     )
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.values:
-            raise FastKVError("values must be no: restkv measures what values add already", setting="values")
-        self.check_no_lookahead()
+    # The method measures what values add already, and knows no queries but the window's.
+    values: bool = no_setting(False)
+    lookahead: int = no_setting(0)
+    lookahead_reach: int = no_setting(8)
 
     def score(self, observed: Observation) -> Tensor:
         attention = observed.attention(self.window)  # [B, Hkv, G, W, T]
