@@ -111,7 +111,8 @@ def slow_choice(llm: LLM, ids: Tensor, policy: WindowScored) -> list[Tensor]:
 
 def slow_best(policy: WindowScored, received: Tensor, count: int) -> Tensor:
     """The best by forward pooling, then for the narrow part of the budget the best others by `kernel` neighbours."""
-    scores = policy.smoothed(received[None], policy.lookahead_reach)[0]
+    reach = policy.reach if policy.lookahead_reach is None else policy.lookahead_reach
+    scores = policy.smoothed(received[None], reach)[0]
     if not (isinstance(policy, FastKV) and policy.narrows):
         return scores.topk(count, dim=-1).indices
     n_wide = max(count - int(policy.narrow * count), min(count, 3 * (policy.reach + 1)))

@@ -22,7 +22,7 @@ VALUES_HELP = "weigh attention by the length of the value that it reads"
 SINKS_HELP = "first tokens, always kept, whose attention lifts no others"
 SHARE_HELP = "how much of the layer's best score of a token each KV head adds to its own"
 LOOKAHEAD_HELP = "tokens that are drafted, and then forgotten, to score the prompt by their queries; 0: none"
-AHEAD_REACH_HELP = "--reach of the scores by drafted tokens, which have looked ahead themselves"
+AHEAD_REACH_HELP = "--reach of the scores by drafted tokens"
 MIN_TOKENS_HELP = "the rates never keep fewer tokens than this"
 
 
@@ -88,9 +88,10 @@ class WindowScored(Compressed):
     of the best score that a token has in any KV head of the layer each head adds to its own.
 
     lookahead: tokens that are drafted greedily before anything is dropped for good, whose queries then score the
-    prompt in place of the window's, pooled with `lookahead_reach` in place of `reach`; each layer chooses anew by
-    that, and the draft is forgotten (after arXiv 2505.20334; engine/lookahead.py). The propagated tokens stay as
-    they were chosen. An end-of-text token ends the draft, and so does the model's last position. It works where a
+    prompt in place of the window's, pooled with `lookahead_reach` in place of `reach` (None: with the same; a draft
+    that has only repeated the question points to where the answer begins, as the window does); each layer chooses
+    anew by that, and the draft is forgotten (after arXiv 2505.20334; engine/lookahead.py). The propagated tokens stay
+    as they were chosen. An end-of-text token ends the draft, and so does the model's last position. It works where a
     sequence continues from a cache, too, if the policy chooses anew there (`compresses_again`). Until the draft
     ends, the K and V of all tokens that each layer saw stay in memory, two times n_kv_heads * head_dim values for
     each token and layer; a prompt for which there is no such room is refused. 0 (default) drafts nothing and holds
@@ -106,7 +107,7 @@ class WindowScored(Compressed):
     sinks: int = setting(0, whole(0), SINKS_HELP, metavar="N")
     share: float = setting(0.0, number(0), SHARE_HELP, metavar="R")
     lookahead: int = setting(0, whole(0), LOOKAHEAD_HELP, metavar="N")
-    lookahead_reach: int = setting(8, whole(0, MAX_KERNEL), AHEAD_REACH_HELP, metavar="N")
+    lookahead_reach: int | None = setting(None, whole(0, MAX_KERNEL), AHEAD_REACH_HELP, metavar="N", unset="the same")
 
     def least_budget(self, n_tokens: int) -> int:
         """The fewest tokens of a prompt that the policy keeps or propagates anywhere, as far as its settings say."""
@@ -119,10 +120,14 @@ class WindowScored(Compressed):
         return self if window == self.window else dataclasses.replace(self, window=window)
 
     def score(self, observed: Observation) -> Tensor:
-        return self.scores(observed, self.reach, self.lookahead_reach)
+        return self.scores(observed, self.reach, self._reach_of_draft)
+
+    @property
+    def _reach_of_draft(self) -> int:
+        return self.reach if self.lookahead_reach is None else self.lookahead_reach
 
     def scores(self, observed: Observation, reach: int | None, ahead_reach: int | None) -> Tensor:
-        """Scores of the KV heads, [B, Hkv, n], for these settings in place of `reach` and `lookahead_reach`.
+        """Scores of the KV heads, [B, Hkv, n], with these in place of the settings `reach` and `lookahead_reach`.
 
         None: each head's own, nothing shared, pooled over `kernel` neighbours, whatever `pooling` is.
         """

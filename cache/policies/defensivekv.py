@@ -43,7 +43,7 @@ class DefensiveKV(AdaKV):
     )
     # The method knows no queries but the window's.
     lookahead: int = no_setting(0)
-    lookahead_reach: int = no_setting(8)
+    lookahead_reach: int | None = no_setting(None)
 
     def score(self, observed: Observation) -> Tensor:
         import torch

@@ -53,7 +53,7 @@ class ReSTKV(SnapKV):
     # The method measures what values add already, and knows no queries but the window's.
     values: bool = no_setting(False)
     lookahead: int = no_setting(0)
-    lookahead_reach: int = no_setting(8)
+    lookahead_reach: int | None = no_setting(None)
 
     def score(self, observed: Observation) -> Tensor:
         attention = observed.attention(self.window)  # [B, Hkv, G, W, T]
