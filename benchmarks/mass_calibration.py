@@ -7,7 +7,7 @@
 
 Of examples that the full cache answers right. The area under the ROC curve: how often a right answer has kept more than
 a wrong one, of all pairs of them; 0.5 is chance. The threshold is the one that separates best on the even examples of
-all files together; what it does is told of the odd ones.
+all files together, or the one that you name; what it does is told of both halves.
 """
 
 from __future__ import annotations
@@ -86,9 +86,16 @@ def told(name: str, answers: Sequence[Answer], threshold: float) -> str:
 def run(argv: Sequence[str]) -> None:
     parser = Parser(prog="mass_calibration.py", description="How well the attention mass tells right from wrong.")
     parser.add_argument("files", nargs="+", type=Path, metavar="FILE.jsonl", help="what fastkv-eval --output wrote")
-    files = {str(path): read(path) for path in parser.parse_args(argv).files}
-    threshold = best_threshold([each for answers in files.values() for each in answers if each.index % 2 == 0])
+    parser.add_argument("--threshold", type=float, metavar="R", help="share below which to warn (the best one)")
+    args = parser.parse_args(argv)
+    files = {str(path): read(path) for path in args.files}
+    together = [each for answers in files.values() for each in answers]
+    threshold = args.threshold
+    if threshold is None:
+        threshold = best_threshold([each for each in together if each.index % 2 == 0])
     print(f"threshold {threshold:.2f}")
+    if len(files) > 1:
+        files["all"] = together
     for name, answers in files.items():
         for half, what in enumerate(("even examples", "odd examples")):
             print(told(f"{name}, {what}", [each for each in answers if each.index % 2 == half], threshold))

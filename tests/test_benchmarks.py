@@ -568,6 +568,13 @@ def test_calibration_of_the_attention_mass(benchmarks: Any, tmp_path: Path, caps
     assert threshold == "threshold 0.55"
     assert "2 of 4 right; ROC area 1.00; warned of 100% of the wrong and 0% of the right answers" in even
     assert "1 of 3 right; ROC area 0.50; warned of 50% of the wrong and 0% of the right answers" in odd
+    path.with_name("b.jsonl").write_bytes(path.read_bytes())
+    capsys.readouterr()
+    assert benchmarks.mass_calibration.main([str(path), str(path.with_name("b.jsonl")), "--threshold", "0.3"]) == 0
+    named, *_, even, odd = capsys.readouterr().out.splitlines()
+    assert named == "threshold 0.30"
+    assert even.startswith("all, even examples: 4 of 8 right; ROC area 1.00; warned of ")
+    assert odd.startswith("all, odd examples: 2 of 6 right; ROC area 0.50; warned of ")
     path.write_text("{}\n")
     assert benchmarks.mass_calibration.main([str(path)]) == 2
     assert "has no answer with attention_kept" in capsys.readouterr().err
