@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-# Metrics.attention_kept below which an answer is likely to be wrong: benchmarks/results/2026-11-27-attention-mass.md.
-LOW_ATTENTION = 0.7
+# Metrics.attention_kept below which an answer is likely to be wrong: benchmarks/results/2026-11-27-ablation.md.
+LOW_ATTENTION = 0.85
 
 
 @dataclass(frozen=True)
