@@ -120,11 +120,8 @@ class WindowScored(Compressed):
         return self if window == self.window else dataclasses.replace(self, window=window)
 
     def score(self, observed: Observation) -> Tensor:
-        return self.scores(observed, self.reach, self._reach_of_draft)
-
-    @property
-    def _reach_of_draft(self) -> int:
-        return self.reach if self.lookahead_reach is None else self.lookahead_reach
+        ahead_reach = self.reach if self.lookahead_reach is None else self.lookahead_reach
+        return self.scores(observed, self.reach, ahead_reach)
 
     def scores(self, observed: Observation, reach: int | None, ahead_reach: int | None) -> Tensor:
         """Scores of the KV heads, [B, Hkv, n], with these in place of the settings `reach` and `lookahead_reach`.
