@@ -20,7 +20,7 @@ from typing import NamedTuple
 from answers import read_answers
 
 from fastkv.console.parser import Parser, guarded
-from fastkv.errors import FastKVError
+from fastkv.errors import FastKVError, check_number
 
 
 class Answer(NamedTuple):
@@ -91,7 +91,9 @@ def run(argv: Sequence[str]) -> None:
     files = {str(path): read(path) for path in args.files}
     together = [each for answers in files.values() for each in answers]
     threshold = args.threshold
-    if threshold is None:
+    if threshold is not None:
+        check_number("threshold", threshold, 0, 1)
+    else:
         threshold = best_threshold([each for each in together if each.index % 2 == 0])
     print(f"threshold {threshold:.2f}")
     if len(files) > 1:

@@ -573,8 +573,12 @@ def test_calibration_of_the_attention_mass(benchmarks: Any, tmp_path: Path, caps
     assert benchmarks.mass_calibration.main([str(path), str(path.with_name("b.jsonl")), "--threshold", "0.3"]) == 0
     named, *_, even, odd = capsys.readouterr().out.splitlines()
     assert named == "threshold 0.30"
-    assert even.startswith("all, even examples: 4 of 8 right; ROC area 1.00; warned of ")
-    assert odd.startswith("all, odd examples: 2 of 6 right; ROC area 0.50; warned of ")
+    assert even == "all, even examples: 4 of 8 right; ROC area 1.00; warned of 0% of the wrong and 0% of the right answers"
+    assert odd == "all, odd examples: 2 of 6 right; ROC area 0.50; warned of 50% of the wrong and 0% of the right answers"
+    assert benchmarks.mass_calibration.main([str(path), "--threshold", "1"]) == 0
+    assert capsys.readouterr().out.count("warned of 100% of the wrong and 100% of the right answers") == 2
+    assert benchmarks.mass_calibration.main([str(path), "--threshold", "85"]) == 2
+    assert "threshold must be" in capsys.readouterr().err
     path.write_text("{}\n")
     assert benchmarks.mass_calibration.main([str(path)]) == 2
     assert "has no answer with attention_kept" in capsys.readouterr().err
