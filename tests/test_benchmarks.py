@@ -625,6 +625,8 @@ def test_the_ablation_continues_and_tells_every_setting(
     assert "archive 128 lead (4)" in benchmarks.ablation.table(tmp_path)
     assert benchmarks.ablation.main() == 0
     assert capsys.readouterr().out[-200:] == first[-200:], "the run did not continue"
+    file.write_text(file.read_text().splitlines()[0] + "\n")
+    assert benchmarks.ablation.table(tmp_path) == "Nothing has been answered yet.\n", "a run that has just begun"
     file.write_text("{}\n[]\n")
     with pytest.raises(FastKVError, match="no file of fastkv-eval"):
         benchmarks.ablation.table(tmp_path)
