@@ -6,8 +6,8 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 EXAMPLE := examples/archive
-PACKAGE := -m fastkv -m fastkv.cli -m fastkv.cli_flags -m fastkv.__main__ -m fastkv.errors -p fastkv.cache \
-	-p fastkv.console -p fastkv.engine -p fastkv.eval -p fastkv.models -p fastkv.report
+PACKAGE := -m fastkv -m fastkv.cli -m fastkv.cli_flags -m fastkv.__main__ -m fastkv.errors -m fastkv.storage -p fastkv.cache \
+	-p fastkv.console -p fastkv.engine -p fastkv.eval -p fastkv.kernels -p fastkv.models -p fastkv.report
 
 .PHONY: run test lint clean
 

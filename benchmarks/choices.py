@@ -1,11 +1,11 @@
-"""The choices that the engine makes by what was measured: who multiplies float32, who attends at the TSP layer, how
-many queries score at a time where all do, what one query costs where no group shares a KV head.
+"""What the choices of the engine are made by: who multiplies, who attends at the TSP layer, how many queries score at a
+time where all do, what one query costs where no group shares a KV head.
 
     python benchmarks/choices.py
 
-Prints medians for this machine's CPU. Where another machine disagrees, `linear` (models/linear.py),
-`_propagated_only_pays` (engine/prefill.py), `two_rows_are_faster` (engine/attention.py), `_BLOCK_VALUES` and
-`_LEAST_QUERIES` (cache/scores.py) are where the choice is made.
+Prints medians for this machine's CPU. Who multiplies is measured where the engine runs (kernels/products.py). Where
+another machine disagrees with the rest, `_propagated_only_pays` (engine/prefill.py), `two_rows_are_faster`
+(engine/attention.py), `_BLOCK_VALUES` and `_LEAST_QUERIES` (cache/scores.py) are where the choice is made.
 """
 
 from __future__ import annotations
@@ -21,7 +21,9 @@ import torch.nn.functional as F
 
 from fastkv.cache import scores
 from fastkv.engine.attention import attend_from, causal_attention, take_tokens
-from fastkv.models.linear import Product, onednn_product
+from fastkv.kernels.memory import HostMemory, zeros
+from fastkv.kernels.products import Product, ways_of
+from fastkv.models.linear import linear
 
 # Rows, columns: matrices of the 100M preset, then smaller ones, where a call begins to cost more than it gains.
 SHAPES = ((4096, 768), (768, 2048), (1280, 768), (32_000, 768), (512, 256), (256, 256), (128, 128))
@@ -29,6 +31,8 @@ FEW, MANY = (1, 8, 32), 4096  # rows of input: of sequences that decode together
 BYTES = 2**28  # of matrices that no cache holds together
 TOKENS, PROPAGATED = 8192, 1638
 HEADS, KV_HEADS, HEAD_DIM = 12, 4, 64
+
+compiled: Product | None = None  # the product of one row by torch.compile, where it works
 
 
 def median(work: Callable[[], object], runs: int) -> float:
@@ -48,25 +52,48 @@ def multiply(product: Product, x: torch.Tensor, matrices: list[torch.Tensor]) ->
         product(x, matrix, None)
 
 
-def products() -> None:
-    """How fast a few rows are multiplied with many matrices, and many rows with one, in float32."""
-    onednn = onednn_product()
-    if onednn is None:
-        print("torch.float32: no product by oneDNN here")
-        return
+def products(dtype: torch.dtype) -> None:
+    """How fast a few rows are multiplied with many matrices, and many rows with one, each way."""
+    vector = zeros((BYTES // 4,), torch.float32, torch.device("cpu")).fill_(1)
+    bandwidth = vector.nbytes / 1e9 / median(partial(torch.dot, vector, vector), 15)
+    print(f"reading memory: {bandwidth:.1f} GB/s")
     for rows, columns in SHAPES:
-        matrices = [torch.randn(rows, columns) for _ in range(max(1, BYTES // (4 * rows * columns)))]
+        memory, count = HostMemory(), max(1, BYTES // (dtype.itemsize * rows * columns))
+        matrices = [
+            memory.empty((rows, columns), dtype, vector.device).copy_(torch.randn(rows, columns)) for _ in range(count)
+        ]
         for n in FEW:
-            compare(onednn, torch.randn(n, columns), matrices, sum(matrix.nbytes for matrix in matrices), "GB/s")
+            work = sum(matrix.nbytes for matrix in matrices)
+            compare(torch.randn(n, columns).to(dtype), matrices, work, "GB/s", bandwidth)
         if rows <= MANY:  # the head only ever sees the last tokens
-            compare(onednn, torch.randn(MANY, columns), matrices[:1], 2 * MANY * rows * columns, "GFLOP/s")
+            compare(torch.randn(MANY, columns).to(dtype), matrices[:1], 2 * MANY * rows * columns, "GFLOP/s")
 
 
-def compare(onednn: Product, x: torch.Tensor, matrices: list[torch.Tensor], work: int, unit: str) -> None:
-    """Print how fast x times each of the matrices, which is `work` in all, is made by F.linear and by oneDNN."""
-    theirs, ours = (work / 1e9 / median(partial(multiply, way, x, matrices), 15) for way in (F.linear, onednn))
-    shape = f"{len(x)} x {list(matrices[0].shape)}"
-    print(f"{x.dtype} {shape}: F.linear {theirs:.1f} {unit}, oneDNN {ours:.1f} {unit}")
+def compare(x: torch.Tensor, matrices: list[torch.Tensor], work: int, unit: str, limit: float | None = None) -> None:
+    """Print how fast x times each of the matrices, `work` in all, is made each way; the best beside `limit`."""
+    ways = ways_of(x.dtype) if len(x) == 1 else {name: way for name, way in ways_of(x.dtype).items() if name != "split"}
+    if len(x) == 1 and compiled is not None:
+        ways = {**ways, "compiled": compiled}
+    speeds = {name: work / 1e9 / median(partial(multiply, way, x, matrices), 15) for name, way in ways.items()}
+    share = "" if limit is None else f"; best {100 * max(speeds.values()) / limit:.0f} % of reading memory"
+    told = ", ".join(f"{name} {speed:.1f} {unit}" for name, speed in speeds.items())
+    print(f"{str(x.dtype).removeprefix('torch.')} {len(x)} x {list(matrices[0].shape)}: {told}{share}")
+
+
+def compiled_product() -> Product | None:
+    """One row as torch.compile multiplies it; None where it does not work."""
+
+    @partial(torch.compile, dynamic=False)
+    def product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        return linear(x, weight, bias)
+
+    try:
+        with torch.inference_mode():
+            product(torch.ones(1, 8), torch.ones(4, 8), None)
+    except Exception as error:  # whatever the compiler raises
+        print(f"no torch.compile here ({str(error).splitlines()[0]})")
+        return None
+    return product
 
 
 def propagated(dtype: torch.dtype) -> None:
@@ -106,7 +133,10 @@ def one_row(dtype: torch.dtype) -> None:
 def main() -> None:
     torch.manual_seed(0)
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads")
-    products()
+    global compiled
+    compiled = compiled_product()
+    for kind in (torch.float32, torch.bfloat16):
+        products(kind)
     for kind in (torch.float32, torch.bfloat16):
         propagated(kind)
     all_queries_score()

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
+from fastkv.kernels.memory import zeros
 from fastkv.models.linear import linear
 
 
@@ -31,12 +32,15 @@ def measure_ceilings(device: torch.device, dtype: torch.dtype) -> Ceilings:
     flops = 2.0 * size**3 / min(_best(lambda: a @ b, device), _best(lambda: linear(a, b, None), device))
     # Read as decoding reads: one row times a large matrix, stored by rows or by columns, whichever is faster here.
     values = (2**32 if device.type == "cuda" else 2**29) // dtype.itemsize
-    matrix = torch.ones(values // 4096, 4096, dtype=dtype, device=device)
+    matrix = zeros((values // 4096, 4096), dtype, device).fill_(1)
     row = torch.ones(1, 4096, dtype=dtype, device=device)
     by_rows = _best(lambda: linear(row, matrix, None), device)
     turned = matrix.view(4096, -1)
     by_columns = _best(lambda: row @ turned, device)
-    return Ceilings(flops, matrix.nbytes / min(by_rows, by_columns))
+    # On a CPU products may be far from what memory gives: there, also as one long vector.
+    vector = matrix.view(-1).view(torch.float32)
+    as_vector = _best(lambda: torch.dot(vector, vector), device) if device.type == "cpu" else by_rows
+    return Ceilings(flops, matrix.nbytes / min(by_rows, by_columns, as_vector))
 
 
 def wait_for(device: torch.device) -> None:

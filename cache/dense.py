@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
 from fastkv.cache.layer import EntryShape, Kept, LayerMemory, Part
+from fastkv.kernels.memory import zeros
 
 # One call may read up to this many times the live entries of its sequences; beyond it, a call for each sequence is
 # faster (on a CPU).
@@ -19,7 +19,7 @@ def new_memory(memory: LayerMemory, capacity: int) -> tuple[Tensor, Tensor]:
     shape = memory.shape
     size = (len(memory.appended), shape.n_kv_heads, capacity, shape.head_dim)
     # Zeros, not empty: attention multiplies an unused entry by a weight of zero, and NaN would survive that.
-    k, v = (torch.zeros(size, dtype=shape.dtype, device=memory.lengths.device) for _ in range(2))
+    k, v = (zeros(size, shape.dtype, memory.lengths.device) for _ in range(2))
     return k, v
 
 

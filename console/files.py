@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fastkv.errors import FastKVError
+from fastkv.storage import name_beside, write_atomically
 
 
 def read_text(path: Path, setting: str) -> tuple[bytes, str]:
@@ -30,17 +31,6 @@ def read_json(path: Path, setting: str, holds: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise FastKVError(f"{path}: is no JSON object with {holds}", setting=setting)
     return value
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Fill a file beside `path`, or beside the file that it is a link to, then move it there in one step."""
-    path = path.resolve()
-    beside = _beside(path)
-    try:
-        beside.write_bytes(content)
-        os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)
 
 
 def write_whole(path: Path, content: str, setting: str) -> None:
@@ -67,7 +57,7 @@ def check_writable(path: str | Path, setting: str) -> None:
 def check_replaceable(path: Path, setting: str) -> None:
     """Raise FastKVError, naming the setting, unless `write_atomically` can put a file at `path`."""
     check_regular(path, setting)
-    beside = _beside(path.resolve())
+    beside = name_beside(path.resolve())
     try:
         beside.open("xb").close()
         beside.unlink()
@@ -109,7 +99,3 @@ def check_folder(folder: Path, setting: str) -> None:
 def unwritable(path: str | Path, error: OSError, setting: str) -> FastKVError:
     """The complaint, in one line."""
     return FastKVError(f"{path}: cannot be written ({error.strerror})", setting=setting)
-
-
-def _beside(path: Path) -> Path:
-    return path.with_name(f".{path.name}.{os.getpid()}.tmp")

@@ -14,10 +14,10 @@ from typing import Any
 from fastkv.cache.catalogue import POLICIES
 from fastkv.cache.policy import Policy
 from fastkv.cache.setting import settings_of
-from fastkv.console.cache_folder import cache_folder
 from fastkv.console.files import read_json, write_whole
 from fastkv.console.policy_text import build_policy
 from fastkv.errors import FastKVError
+from fastkv.storage import cache_folder
 
 KIND = "fastkv-policy"
 TEXTS = ("kind", "date", "files", "policy")

@@ -1,13 +1,14 @@
-"""torch.compile for the parts of a layer that are many small kernels: norms, rotation, the gated product, residuals.
+"""torch.compile for what a layer computes outside its attention: norms, rotation, products, residuals.
 
-Each part is compiled once for all layers, and in two forms: for the one token of a decode step, and for any number.
-Attention and the cache stay as they are.
+A prefill takes a layer in two parts, before and after attention. A decode step takes what lies between two attentions
+as one: the end of a layer and the beginning of the next. Each part is compiled once for all layers. Attention and the
+cache stay as they are.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from types import MethodType
+from types import FunctionType, MethodType
 from typing import Any
 
 import torch
@@ -15,30 +16,58 @@ from torch import Tensor
 
 from fastkv.errors import FastKVError
 from fastkv.models.block import Block
+from fastkv.models.layers import Rope
 from fastkv.models.llama import Llama
+
+_Heads = tuple[Tensor, Tensor, Tensor]  # q, k and v
 
 
 def compile_layers(model: Llama) -> None:
-    """Let the blocks of `model` run compiled. Raises FastKVError where nothing can be compiled.
+    """Let `model` run compiled. Raises FastKVError where nothing can be compiled.
 
     The compiling itself happens at the first prefill and the first decode step, which take up to a minute.
     """
     _check_compiler(model.device)
-    project, finish = _by_length(Block.project), _by_length(Block.finish_)
+    project, finish = (torch.compile(_apart(part), dynamic=True) for part in (Block.project, Block.finish_))
     for block in model.blocks:
         block.project = MethodType(project, block)  # type: ignore[method-assign]
         block.finish_ = MethodType(finish, block)  # type: ignore[method-assign]
+    blocks = model.blocks
+    between, last = _by_rows(_between), _by_rows(_last)
+    model.between = lambda layer, hidden, attended, rope: between(  # type: ignore[method-assign]
+        hidden, blocks[layer], blocks[layer + 1], attended, rope
+    )
+    model.last = lambda hidden, attended: last(hidden, model, attended)  # type: ignore[method-assign]
 
 
-def _by_length(part: Callable[..., Any]) -> Callable[..., Any]:
-    """`part`(block, hidden [B, T, E], …), compiled for T = 1 and for other lengths apart."""
-    one = torch.compile(part, dynamic=False)
-    many = torch.compile(part, dynamic=True)
+def _between(hidden: Tensor, block: Block, after: Block, attended: Tensor, rope: Rope) -> _Heads:
+    type(block).finish_(block, hidden, attended)
+    return type(after).project(after, hidden, rope)
 
-    def run(block: Block, hidden: Tensor, *arguments: Any, **named: Any) -> Any:
-        return (one if hidden.shape[1] == 1 else many)(block, hidden, *arguments, **named)
+
+def _last(hidden: Tensor, model: Llama, attended: Tensor) -> Tensor:
+    block = model.blocks[-1]
+    type(block).finish_(block, hidden, attended)
+    return model.head(hidden)
+
+
+def _by_rows(part: Callable[..., Any]) -> Callable[..., Any]:
+    """`part`(hidden [B, T, E], …), compiled for one row, the step of a single sequence, and for any number apart."""
+    one = torch.compile(_apart(part), dynamic=False)
+    many = torch.compile(_apart(part), dynamic=True)
+
+    def run(hidden: Tensor, *arguments: Any) -> Any:
+        return (one if hidden.shape[0] == hidden.shape[1] == 1 else many)(hidden, *arguments)
 
     return run
+
+
+def _apart(part: Callable[..., Any]) -> Callable[..., Any]:
+    """The same function with code of its own: torch.compile counts what it has compiled by code, up to a limit."""
+    assert isinstance(part, FunctionType)
+    copy = FunctionType(part.__code__.replace(), part.__globals__, part.__name__, part.__defaults__, part.__closure__)
+    copy.__kwdefaults__ = part.__kwdefaults__
+    return copy
 
 
 def _check_compiler(device: torch.device) -> None:

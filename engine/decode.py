@@ -35,7 +35,8 @@ def run_layers(model: Llama, ids: Tensor, positions: Tensor, attention: StepAtte
     """All layers for some new tokens: ids and positions int64 [B, T] -> logits float32 [B, T, V]."""
     hidden = model.embed(ids)  # [B, T, E]
     rope = model.rope(positions)
-    for layer, block in enumerate(model.blocks):
-        q, k, v = block.project(hidden, rope)
-        block.finish_(hidden, attention(layer, q, k, v))
-    return model.head(hidden)
+    q, k, v = model.blocks[0].project(hidden, rope)
+    last = len(model.blocks) - 1
+    for layer in range(last):
+        q, k, v = model.between(layer, hidden, attention(layer, q, k, v), rope)
+    return model.last(hidden, attention(last, q, k, v))

@@ -8,8 +8,8 @@ from torch import Tensor
 
 from fastkv.cache.layer import Part
 from fastkv.engine.workspace import Workspace
+from fastkv.kernels.products import BLOCK
 from fastkv.models.layers import Rope
-from fastkv.models.linear import BLOCK
 from fastkv.models.llama import Llama
 
 # Tokens that projections and MLP work on at a time: the widest activation is a chunk's, not the prompt's.
@@ -79,7 +79,7 @@ def chunks(hidden: Tensor) -> Iterator[tuple[int, int]]:
     """(start, end) of each chunk of the tokens of hidden [B, T, E], of at most CHUNK.
 
     On a CPU CHUNK of them, then a multiple of BLOCK, then what is left: multiples of BLOCK are what every prompt has in
-    common (models/linear.py). Elsewhere as even as can be, since a small rest would leave the device idle.
+    common (kernels/products.py). Elsewhere as even as can be, since a small rest would leave the device idle.
     """
     n_tokens = hidden.shape[1]
     if hidden.device.type != "cpu":

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 
-import torch
 from torch import Tensor
+
+from fastkv.kernels.memory import zeros
 
 
 class Workspace:
@@ -25,5 +26,5 @@ class Workspace:
         if known is None or known.numel() < count:
             del known
             self._buffers.pop(name, None)  # the old one goes before the new one comes
-            self._buffers[name] = torch.empty(count, dtype=like.dtype, device=like.device)
+            self._buffers[name] = zeros((count,), like.dtype, like.device)
         return self._buffers[name][:count].view(shape)

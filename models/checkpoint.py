@@ -24,10 +24,14 @@ class Checkpoint:
 
     def __init__(self, path: Path, files: list[Path]) -> None:
         self.path = path
+        self._files = files
         self._stack = ExitStack()
         self._home: dict[str, tuple[Path, Any]] = {}
+        self._open_all()
+
+    def _open_all(self) -> None:
         try:
-            for file in files:
+            for file in self._files:
                 self._open(file)
         except BaseException:
             self._stack.close()
@@ -98,6 +102,15 @@ class Checkpoint:
             return handle.get_tensor(name)
         except SafetensorError as error:
             raise FastKVError(f"{file}: tensor {name} cannot be read ({error}); download it again") from None
+
+    def unmap(self) -> None:
+        """Open the files anew: the pages that have been read so far count to the process no longer.
+
+        The mapping of a tensor that is still held stays, for as long as it is.
+        """
+        self.close()
+        self._home.clear()
+        self._open_all()
 
     def close(self) -> None:
         self._stack.close()

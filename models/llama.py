@@ -58,6 +58,16 @@ class Llama(nn.Module):
         change = self.family.embedded_
         return hidden if change is None else change(self.config, hidden)
 
+    def between(self, layer: int, hidden: Tensor, attended: Tensor, rope: Rope) -> tuple[Tensor, Tensor, Tensor]:
+        """What lies between two attentions: the rest of `layer`, written into hidden, then q, k and v of the next."""
+        self.blocks[layer].finish_(hidden, attended)
+        return self.blocks[layer + 1].project(hidden, rope)
+
+    def last(self, hidden: Tensor, attended: Tensor) -> Tensor:
+        """What comes after the last attention: hidden [B, T, E] -> logits float32 [B, T, V]."""
+        self.blocks[-1].finish_(hidden, attended)
+        return self.head(hidden)
+
     def reserve(self, n_positions: int) -> None:
         """Let `rope` know the positions below `n_positions`."""
         self.rotary.reserve(n_positions, self.dtype)

@@ -1,7 +1,8 @@
 """safetensors -> model: built on the meta device, checked against the file headers, then filled one tensor at a time.
 
-A parameter that stands alone in the checkpoint is the memory-mapped file itself where the dtype allows; the fused ones
-(q, k, v; gate, up) are allocated and filled piece by piece. The model is never in memory twice.
+Parameters are copied out of the memory-mapped file, piece by piece: the model is never in memory twice. On a CPU they
+lie in huge pages (kernels/memory.py), which are read faster than a mapped file. An embedding that is not the head, too,
+is read a row at a time: it stays the mapped file where the dtype allows.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from fastkv.errors import FastKVError
+from fastkv.kernels.memory import HostMemory
 from fastkv.models.checkpoint import Checkpoint
 from fastkv.models.config import ModelConfig
 from fastkv.models.linear import Stacked
@@ -24,6 +26,8 @@ from fastkv.models.llama import Llama
 # Checkpoints may carry these beyond what the model needs: a table that is computed, and a head that is the embedding.
 _ROTARY_TABLE = re.compile(r"rotary_emb\.inv_freq$")
 _HEAD = "lm_head.weight"
+_EMBEDDING = "embed_tokens.weight"
+_HELD = 64 << 20  # bytes that are read before the pages that they came from are let go
 
 Progress = Callable[[int, int], None]  # (bytes done, bytes in all)
 
@@ -42,6 +46,10 @@ class Target:
 
     name: str
     sources: tuple[Source, ...]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (sum(source.shape[0] for source in self.sources), *self.sources[0].shape[1:])
 
 
 def meta_model(config: ModelConfig) -> Llama:
@@ -71,15 +79,21 @@ def load_weights(
     Raises FastKVError for missing, unexpected, misshapen or quantised tensors, and for broken files.
     """
     model = meta_model(config)
-    plan = targets(model)
+    plan, memory = targets(model), HostMemory()
     with Checkpoint.open(folder) as checkpoint:
         _check(checkpoint, plan, config)
         total = sum(parameter.numel() for parameter in model.parameters())
-        done = 0
+        done = held = 0
         for target in plan:
-            value = _read(checkpoint, target, dtype, device)
+            if target.name == _EMBEDDING and not config.tie_word_embeddings and device.type == "cpu":
+                value = checkpoint.read(target.sources[0].name).to(dtype)
+            else:
+                value = _read(checkpoint, target, memory.empty(target.shape, dtype, device))
             _assign(model, target.name, value)
-            done += value.numel()
+            done, held = done + value.numel(), held + value.nbytes
+            if held > _HELD:
+                checkpoint.unmap()
+                held = 0
             if progress is not None:
                 progress(done * dtype.itemsize, total * dtype.itemsize)
     return _ready(model, device)
@@ -92,9 +106,9 @@ def random_weights(config: ModelConfig, dtype: torch.dtype, device: torch.device
     the same kind of device.
     """
     generator = torch.Generator(device).manual_seed(seed)
-    model = meta_model(config)
+    model, memory = meta_model(config), HostMemory()
     for name, parameter in list(model.named_parameters()):
-        value = torch.empty(parameter.shape, dtype=dtype, device=device)
+        value = memory.empty(tuple(parameter.shape), dtype, device)
         if value.dim() == 2:
             value.normal_(0, value.shape[1] ** -0.5, generator=generator)
         else:
@@ -145,15 +159,12 @@ def _some(names: list[str]) -> str:
     return f"tensor {names[0]}{more}"
 
 
-def _read(checkpoint: Checkpoint, target: Target, dtype: torch.dtype, device: torch.device) -> Tensor:
-    first = target.sources[0]
-    if len(target.sources) == 1:
-        return checkpoint.read(first.name).to(device=device, dtype=dtype)
+def _read(checkpoint: Checkpoint, target: Target, value: Tensor) -> Tensor:
+    """Fill `value` with what the checkpoint holds of a parameter."""
     rows = [source.shape[0] for source in target.sources]
-    fused = torch.empty((sum(rows), *first.shape[1:]), dtype=dtype, device=device)
-    for source, piece in zip(target.sources, fused.split(rows), strict=True):
+    for source, piece in zip(target.sources, value.split(rows), strict=True):
         piece.copy_(checkpoint.read(source.name))
-    return fused
+    return value
 
 
 def _ready(model: Llama, device: torch.device) -> Llama:

@@ -22,7 +22,7 @@ from fastkv import LLM, AdaKV, FastKV, FastKVError, FullKV, GemFilter, SamplingP
 from fastkv.cache.policy import LayerPlan, plan_layers
 from fastkv.engine.cost import decode_bytes, first_pass_flops, prefill_flops
 from fastkv.engine.step import Caches, EagerStepper
-from fastkv.models import linear
+from fastkv.kernels import products
 from fastkv.models.presets import PRESETS
 
 MODULES = (
@@ -91,7 +91,7 @@ def test_operations_of_a_prefill_are_those_that_torch_counts(
 
     Nor does it count products by oneDNN, so there are none here.
     """
-    monkeypatch.setattr(linear, "onednn_product", lambda: None)
+    monkeypatch.setattr(products, "SMALLEST", 2**40)
     ids = torch.arange(3, 503).expand(batch, -1)
     with FlopCounterMode(display=False) as counter:
         dummy.prefill(ids, FullKV())
@@ -102,7 +102,7 @@ def test_operations_of_a_prefill_are_those_that_torch_counts(
 
 
 def test_operations_of_a_first_pass_are_those_that_torch_counts(dummy: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(linear, "onednn_product", lambda: None)
+    monkeypatch.setattr(products, "SMALLEST", 2**40)
     config, policy = dummy.config, GemFilter(filter_layer=3, kv_len=50)
     with FlopCounterMode(display=False) as counter:
         dummy.prefill(list(range(3, 503)), policy)
@@ -642,23 +642,25 @@ def test_what_choosing_costs(benchmarks: Any, archive_folder: Path, capsys: pyte
 
 
 def test_who_multiplies(benchmarks: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    """Few rows with every matrix, many rows with those of a prefill; and one line where there is no choice."""
+    """Few rows with every matrix, many rows with those of a prefill, each way that works."""
     choices = benchmarks.choices
     monkeypatch.setattr(choices, "SHAPES", ((32, 24), (80, 24)))
     monkeypatch.setattr(choices, "BYTES", 2**14)
     monkeypatch.setattr(choices, "MANY", 64)
-    monkeypatch.setattr(choices, "onednn_product", lambda: lambda x, weight, bias: x @ weight.T)
-    choices.products()
-    lines = capsys.readouterr().out.splitlines()
-    measured = [re.fullmatch(r"torch.float32 (.*): F.linear [\d.]+ (\S+), oneDNN [\d.]+ \2", line) for line in lines]
-    expected = [(f"{n} x [32, 24]", "GB/s") for n in (1, 8, 32)] + [("64 x [32, 24]", "GFLOP/s")]
-    assert [match.groups() for match in measured if match] == [
-        *expected,
+    monkeypatch.setattr(choices, "ways_of", lambda dtype: {"linear": torch.nn.functional.linear, "split": max})
+    monkeypatch.setattr(choices, "multiply", lambda *_: None)
+    choices.products(torch.float32)
+    first, *lines = capsys.readouterr().out.splitlines()
+    assert re.fullmatch(r"reading memory: [\d.]+ GB/s", first)
+    speed = r"[\d.]+ (GB/s|GFLOP/s)"
+    form = rf"float32 (.*): linear {speed}(, split {speed})?(; best \d+ % of reading memory)?"
+    measured = [re.fullmatch(form, line) for line in lines]
+    assert [match.group(1, 2) for match in measured if match] == [
+        *((f"{n} x [32, 24]", "GB/s") for n in (1, 8, 32)),
+        ("64 x [32, 24]", "GFLOP/s"),
         *((f"{n} x [80, 24]", "GB/s") for n in (1, 8, 32)),
     ]
-    monkeypatch.setattr(choices, "onednn_product", lambda: None)
-    choices.products()
-    assert len(capsys.readouterr().out.splitlines()) == 1
+    assert [bool(match and match.group(3)) for match in measured] == [True, *[False] * 3, True, *[False] * 2]
 
 
 SUITE = ["--device", "cpu", "--scale", "0.001", "--model"]

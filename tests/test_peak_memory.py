@@ -22,10 +22,11 @@ HIDDEN, HEADS, KV_HEADS, HEAD_DIM, WIDE = 32, 4, 2, 8, 512
 
 
 class Alive(TorchDispatchMode):
-    """Bytes of all tensors made inside, while something holds them or a view of them."""
+    """Bytes of all tensors made inside, while something holds them or a view of them. `model` was there before."""
 
-    def __init__(self) -> None:
+    def __init__(self, model: torch.nn.Module) -> None:
         super().__init__()
+        self.before = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
         self.holders: Counter[int] = Counter()
         self.bytes = self.peak = 0
 
@@ -39,6 +40,8 @@ class Alive(TorchDispatchMode):
     def _hold(self, tensor: Tensor) -> None:
         storage = tensor.untyped_storage()
         key, size = storage._cdata, storage.nbytes()
+        if key in self.before:
+            return
         if not self.holders[key]:
             self.bytes += size
             self.peak = max(self.peak, self.bytes)
@@ -73,7 +76,7 @@ def peak(llm: LLM, policy: Policy) -> int:
     """Bytes alive at the worst moment of a prefill, the cache included, by a model that has just been loaded."""
     llm._model.reserve(N_TOKENS)  # the rotary table is the model's
     ids = torch.randint(64, (1, N_TOKENS), generator=torch.Generator().manual_seed(0))
-    with Alive() as alive:
+    with Alive(llm._model) as alive:
         llm.prefill(ids, policy, max_tokens=0)
     return alive.peak
 

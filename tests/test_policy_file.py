@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 
 from fastkv.cli import main
-from fastkv.console.cache_folder import cache_folder as folder_of_user
-from fastkv.console.cache_folder import check_cache_folder
 from fastkv.console.machine import fingerprint
 from fastkv.console.policy_file import remember, write_policy_file
 from fastkv.errors import FastKVError
+from fastkv.storage import cache_folder as folder_of_user
+from fastkv.storage import check_cache_folder
 
 Call = Callable[..., tuple[int, str, str]]
 SETTINGS = {"kv_retention": 0.25, "min_tokens": 12, "tsp_layer": 1}

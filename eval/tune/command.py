@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 from fastkv.cache.policies import FastKV
-from fastkv.console.cache_folder import check_cache_folder
 from fastkv.console.machine import fingerprint, machine
 from fastkv.console.parser import DONE
 from fastkv.console.policy_file import remember, write_policy_file
@@ -28,6 +27,7 @@ from fastkv.eval.run import load
 from fastkv.eval.tune.needle import EASIEST, KINDS, LONGEST, Kind, Needle, Needles, finds
 from fastkv.eval.tune.report import Outcome, report, tsp
 from fastkv.eval.tune.search import Trial, search, tsp_settings
+from fastkv.storage import check_cache_folder
 
 LENGTH, EXAMPLES, LOSS = 1024, 40, 5.0
 PROBES = 2  # needles of a kind that show whether the model copies such codes at all

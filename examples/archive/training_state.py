@@ -17,10 +17,10 @@ from safetensors.torch import save
 from torch import Tensor
 from training_plan import Budget, Settings
 
-from fastkv.console.files import write_atomically
 from fastkv.errors import FastKVError
 from fastkv.models.llama import Llama
 from fastkv.models.weights import checkpoint_tensors
+from fastkv.storage import write_atomically
 
 BUNDLED = Path(__file__).parent / "model"
 COPIED = ("generation_config.json", "tokenizer.json", "tokenizer_config.json")

@@ -1,4 +1,4 @@
-"""The user's cache folder: what a command found out once and another may use later. It may be deleted at any time."""
+"""Files that outlive a process: the user's cache folder, which may be deleted at any time, and writing in one step."""
 
 from __future__ import annotations
 
@@ -26,3 +26,19 @@ def check_cache_folder() -> None:
     if not there.is_dir() or not os.access(there, os.W_OK):
         wrong = "cannot be written to" if there.is_dir() else "is no folder"
         raise FastKVError(f"cache folder {folder}: {there} {wrong}; set {VARIABLE} to another one")
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Fill a file beside `path`, or beside the file that it is a link to, then move it there in one step."""
+    path = path.resolve()
+    whole = name_beside(path)
+    try:
+        whole.write_bytes(content)
+        os.replace(whole, path)
+    finally:
+        whole.unlink(missing_ok=True)
+
+
+def name_beside(path: Path) -> Path:
+    """Where what is to become `path` is written: in the same folder, by this process alone."""
+    return path.with_name(f".{path.name}.{os.getpid()}.tmp")

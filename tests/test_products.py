@@ -1,4 +1,4 @@
-"""Products by oneDNN are those of F.linear, wherever they are made; and where they cannot be, F.linear makes them."""
+"""Products are those of F.linear, whichever way makes them; and where another way fails, F.linear makes them."""
 
 from __future__ import annotations
 
@@ -13,33 +13,44 @@ from torch import Tensor, nn
 
 from fastkv import LLM, FastKV, FastKVError
 from fastkv.engine.compile import _check_compiler
-from fastkv.models import linear as module
-from fastkv.models.linear import Linear, linear, onednn_product
+from fastkv.kernels import products as module
+from fastkv.kernels.products import ways_of
+from fastkv.models.linear import Linear, linear
+
+
+@pytest.fixture(autouse=True)
+def fresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """No choice made, and matrices of any size worth one."""
+    monkeypatch.setattr(module, "SMALLEST", 0)
+    module.forget()
+    yield
+    module.forget()
 
 
 @pytest.fixture
 def shapes(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
-    """The shapes of x of every product that oneDNN makes, of however small a matrix."""
-    product = onednn_product()
-    if product is None:
+    """The shapes of x of every product that oneDNN makes."""
+    ways = ways_of(torch.float32)
+    if "onednn" not in ways:
         pytest.skip("no product by oneDNN here")
     seen: list[tuple[int, ...]] = []
 
     def recorded(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         seen.append(tuple(x.shape))
-        return product(x, weight, bias)
+        return ways["onednn"](x, weight, bias)
 
-    monkeypatch.setattr(module, "SMALLEST", 0)
-    monkeypatch.setattr(module, "onednn_product", lambda: recorded)
+    monkeypatch.setattr(
+        module, "ways_of", lambda dtype: {**ways, "onednn": recorded} if dtype is torch.float32 else ways
+    )
     return seen
 
 
 @pytest.fixture
 def untried() -> Iterator[None]:
-    """As if oneDNN had never been asked."""
-    onednn_product.cache_clear()
+    """As if no way had ever been tried."""
+    ways_of.cache_clear()
     yield
-    onednn_product.cache_clear()
+    ways_of.cache_clear()
 
 
 def noise(*shape: int) -> Tensor:
@@ -58,21 +69,25 @@ X: dict[str, Callable[[], Tensor]] = {
 }
 
 
+@pytest.mark.parametrize("way", ["onednn", "split"])
 @pytest.mark.parametrize("which", X)
-def test_products_are_those_of_f_linear(which: str, shapes: list[tuple[int, ...]]) -> None:
+def test_products_are_those_of_f_linear(which: str, way: str) -> None:
     """Whole matrices and rows of one, with biases and without, of x in any layout."""
     x, weight, bias = X[which](), noise(60, 40), noise(60)
+    if way not in ways_of(torch.float32) or (way == "split" and x.numel() > 40):
+        pytest.skip("this way is not for these here")
     pairs = [
         (weight, None),
         (weight, bias),
         (weight[20:50], bias[20:50]),
+        (weight[:31], bias[:31]),
         (weight, noise(120)[::2]),
         (weight[::3], None),
     ]
     with torch.inference_mode():
         for weight, bias in pairs:
-            torch.testing.assert_close(linear(x, weight, bias), F.linear(x, weight, bias), atol=1e-4, rtol=1e-4)
-    assert shapes == [tuple(x.shape)] * len(pairs)
+            found = ways_of(torch.float32)[way](x, weight, bias)
+            torch.testing.assert_close(found, F.linear(x, weight, bias), atol=1e-4, rtol=1e-4)
 
 
 def test_only_what_can_gain_goes_to_onednn(shapes: list[tuple[int, ...]], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -83,6 +98,7 @@ def test_only_what_can_gain_goes_to_onednn(shapes: list[tuple[int, ...]], monkey
             layer(noise(rows, 16))
         assert [rows for rows, _ in shapes] == [1, 32, 1024, 4096]
         Linear(16, 24, dtype=torch.bfloat16)(noise(1, 16).bfloat16())
+        module.forget()
         monkeypatch.setattr(module, "SMALLEST", 16 * 24 + 1)
         layer(noise(1, 16))
     assert len(shapes) == 4
@@ -115,11 +131,10 @@ def test_f_linear_takes_over(fault: str, monkeypatch: pytest.MonkeyPatch) -> Non
     if fault != "missing":
         known._linear_pointwise.default = operator
     monkeypatch.setattr(torch.ops, "mkldnn", known)
-    monkeypatch.setattr(module, "SMALLEST", 0)
     x, weight, bias = noise(3, 16), noise(24, 16), noise(24)
     with torch.inference_mode():
         assert torch.equal(linear(x, weight, bias), F.linear(x, weight, bias))
-    assert onednn_product() is None
+    assert "onednn" not in ways_of(torch.float32)
 
 
 @pytest.mark.parametrize("batch", [1, 3])
@@ -129,8 +144,9 @@ def test_a_model_by_either_way(
     """Logits and selections of a prefill, and of steps after it."""
     ids = torch.randint(3, 256, (batch, 1024), generator=torch.Generator().manual_seed(1))
     ends, steps = [], []
-    for product in (module.onednn_product, lambda: None):
-        monkeypatch.setattr(module, "onednn_product", product)
+    for smallest in (0, 2**40):
+        module.forget()
+        monkeypatch.setattr(module, "SMALLEST", smallest)
         begun = tiny_llm.prefill(ids, FastKV(min_tokens=8, tsp_window=0))
         made = len(shapes)
         logits = [begun.logits, *(tiny_llm.decode(begun.cache, token) for token in ids.T[:2])]
@@ -144,16 +160,17 @@ def test_a_model_by_either_way(
     assert steps == [2 * (4 * tiny_llm.config.n_layers + 1), 0]
 
 
-def test_compiled_layers_take_the_same_way(shapes: list[tuple[int, ...]]) -> None:
-    """Inductor knows oneDNN's operator and fails on it, with weights that it has not packed itself."""
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_compiled_layers_multiply_alike(dtype: torch.dtype) -> None:
+    """One row as a loop of the compiler's own; several by the same ways as without it."""
     try:
         _check_compiler(torch.device("cpu"))
     except FastKVError as error:
         pytest.skip(str(error))
-    layer = Linear(16, 24)
-    compiled = torch.compile(lambda x: torch.relu(layer(x) + 1), dynamic=True)
+    layer = Linear(16, 24, dtype=dtype)
+    one, many = (torch.compile(lambda x: torch.relu(layer(x) + 1), dynamic=dynamic) for dynamic in (False, True))
+    bound = 1e-5 if dtype is torch.float32 else 0.03
     with torch.inference_mode():
-        for rows in (4, 6, 40):
-            x = noise(2, rows, 16)
-            torch.testing.assert_close(compiled(x), torch.relu(layer(x) + 1), atol=1e-5, rtol=1e-5)
-    assert shapes == [(2, 4, 16)] * 2 + [(2, 6, 16)] * 2
+        for compiled, batch, rows in ((one, 1, 1), (many, 2, 4), (many, 2, 6), (many, 2, 40)):
+            x = noise(batch, rows, 16).to(dtype)
+            torch.testing.assert_close(compiled(x), torch.relu(layer(x) + 1), atol=bound, rtol=bound)
