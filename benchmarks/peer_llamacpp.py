@@ -8,9 +8,9 @@ first continue a short text, to show that it is the same model; then every round
 medians with the range, and ratios between equals: float32 to F32, int8 to Q8_0. --json writes every single figure, anew
 after each context.
 
-Measure on a machine that does nothing else: llama.cpp suffers most where another program takes one of its CPUs. The
-wheels of xllamacpp for Linux use no more than AVX2; `pip install --no-binary xllamacpp xllamacpp` builds it for the CPU
-at hand. The head of the table says which instructions both use.
+Measure on a machine that does nothing else: where another program takes one of its CPUs, llama.cpp can be many times
+slower. The last line says how much others did. The wheels of xllamacpp for Linux use no more than AVX2; `pip install
+--no-binary xllamacpp xllamacpp` builds it for the CPU at hand; the head of the table says which instructions are used.
 """
 
 from __future__ import annotations
@@ -151,12 +151,14 @@ def peer_runner(peer: LlamaCpp) -> Runner:
 def rows_of(args: argparse.Namespace, llms: dict[str, LLM], files: dict[str, Path]) -> Iterator[list[dict[str, Any]]]:
     """Measure: the rows of one context after the other. llama.cpp has a KV cache of just that length."""
     from llamacpp import LlamaCpp
+    from other_load import OtherLoad
     from runners import engine, measure, random_prompts
 
     from fastkv.cache.catalogue import POLICIES as KNOWN
 
     some = next(iter(llms.values()))
     for context in args.context:
+        others = OtherLoad()
         with ExitStack() as stack:
             runs: dict[str, Runner] = {}
             for kind, path in files.items():
@@ -166,7 +168,7 @@ def rows_of(args: argparse.Namespace, llms: dict[str, LLM], files: dict[str, Pat
                 runs |= {f"{policy} {weights}": engine(llm, KNOWN[policy]()) for policy in POLICIES}
             prompts = random_prompts(some.config.vocab_size, context, 1)
             samples = measure(runs, prompts, args.new_tokens, args.rounds, warm_ups=1)
-        yield summarise(samples, context)
+        yield [row | {"other_cpus": others.cpus()} for row in summarise(samples, context)]
 
 
 def summarise(samples: dict[str, list[Sample]], context: int) -> list[dict[str, Any]]:
@@ -206,6 +208,13 @@ def table_row(row: dict[str, Any]) -> str:
         ratio("decode_to_peer"),
     )
     return f"| {' | '.join(cells)} |"
+
+
+def foot(rows: Sequence[dict[str, Any]]) -> str:
+    """What else the machine did, for each context."""
+    loads = {f"{row['context']:,}": row["other_cpus"] for row in rows}
+    told = ", ".join(f"{'unknown' if cpus is None else f'{cpus:.2f}'} at {context}" for context, cpus in loads.items())
+    return f"- CPUs that other programs used meanwhile, in the mean: {told}"
 
 
 def head(about: dict[str, Any]) -> str:
@@ -271,6 +280,7 @@ def run(argv: Sequence[str]) -> None:
         print("\n".join(map(table_row, rows)), flush=True)
         if args.json is not None:
             write_whole(args.json, json.dumps(result, indent=1) + "\n", "json")
+    print(f"\n{foot(result['rows'])}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

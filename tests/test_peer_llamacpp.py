@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
+import re
 import shutil
 import sys
 from collections.abc import Callable, Iterator
@@ -24,7 +26,7 @@ from fastkv import LLM, FastKVError, FullKV, SamplingParams
 from fastkv.errors import FaultError
 from fastkv.models.rope_config import RopeConfig
 
-MODULES = ("cost", "gguf_file", "llamacpp", "machine", "peer_llamacpp", "runners", "table")
+MODULES = ("cost", "gguf_file", "llamacpp", "machine", "other_load", "peer_llamacpp", "runners", "table")
 
 STAND_IN = """
 from types import SimpleNamespace as Some
@@ -120,6 +122,7 @@ def test_every_context_has_its_rows(
     assert run("--context", 50, 90, "--ubatch", 64, "--json", tmp_path / "out.json") == 0
     printed = capsys.readouterr().out
     table = [line.strip("| ").split(" | ") for line in printed.splitlines() if line.startswith("| ")]
+    assert re.fullmatch(r"- CPUs that .*: \S+ at 50, \S+ at 90", printed.splitlines()[-1])
     engines = [["llama.cpp", "F32"], ["llama.cpp", "Q8_0"]]
     engines += [[f"fastkv, policy {policy}", "float32"] for policy in ("full", "fastkv")]
     assert [cells[:3] for cells in table[1:]] == [[n, *engine] for n in ("50", "90") for engine in engines]
@@ -160,6 +163,28 @@ def test_ratios_are_between_weights_of_the_same_kind(benchmarks: Any) -> None:
         ("full", "int8"): (0.5, 0.5),
         ("fastkv", "int8"): (2.0, 2.0),
     }
+
+
+def test_the_load_of_others(benchmarks: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In 10 s two CPUs are busy for 16 s: 4 s by this process, 5 s by its children, so 7 s by others."""
+    clock = SimpleNamespace(now=100.0)
+    second = os.sysconf("SC_CLK_TCK")
+    stat, times = tmp_path / "stat", [1.0, 2.0, 3.0, 4.0, 0.0]
+    monkeypatch.setattr(benchmarks.other_load, "_STAT", stat)
+    monkeypatch.setattr(benchmarks.other_load, "time", SimpleNamespace(perf_counter=lambda: clock.now))
+    monkeypatch.setattr(benchmarks.other_load.os, "times", lambda: times)
+    stat.write_text("cpu  0 0 0 0 0 0 0 0 0 0\ncpu0 5 5 5\n")
+    load = benchmarks.other_load.OtherLoad()
+    stat.write_text(
+        f"cpu  {6 * second} {5 * second} {second} {99 * second} {77 * second} {second} {second} {2 * second}"
+    )
+    clock.now, times[:] = 110.0, [4.0, 3.0, 7.0, 5.0, 0.0]
+    assert load.cpus() == pytest.approx(0.7)
+    stat.unlink()
+    assert load.cpus() is None
+    assert benchmarks.peer_llamacpp.foot(
+        [{"context": 2048, "other_cpus": 0.704}, {"context": 9, "other_cpus": None}]
+    ) == ("- CPUs that other programs used meanwhile, in the mean: 0.70 at 2,048, unknown at 9")
 
 
 def test_a_row_as_a_line(benchmarks: Any) -> None:
