@@ -41,7 +41,7 @@ def summarise(
     """A row for each policy: medians, range, ratios to the full cache, and shares of the ceilings."""
     rows = []
     for name, taken in samples.items():
-        row: dict[str, Any] = {"context": context, "batch": batch, "name": name, **_figures(taken)}
+        row: dict[str, Any] = {"context": context, "batch": batch, "name": name, **figures(taken)}
         if name in POLICIES:
             row |= _shares_of_ceilings(row, POLICIES[name](), llm, ceilings, new_tokens)
         rows.append(row)
@@ -78,7 +78,7 @@ def compare_with_one(rows: list[dict[str, Any]], alone: list[dict[str, Any]]) ->
             row["decode_to_one"] = row["decode_tokens_per_s"] / ones[row["name"]]
 
 
-def _figures(taken: Sequence[Sample]) -> dict[str, Any]:
+def figures(taken: Sequence[Sample]) -> dict[str, Any]:
     """Medians with their range, the most memory of all runs, and the runs themselves."""
     ttft = [sample.ttft_s for sample in taken]
     speed = [sample.decode_tokens_per_s for sample in taken]
