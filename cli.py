@@ -113,6 +113,7 @@ def _load(args: argparse.Namespace, policy: Policy) -> LLM:
         args.threads,
         policy=policy,
         dtype=args.dtype,
+        weights=args.weights,
         device=args.device,
         revision=args.revision,
         cuda_graph=not args.no_cuda_graph,

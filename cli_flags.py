@@ -34,7 +34,7 @@ SAMPLING_FLAGS = {
 NAMED_SETTINGS = {
     *SETTINGS,
     *SAMPLING_FLAGS,
-    *("prompt", "chat", "stop", "policy", "policy_file", "device", "dtype"),
+    *("prompt", "chat", "stop", "policy", "policy_file", "device", "dtype", "weights"),
     *("threads", "revision", "compile", "attention", "report"),
     *("prompts", "output", "batch_size", "kv_memory"),
 }

@@ -15,7 +15,7 @@ from fastkv import LLM
 
 def machine(llm: LLM) -> dict[str, Any]:
     """Date, device, dtype and versions, as they go into a result."""
-    return {**device_and_versions(llm.device), "dtype": str(llm.dtype).removeprefix("torch.")}
+    return {**device_and_versions(llm.device), "dtype": llm.model.precision}
 
 
 def device_and_versions(device: torch.device) -> dict[str, Any]:

@@ -26,11 +26,11 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fastkv.console.cache_folder import cache_folder, check_cache_folder
 from fastkv.console.files import check_folder, check_replaceable, write_whole
 from fastkv.console.load import load_model
 from fastkv.console.parser import Parser, guarded
 from fastkv.errors import FastKVError, FaultError, check_integer
+from fastkv.storage import cache_folder, check_cache_folder
 
 if TYPE_CHECKING:
     from llamacpp import LlamaCpp
@@ -65,6 +65,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument(
         "--weights", nargs="+", choices=list(EQUALS), default=["float32"], help="of this engine (float32)"
     )
+    made.add_argument("--compile", action="store_true", help="measure this engine through torch.compile, too")
     made.add_argument("--threads", type=int, metavar="N", help="of both engines (default: torch's choice)")
     made.add_argument("--ubatch", type=int, default=512, metavar="N", help="prompt tokens in llama.cpp's batches (512)")
     made.add_argument("--gguf-folder", type=Path, metavar="FOLDER", help="of the GGUF files (the user's cache folder)")
@@ -108,11 +109,13 @@ def check_model(args: argparse.Namespace, config: ModelConfig) -> None:
         )
 
 
-def load(args: argparse.Namespace, folder: Path) -> dict[str, LLM]:
-    """The model with each of --weights."""
+def load(args: argparse.Namespace, folder: Path) -> dict[tuple[str, str], LLM]:
+    """The model by (how it runs, its weights): plain, and compiled where that is asked for, with each of --weights."""
     chosen: dict[str, dict[str, str]] = {"float32": {}, "int8": {"weights": "int8"}}
+    ways = {"": False} | ({" compiled": True} if args.compile else {})
     return {
-        weights: load_model(folder, args.threads, dtype="float32", device="cpu", **chosen[weights])
+        (name, weights): load_model(folder, args.threads, dtype="float32", device="cpu", compile=way, **chosen[weights])
+        for name, way in ways.items()
         for weights in args.weights
     }
 
@@ -148,7 +151,9 @@ def peer_runner(peer: LlamaCpp) -> Runner:
     return run
 
 
-def rows_of(args: argparse.Namespace, llms: dict[str, LLM], files: dict[str, Path]) -> Iterator[list[dict[str, Any]]]:
+def rows_of(
+    args: argparse.Namespace, llms: dict[tuple[str, str], LLM], files: dict[str, Path]
+) -> Iterator[list[dict[str, Any]]]:
     """Measure: the rows of one context after the other. llama.cpp has a KV cache of just that length."""
     from llamacpp import LlamaCpp
     from other_load import OtherLoad
@@ -164,8 +169,8 @@ def rows_of(args: argparse.Namespace, llms: dict[str, LLM], files: dict[str, Pat
             for kind, path in files.items():
                 peer = LlamaCpp(path, args.threads, context + args.new_tokens, args.ubatch)
                 runs[f"{PEER} {kind}"] = peer_runner(stack.enter_context(peer))
-            for weights, llm in llms.items():
-                runs |= {f"{policy} {weights}": engine(llm, KNOWN[policy]()) for policy in POLICIES}
+            for (way, weights), llm in llms.items():
+                runs |= {f"{policy}{way} {weights}": engine(llm, KNOWN[policy]()) for policy in POLICIES}
             prompts = random_prompts(some.config.vocab_size, context, 1)
             samples = measure(runs, prompts, args.new_tokens, args.rounds, warm_ups=1)
         yield [row | {"other_cpus": others.cpus()} for row in summarise(samples, context)]
@@ -200,7 +205,7 @@ def table_row(row: dict[str, Any]) -> str:
 
     cells = (
         f"{row['context']:,}",
-        PEER if row["engine"] == PEER else f"fastkv, policy {row['engine']}",
+        PEER if row["engine"] == PEER else f"fastkv, {row['engine']}",
         row["weights"],
         median("ttft_s", "ttft_range", 3),
         ratio("prefill_to_peer"),

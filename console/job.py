@@ -112,8 +112,7 @@ def run_jobs(
     batch_size and kv_memory of `LLM.generate_each`.
     """
     policy = {"name": llm.policy.name, **llm.policy.settings(llm.config.n_layers)}
-    dtype = str(llm.dtype).removeprefix("torch.")
-    about = {**about, "dtype": dtype, "policy": policy, "sampling": dataclasses.asdict(params)}
+    about = {**about, "dtype": llm.model.precision, "policy": policy, "sampling": dataclasses.asdict(params)}
     with Records(output, about, jobs) as records, ProgressLine(sys.stderr) as line:
         todo = [job for job in jobs if job.id not in records.done]
         started, new_tokens, warned = time.perf_counter(), 0, 0

@@ -18,7 +18,7 @@ def machine(llm: LLM) -> dict[str, Any]:
     """Device, dtype and versions, as they go into a result."""
     return {
         "device": torch.cuda.get_device_name(llm.device) if llm.device.type == "cuda" else str(llm.device),
-        "dtype": str(llm.dtype).removeprefix("torch."),
+        "dtype": llm.model.precision,
         "fastkv": __version__,
         "torch": torch.__version__,
     }

@@ -27,7 +27,7 @@ class Answer:
     def __init__(self, model: Llama, tokenizer: Tokenizer | None, request: Request, called_at: float) -> None:
         self.request = request
         self._config, self._called_at = model.config, called_at
-        self._device, self._dtype = str(model.device), str(model.dtype).removeprefix("torch.")
+        self._device, self._dtype = str(model.device), model.precision
         last_ids = request.ids[0, -_CONTEXT:].tolist()
         self._detokenizer = Detokenizer(tokenizer.decode if tokenizer else lambda ids: "", last_ids)
         self._stops = StopStrings(request.params.stop)

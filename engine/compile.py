@@ -33,7 +33,7 @@ def compile_layers(model: Llama) -> None:
         block.project = MethodType(project, block)  # type: ignore[method-assign]
         block.finish_ = MethodType(finish, block)  # type: ignore[method-assign]
     blocks = model.blocks
-    between, last = _by_rows(_between), _by_rows(_last)
+    between, last = (_by_rows(part, model.device) for part in (_between, _last))
     model.between = lambda layer, hidden, attended, rope: between(  # type: ignore[method-assign]
         hidden, blocks[layer], blocks[layer + 1], attended, rope
     )
@@ -51,15 +51,27 @@ def _last(hidden: Tensor, model: Llama, attended: Tensor) -> Tensor:
     return model.head(hidden)
 
 
-def _by_rows(part: Callable[..., Any]) -> Callable[..., Any]:
+def _by_rows(part: Callable[..., Any], device: torch.device) -> Callable[..., Any]:
     """`part`(hidden [B, T, E], …), compiled for one row, the step of a single sequence, and for any number apart."""
-    one = torch.compile(_apart(part), dynamic=False)
+    one = torch.compile(_apart(part), dynamic=False, options=_options(device))
     many = torch.compile(_apart(part), dynamic=True)
 
     def run(hidden: Tensor, *arguments: Any) -> Any:
         return (one if hidden.shape[0] == hidden.shape[1] == 1 else many)(hidden, *arguments)
 
     return run
+
+
+def _options(device: torch.device) -> dict[str, Any]:
+    """Of the compiler for one row on a CPU, as far as this version of torch knows them.
+
+    What is made of more than two tensors is written down. Else the norm before a product would be a part of it, and be
+    computed anew for each of its outputs.
+    """
+    import torch._inductor.config as known
+
+    wanted = {"realize_acc_reads_threshold": 2}
+    return {name: value for name, value in wanted.items() if device.type == "cpu" and hasattr(known, name)}
 
 
 def _apart(part: Callable[..., Any]) -> Callable[..., Any]:

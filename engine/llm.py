@@ -48,6 +48,7 @@ from fastkv.models.tokenizer import Tokenizer
 from fastkv.models.weights import load_weights, model_bytes, random_weights
 
 LOAD_FORMATS = ("auto", "dummy")
+WEIGHTS = ("int8",)
 
 
 class LLM:
@@ -55,7 +56,8 @@ class LLM:
 
     model: a local folder, or a hub id that is downloaded. policy: None means FastKV() for this model. dtype: "auto"
     (the checkpoint's; float32 on a CPU that cannot compute in it) | "float32" | "bfloat16" | "float16". device: "auto"
-    (a GPU if there is one) | "cpu" | "cuda" | "cuda:N". revision: of a hub id.
+    (a GPU if there is one) | "cpu" | "cuda" | "cuda:N". revision: of a hub id. weights: "int8" keeps every matrix in
+    8-bit integers, a quarter of float32's bytes; activations and cache stay in `dtype`. None: all in `dtype`.
 
     load_format: "auto", or "dummy" for random weights, to measure speed: then `model` may also be the name of a preset
     ("llama-3.1-8b", "llama-3.2-1b", "llama-100m"), and a folder needs no more than its config.json.
@@ -77,6 +79,7 @@ class LLM:
         *,
         policy: Policy | None = None,
         dtype: str = "auto",
+        weights: str | None = None,
         device: str | torch.device = "auto",
         revision: str | None = None,
         load_format: str = "auto",
@@ -89,6 +92,8 @@ class LLM:
             raise FastKVError(f"model must be a folder or a hub id like org/name, not {model!r}")
         target = resolve_device(device)
         check_choice("load_format", load_format, LOAD_FORMATS)
+        if weights is not None:
+            check_choice("weights", weights, WEIGHTS)
         dummy = load_format == "dummy"
         folder = self._folder = Path(model) if dummy and model in PRESETS else model_folder(model, revision)
         self.config = PRESETS[str(model)] if dummy and model in PRESETS else ModelConfig.from_pretrained(folder)
@@ -97,13 +102,13 @@ class LLM:
         heads = (self.config.n_heads, self.config.n_kv_heads)
         check_backend(attention, heads, self.config.head_dim, torch_dtype, target)
         self.tokenizer = Tokenizer.from_pretrained(folder, self.config)
-        advice = "take a smaller model, a device with more memory, or --dtype bfloat16"
-        check_fits(f"the model {folder.name}", model_bytes(self.config, torch_dtype), target, advice)
+        advice = "take a smaller model, a device with more memory, --dtype bfloat16 or --weights int8"
+        check_fits(f"the model {folder.name}", model_bytes(self.config, torch_dtype, weights), target, advice)
         with explain_out_of_memory():
             if dummy:
-                self._model = random_weights(self.config, torch_dtype, target)
+                self._model = random_weights(self.config, torch_dtype, target, weights=weights)
             else:
-                self._model = load_weights(self.config, folder, torch_dtype, target, progress)
+                self._model = load_weights(self.config, folder, torch_dtype, target, progress, weights)
         if compile:
             compile_layers(self._model)
         self._device = self._model.device

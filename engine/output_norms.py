@@ -31,6 +31,6 @@ def _length_by_gram(attention: Attention, x: Tensor) -> Tensor:
 
 
 def _sum_of_outputs(attention: Attention, x: Tensor) -> Tensor:
-    weight = attention.o_proj.weight
+    weight = attention.o_proj.dense()
     heads = weight.t().unflatten(0, (x.shape[1], -1, attention.head_dim))  # [Hkv, G, D, E]
     return (x.to(weight.dtype) @ heads).abs().sum(dim=-1, dtype=torch.float32)

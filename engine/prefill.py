@@ -128,7 +128,7 @@ class LayerRun:
     def start(self, ids: Tensor, position: int = 0) -> tuple[TokenState, Rope]:
         """Embedding and rotation of new tokens: ids int64 [B, N], the first of them at `position`."""
         shape = (*ids.shape, self.model.config.hidden_size)
-        hidden = self.workspace.take("hidden", shape, like=self.model.embed_tokens.weight)
+        hidden = self.workspace.take("hidden", shape, like=self.model)
         state = TokenState.start(ids, self.model.embed(ids, out=hidden), position)
         return state, self.model.rope_of_range(position, ids.shape[1])
 

@@ -7,6 +7,7 @@ import math
 from torch import Tensor
 
 from fastkv.kernels.memory import zeros
+from fastkv.models.llama import Llama
 
 
 class Workspace:
@@ -19,7 +20,7 @@ class Workspace:
     def nbytes(self) -> int:
         return sum(buffer.nbytes for buffer in self._buffers.values())
 
-    def take(self, name: str, shape: tuple[int, ...], like: Tensor) -> Tensor:
+    def take(self, name: str, shape: tuple[int, ...], like: Tensor | Llama) -> Tensor:
         """A tensor of that shape with the dtype and device of `like`; what it holds is left over from before."""
         count = math.prod(shape)
         known = self._buffers.get(name)

@@ -44,7 +44,7 @@ FLAGS: dict[str, dict[str, Any]] = {
 }
 TEXTS = ("length", "depth", "seed", "examples")  # which texts are drawn
 # What a complaint names the flag of; the settings of policies are named in its message already.
-SETTINGS = {*FLAGS, "model", "loss", "device", "dtype", "threads", "revision"} - {"policy"}
+SETTINGS = {*FLAGS, "model", "loss", "device", "dtype", "weights", "threads", "revision"} - {"policy"}
 
 SUMMARIES = {
     **{task.name: task.summary for task in GENERATED.values()},

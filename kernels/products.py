@@ -31,7 +31,7 @@ MOST_TOGETHER, BLOCK = 32, 1024
 # The number of rows that a choice is made for in place of each of the first ones.
 _KINDS = [0, 1, *[8] * 7, *[MOST_TOGETHER] * (MOST_TOGETHER - 8)]
 
-_COLD = 64 << 20  # bytes of matrices that are read in turn while a few rows are timed: more than most caches hold
+COLD = 64 << 20  # bytes of matrices that are read in turn while a few rows are timed: more than most caches hold
 _chosen: dict[tuple[int, torch.Size, torch.dtype, int], Product] = {}
 
 
@@ -67,8 +67,8 @@ def _choose(kind: int, weight: Tensor) -> Product:
 
 def _timed(kind: int, weight: Tensor, ways: Mapping[str, Product]) -> dict[str, Way]:
     """What is timed: `kind` rows with a number of matrices like this one, so that they come from memory."""
-    weight = weight[: max(1, 2 * _COLD // (weight.shape[1] * weight.itemsize))]
-    count = 1 if kind == BLOCK else max(1, _COLD // weight.nbytes)
+    weight = weight[: max(1, 2 * COLD // (weight.shape[1] * weight.itemsize))]
+    count = 1 if kind == BLOCK else max(1, COLD // weight.nbytes)
     memory = HostMemory()
     matrices = [memory.empty(tuple(weight.shape), weight.dtype, weight.device).copy_(weight) for _ in range(count)]
     x = torch.ones(kind, weight.shape[1], dtype=weight.dtype)

@@ -91,7 +91,7 @@ class Attention(nn.Module):
         weight = self.o_proj.weight
         which = (weight.data_ptr(), 0 if weight.is_inference() else weight._version)
         if self._gram is None or self._gram[0] != which:
-            heads = weight.detach().float().unflatten(1, (-1, self.head_dim)).transpose(0, 1)  # [Hq, E, D]
+            heads = self.o_proj.dense().detach().float().unflatten(1, (-1, self.head_dim)).transpose(0, 1)  # [Hq, E, D]
             self._gram = which, heads.transpose(1, 2) @ heads
         return self._gram[1]
 

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastkv.kernels.int8 import dequantised
 from fastkv.models.linear import Linear, Stacked
 from fastkv.models.rope_config import RopeConfig
 from fastkv.models.rope_frequencies import attention_factor, inverse_frequencies
@@ -28,6 +29,28 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+
+
+class Embedding(nn.Module):
+    """A row of a table for each token. scale: float32 [V] where the table is int8, whose rows it multiplies."""
+
+    scale: Tensor | None = None
+
+    def __init__(self, vocab_size: int, size: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(vocab_size, size))
+
+    def forward(self, ids: Tensor, dtype: torch.dtype) -> Tensor:
+        """ids int64 [B, T] -> [B, T, E], in `dtype`, which is that of a table of floats."""
+        rows = self.weight[ids]
+        return rows if self.scale is None else dequantised(rows, self.scale[ids], dtype)
+
+    def into(self, out: Tensor, ids: Tensor) -> None:
+        """The same, into `out` [B, T, E]."""
+        if self.scale is None:
+            torch.index_select(self.weight, 0, ids.flatten(), out=out.flatten(0, 1))
+        else:
+            out.copy_(self(ids, out.dtype))
 
 
 class MLP(nn.Module):

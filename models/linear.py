@@ -1,4 +1,7 @@
-"""Linear layers: one matrix, or several that read the same input as one. Who multiplies is kernels/products.py's."""
+"""Linear layers: one matrix, or several that read the same input as one, of floats or of 8-bit integers.
+
+Who multiplies is said in kernels/products.py and kernels/int8.py.
+"""
 
 from __future__ import annotations
 
@@ -8,14 +11,24 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastkv.kernels.int8 import dequantised, int8_product
 from fastkv.kernels.products import product_for
 
 
 class Linear(nn.Linear):
-    """nn.Linear, by the fastest of several ways."""
+    """nn.Linear, by the fastest of several ways.
+
+    scale: float32 [O] where the weight is int8 [O, E], whose rows it multiplies; None: the weight is floats.
+    """
+
+    scale: Tensor | None = None
 
     def forward(self, x: Tensor) -> Tensor:
-        return linear(x, self.weight, self.bias)
+        return linear(x, self.weight, self.bias, self.scale)
+
+    def dense(self) -> Tensor:
+        """The weight as floats, [O, E]; in float32 where it is int8."""
+        return self.weight if self.scale is None else dequantised(self.weight, self.scale, torch.float32)
 
 
 class Stacked(Linear):
@@ -28,14 +41,18 @@ class Stacked(Linear):
     def part(self, x: Tensor, first: int, end: int) -> Tensor:
         """The product with the matrices first … end - 1 alone."""
         part = slice(sum(self.rows[:first]), sum(self.rows[:end]))
-        return linear(x, self.weight[part], None if self.bias is None else self.bias[part])
+        bias, scale = (None if each is None else each[part] for each in (self.bias, self.scale))
+        return linear(x, self.weight[part], bias, scale)
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """x [..., E], weight [O, E], bias [O] or None -> [..., O], in the dtype of all three.
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor | None = None) -> Tensor:
+    """x [..., E], weight [O, E], bias [O] or None -> [..., O], in the dtype of x.
 
-    Where gradients are on it is F.linear: the other ways have none.
+    scale: of an int8 weight, float32 [O]. Where gradients are on it is F.linear: the other ways have none.
     """
+    if scale is not None:
+        y = int8_product(x, weight, scale)
+        return y if bias is None else y + bias
     if x.device.type != "cpu" or torch.is_grad_enabled():
         return F.linear(x, weight, bias)
     if torch.compiler.is_compiling():
@@ -53,7 +70,7 @@ def _compiled(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 # The same as an operator of our own, which torch.compile leaves alone: it can compile oneDNN's only after it has packed
 # the weights, a second copy of them.
-_LIBRARY = torch.library.Library("fastkv", "DEF")
+_LIBRARY = torch.library.Library("fastkv", "FRAGMENT")
 _LIBRARY.define("linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
 _LIBRARY.impl("linear", lambda x, weight, bias: product_for(x.numel() // x.shape[-1], weight)(x, weight, bias), "CPU")
 _LIBRARY.impl("linear", lambda x, weight, bias: x.new_empty((*x.shape[:-1], weight.shape[0])), "Meta")

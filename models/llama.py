@@ -13,20 +13,21 @@ from torch import Tensor, nn
 from fastkv.models.block import Block
 from fastkv.models.catalogue import family_of
 from fastkv.models.config import ModelConfig
-from fastkv.models.layers import Rope, RotaryEmbeddings
+from fastkv.models.layers import Embedding, Rope, RotaryEmbeddings
 from fastkv.models.linear import Linear
 
 
 class Llama(nn.Module):
     """Embedding, blocks and head of any supported family."""
 
+    _dtype: torch.dtype | None = None
+
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
         self.family = family_of(config.architecture)
-        # Not nn.Embedding(V, E): drawing its values on the meta device makes torch import symbolic mathematics.
-        table = torch.empty(config.vocab_size, config.hidden_size)
-        self.embed_tokens = nn.Embedding.from_pretrained(table, freeze=False)
+        # Not nn.Embedding: drawing its values on the meta device makes torch import symbolic mathematics.
+        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
         # The layers, first to last, as what they are: ModuleList forgets the type.
         self.blocks: Sequence[Block] = [self.family.block(config, layer) for layer in range(config.n_layers)]
         self.layers = nn.ModuleList(self.blocks)
@@ -39,10 +40,22 @@ class Llama(nn.Module):
         """Let the head be the embedding, where the checkpoint says so."""
         if self.config.tie_word_embeddings:
             self.lm_head.weight = self.embed_tokens.weight
+            self.lm_head.scale = self.embed_tokens.scale
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.embed_tokens.weight.dtype
+        """What it computes in."""
+        return self._dtype or self.embed_tokens.weight.dtype
+
+    def computes_in(self, dtype: torch.dtype) -> None:
+        """Say it, where the weights do not: they may be int8."""
+        self._dtype = dtype
+
+    @property
+    def precision(self) -> str:
+        """The dtype as torch names it, and whether the weights are something else: "float32, int8 weights"."""
+        name = str(self.dtype).removeprefix("torch.")
+        return name if self.lm_head.scale is None else f"{name}, int8 weights"
 
     @property
     def device(self) -> torch.device:
@@ -51,9 +64,9 @@ class Llama(nn.Module):
     def embed(self, ids: Tensor, out: Tensor | None = None) -> Tensor:
         """ids int64 [B, T] -> hidden [B, T, E], in `out` if there is one."""
         if out is None:
-            hidden = self.embed_tokens(ids)
+            hidden = self.embed_tokens(ids, self.dtype)
         else:
-            torch.index_select(self.embed_tokens.weight, 0, ids.flatten(), out=out.flatten(0, 1))
+            self.embed_tokens.into(out, ids)
             hidden = out
         change = self.family.embedded_
         return hidden if change is None else change(self.config, hidden)

@@ -7,9 +7,10 @@ is read a row at a time: it stays the mapped file where the dtype allows.
 
 from __future__ import annotations
 
+import math
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,17 +18,18 @@ import torch
 from torch import Tensor, nn
 
 from fastkv.errors import FastKVError
+from fastkv.kernels.int8 import quantise_
 from fastkv.kernels.memory import HostMemory
 from fastkv.models.checkpoint import Checkpoint
 from fastkv.models.config import ModelConfig
-from fastkv.models.linear import Stacked
+from fastkv.models.linear import Linear, Stacked
 from fastkv.models.llama import Llama
 
 # Checkpoints may carry these beyond what the model needs: a table that is computed, and a head that is the embedding.
 _ROTARY_TABLE = re.compile(r"rotary_emb\.inv_freq$")
 _HEAD = "lm_head.weight"
 _EMBEDDING = "embed_tokens.weight"
-_HELD = 64 << 20  # bytes that are read before the pages that they came from are let go
+_HELD = 2**24  # weights that are read before the pages that they came from are let go
 
 Progress = Callable[[int, int], None]  # (bytes done, bytes in all)
 
@@ -48,8 +50,14 @@ class Target:
     sources: tuple[Source, ...]
 
     @property
+    def rows(self) -> list[int]:
+        """Of each of the tensors."""
+        return [source.shape[0] for source in self.sources]
+
+    @property
     def shape(self) -> tuple[int, ...]:
-        return (sum(source.shape[0] for source in self.sources), *self.sources[0].shape[1:])
+        """Of the parameter."""
+        return (sum(self.rows), *self.sources[0].shape[1:])
 
 
 def meta_model(config: ModelConfig) -> Llama:
@@ -58,12 +66,26 @@ def meta_model(config: ModelConfig) -> Llama:
         return Llama(config)
 
 
-def model_bytes(config: ModelConfig, dtype: torch.dtype) -> int:
-    """Bytes that the parameters take in `dtype`."""
+def model_bytes(config: ModelConfig, dtype: torch.dtype, weights: str | None = None) -> int:
+    """Bytes that the parameters take in `dtype`, the matrices in what `weights` says (None: in `dtype`, too)."""
     try:
-        return sum(parameter.numel() for parameter in meta_model(config).parameters()) * dtype.itemsize
+        model = meta_model(config)
+        kept = model.named_parameters()
+        return sum(_bytes_of(parameter, dtype, _is_int8(model, name, weights)) for name, parameter in kept)
     except RuntimeError:  # a matrix of more values than torch can count
         return sys.maxsize
+
+
+def _bytes_of(parameter: Tensor, dtype: torch.dtype, int8: bool) -> int:
+    return parameter.numel() + 4 * len(parameter) if int8 else parameter.numel() * dtype.itemsize
+
+
+def _is_int8(model: Llama, name: str, weights: str | None) -> bool:
+    """Whether a parameter is kept as int8: the matrices of products, and the embedding where it is the head's, too."""
+    module, _, kind = name.rpartition(".")
+    if weights is None or kind != "weight":
+        return False
+    return isinstance(model.get_submodule(module), Linear) or (name == _EMBEDDING and model.config.tie_word_embeddings)
 
 
 def targets(model: Llama) -> list[Target]:
@@ -72,49 +94,68 @@ def targets(model: Llama) -> list[Target]:
 
 
 def load_weights(
-    config: ModelConfig, folder: Path, dtype: torch.dtype, device: torch.device, progress: Progress | None = None
+    config: ModelConfig,
+    folder: Path,
+    dtype: torch.dtype,
+    device: torch.device,
+    progress: Progress | None = None,
+    weights: str | None = None,
 ) -> Llama:
     """A model filled from the safetensors files of `folder`, in `dtype` on `device`, without gradients.
 
+    weights: "int8" for matrices of 8-bit integers, made of each tensor as it is read (None: all in `dtype`).
     Raises FastKVError for missing, unexpected, misshapen or quantised tensors, and for broken files.
     """
     model = meta_model(config)
     plan, memory = targets(model), HostMemory()
     with Checkpoint.open(folder) as checkpoint:
         _check(checkpoint, plan, config)
-        total = sum(parameter.numel() for parameter in model.parameters())
+        total = model_bytes(config, dtype, weights)
         done = held = 0
         for target in plan:
-            if target.name == _EMBEDDING and not config.tie_word_embeddings and device.type == "cpu":
-                value = checkpoint.read(target.sources[0].name).to(dtype)
+            pieces = (checkpoint.read(source.name) for source in target.sources)
+            int8 = _is_int8(model, target.name, weights)
+            if int8:
+                _assign_int8(model, target.name, target.shape, pieces, memory, device)
+            elif target.name == _EMBEDDING and not config.tie_word_embeddings and device.type == "cpu":
+                _assign(model, target.name, next(pieces).to(dtype))
             else:
-                value = _read(checkpoint, target, memory.empty(target.shape, dtype, device))
-            _assign(model, target.name, value)
-            done, held = done + value.numel(), held + value.nbytes
+                value = memory.empty(target.shape, dtype, device)
+                for part, piece in zip(value.split(target.rows), pieces, strict=True):
+                    part.copy_(piece)
+                _assign(model, target.name, value)
+            count = math.prod(target.shape)
+            done, held = done + (count + 4 * target.shape[0] if int8 else count * dtype.itemsize), held + count
             if held > _HELD:
                 checkpoint.unmap()
                 held = 0
             if progress is not None:
-                progress(done * dtype.itemsize, total * dtype.itemsize)
-    return _ready(model, device)
+                progress(done, total)
+    return _ready(model, dtype, device)
 
 
-def random_weights(config: ModelConfig, dtype: torch.dtype, device: torch.device, seed: int = 0) -> Llama:
+def random_weights(
+    config: ModelConfig, dtype: torch.dtype, device: torch.device, seed: int = 0, weights: str | None = None
+) -> Llama:
     """A model of this architecture with random values, for measuring speed.
 
     Matrices are normal with deviation 1 / sqrt(columns), norms are 1, biases 0. The same seed gives the same values on
-    the same kind of device.
+    the same kind of device. weights: as for `load_weights`.
     """
     generator = torch.Generator(device).manual_seed(seed)
     model, memory = meta_model(config), HostMemory()
     for name, parameter in list(model.named_parameters()):
-        value = memory.empty(tuple(parameter.shape), dtype, device)
+        shape, int8 = tuple(parameter.shape), _is_int8(model, name, weights)
+        value = torch.empty(shape, dtype=dtype, device=device) if int8 else memory.empty(shape, dtype, device)
         if value.dim() == 2:
             value.normal_(0, value.shape[1] ** -0.5, generator=generator)
         else:
             value.fill_(0 if name.endswith(".bias") else 1)
-        _assign(model, name, value)
-    return _ready(model, device)
+        if int8:
+            _assign_int8(model, name, shape, [value], memory, device)
+        else:
+            _assign(model, name, value)
+    return _ready(model, dtype, device)
 
 
 def checkpoint_tensors(model: Llama) -> dict[str, Tensor]:
@@ -159,16 +200,9 @@ def _some(names: list[str]) -> str:
     return f"tensor {names[0]}{more}"
 
 
-def _read(checkpoint: Checkpoint, target: Target, value: Tensor) -> Tensor:
-    """Fill `value` with what the checkpoint holds of a parameter."""
-    rows = [source.shape[0] for source in target.sources]
-    for source, piece in zip(target.sources, value.split(rows), strict=True):
-        piece.copy_(checkpoint.read(source.name))
-    return value
-
-
-def _ready(model: Llama, device: torch.device) -> Llama:
+def _ready(model: Llama, dtype: torch.dtype, device: torch.device) -> Llama:
     model.tie()
+    model.computes_in(dtype)
     model.rotary.to(device)
     return model.eval()
 
@@ -176,3 +210,18 @@ def _ready(model: Llama, device: torch.device) -> Llama:
 def _assign(model: nn.Module, name: str, value: Tensor) -> None:
     owner, _, leaf = name.rpartition(".")
     setattr(model.get_submodule(owner), leaf, nn.Parameter(value, requires_grad=False))
+
+
+def _assign_int8(
+    model: Llama, name: str, shape: tuple[int, ...], pieces: Iterable[Tensor], memory: HostMemory, device: torch.device
+) -> None:
+    """Let a weight be int8, quantised from the float pieces that it is stacked of."""
+    values = memory.empty(shape, torch.int8, device)
+    scale = torch.empty(shape[0], dtype=torch.float32, device=device)
+    first = 0
+    for piece in pieces:
+        end = first + len(piece)
+        quantise_(values[first:end], scale[first:end], piece)
+        first = end
+    _assign(model, name, values)
+    model.get_submodule(name.rpartition(".")[0]).scale = scale

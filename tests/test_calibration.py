@@ -116,7 +116,7 @@ def test_off_measures_and_writes_nothing(value: str, monkeypatch: pytest.MonkeyP
 def measuring(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FASTKV_CALIBRATION", "on")
     monkeypatch.setattr(products, "SMALLEST", 0)
-    monkeypatch.setattr(products, "_COLD", 2**12)
+    monkeypatch.setattr(products, "COLD", 2**12)
     products.forget()
 
 

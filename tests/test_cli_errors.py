@@ -597,6 +597,7 @@ WRONG = {
     "--stop": [""],
     "--device": ["", "gpu", "mps", "xpu", "cpu:1", "cuda:x", "cuda:-1", "cuda:99", "meta", "CPU", "9"],
     "--dtype": ["", "int8", "fp16", "float64", "float8_e4m3fn", "torch.float32"],
+    "--weights": ("int4", "INT8", ""),
     "--attention": ["", "cudnn", "efficient", "sdpa", "AUTO"],
     "--threads": ["0", "-1", "1.5", "abc", "", str(2**31), "9" * 40],
     "--report": ["", ".", "no/such/folder/page.html"],

@@ -1,0 +1,159 @@
+"""Products of rows with a weight matrix of 8-bit integers: W[o] = scale[o] * values[o], each output with its own scale.
+
+Symmetric: a scale is the largest of its row's absolute values / 127, and zero stays zero. Activations are never rounded
+to 8 bits: with one scale for a row of them, that cost 3 % of a small model's perplexity, 8-bit weights 0.3 % (docs/
+speed.md). The ways differ in how the integers meet the activations; which one is taken is measured, as in
+kernels/products.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache, partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastkv.kernels.calibration import Way, calibration, is_on
+from fastkv.kernels.memory import HostMemory
+from fastkv.kernels.products import COLD, MOST_TOGETHER, SMALLEST
+
+# (x [..., E], values int8 [O, E], scale float32 [O]) -> [..., O] in x's dtype
+Int8Product = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+_LEVELS = 127
+_AT_A_TIME = 2**22  # weights that are floats at a time: 16 MiB of float32
+_chosen: dict[tuple[int, torch.Size, torch.dtype, int], Int8Product] = {}
+
+
+def quantise_(values: Tensor, scale: Tensor, matrix: Tensor) -> None:
+    """Fill values int8 [O, E] and scale float32 [O] from a float matrix [O, E], some rows at a time."""
+    rows = max(1, _AT_A_TIME // max(1, matrix.shape[1]))
+    for into, factor, part in zip(values.split(rows), scale.split(rows), matrix.split(rows), strict=True):
+        part = part.to(device=values.device, dtype=torch.float32)
+        largest = torch.linalg.vector_norm(part, float("inf"), dim=1)
+        factor.copy_(torch.where(largest > 0, largest / _LEVELS, 1.0))
+        into.copy_((part / factor.unsqueeze(1)).round_())
+
+
+def dequantised(values: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """values int8 [..., E] and scale float32 [...] -> the matrix as floats, [..., E]."""
+    return (values * scale.unsqueeze(-1)).to(dtype)
+
+
+def int8_product(x: Tensor, values: Tensor, scale: Tensor) -> Tensor:
+    """x [..., E], values int8 [O, E], scale float32 [O] -> [..., O] in x's dtype."""
+    if torch.compiler.is_compiling() and (x.device.type != "cpu" or all(size == 1 for size in x.shape[:-1])):
+        return _compiled(x, values, scale)
+    if torch.compiler.is_compiling():
+        return torch.ops.fastkv.int8_product(x, values, scale)
+    return _product_for(x.numel() // x.shape[-1], values, x.dtype)(x, values, scale)
+
+
+def _compiled(x: Tensor, values: Tensor, scale: Tensor) -> Tensor:
+    """What torch.compile is given: of one row on a CPU a sum that it writes a loop for; else a product that widens."""
+    if x.device.type != "cpu":
+        return F.linear(x, values.to(x.dtype)) * scale.to(x.dtype)
+    y = (values.float() * x.reshape(1, -1).float()).sum(dim=-1) * scale
+    return y.to(x.dtype).view(*x.shape[:-1], len(values))
+
+
+def _product_for(rows: int, values: Tensor, dtype: torch.dtype) -> Int8Product:
+    """How `rows` rows of `dtype` are multiplied with int8 weights of this shape here."""
+    ways = ways_of(dtype, values.device.type)
+    if not 0 < rows <= MOST_TOGETHER or values.numel() < SMALLEST:
+        return _dequantise
+    if values.device.type != "cpu" or not is_on():
+        order = ("pair", "packed") if dtype == torch.float32 else ("packed", "pair")  # the first one rounds less
+        return next(ways[name] for name in (*order, "dequantise") if name in ways)
+    key = (1 if rows == 1 else MOST_TOGETHER, values.shape, dtype, torch.get_num_threads())
+    known = _chosen.get(key)
+    if known is None:
+        shape = " x ".join(map(str, values.shape))
+        about = f"int8 product of {key[0]} x {values.shape[1]} with {shape}, {str(dtype).removeprefix('torch.')}"
+        way = calibration().choose(about, "dequantise", lambda: _timed(key[0], values, dtype))
+        known = _chosen[key] = ways.get(way, _dequantise)
+    return known
+
+
+def forget() -> None:
+    """Choose anew when asked the next time."""
+    _chosen.clear()
+
+
+def _timed(rows: int, values: Tensor, dtype: torch.dtype) -> dict[str, Way]:
+    """What is timed: `rows` rows with a number of matrices like this one, so that they come from memory."""
+    values = values[: max(1, COLD // values.shape[1])]
+    memory, count = HostMemory(), max(1, COLD // values.nbytes)
+    matrices = [memory.empty(tuple(values.shape), values.dtype, values.device).copy_(values) for _ in range(count)]
+    x, scale = torch.ones(rows, values.shape[1], dtype=dtype), torch.ones(len(values))
+
+    def multiply(product: Int8Product) -> None:
+        for matrix in matrices:
+            product(x, matrix, scale)
+
+    return {name: partial(multiply, way) for name, way in ways_of(dtype, "cpu").items()}
+
+
+@cache
+def ways_of(dtype: torch.dtype, device: str) -> dict[str, Int8Product]:
+    """The ways that work here, by name: "dequantise", which always does; "packed" and "pair" where torch has them."""
+    others = {"packed": _packed, "pair": _pair} if device == "cpu" else {"packed": _packed}
+    return {"dequantise": _dequantise, **{name: way for name, way in others.items() if _agrees(way, dtype, device)}}
+
+
+def _dequantise(x: Tensor, values: Tensor, scale: Tensor) -> Tensor:
+    """As floats, some rows at a time, so that there is never a whole matrix of them."""
+    rows = max(1, _AT_A_TIME // values.shape[1])
+    if len(values) <= rows:
+        return F.linear(x, values.to(x.dtype)) * scale.to(x.dtype)
+    return torch.cat([F.linear(x, part.to(x.dtype)) for part in values.split(rows)], dim=-1) * scale.to(x.dtype)
+
+
+def _packed(x: Tensor, values: Tensor, scale: Tensor) -> Tensor:
+    """torch's own product of bfloat16 rows with int8 weights."""
+    rows = x.reshape(-1, x.shape[-1]).bfloat16()
+    return torch._weight_int8pack_mm(rows, values, scale.bfloat16()).to(x.dtype).view(*x.shape[:-1], len(values))
+
+
+def _pair(x: Tensor, values: Tensor, scale: Tensor) -> Tensor:
+    """As a product of integers: each row of activations in two rows of 8 bits, the second one what the first lacks.
+
+    So an activation has 15 bits below the largest of its row, sums are exact, and a row's result does not depend on the
+    rows beside it.
+    """
+    rows = x.reshape(-1, x.shape[-1]).float()
+    unit = torch.linalg.vector_norm(rows, float("inf"), dim=1, keepdim=True).clamp_min_(1e-30).div_(_LEVELS)
+    rows = rows / unit
+    coarse = rows.round()
+    fine = rows.sub_(coarse).mul_(2 * _LEVELS).round_()  # the rest lies within half a unit
+    sums = torch._int_mm(torch.cat((coarse, fine)).to(torch.int8), values.t()).float()
+    n_rows = len(rows)
+    y = sums[:n_rows].add_(sums[n_rows:], alpha=0.5 / _LEVELS).mul_(unit).mul_(scale)
+    return y.to(x.dtype).view(*x.shape[:-1], len(values))
+
+
+def _agrees(product: Int8Product, dtype: torch.dtype, device: str) -> bool:
+    """Whether samples of one row and of several come out as they do in float32."""
+    x = torch.arange(5 * 64, device=device).cos().view(5, 64).to(dtype)
+    values = torch.arange(48 * 64, device=device).remainder(255).sub(127).to(torch.int8).view(48, 64)
+    scale = torch.linspace(0.01, 0.02, 48, device=device)
+    bound = 0.05 if product is _packed or dtype != torch.float32 else 1e-3
+    try:
+        with torch.inference_mode():
+            expected = F.linear(x.float(), dequantised(values, scale, torch.float32))
+            error = bound * expected.abs().max()
+            return all(bool((product(x[:n], values, scale).float() - expected[:n]).abs().max() < error) for n in (1, 5))
+    except Exception:  # operators that another version of torch lacks, or that refuse this device
+        return False
+
+
+_LIBRARY = torch.library.Library("fastkv", "FRAGMENT")
+_LIBRARY.define("int8_product(Tensor x, Tensor values, Tensor scale) -> Tensor")
+_LIBRARY.impl(
+    "int8_product",
+    lambda x, values, scale: _product_for(x.numel() // x.shape[-1], values, x.dtype)(x, values, scale),
+    "CPU",
+)
+_LIBRARY.impl("int8_product", lambda x, values, scale: x.new_empty((*x.shape[:-1], values.shape[0])), "Meta")
