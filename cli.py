@@ -24,7 +24,7 @@ from fastkv.console.parser import DONE, INTERRUPTED, flag_of, guarded, say, writ
 from fastkv.console.policy_file import PolicyFile, read_policy_file, remembered_policy, remembers
 from fastkv.console.policy_text import build_policy
 from fastkv.console.prompt import Job, check_names, is_broken, read_jobs, read_prompt
-from fastkv.console.summary import as_json, figures
+from fastkv.console.summary import as_json, figures, kernels
 from fastkv.errors import FastKVError, check_integer
 
 if TYPE_CHECKING:
@@ -70,9 +70,11 @@ def _run(args: argparse.Namespace) -> int:
         llm = _load(args, policy)
     except FastKVError as error:
         raise error if tuned is None else tuned.blamed(error, given) from None
-    if args.output is not None:
-        return _run_many(args, llm, jobs, params, source)
-    return _run_one(args, llm, jobs[0], params, source)
+    many = args.output is not None
+    status = _run_many(args, llm, jobs, params, source) if many else _run_one(args, llm, jobs[0], params, source)
+    if args.verbose:
+        _print_figures(kernels())
+    return status
 
 
 def _tuned(args: argparse.Namespace, named: PolicyFile | None) -> PolicyFile | None:

@@ -84,6 +84,7 @@ def build_parser() -> Parser:
     machine.add_argument("--batch-size", type=int, metavar="N", help="prompts at work at a time, with --output (8)")
     machine.add_argument("--kv-memory", type=int, metavar="MIB", help="for their KV caches (default: what there is)")
     machine.add_argument("--report", metavar="FILE", help="write a page that shows what was kept of the prompt (HTML)")
+    machine.add_argument("--verbose", action="store_true", help="tell which kernels were chosen, and how fast each was")
     machine.add_argument("--quiet", action="store_true", help="print no figures")
     machine.add_argument("--version", action="version", version=f"fastkv-run {__version__}")
     return parser

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fastkv.console.parser import flag_of
 from fastkv.engine.output import LOW_ATTENTION, Metrics, Output, RunInfo
+
+if TYPE_CHECKING:
+    from fastkv.kernels.calibration import Choice
 
 MOST_STAGES = 4  # reductions that are told one by one
 
@@ -101,3 +104,18 @@ def _percent(part: int, whole: int) -> str:
 
 def _mebibytes(size: int) -> str:
     return f"{size / 2**20:,.1f} MiB"
+
+
+def kernels() -> list[tuple[str, str]]:
+    """The choices that were made by measuring (kernels/calibration.py): label, text."""
+    from fastkv.kernels import calibration
+
+    if not calibration.is_on():
+        return [("kernels", f"not measured: {calibration.VARIABLE} is off")]
+    return [("kernel", f"{what}: {_told(choice)}") for what, choice in sorted(calibration.asked().items())]
+
+
+def _told(choice: Choice) -> str:
+    """ "onednn (linear 5.71 ms, onednn 4.90 ms)"."""
+    each = ", ".join(f"{way} {1000 * seconds:.2f} ms" for way, seconds in choice.seconds.items())
+    return f"{choice.way} ({each})"

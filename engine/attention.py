@@ -17,6 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fastkv.cache.layer import Part
 from fastkv.errors import FastKVError, check_choice
+from fastkv.kernels.row_attention import row_attention
 
 BACKENDS = {
     "cudnn": SDPBackend.CUDNN_ATTENTION,
@@ -204,13 +205,12 @@ def decode_attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None = N
     """
     n_rows = q.shape[1] // k.shape[1]
     rows = q.unflatten(1, (k.shape[1], -1)).squeeze(3)  # [B, Hkv, G, D]
+    if visible is None and q.device.type == "cpu":
+        return row_attention(rows, k, v).flatten(1, 2).unsqueeze(2)
     if n_rows == 1 and two_rows_are_faster(q):
         rows = rows.expand(-1, -1, 2, -1)
-    if q.device.type == "cpu":
+    with without_cudnn(q.device):
         attended = F.scaled_dot_product_attention(rows, k, v, attn_mask=visible)
-    else:
-        with without_cudnn(q.device):
-            attended = F.scaled_dot_product_attention(rows, k, v, attn_mask=visible)
     return attended[:, :, :n_rows].flatten(1, 2).unsqueeze(2)
 
 

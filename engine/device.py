@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from fastkv.errors import FastKVError, check_choice
+from fastkv.kernels.dtypes import faster_dtype
 from fastkv.models.config import DTYPES
 
 
@@ -26,10 +27,10 @@ def resolve_device(device: str | torch.device) -> torch.device:
 
 
 def resolve_dtype(dtype: str, stored: str, device: torch.device) -> torch.dtype:
-    """ "auto" is the checkpoint's own dtype, but float32 on a CPU that has no instructions for it."""
+    """ "auto" is the checkpoint's own dtype, but float32 on a CPU that computes in that faster."""
     check_choice("dtype", dtype, ("auto", *DTYPES))
     if dtype == "auto":
-        dtype = "float32" if device.type == "cpu" and not _cpu_computes(stored) else stored
+        dtype = faster_dtype(stored, _cpu_computes(stored)) if device.type == "cpu" else stored
     return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[dtype]
 
 

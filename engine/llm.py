@@ -38,6 +38,7 @@ from fastkv.engine.request import (
 from fastkv.engine.runtime import Runtime
 from fastkv.engine.sampler import SamplingParams
 from fastkv.errors import FastKVError, check_choice, check_integer
+from fastkv.kernels.threads import step_threads
 from fastkv.models.chat import ChatIds
 from fastkv.models.checkpoint import stored_dtype
 from fastkv.models.config import ModelConfig
@@ -113,7 +114,8 @@ class LLM:
             compile_layers(self._model)
         self._device = self._model.device
         self._entry = EntryShape(self.config.n_kv_heads, self.config.head_dim, self._model.dtype)
-        self._runtime = Runtime(self._model, cuda_graph and target.type == "cuda", attention)
+        largest = max(self._model.blocks[0].parameters(), key=Tensor.numel)
+        self._runtime = Runtime(self._model, cuda_graph and target.type == "cuda", attention, step_threads(largest))
 
     @property
     def policy(self) -> Policy:

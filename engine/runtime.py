@@ -18,11 +18,13 @@ class Runtime:
     """A model and its idle buffers.
 
     cuda_graph: decode by replaying captured graphs; only ever on a GPU. attention: the backend of causal attention.
+    step_threads: of a CPU, for decode steps (None: as many as torch has).
     """
 
     model: Llama
     cuda_graph: bool
     attention: str
+    step_threads: int | None = None
     buffers: BufferPool = field(default_factory=BufferPool)
     _said_slow: bool = False
 
@@ -35,7 +37,7 @@ class Runtime:
         """What makes the steps of the sequences in the slots of these buffers."""
         assert buffers.state is not None, "the slots come first"
         if not self.cuda_graph:
-            return EagerStepper(self.model, buffers.state)
+            return EagerStepper(self.model, buffers.state, self.step_threads)
         if buffers.stepper is None:
             stepper = GraphStepper(self.model, buffers.state)
             self._say_if_slow(stepper.slow_because)

@@ -14,6 +14,7 @@ from fastkv.cache.pool import KVPool
 from fastkv.engine.decode import run_layers
 from fastkv.engine.decode_attention import EagerAttention
 from fastkv.engine.sampler import Sampler
+from fastkv.kernels.threads import as_many
 from fastkv.models.llama import Llama
 
 Caches = Mapping[int, KVCache]  # of the sequences at work, by slot
@@ -52,12 +53,16 @@ class Stepper(Protocol):
 class EagerStepper:
     """One kernel after another, as the code reads."""
 
-    def __init__(self, model: Llama, state: SlotState) -> None:
-        self._model, self._state = model, state
+    def __init__(self, model: Llama, state: SlotState, threads: int | None = None) -> None:
+        self._model, self._state, self._threads = model, state, threads
 
     @torch.inference_mode()
     def step(self, caches: Caches) -> None:
         """See Stepper. Raises FastKVError when a cache or the context is full."""
+        with as_many(self._threads):
+            self._step(caches)
+
+    def _step(self, caches: Caches) -> None:
         state, runs = self._state, runs_of(sorted(caches))
         for cache in caches.values():
             cache.check_room()

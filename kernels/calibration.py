@@ -53,7 +53,7 @@ class Calibration:
         self._file = file
         self._choices = {} if file is None else _read(file)
         self._asked: dict[str, Choice] = {}
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # a way may need a choice of its own
 
     def choose(self, what: str, default: str, ways: Callable[[], Mapping[str, Way]]) -> str:
         """The name of the fastest way to do `what`: the known one, else it is measured.
@@ -97,10 +97,19 @@ def calibration() -> Calibration:
     return _calibration(cache_folder() / "calibration", torch.get_num_threads())
 
 
+def asked() -> dict[str, Choice]:
+    """All choices that this process has made or been told, by what they are about and with how many threads."""
+    return {f"{what}, {threads} threads": each for threads, one in _all.items() for what, each in one.asked().items()}
+
+
+_all: dict[int, Calibration] = {}  # by threads
+
+
 @cache
 def _calibration(folder: Path, threads: int) -> Calibration:
     key = json.dumps([_machine(), threads, _FORMAT])
-    return Calibration(folder / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.json")
+    made = _all[threads] = Calibration(folder / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.json")
+    return made
 
 
 @cache

@@ -1,0 +1,84 @@
+"""Attention of one query for each head on a CPU: the ways that torch has, and which of them is taken.
+
+The query heads of a KV head are the rows of one product, so that K and V are read once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastkv.kernels.calibration import Way, calibration, is_on
+from fastkv.kernels.memory import zeros
+
+# (rows [B, Hkv, G, D], k and v [B, Hkv, n, D]) -> [B, Hkv, G, D]
+RowAttention = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+_COLD = 32 << 20  # bytes of entries that are read in turn while a way is timed
+_MOST = 64  # layers' worth of them
+_chosen: dict[tuple[int, ...], dict[torch.dtype, RowAttention]] = {}
+
+
+def row_attention(rows: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """rows [B, Hkv, G, D] attend to all entries k and v [B, Hkv, n, D]. -> [B, Hkv, G, D]."""
+    _, n_kv_heads, n_rows, head_dim = rows.shape
+    # A choice holds for numbers of entries up to the next power of two.
+    key = (n_kv_heads, n_rows, head_dim, k.shape[2].bit_length(), torch.get_num_threads())
+    known = _chosen.get(key, {}).get(rows.dtype)
+    if known is None:
+        known = _chosen.setdefault(key, {})[rows.dtype] = _choose(rows, k)
+    return known(rows, k, v)
+
+
+def forget() -> None:
+    """Choose anew when asked the next time."""
+    _chosen.clear()
+
+
+def ways_of(n_rows: int) -> dict[str, RowAttention]:
+    """The ways for so many query heads to a KV head, by name."""
+    ways: dict[str, RowAttention] = {"fused": F.scaled_dot_product_attention, "products": _products}
+    return ways if n_rows > 1 else {**ways, "twice": _twice}
+
+
+def _choose(rows: Tensor, k: Tensor) -> RowAttention:
+    _, n_kv_heads, n_rows, head_dim = rows.shape
+    ways = ways_of(n_rows)
+    # One row of a short dtype takes torch longer than two of them do (benchmarks/choices.py).
+    default = "twice" if n_rows == 1 and rows.dtype != torch.float32 else "fused"
+    if not is_on():
+        return ways[default]
+    n = 1 << k.shape[2].bit_length()
+    shape = f"{n_kv_heads} x {n_rows} heads of {head_dim}, {n} entries, {str(rows.dtype).removeprefix('torch.')}"
+    way = calibration().choose(f"attention of {shape}", default, lambda: _timed(rows[:1], n, ways))
+    return ways.get(way, ways[default])
+
+
+def _timed(rows: Tensor, n: int, ways: dict[str, RowAttention]) -> dict[str, Way]:
+    """What is timed: one query over the entries of a number of layers, so that they come from memory."""
+    _, n_kv_heads, n_rows, head_dim = rows.shape
+    entry = 2 * n_kv_heads * head_dim * rows.dtype.itemsize
+    layers = min(_MOST, max(1, _COLD // (n * entry)))
+    both = zeros((2, layers, 1, n_kv_heads, n, head_dim), rows.dtype, rows.device).fill_(0.1)
+    q = torch.full((1, n_kv_heads, n_rows, head_dim), 0.1, dtype=rows.dtype)
+
+    def attend(way: RowAttention) -> None:
+        for k, v in zip(both[0], both[1], strict=True):
+            way(q, k, v)
+
+    return {name: partial(attend, way) for name, way in ways.items()}
+
+
+def _products(rows: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """A product, a softmax, a product."""
+    logits = (rows * rows.shape[-1] ** -0.5) @ k.transpose(-1, -2)
+    return logits.softmax(dim=-1) @ v
+
+
+def _twice(rows: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """One row, given twice."""
+    return F.scaled_dot_product_attention(rows.expand(-1, -1, 2, -1), k, v)[:, :, :1]
