@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fastkv.cache.layer import Part
+from fastkv.engine.merged_attention import merged_attention, why_not_merged
 from fastkv.errors import FastKVError, check_choice
 from fastkv.kernels.row_attention import row_attention
 
@@ -193,7 +194,12 @@ def attend_parts(
             attended[part.sequences, heads] = attend_last(queries, part.k, part.v, window, part.live)
         else:
             chosen = indices[part.sequences] + (part.k.shape[2] - n_new)
-            attended[part.sequences, heads] = attend_from(chosen, queries, part.k, part.v, window)
+            merges = window is None and q.shape[2] > 1 and why_not_merged(group, q.shape[3], q.dtype, q.device) is None
+            attended[part.sequences, heads] = (
+                merged_attention(chosen, queries, part.k, part.v)
+                if merges
+                else attend_from(chosen, queries, part.k, part.v, window)
+            )
     return attended
 
 

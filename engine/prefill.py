@@ -24,6 +24,7 @@ from fastkv.cache.selection import positions_of, positions_of_each, select_entri
 from fastkv.engine.attention import AUTO, attend_parts, causal_attention, take_tokens
 from fastkv.engine.competing import CompetingLayers
 from fastkv.engine.lookahead import Lookahead
+from fastkv.engine.merged_attention import why_not_merged
 from fastkv.engine.output_norms import output_norms
 from fastkv.engine.plan import RequestPlan
 from fastkv.engine.projection import Projection
@@ -32,6 +33,10 @@ from fastkv.engine.workspace import Workspace
 from fastkv.errors import FastKVError
 from fastkv.models.layers import Rope
 from fastkv.models.llama import Llama
+
+# On a GPU, prompts of so many tokens compute attention at the TSP layer for the propagated ones alone. Chosen by what
+# the operations should take; nobody has measured it (the step tsp-layer of benchmarks/gpu_suite.py does).
+_MERGED_FROM = 32_768
 
 
 @dataclass(frozen=True)
@@ -145,7 +150,7 @@ class LayerRun:
         """Keys, selection, then attention and MLP of the tokens that are propagated: those, and their rotation."""
         last = layer == len(self.layers) - 1
         may_drop = self.layers[layer].propagated is not None or self.selector is not None
-        if last or (may_drop and _propagated_only_pays(self.model.device)):
+        if last or (may_drop and _propagated_only_pays(self.model, state.ids.shape[1], self.windows[layer])):
             return self._propagated_only(layer, state, rope, last)
         q, k, v = self.projection.everything(layer, state.hidden, rope)
         parts, chosen = self.select(layer, state, q, k, v)
@@ -307,9 +312,15 @@ class LayerRun:
         return torch.cat((self.cache.positions(layer), every_head), dim=2) if self.plan.past[layer] else every_head
 
 
-def _propagated_only_pays(device: torch.device) -> bool:
-    """Whether attention of the propagated tokens alone, which needs a mask, is faster than that of all tokens.
+def _propagated_only_pays(model: Llama, n_tokens: int, window: int | None) -> bool:
+    """Whether attention of the propagated tokens alone is faster than that of all tokens, of which there are n_tokens.
 
-    Measured on a CPU (benchmarks/choices.py). On a GPU not: masked attention leaves the fast kernels there.
+    Alone they need a mask. Measured on a CPU (benchmarks/choices.py). On a GPU masked attention leaves the fast
+    kernels, and so nothing is gained by it, but merging its parts (engine/merged_attention.py) keeps most of it there.
     """
-    return device.type == "cpu"
+    if model.device.type == "cpu":
+        return True
+    if window is not None or n_tokens < _MERGED_FROM:
+        return False
+    config = model.config
+    return why_not_merged(config.n_heads // config.n_kv_heads, config.head_dim, model.dtype, model.device) is None

@@ -86,7 +86,7 @@ def test_every_way_through_a_layer_gives_the_same(
     expected = tiny_llm.prefill(PROMPT, policy)
     for chunk, narrow in ((64, True), (64, False), (4096, False)):
         monkeypatch.setattr("fastkv.engine.projection.CHUNK", chunk)
-        monkeypatch.setattr("fastkv.engine.prefill._propagated_only_pays", lambda device, narrow=narrow: narrow)
+        monkeypatch.setattr("fastkv.engine.prefill._propagated_only_pays", lambda *_, narrow=narrow: narrow)
         other = tiny_llm.prefill(PROMPT, policy)
         torch.testing.assert_close(other.logits, expected.logits, atol=1e-4, rtol=1e-4)
         assert all(torch.equal(a, b) for a, b in zip(other.kept, expected.kept, strict=True))

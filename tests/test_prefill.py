@@ -109,7 +109,7 @@ def test_every_way_through_a_layer_gives_the_same(
     expected = tiny_llm.prefill(ids, policy)
     for chunk, narrow in ((64, True), (64, False), (4096, False)):
         monkeypatch.setattr("fastkv.engine.projection.CHUNK", chunk)
-        monkeypatch.setattr("fastkv.engine.prefill._propagated_only_pays", lambda device, narrow=narrow: narrow)
+        monkeypatch.setattr("fastkv.engine.prefill._propagated_only_pays", lambda *_, narrow=narrow: narrow)
         other = tiny_llm.prefill(ids, policy)
         torch.testing.assert_close(other.logits, expected.logits, atol=1e-4, rtol=1e-4)
         for layer in range(tiny_llm.config.n_layers):

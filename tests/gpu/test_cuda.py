@@ -23,8 +23,11 @@ from fastkv.cache.layer import EntryShape, KVLayer
 from fastkv.cache.per_head import PerHeadLayer
 from fastkv.cache.policy import Policy
 from fastkv.cache.pool import KVPool
+from fastkv.engine import prefill as prefill_module
+from fastkv.engine.attention import attend_from
 from fastkv.engine.decode_attention import MaskedAttention, VarlenAttention, graph_attention
 from fastkv.engine.graph import GraphStepper
+from fastkv.engine.merged_attention import merged_attention, why_not_merged
 from fastkv.errors import FaultError
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device")
@@ -243,6 +246,36 @@ def test_a_prefill_is_that_of_the_cpu(policy: Policy) -> None:
         for head in range(ours.shape[1]):
             ours_kept, theirs_kept = (set(of[0, head].tolist()) - {-1} for of in (ours, theirs))  # -1 is padding
             assert len(ours_kept & theirs_kept) >= 0.97 * len(theirs_kept) - 1
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(("heads", "head_dim"), [((16, 4), 128), ((8, 8), 64)], ids=str)
+@torch.inference_mode()
+def test_merged_attention_is_what_runs_and_equals_the_masked_one(
+    dtype: torch.dtype, heads: tuple[int, int], head_dim: int
+) -> None:
+    torch.manual_seed(0)
+    device, n_tokens = torch.device("cuda"), 9001
+    assert why_not_merged(heads[0] // heads[1], head_dim, dtype, device) is None
+    indices = torch.stack([torch.randperm(n_tokens, device=device)[:2100].sort().values for _ in range(2)])
+    indices[0, :1500] = torch.arange(1500, device=device)  # adjacent, from the first one on, then a gap
+    indices[0, 1500:] = torch.arange(n_tokens - 600, n_tokens, device=device)
+    shapes = [(2, count, tokens, head_dim) for count, tokens in zip(heads, (2100, n_tokens), strict=True)]
+    q, k, v = (torch.randn(shape, device=device).to(dtype) for shape in (*shapes, shapes[1]))
+    expected = attend_from(indices, q.float(), k.float(), v.float())
+    torch.testing.assert_close(merged_attention(indices, q, k, v).float(), expected, atol=0.02, rtol=0.02)
+
+
+@pytest.mark.parametrize("policy", [FastKV(), StructKV()], ids=["fastkv", "structkv"])
+def test_propagated_tokens_alone_are_what_all_tokens_give(
+    wide: LLM, monkeypatch: pytest.MonkeyPatch, policy: Policy
+) -> None:
+    """At the TSP layer of a long prompt, or in each layer that may be one."""
+    ids = torch.randint(32_000, (9000,), generator=torch.Generator().manual_seed(0))
+    monkeypatch.setattr(prefill_module, "_MERGED_FROM", 10_000)
+    expected = wide.prefill(ids, policy).logits
+    monkeypatch.setattr(prefill_module, "_MERGED_FROM", 1)
+    torch.testing.assert_close(wide.prefill(ids, policy).logits, expected, atol=TOLERANCE["bfloat16"], rtol=0)
 
 
 def test_attention_backends_agree() -> None:
