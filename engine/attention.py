@@ -31,6 +31,10 @@ AUTO = "auto"
 # every new length: 0.03 to 0.2 s a prompt, which is more than it saves at 8K and less at 32K
 # (benchmarks/results/2026-11-27-gpu-h200-before.txt).
 _CUDNN_FROM = 16_384  # tokens
+# So cuDNN gets lengths that come again: multiples of _LENGTHS. At 16K that is at most an eighth of the attention more,
+# at 32K a sixteenth. Longer prompts keep their length: their attention takes many times as long as the preparation, and
+# the copy takes memory. Not measured yet (the step padding of benchmarks/gpu_suite.py).
+_LENGTHS, _PADDED_BELOW = 1024, 65_536  # tokens
 _WITHOUT_CUDNN = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 _QUERY_BLOCK = 512  # queries whose mask is held at a time, where attention needs one
@@ -48,8 +52,11 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, window: int | None = None,
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
     if backend == AUTO:
         k, v = _repeated_if_slow(q, k, v)
-    with _kernels(backend, n_tokens, q.device):
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+    by_cudnn = _by_cudnn(backend, n_tokens, q.dtype, q.device)
+    if by_cudnn:
+        q, k, v = (_padded(heads) for heads in (q, k, v))
+    with _kernels(backend, by_cudnn, q.device):
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)[:, :, :n_tokens]
 
 
 def check_backend(
@@ -67,11 +74,27 @@ def check_backend(
         raise FastKVError(f"attention {backend} does not work here ({where}); use auto", setting="attention") from None
 
 
-def _kernels(backend: str, n_tokens: int, device: torch.device) -> AbstractContextManager[None]:
-    """Which of torch's kernels may run for causal attention of so many tokens."""
+def _by_cudnn(backend: str, n_tokens: int, dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether causal attention of so many tokens is cuDNN's."""
+    long = device.type == "cuda" and dtype != torch.float32 and n_tokens >= _CUDNN_FROM
+    return backend == "cudnn" or (backend == AUTO and long)
+
+
+def _padded(heads: Tensor) -> Tensor:
+    """[B, H, T, D] -> the same with zeros after it, up to a length that comes again. No earlier token attends to them.
+
+    Zeros, and not what memory happens to hold: a weight of zero times NaN would be NaN.
+    """
+    n_tokens = heads.shape[2]
+    missing = -n_tokens % _LENGTHS
+    return F.pad(heads, (0, 0, 0, missing)) if missing and n_tokens < _PADDED_BELOW else heads
+
+
+def _kernels(backend: str, by_cudnn: bool, device: torch.device) -> AbstractContextManager[None]:
+    """Which of torch's kernels may run for causal attention."""
     if backend != AUTO:
         return sdpa_kernel(BACKENDS[backend])
-    if device.type == "cuda" and n_tokens >= _CUDNN_FROM:
+    if by_cudnn:
         return sdpa_kernel([SDPBackend.CUDNN_ATTENTION, *_WITHOUT_CUDNN], set_priority=True)
     return without_cudnn(device)
 

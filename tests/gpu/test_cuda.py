@@ -24,7 +24,7 @@ from fastkv.cache.per_head import PerHeadLayer
 from fastkv.cache.policy import Policy
 from fastkv.cache.pool import KVPool
 from fastkv.engine import prefill as prefill_module
-from fastkv.engine.attention import attend_from
+from fastkv.engine.attention import attend_from, causal_attention
 from fastkv.engine.decode_attention import MaskedAttention, VarlenAttention, graph_attention
 from fastkv.engine.graph import GraphStepper
 from fastkv.engine.merged_attention import merged_attention, why_not_merged
@@ -264,6 +264,21 @@ def test_merged_attention_is_what_runs_and_equals_the_masked_one(
     q, k, v = (torch.randn(shape, device=device).to(dtype) for shape in (*shapes, shapes[1]))
     expected = attend_from(indices, q.float(), k.float(), v.float())
     torch.testing.assert_close(merged_attention(indices, q, k, v).float(), expected, atol=0.02, rtol=0.02)
+
+
+@pytest.mark.parametrize("n_tokens", [1000, 17_000, 17_408])
+@torch.inference_mode()
+def test_cudnn_gets_lengths_that_come_again_and_gives_the_same(n_tokens: int) -> None:
+    """Where a prefill's memory holds NaN behind the tokens."""
+    heads = torch.randn(1, 24, n_tokens + 100, 128, device="cuda").bfloat16()
+    heads[:, :, n_tokens:] = torch.nan
+    q, k, v = heads[:, :, :n_tokens].split((16, 4, 4), dim=1)
+    try:
+        found = causal_attention(q, k, v, backend="cudnn")
+    except RuntimeError as error:
+        pytest.skip(str(error))
+    torch.testing.assert_close(found, causal_attention(q, k, v, backend="flash"), atol=0.02, rtol=0.02)
+    torch.testing.assert_close(found, causal_attention(q, k, v), atol=0.02, rtol=0.02)
 
 
 @pytest.mark.parametrize("policy", [FastKV(), StructKV()], ids=["fastkv", "structkv"])

@@ -1,0 +1,77 @@
+"""Causal attention by kernels that only a GPU has: what is handed to them, and what comes back. A CPU stands in."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastkv.engine import attention as module
+from fastkv.engine.attention import AUTO, causal_attention
+
+CPU, GPU = torch.device("cpu"), torch.device("cuda")
+
+
+@pytest.fixture
+def lengths(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The lengths of what the kernel is given, which is a CPU's in place of cuDNN."""
+    seen: list[int] = []
+    attend = F.scaled_dot_product_attention
+
+    def watched(q: Tensor, k: Tensor, v: Tensor, **more: Any) -> Tensor:
+        assert q.shape[2] == k.shape[2] == v.shape[2]
+        assert all(heads.isfinite().all() for heads in (q, k, v))
+        seen.append(q.shape[2])
+        return attend(q, k, v, **more)
+
+    monkeypatch.setattr(module, "sdpa_kernel", lambda *_, **__: nullcontext())
+    monkeypatch.setattr(F, "scaled_dot_product_attention", watched)
+    return seen
+
+
+def heads_of(n_tokens: int) -> tuple[Tensor, Tensor, Tensor]:
+    """In memory that holds NaN behind the tokens, as memory may that was used before."""
+    torch.manual_seed(n_tokens)
+    heads = torch.randn(2, 8, n_tokens + 40, 8)
+    heads[:, :, n_tokens:] = torch.nan
+    q, k, v = heads[:, :, :n_tokens].split((4, 2, 2), dim=1)
+    return q, k, v
+
+
+@pytest.mark.parametrize("n_tokens", [1, 30, 63, 64, 65, 128, 150])
+def test_tokens_after_the_last_change_nothing(
+    monkeypatch: pytest.MonkeyPatch, lengths: list[int], n_tokens: int
+) -> None:
+    """cuDNN prepares itself for every length, so it only gets lengths that come again."""
+    monkeypatch.setattr(module, "_LENGTHS", 64)
+    q, k, v = heads_of(n_tokens)
+    found, expected = (causal_attention(q, k, v, backend=backend) for backend in ("cudnn", "flash"))
+    assert lengths == [-(-n_tokens // 64) * 64, n_tokens]
+    assert found.shape == expected.shape == q.shape
+    torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-6)
+
+
+def test_what_has_its_length_or_is_long_is_not_copied(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_LENGTHS", 64)
+    monkeypatch.setattr(module, "_PADDED_BELOW", 500)
+    for n_tokens in (64, 448, 500, 555):
+        for heads in heads_of(n_tokens):
+            assert module._padded(heads) is heads
+    assert module._padded(heads_of(499)[0]).shape[2] == 512
+
+
+def test_padding_is_for_cudnn_alone() -> None:
+    asked = [
+        (AUTO, 16_384, torch.bfloat16, GPU),
+        (AUTO, 16_384, torch.float16, GPU),
+        ("cudnn", 5, torch.bfloat16, GPU),
+        (AUTO, 16_383, torch.bfloat16, GPU),
+        (AUTO, 50_000, torch.float32, GPU),
+        ("flash", 50_000, torch.bfloat16, GPU),
+        (AUTO, 50_000, torch.bfloat16, CPU),
+    ]
+    assert [module._by_cudnn(*each) for each in asked] == [True] * 3 + [False] * 4
