@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastkv.kernels.key_products import has_float32_products, products
+
 # Attention weights that are held at a time where all queries score: what a CPU's cache holds, but of a long prompt some
 # queries at the least (benchmarks/choices.py). On a GPU, where each block costs launches, not measured.
 _BLOCK_VALUES = {"cpu": 2**20, "cuda": 2**26}
@@ -35,8 +37,9 @@ def window_attention(q: Tensor, k: Tensor, window: int) -> Tensor:
     q = q[:, :, -window:]
     window, head_dim = q.shape[-2:]
     # The queries of a KV head's group are the rows of one matrix product: K is never repeated.
-    grouped = q.unflatten(1, (k.shape[1], -1)).flatten(2, 3).float()  # [B, Hkv, G * W, D]
-    logits = (grouped @ k.float().transpose(-1, -2)).div_(head_dim**0.5).unflatten(2, (-1, window))
+    grouped = q.unflatten(1, (k.shape[1], -1)).flatten(2, 3)  # [B, Hkv, G * W, D]
+    logits = grouped @ k.transpose(-1, -2) if k.dtype == torch.float32 else products(grouped, k)
+    logits = logits.div_(head_dim**0.5).unflatten(2, (-1, window))
     ahead = torch.ones(window, window, dtype=torch.bool, device=q.device).triu(1)  # only the window can look ahead
     logits[..., -window:].masked_fill_(ahead, float("-inf"))
     return logits.softmax(dim=-1)
@@ -86,13 +89,13 @@ def received_attention(q: Tensor, k: Tensor) -> Tensor:
     KV head. Computed for a block of queries at a time, so that no T x T matrix is ever there.
     """
     batch, n_kv_heads, n_tokens, head_dim = k.shape
-    keys = k.float().transpose(-1, -2)  # [B, Hkv, D, T]
-    received = keys.new_zeros(batch, n_kv_heads, n_tokens)
+    keys = k.contiguous() if has_float32_products(k.dtype, k.device) else k.float()  # once for all blocks
+    received = torch.zeros(batch, n_kv_heads, n_tokens, device=k.device)
     block = max(_LEAST_QUERIES, _BLOCK_VALUES[q.device.type] // (batch * q.shape[1] * n_tokens))
     for start in range(0, n_tokens, block):
         end = min(start + block, n_tokens)
-        grouped = q[:, :, start:end].unflatten(1, (n_kv_heads, -1)).flatten(2, 3).float()  # [B, Hkv, G * n, D]
-        logits = (grouped @ keys[..., :end]).div_(head_dim**0.5).unflatten(2, (-1, end - start))
+        grouped = q[:, :, start:end].unflatten(1, (n_kv_heads, -1)).flatten(2, 3)  # [B, Hkv, G * n, D]
+        logits = products(grouped, keys[:, :, :end]).div_(head_dim**0.5).unflatten(2, (-1, end - start))
         ahead = torch.ones(end - start, end - start, dtype=torch.bool, device=q.device).triu(1)
         logits[..., start:].masked_fill_(ahead, float("-inf"))
         received[..., :end] += logits.softmax(dim=-1).sum(dim=(2, 3))
@@ -105,9 +108,8 @@ def last_query_scores(q: Tensor, k: Tensor, kernel: int) -> Tensor:
     q: [B, Hq, n, D] of the last n >= 1 tokens and k: [B, Hkv, T, D] of all, rotated; T > 1. The bare products, summed
     over the query heads of each KV head, average-pooled along the tokens (the zeros of the padding counted).
     """
-    grouped = q[:, :, -1].unflatten(1, (k.shape[1], -1)).float()  # [B, Hkv, G, D]
-    products = grouped @ k.float().transpose(-1, -2)  # [B, Hkv, G, T]
-    return pooled(products, kernel, "avg").sum(dim=2)[..., :-1]
+    grouped = q[:, :, -1].unflatten(1, (k.shape[1], -1))  # [B, Hkv, G, D]
+    return pooled(products(grouped, k), kernel, "avg").sum(dim=2)[..., :-1]
 
 
 def pooled(scores: Tensor, kernel: int, pooling: str) -> Tensor:

@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastkv.kernels.key_products import products
+
 # Queries at a time: with 32 heads, blocks of 128 rows, and two of these on a multiprocessor they fill an H100.
 _BLOCK = 1024
 # Float32 logits that are held at a time, for the keys under the mask: 256 MiB, half of that again for the weights.
@@ -67,7 +69,7 @@ def _near(rows: Tensor, k: Tensor, v: Tensor, ahead: Tensor) -> tuple[Tensor, Te
     Every query sees one key at the least, its own. -> float32 [B, Hkv, G * n, D], and the log-sum-exps of the logits,
     float32 [B, Hkv, G * n].
     """
-    logits = (rows.float() @ k.float().transpose(-1, -2)).div_(rows.shape[-1] ** 0.5)
+    logits = products(rows, k).div_(rows.shape[-1] ** 0.5)
     logits.unflatten(2, (-1, ahead.shape[1])).masked_fill_(ahead[:, None, None], float("-inf"))
     highest = logits.amax(dim=-1, keepdim=True)
     weights = logits.sub_(highest).exp_()  # in place: one tensor of this size

@@ -23,6 +23,8 @@ from fastkv.cache.layer import EntryShape, KVLayer
 from fastkv.cache.per_head import PerHeadLayer
 from fastkv.cache.policy import Policy
 from fastkv.cache.pool import KVPool
+from fastkv.kernels.key_products import has_float32_products, products
+from fastkv.cache.scores import window_attention
 from fastkv.engine import prefill as prefill_module
 from fastkv.engine.attention import attend_from, causal_attention
 from fastkv.engine.decode_attention import MaskedAttention, VarlenAttention, graph_attention
@@ -264,6 +266,31 @@ def test_merged_attention_is_what_runs_and_equals_the_masked_one(
     q, k, v = (torch.randn(shape, device=device).to(dtype) for shape in (*shapes, shapes[1]))
     expected = attend_from(indices, q.float(), k.float(), v.float())
     torch.testing.assert_close(merged_attention(indices, q, k, v).float(), expected, atol=0.02, rtol=0.02)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("batch", [1, 2])
+@torch.inference_mode()
+def test_keys_are_multiplied_as_they_are(dtype: torch.dtype, batch: int) -> None:
+    """Into float32 sums, from memory that K and V share."""
+    torch.manual_seed(0)
+    device = torch.device("cuda")
+    assert has_float32_products(dtype, device)
+    k, _ = torch.randn(batch, 8, 3001, 128, device=device).to(dtype).chunk(2, dim=1)
+    rows = torch.randn(batch, 4, 32, 128, device=device).to(dtype)
+    expected = rows.double() @ k.double().transpose(-1, -2)
+    torch.testing.assert_close(products(rows, k).double(), expected, atol=1e-3, rtol=1e-4)
+
+
+@torch.inference_mode()
+def test_scores_need_no_float32_copy_of_the_keys() -> None:
+    torch.cuda.empty_cache()
+    k, q = (torch.randn(1, heads, 100_000, 128, device="cuda").bfloat16() for heads in (8, 32))
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    weights = window_attention(q, k, 8)
+    peak = torch.cuda.max_memory_allocated() - before
+    assert peak < 2 * weights.nbytes + k.nbytes  # a float32 copy would be twice the keys
 
 
 @pytest.mark.parametrize("n_tokens", [1000, 17_000, 17_408])
