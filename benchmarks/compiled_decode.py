@@ -19,6 +19,7 @@ def run(argv: Sequence[str]) -> None:
     parser = Parser(prog="compiled_decode.py", description="Compiled decoding.")
     parser.add_argument("model", help="a preset, with random weights")
     parser.add_argument("--context", type=int, nargs="+", default=[1024], metavar="N", help="entries (1024)")
+    parser.add_argument("--apart", action="store_true", help="the end of a layer and the next one's beginning as two")
     parser.add_argument("--copy", type=float, metavar="BYTES", help="bytes/s of a copy on the device, to compare with")
     parser.add_argument("--dtype", default="auto", metavar="T")
     parser.add_argument("--device", default="auto", metavar="D")
@@ -31,6 +32,8 @@ def run(argv: Sequence[str]) -> None:
     from fastkv.cache.catalogue import POLICIES
 
     llm = LLM(args.model, device=args.device, dtype=args.dtype, load_format="dummy", compile=True)
+    if args.apart:
+        llm.model.between = None
     for context in args.context:
         for name in ("fastkv", "full"):
             llm.free_buffers()

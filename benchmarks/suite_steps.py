@@ -16,12 +16,15 @@ import tempfile
 import time
 from argparse import Namespace
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import device_ceilings
+import layer_pairs
+import old_ways
 import synthetic
 import torch
 from cost import wait_for
@@ -40,6 +43,8 @@ from kernels import lines, profiled
 
 K = 1024
 ROOT = Path(__file__).resolve().parent.parent
+# What torch's compiler tries for longer: other tilings of each kernel, and kernels that begin before the last one ends.
+TUNED = {"TORCHINDUCTOR_COORDINATE_DESCENT_TUNING": "1", "TORCHINDUCTOR_ENABLE_PDL": "1"}
 SHORTEST = 64  # tokens of a context, however small the scale is
 
 
@@ -92,12 +97,20 @@ class Suite:
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
-    def child(self, argv: list[str], limit: float) -> tuple[int | None, str]:
-        """Run another Python for at most `limit` seconds: its exit status (None: it was ended) and what it printed."""
+    def child(self, argv: list[str], limit: float, settings: dict[str, str] | None = None) -> tuple[int | None, str]:
+        """Run another Python for at most `limit` seconds: its exit status (None: it was ended) and what it printed.
+
+        settings: variables for its environment.
+        """
         self.clean()
         with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as output:
             process = subprocess.Popen(
-                [sys.executable, *argv], cwd=ROOT, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
+                [sys.executable, *argv],
+                cwd=ROOT,
+                env={**os.environ, **(settings or {})},
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
             )
             try:
                 status: int | None = process.wait(limit)
@@ -295,17 +308,40 @@ def answer(suite: Suite, make: Callable[[], Runner]) -> dict[str, Any]:
     return {"context": n_tokens, **medians, "peak_bytes": samples[-1].peak_bytes}
 
 
-def compiled(suite: Suite) -> dict[str, Any]:
-    """Decoding by a model whose layers are compiled, in a process of its own: whatever it does, the run continues."""
+def new_lengths(suite: Suite, context: int, attention: str, padded: bool) -> dict[str, Any]:
+    """Seconds to the first tokens of prompts whose lengths nobody has seen, after one that does not count."""
+    llm, policy, runs = suite.llm, POLICIES["fastkv"](), []
+    params = SamplingParams(max_tokens=1, ignore_eos=True)
+    lengths = layer_pairs.lengths_below(suite.tokens(context), 14)[6 + padded :: 2]  # the first six were one layer's
+    way = nullcontext() if padded else old_ways.no_padding()
+    with synthetic.switched(llm, attention=attention), way:
+        suite.clean()
+        for length in lengths:
+            ids = next(random_prompts(llm.config.vocab_size, length, 1))[0].tolist()
+            runs.append(llm.generate(ids, params, policy).metrics)
+    return {
+        "context": lengths[-1],
+        "ttft_s": statistics.median(run.ttft_s for run in runs[1:]),
+        "warm_up_s": runs[0].ttft_s,
+        "peak_bytes": max((run.peak_bytes for run in runs if run.peak_bytes is not None), default=None),
+        "runs_s": [run.ttft_s for run in runs],
+    }
+
+
+def compiled(suite: Suite, step: str, more: tuple[str, ...], settings: dict[str, str]) -> dict[str, Any]:
+    """Decoding by a model whose layers are compiled, in a process of its own: whatever it does, the run continues.
+
+    more: arguments of compiled_decode.py. settings: variables for its environment.
+    """
     args, copy = suite.args, suite.record.figure("ceilings", "copy", "bytes_per_s")
     model = args.model if args.model in PRESETS else str(Path(args.model).resolve())
     argv = [str(ROOT / "benchmarks" / "compiled_decode.py"), model, "--device", str(suite.device)]
     argv += ["--dtype", args.dtype, "--context", *(str(suite.tokens(context * K)) for context in (1, 128))]
     argv += [] if copy is None else ["--copy", str(copy)]
-    status, output = suite.child(argv, max(5.0, min(150.0, suite.left)))
+    status, output = suite.child([*argv, *more], max(5.0, min(150.0, suite.left)), settings)
     figures = [json.loads(line) for line in output.splitlines() if line.startswith("{")]
     for each in figures:
-        suite.record.add("compiled", each.pop("case"), "done", **each)
+        suite.record.add(step, each.pop("case"), "done", **each)
     if status != 0:
         end = "ran out of time" if status is None else f"exit status {status}"
         raise RuntimeError(f"{end}; {len(figures)} figures; last lines: " + " / ".join(output.splitlines()[-4:]))
@@ -368,11 +404,54 @@ def tests(suite: Suite) -> Iterator[Case]:
 
 def model(suite: Suite) -> Iterator[Case]:
     yield Case("random weights", 12, partial(load, suite))
+    yield Case("what runs here", 1, partial(layer_pairs.ways, suite.config, suite.device, suite.dtype))
 
 
 def first_128k(suite: Suite) -> Iterator[Case]:
     for name, seconds in (("fastkv", 18), ("full", 32)):
         yield Case(f"{name} 128K auto", seconds, partial(first_token, suite, name, 128 * K, "auto", 1))
+
+
+def tsp_layer(suite: Suite) -> Iterator[Case]:
+    """Attention of the propagated tokens alone against that of all tokens: of the layer, then the first token."""
+    layer = suite.config, suite.device, suite.dtype
+    for context, seconds in ((32, 1), (128, 4)):
+        for name, passage in (("by chance", 1), ("in passages", layer_pairs.PASSAGE)):
+            work = partial(layer_pairs.tsp_attention, suite.tokens(context * K), passage, *layer)
+            yield Case(f"attention {context}K {name}", seconds, work)
+    for context, seconds in ((32, 4), (128, 18)):
+        alone = partial(first_token, suite, "fastkv", context * K, "auto", 1)
+        yield Case(f"fastkv {context}K all tokens", seconds, partial(in_the_old_way, old_ways.all_tokens_attend, alone))
+        yield Case(f"fastkv {context}K propagated alone", seconds, alone)
+
+
+def in_the_old_way(
+    way: Callable[[], AbstractContextManager[None]], work: Callable[[], dict[str, Any]]
+) -> dict[str, Any]:
+    """What `work` measures, while the engine does as before."""
+    with way():
+        return work()
+
+
+def padding(suite: Suite) -> Iterator[Case]:
+    """What a length that cuDNN has not seen costs, as it is and padded: one layer's attention, and the first token."""
+    for context in (8, 32):
+        layer = suite.tokens(context * K), suite.config, suite.device, suite.dtype
+        yield Case(f"cudnn {context}K attention", 2, partial(layer_pairs.new_lengths, *layer))
+        for name, attention, padded in (
+            ("flash", "flash", False),
+            ("cudnn", "cudnn", False),
+            ("cudnn padded", "cudnn", True),
+        ):
+            work = partial(new_lengths, suite, context * K, attention, padded)
+            yield Case(f"fastkv {context}K {name}", 0.2 * context, work)
+
+
+def window_scores(suite: Suite) -> Iterator[Case]:
+    """A layer's scores from a float32 copy of its keys, and without one."""
+    for context, name in ((128 * K, "128K"), (1_000_000, "1,000,000")):
+        layer = suite.tokens(context), suite.config, suite.device, suite.dtype
+        yield Case(name, 1, partial(layer_pairs.window_scores, *layer))
 
 
 def profiles(suite: Suite) -> Iterator[Case]:
@@ -381,8 +460,10 @@ def profiles(suite: Suite) -> Iterator[Case]:
         yield Case(f"prefill fastkv {context}K", seconds, partial(profile_prefill, suite, context * K))
 
 
-def compiling(suite: Suite) -> Iterator[Case]:
-    yield Case("decode, torch.compile", 70, partial(compiled, suite))
+def compiling(
+    suite: Suite, step: str = "compiled", more: tuple[str, ...] = (), settings: dict[str, str] | None = None
+) -> Iterator[Case]:
+    yield Case("decode, torch.compile", 40, partial(compiled, suite, step, more, settings or {}))
 
 
 def selections(suite: Suite) -> Iterator[Case]:
@@ -403,11 +484,16 @@ STEPS: dict[str, Callable[[Suite], Iterator[Case]]] = {
     "decode": decoding,
     "first-128k": first_128k,
     "first": partial(first_tokens, attentions=("auto", "cudnn")),
+    "tsp-layer": tsp_layer,
+    "padding": padding,
+    "scores": window_scores,
     "profiles": profiles,
     "peer": end_to_end,
     "compiled": compiling,
+    "compiled-apart": partial(compiling, step="compiled-apart", more=("--apart",)),
     "selection": selections,
     "million": million,
     "variants": variants,
+    "compiled-tuned": partial(compiling, step="compiled-tuned", settings=TUNED),
 }
-ONLY_BY_NAME = ("variants",)
+ONLY_BY_NAME = ("variants", "compiled-tuned")

@@ -1,8 +1,8 @@
 """Decoding without a prefill: caches full of random entries, after which the engine's own steps run.
 
-A step costs what it costs whatever the values are, so minutes of prefill are spared. The only file of this folder that
-reaches into the engine: it replaces what `DecodeBatch` calls for a prefill, asks what makes its steps, and switches a
-loaded model's kernels.
+A step costs what it costs whatever the values are, so minutes of prefill are spared. With old_ways.py the only file of
+this folder that reaches into the engine: it replaces what `DecodeBatch` calls for a prefill, asks what makes its steps,
+and switches a loaded model's kernels.
 """
 
 from __future__ import annotations
@@ -26,10 +26,12 @@ from torch.nn.attention import SDPBackend
 from fastkv import LLM, SamplingParams
 from fastkv.cache.kv_cache import KVCache
 from fastkv.cache.policy import Policy
+from fastkv.engine import attention as attention_module
 from fastkv.engine import decode_batch, graph
 from fastkv.engine.decode_batch import DecodeBatch
 from fastkv.engine.graph import GraphStepper
 from fastkv.engine.memory import peak_bytes
+from fastkv.engine.merged_attention import merged_attention
 from fastkv.engine.plan import RequestPlan
 from fastkv.engine.prefill import LayerRun, Prefill
 from fastkv.models.llama import Llama
@@ -168,7 +170,10 @@ def switched(llm: LLM, attention: str | None = None, cuda_graph: bool | None = N
 
 @contextmanager
 def attention_kernels() -> Iterator[Counter[str]]:
-    """Counts which kernels torch chooses for the attention that is computed meanwhile: "flash_attention": 32."""
+    """Counts which kernels torch chooses for the attention that is computed meanwhile: "flash_attention": 32.
+
+    Attention from two parts (engine/merged_attention.py), which asks torch for no choice, is "merged".
+    """
     real, seen = F.scaled_dot_product_attention, Counter[str]()
 
     def watched(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None, **more: Any) -> Tensor:
@@ -177,7 +182,14 @@ def attention_kernels() -> Iterator[Counter[str]]:
         seen[SDPBackend(chosen).name.lower()] += 1
         return real(q, k, v, attn_mask=attn_mask, **more)
 
-    with patch.object(F, "scaled_dot_product_attention", watched):
+    def merged(*given: Tensor) -> Tensor:
+        seen["merged"] += 1
+        return merged_attention(*given)
+
+    with (
+        patch.object(F, "scaled_dot_product_attention", watched),
+        patch.object(attention_module, "merged_attention", merged),
+    ):
         yield seen
 
 

@@ -8,6 +8,7 @@ import re
 import struct
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,7 +20,9 @@ from places import ROOT
 from torch.utils.flop_counter import FlopCounterMode
 
 from fastkv import LLM, AdaKV, FastKV, FastKVError, FullKV, GemFilter, SamplingParams
+from fastkv.cache import products, scores
 from fastkv.cache.policy import LayerPlan, plan_layers
+from fastkv.engine import attention, prefill
 from fastkv.engine.cost import decode_bytes, first_pass_flops, prefill_flops
 from fastkv.engine.step import Caches, EagerStepper
 from fastkv.kernels import products
@@ -35,8 +38,10 @@ MODULES = (
     "gpu_suite",
     "kernels",
     "latency",
+    "layer_pairs",
     "machine",
     "mass_calibration",
+    "old_ways",
     "peer",
     "plot",
     "selection",
@@ -675,7 +680,7 @@ def test_the_suite_for_a_gpu_runs_anywhere(
 ) -> None:
     """Each figure says what ran; a case that fails, or that has no time left, is told and ends nothing."""
     argv = ["--out", str(tmp_path), *SUITE, str(archive_folder), "--steps"]
-    steps = ["ceilings", "decode", "first", "profiles", "million"]
+    steps = ["ceilings", "decode", "first", "tsp-layer", "padding", "scores", "profiles", "million"]
     monkeypatch.setattr(benchmarks.gpu_suite, "gc", SimpleNamespace(collect=lambda: None))  # slow among so many tests
     shares = [benchmarks.kernels.Share("mm", 3, 1.0), benchmarks.kernels.Share("add", 5, 0.5)]
     monkeypatch.setattr(benchmarks.suite_steps, "profiled", lambda work, device: (work(), (2.0, shares))[1])
@@ -696,6 +701,17 @@ def test_the_suite_for_a_gpu_runs_anywhere(
     assert several["of_copy"] == pytest.approx(several["gb_per_s"] * 1e9 / copy)
     assert figures["first", "full 8K auto"]["attention"].startswith("flash_attention x ")
     assert (figures["first", "full 8K cudnn"]["status"], figures["million", "512K"]["status"]) == ("failed", "skipped")
+    layer = figures["tsp-layer", "attention 128K by chance"]
+    assert (layer["context"], layer["merged"]) == (131, "a mask is as fast on a CPU")
+    assert layer["propagated"] in (26, 27)  # the last token is one of them, or comes to them
+    assert 0 < layer["difference"] < 0.02
+    assert figures["tsp-layer", "fastkv 128K all tokens"]["status"] == "done"
+    assert (figures["padding", "fastkv 32K flash"]["status"], figures["padding", "cudnn 8K attention"]["status"]) == (
+        "done",
+        "failed",
+    )
+    scored = figures["scores", "1,000,000"]
+    assert (scored["context"], scored["float32_products"], scored["difference"]) == (1000, False, 0)
     profile = figures["profiles", "prefill fastkv 8K"]
     assert (profile["idle_share"], profile["calls"], len(profile["kernels"])) == (0.25, 8, 2)
     assert "million | 1,000 first token | running: ttft_s" in printed
@@ -706,6 +722,103 @@ def test_the_suite_for_a_gpu_runs_anywhere(
     assert {each["status"] for each in saved["figures"]} == {"skipped"}
     assert benchmarks.gpu_suite.main([*argv, "everything"]) == 2
     assert "a step must be one of tests, ceilings" in capsys.readouterr().err
+
+
+def test_what_is_new_is_measured_beside_what_it_replaces(
+    benchmarks: Any, dummy: LLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a CPU, where functions with the meaning of a GPU's stand in: which way ran, and that both give the same."""
+    device, dtype = torch.device("cpu"), torch.bfloat16
+    ran: list[str] = []
+    bmm = torch.bmm
+
+    def into_float32(a: torch.Tensor, b: torch.Tensor, *, out_dtype: torch.dtype) -> torch.Tensor:
+        ran.append("products")
+        return bmm(a.to(out_dtype), b.to(out_dtype))
+
+    monkeypatch.setattr(torch, "bmm", into_float32)
+    for module in (products, scores, benchmarks.layer_pairs):
+        monkeypatch.setattr(module, "has_float32_products", lambda *_: True)
+    found = benchmarks.layer_pairs.window_scores(500, dummy.config, device, dtype)
+    assert (found["float32_products"], ran) == (True, ["products"] * 5)  # one run more than those that are timed, twice
+    assert found["difference"] < 1e-5
+
+    lengths: list[int] = []
+    attend = torch.nn.functional.scaled_dot_product_attention
+
+    def by_cudnn(q: torch.Tensor, *rest: Any, **more: Any) -> torch.Tensor:
+        lengths.append(q.shape[2])
+        return attend(q, *rest, **more)
+
+    monkeypatch.setattr(attention, "sdpa_kernel", lambda *_, **__: nullcontext())
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", by_cudnn)
+    found = benchmarks.layer_pairs.new_lengths(1300, dummy.config, device, dtype)
+    assert lengths == [1298, 1294, 1290, *[1290] * 4, *[2048] * 7]
+    assert (len(found["as_it_is_firsts_ms"]), len(found["padded_firsts_ms"])) == (3, 3)
+
+
+@pytest.mark.parametrize("n_tokens", [8192, 32_768])
+def test_new_lengths_are_one_length_for_cudnn(benchmarks: Any, n_tokens: int) -> None:
+    lengths = benchmarks.layer_pairs.lengths_below(n_tokens, 14)
+    assert len(set(lengths)) == 14
+    assert {-(-length // 1024) * 1024 for length in lengths} == {n_tokens}
+
+
+def test_attention_from_two_parts_is_counted(benchmarks: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    q, k, v = benchmarks.layer_pairs.heads_of(PRESETS["llama-100m"], 30, torch.device("cpu"), torch.float32)
+    monkeypatch.setattr(attention, "why_not_merged", lambda *_: None)
+    with benchmarks.synthetic.attention_kernels() as seen:
+        attention.attend_parts([attention.Part(k, v)], q[:, :, 20:], None, torch.arange(20, 30)[None], 30)
+    assert dict(seen) == {"merged": 1}
+
+
+def test_the_old_ways_are_over_when_they_were_measured(benchmarks: Any, dummy: LLM) -> None:
+    before = [prefill._propagated_only_pays, attention._PADDED_BELOW, products.has_float32_products]
+    with benchmarks.old_ways.all_tokens_attend():
+        assert not prefill._propagated_only_pays(dummy.model, 10**6, None)
+    with benchmarks.old_ways.no_padding():
+        heads = torch.zeros(1, 1, 5, 1)
+        assert attention._padded(heads) is heads
+    with benchmarks.old_ways.copied_keys():
+        assert not scores.has_float32_products(torch.bfloat16, torch.device("cuda"))
+    assert before == [prefill._propagated_only_pays, attention._PADDED_BELOW, products.has_float32_products]
+
+
+@pytest.mark.parametrize("passage", [1, 64])
+def test_tokens_by_chance_or_in_passages(benchmarks: Any, passage: int) -> None:
+    indices = benchmarks.layer_pairs.some_of(10_000, passage, torch.device("cpu"))[0]
+    assert 1900 < len(indices) < 2100
+    assert indices[-1] == 9999
+    assert (indices.diff() > 0).all()
+    assert bool((indices.diff() == 1).float().mean() > 0.9) == (passage == 64)
+
+
+def test_compiled_decoding_is_measured_in_three_ways(
+    benchmarks: Any, archive_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each in a process of its own, which this one hands its arguments and its environment."""
+    started: list[tuple[list[str], dict[str, str]]] = []
+
+    def child(self: Any, argv: list[str], limit: float, settings: dict[str, str]) -> tuple[int, str]:
+        started.append((argv, settings))
+        return 0, 'a line\n{"case": "fastkv 64", "step_ms": 2.0}\n'
+
+    monkeypatch.setattr(benchmarks.suite_steps.Suite, "child", child)
+    steps = ["compiled", "compiled-apart", "compiled-tuned"]
+    assert benchmarks.gpu_suite.main(["--out", str(tmp_path), *SUITE, str(archive_folder), "--steps", *steps]) == 0
+    assert ["--apart" in argv for argv, _ in started] == [False, True, False]
+    assert [sorted(settings) for _, settings in started] == [[], [], sorted(benchmarks.suite_steps.TUNED)]
+    (saved,) = (json.loads(path.read_text()) for path in tmp_path.glob("*-gpu-suite.json"))
+    assert [(each["step"], each["case"]) for each in saved["figures"][::2]] == [(step, "fastkv 64") for step in steps]
+    assert {each["status"] for each in saved["figures"]} == {"done"}
+
+
+def test_a_child_gets_the_environment_that_a_step_names(benchmarks: Any, tmp_path: Path) -> None:
+    record = benchmarks.suite_record.Record(tmp_path, "run", {})
+    suite = benchmarks.suite_steps.Suite(SimpleNamespace(), torch.device("cpu"), record, 0.0)
+    argv = ["-c", "import os; print(os.environ.get('FASTKV_TRIED'), 'PATH' in os.environ)"]
+    assert suite.child(argv, 30, {"FASTKV_TRIED": "yes"}) == (0, "yes True\n")
+    assert suite.child(argv, 30) == (0, "None True\n")
 
 
 def test_random_caches_are_as_long_as_a_prefill_leaves_them(benchmarks: Any, dummy: LLM) -> None:
