@@ -25,6 +25,7 @@ def run(argv: Sequence[str]) -> None:
     parser.add_argument("--device", default="auto", metavar="D")
     args = parser.parse_args(argv)
 
+    import old_ways
     import synthetic
     from suite_steps import decoded_figures
 
@@ -33,7 +34,7 @@ def run(argv: Sequence[str]) -> None:
 
     llm = LLM(args.model, device=args.device, dtype=args.dtype, load_format="dummy", compile=True)
     if args.apart:
-        llm.model.between = None
+        old_ways.apart(llm.model)
     for context in args.context:
         for name in ("fastkv", "full"):
             llm.free_buffers()

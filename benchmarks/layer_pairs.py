@@ -14,10 +14,10 @@ from device_ceilings import times_of
 from old_ways import copied_keys, no_padding
 from torch import Tensor
 
-from fastkv.cache.products import has_float32_products
 from fastkv.cache.scores import window_attention
 from fastkv.engine.attention import causal_attention, take_tokens
 from fastkv.engine.merged_attention import merged_attention, why_not_merged
+from fastkv.kernels.key_products import has_float32_products
 from fastkv.models.config import ModelConfig
 
 PASSAGE = 64  # tokens that stand together, where propagated ones do

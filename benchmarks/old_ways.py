@@ -6,8 +6,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from unittest.mock import patch
 
-from fastkv.cache import products, scores
+from torch import Tensor
+
+from fastkv.cache import scores
 from fastkv.engine import attention, prefill
+from fastkv.kernels import key_products
+from fastkv.models.layers import Rope
+from fastkv.models.llama import Llama
 
 
 @contextmanager
@@ -28,7 +33,17 @@ def no_padding() -> Iterator[None]:
 def copied_keys() -> Iterator[None]:
     """Scores from a float32 copy of the keys."""
     with (
-        patch.object(products, "has_float32_products", lambda *_: False),
+        patch.object(key_products, "has_float32_products", lambda *_: False),
         patch.object(scores, "has_float32_products", lambda *_: False),
     ):
         yield
+
+
+def apart(model: Llama) -> None:
+    """A compiled step takes the end of a layer and the beginning of the next as two regions, from now on."""
+
+    def between(layer: int, hidden: Tensor, attended: Tensor, rope: Rope) -> tuple[Tensor, Tensor, Tensor]:
+        model.blocks[layer].finish_(hidden, attended)
+        return model.blocks[layer + 1].project(hidden, rope)
+
+    model.between = between  # type: ignore[method-assign]

@@ -32,25 +32,29 @@ class RMSNorm(nn.Module):
 
 
 class Embedding(nn.Module):
-    """A row of a table for each token. scale: float32 [V] where the table is int8, whose rows it multiplies."""
+    """A row of a table for each token.
+
+    scale: float32 [V] where the table is int8, whose rows it multiplies; dtype: of what it gives then.
+    """
 
     scale: Tensor | None = None
+    dtype = torch.float32
 
     def __init__(self, vocab_size: int, size: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(vocab_size, size))
 
-    def forward(self, ids: Tensor, dtype: torch.dtype) -> Tensor:
-        """ids int64 [B, T] -> [B, T, E], in `dtype`, which is that of a table of floats."""
+    def forward(self, ids: Tensor) -> Tensor:
+        """ids int64 [B, T] -> [B, T, E]."""
         rows = self.weight[ids]
-        return rows if self.scale is None else dequantised(rows, self.scale[ids], dtype)
+        return rows if self.scale is None else dequantised(rows, self.scale[ids], self.dtype)
 
     def into(self, out: Tensor, ids: Tensor) -> None:
         """The same, into `out` [B, T, E]."""
         if self.scale is None:
             torch.index_select(self.weight, 0, ids.flatten(), out=out.flatten(0, 1))
         else:
-            out.copy_(self(ids, out.dtype))
+            out.copy_(self(ids))
 
 
 class MLP(nn.Module):

@@ -49,7 +49,7 @@ class Llama(nn.Module):
 
     def computes_in(self, dtype: torch.dtype) -> None:
         """Say it, where the weights do not: they may be int8."""
-        self._dtype = dtype
+        self._dtype = self.embed_tokens.dtype = dtype
 
     @property
     def precision(self) -> str:
@@ -64,7 +64,7 @@ class Llama(nn.Module):
     def embed(self, ids: Tensor, out: Tensor | None = None) -> Tensor:
         """ids int64 [B, T] -> hidden [B, T, E], in `out` if there is one."""
         if out is None:
-            hidden = self.embed_tokens(ids, self.dtype)
+            hidden = self.embed_tokens(ids)
         else:
             self.embed_tokens.into(out, ids)
             hidden = out

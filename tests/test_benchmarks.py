@@ -20,12 +20,12 @@ from places import ROOT
 from torch.utils.flop_counter import FlopCounterMode
 
 from fastkv import LLM, AdaKV, FastKV, FastKVError, FullKV, GemFilter, SamplingParams
-from fastkv.cache import products, scores
+from fastkv.cache import scores
 from fastkv.cache.policy import LayerPlan, plan_layers
 from fastkv.engine import attention, prefill
 from fastkv.engine.cost import decode_bytes, first_pass_flops, prefill_flops
 from fastkv.engine.step import Caches, EagerStepper
-from fastkv.kernels import products
+from fastkv.kernels import key_products, products
 from fastkv.models.presets import PRESETS
 
 MODULES = (
@@ -737,7 +737,7 @@ def test_what_is_new_is_measured_beside_what_it_replaces(
         return bmm(a.to(out_dtype), b.to(out_dtype))
 
     monkeypatch.setattr(torch, "bmm", into_float32)
-    for module in (products, scores, benchmarks.layer_pairs):
+    for module in (key_products, scores, benchmarks.layer_pairs):
         monkeypatch.setattr(module, "has_float32_products", lambda *_: True)
     found = benchmarks.layer_pairs.window_scores(500, dummy.config, device, dtype)
     assert (found["float32_products"], ran) == (True, ["products"] * 5)  # one run more than those that are timed, twice
@@ -773,7 +773,7 @@ def test_attention_from_two_parts_is_counted(benchmarks: Any, monkeypatch: pytes
 
 
 def test_the_old_ways_are_over_when_they_were_measured(benchmarks: Any, dummy: LLM) -> None:
-    before = [prefill._propagated_only_pays, attention._PADDED_BELOW, products.has_float32_products]
+    before = [prefill._propagated_only_pays, attention._PADDED_BELOW, key_products.has_float32_products]
     with benchmarks.old_ways.all_tokens_attend():
         assert not prefill._propagated_only_pays(dummy.model, 10**6, None)
     with benchmarks.old_ways.no_padding():
@@ -781,7 +781,7 @@ def test_the_old_ways_are_over_when_they_were_measured(benchmarks: Any, dummy: L
         assert attention._padded(heads) is heads
     with benchmarks.old_ways.copied_keys():
         assert not scores.has_float32_products(torch.bfloat16, torch.device("cuda"))
-    assert before == [prefill._propagated_only_pays, attention._PADDED_BELOW, products.has_float32_products]
+    assert before == [prefill._propagated_only_pays, attention._PADDED_BELOW, key_products.has_float32_products]
 
 
 @pytest.mark.parametrize("passage", [1, 64])

@@ -26,7 +26,12 @@ def crossed(work: Callable[[], object]) -> set[tuple[str, str]]:
         path, name = Path(frame.f_code.co_filename), frame.f_code.co_name
         if event == "call" and path.is_relative_to(FOLDER) and name[0] != "<":
             inside = path.relative_to(FOLDER)
-            if inside.parts[0] in ("engine", "cache", "models"):  # not the tests, nor an environment in the folder
+            if inside.parts[0] in (
+                "engine",
+                "cache",
+                "models",
+                "kernels",
+            ):  # not the tests, nor an environment in the folder
                 found.add((str(inside), f"{name}, line {frame.f_code.co_firstlineno}"))
 
     before = sys.getprofile()
@@ -42,8 +47,8 @@ def test_a_decode_step_goes_through_few_functions(tiny_llm: LLM) -> None:
     cache = tiny_llm.prefill(torch.arange(3, 203)[None], FastKV(min_tokens=8), 2).cache
     tiny_llm.decode(cache, torch.tensor([4]))  # kernels are chosen in the first one
     found = crossed(lambda: tiny_llm.decode(cache, torch.tensor([5])))
-    assert len(found) <= 36, sorted(found)
-    assert len({path for path, _ in found}) <= 12
+    assert len(found) <= 39, sorted(found)
+    assert len({path for path, _ in found}) <= 14
 
 
 def test_a_layer_of_a_prefill_goes_through_few_functions(tiny_llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -56,6 +61,7 @@ def test_a_layer_of_a_prefill_goes_through_few_functions(tiny_llm: LLM, monkeypa
         found[layer] = crossed(lambda: results.append(real(self, layer, *rest)))
         return results[0]
 
+    tiny_llm.prefill(torch.arange(3, 203)[None])  # memory is taken in the first one
     monkeypatch.setattr(LayerRun, "layer", watched)
     tiny_llm.prefill(torch.arange(3, 203)[None], FastKV(tsp_layer=2, min_tokens=8))
     assert len(found[0]) <= 59, sorted(found[0])

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from fastkv import LLM, FastKV, FastKVError, SamplingParams
 from fastkv.engine import compile as module
+from fastkv.models.layers import Rope
 
 PROMPT = torch.randint(3, 256, (300,), generator=torch.Generator().manual_seed(1)).tolist()
 
@@ -24,6 +28,35 @@ def test_compiled_layers_give_the_eager_logits_and_tokens(tiny_llm: LLM, tiny_fo
     assert all(torch.equal(a, b) for a, b in zip(found.kept, expected.kept, strict=True))
     assert llm.generate(PROMPT, params, policy).token_ids == tiny_llm.generate(PROMPT, params, policy).token_ids
     assert llm._model.blocks[0].project.__func__ is llm._model.blocks[5].project.__func__  # compiled once for all
+
+
+def test_what_lies_between_two_attentions_is_one_graph_for_all_layers(
+    tiny_llm: LLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whole, with no break, and the same for every step. The compiler is left out: it does not change the graph."""
+    graphs: list[torch.fx.GraphModule] = []
+
+    def kept(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:
+        graphs.append(graph)
+        return graph.forward
+
+    model = tiny_llm.model
+    prefill = [tiny_llm.prefill(PROMPT, FastKV(min_tokens=8)) for _ in range(2)]
+    ids = torch.tensor([[5], [6], [7]])
+    expected = [tiny_llm.decode(prefill[0].cache, token) for token in ids]
+    compiled = torch.compile(module._between, backend=kept, fullgraph=True, dynamic=False)
+    calls: list[int] = []
+
+    def counted(layer: int, hidden: Tensor, attended: Tensor, rope: Rope) -> tuple[Tensor, Tensor, Tensor]:
+        calls.append(layer)
+        return compiled(hidden, model.blocks[layer], model.blocks[layer + 1], attended, rope)
+
+    monkeypatch.setattr(model, "between", counted)
+    found = [tiny_llm.decode(prefill[1].cache, token) for token in ids]
+    assert calls == 3 * list(range(tiny_llm.config.n_layers - 1))
+    assert len(graphs) == 1
+    for each, wanted in zip(found, expected, strict=True):
+        torch.testing.assert_close(each, wanted, atol=1e-5, rtol=1e-5)
 
 
 def test_without_a_compiler_one_line_says_so(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

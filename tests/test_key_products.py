@@ -11,11 +11,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastkv.kernels import key_products as module
 from fastkv.cache import scores
-from fastkv.kernels.key_products import has_float32_products, products
 from fastkv.cache.scores import last_query_scores, received_attention, window_attention
 from fastkv.engine.merged_attention import merged_attention
+from fastkv.kernels import key_products as module
+from fastkv.kernels.key_products import has_float32_products, products
 
 GPU = torch.device("cuda")
 Work = Callable[[Tensor, Tensor], Tensor]

@@ -23,7 +23,6 @@ from fastkv.cache.layer import EntryShape, KVLayer
 from fastkv.cache.per_head import PerHeadLayer
 from fastkv.cache.policy import Policy
 from fastkv.cache.pool import KVPool
-from fastkv.kernels.key_products import has_float32_products, products
 from fastkv.cache.scores import window_attention
 from fastkv.engine import prefill as prefill_module
 from fastkv.engine.attention import attend_from, causal_attention
@@ -31,6 +30,7 @@ from fastkv.engine.decode_attention import MaskedAttention, VarlenAttention, gra
 from fastkv.engine.graph import GraphStepper
 from fastkv.engine.merged_attention import merged_attention, why_not_merged
 from fastkv.errors import FaultError
+from fastkv.kernels.key_products import has_float32_products, products
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device")
 
