@@ -46,8 +46,9 @@ class Embedding(nn.Module):
 
     def forward(self, ids: Tensor) -> Tensor:
         """ids int64 [B, T] -> [B, T, E]."""
-        rows = self.weight[ids]
-        return rows if self.scale is None else dequantised(rows, self.scale[ids], self.dtype)
+        if self.scale is None:
+            return F.embedding(ids, self.weight)
+        return dequantised(self.weight[ids], self.scale[ids], self.dtype)
 
     def into(self, out: Tensor, ids: Tensor) -> None:
         """The same, into `out` [B, T, E]."""

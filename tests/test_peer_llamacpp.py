@@ -190,7 +190,7 @@ def test_the_load_of_others(benchmarks: Any, tmp_path: Path, monkeypatch: pytest
 def test_a_row_as_a_line(benchmarks: Any) -> None:
     row = {"context": 4096, "engine": "full", "weights": "int8", "ttft_s": 1.5, "ttft_range": [1.25, 2.0]}
     row |= {"decode_tokens_per_s": 20.0, "decode_range": [19.0, 21.5], "prefill_to_peer": 0.5, "decode_to_peer": 2.0}
-    line = "| 4,096 | fastkv, policy full | int8 | 1.500 (1.250 – 2.000) | 0.50 | 20.0 (19.0 – 21.5) | 2.00 |"
+    line = "| 4,096 | fastkv, full | int8 | 1.500 (1.250 – 2.000) | 0.50 | 20.0 (19.0 – 21.5) | 2.00 |"
     assert benchmarks.peer_llamacpp.table_row(row) == line
 
 
