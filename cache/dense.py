@@ -7,7 +7,6 @@ from typing import ClassVar
 from torch import Tensor
 
 from fastkv.cache.layer import EntryShape, Kept, LayerMemory, Part
-from fastkv.kernels.memory import zeros
 
 # One call may read up to this many times the live entries of its sequences; beyond it, a call for each sequence is
 # faster (on a CPU).
@@ -19,7 +18,7 @@ def new_memory(memory: LayerMemory, capacity: int) -> tuple[Tensor, Tensor]:
     shape = memory.shape
     size = (len(memory.appended), shape.n_kv_heads, capacity, shape.head_dim)
     # Zeros, not empty: attention multiplies an unused entry by a weight of zero, and NaN would survive that.
-    k, v = (zeros(size, shape.dtype, memory.lengths.device) for _ in range(2))
+    k, v = (memory.host.zeros(size, shape.dtype, memory.lengths.device) for _ in range(2))
     return k, v
 
 
@@ -69,10 +68,11 @@ class DenseLayer:
         self._set_counts(slots, before + k.shape[2])
 
     def append(self, slots: range, k: Tensor, v: Tensor, places: Tensor) -> None:
-        head_dim = k.shape[3]
-        index = places.flatten(1).unsqueeze(2).expand(-1, -1, head_dim)  # [B, Hkv * T, D]
+        index = places.flatten(1).unsqueeze(2).expand(-1, -1, k.shape[3])  # [B, Hkv * T, D]
+        alone = len(self._stored) == len(slots)  # the slots are all that there are
         for memory, new in ((self.k, k), (self.v, v)):
-            memory[slots.start : slots.stop].flatten(1, 2).scatter_(1, index, new.flatten(1, 2))
+            part = memory if alone else memory[slots.start : slots.stop]
+            part.flatten(1, 2).scatter_(1, index, new.flatten(1, 2))
 
     def read(self, slots: range, new: int = 0) -> list[Part]:
         if len(slots) == 1:

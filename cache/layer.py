@@ -7,13 +7,14 @@ The device's is a tensor for each slot and head: it is what a captured CUDA grap
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from fastkv.cache.selection import PerHead
+from fastkv.kernels.memory import HostMemory
 
 Kept = Tensor | PerHead | None  # indices of the entries that stay: int64 [B, Hkv, n], or by head; None: all
 
@@ -48,6 +49,7 @@ class LayerMemory:
     lengths, starts: int64 [S, Hkv], views on the pool's: live entries of each head, and where the first one lies.
     appended: for each slot how many tokens decode steps have added; one list for all layers of a pool.
     before: the layer before this one in the pool (None: it is the first). total: the capacities of all layers together.
+    host: where K and V lie on a CPU; one for all layers of a pool.
     """
 
     capacity: int  # entries of each head, for which there is room
@@ -57,6 +59,7 @@ class LayerMemory:
     appended: list[int]
     before: KVLayer | None = None
     total: int = 0
+    host: HostMemory = field(default_factory=HostMemory)
 
 
 class KVLayer(Protocol):

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fastkv.cache.layer import EntryShape, KVLayer, LayerMemory
+from fastkv.kernels.memory import HostMemory
 
 BLOCK = 32  # capacities are rounded up to a multiple of this many entries
 
@@ -50,10 +51,11 @@ class KVPool:
             self.starts = torch.tensor(even, dtype=torch.int64, device=device).unsqueeze(1).repeat(1, n_slots, 1)
             self.next_position = torch.zeros(n_slots, dtype=torch.int64, device=device)
             self.layers: list[KVLayer] = []
+            host = HostMemory(self.nbytes)
             for index, capacity in enumerate(capacities):
                 before = self.layers[-1] if self.layers else None
                 counts = (self.lengths[index], self.starts[index], self.appended)
-                self.layers.append(layout(LayerMemory(capacity, shape, *counts, before, sum(capacities))))
+                self.layers.append(layout(LayerMemory(capacity, shape, *counts, before, sum(capacities), host)))
         self._free = list(range(n_slots - 1, -1, -1))
 
     @property

@@ -233,14 +233,14 @@ def decode_attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None = N
     rows of one product, so that K and V are read once.
     """
     n_rows = q.shape[1] // k.shape[1]
-    rows = q.unflatten(1, (k.shape[1], -1)).squeeze(3)  # [B, Hkv, G, D]
+    rows = q.reshape(q.shape[0], k.shape[1], n_rows, q.shape[3])
     if visible is None and q.device.type == "cpu":
-        return row_attention(rows, k, v).flatten(1, 2).unsqueeze(2)
+        return row_attention(rows, k, v).reshape(q.shape)
     if n_rows == 1 and two_rows_are_faster(q):
         rows = rows.expand(-1, -1, 2, -1)
     with without_cudnn(q.device):
         attended = F.scaled_dot_product_attention(rows, k, v, attn_mask=visible)
-    return attended[:, :, :n_rows].flatten(1, 2).unsqueeze(2)
+    return attended[:, :, :n_rows].reshape(q.shape)
 
 
 def two_rows_are_faster(q: Tensor) -> bool:

@@ -20,26 +20,40 @@ _REGION = 64 << 20  # bytes that are asked of the system at a time; what is neve
 
 def zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     """As torch.zeros; on a CPU in huge pages where that is possible and large enough to matter."""
-    nbytes = math.prod(shape) * dtype.itemsize
-    if device.type != "cpu" or nbytes < 2 * _PAGE or not hasattr(mmap, "MADV_HUGEPAGE"):
-        return torch.zeros(shape, dtype=dtype, device=device)
-    return HostMemory(_region(nbytes)).empty(shape, dtype, device)
+    return HostMemory(math.prod(shape) * dtype.itemsize).zeros(shape, dtype, device)
 
 
 class HostMemory:
-    """Memory for many tensors that stay, one after another. It is freed with the last tensor that lies in it."""
+    """Memory for many tensors that stay, one after another. It is freed with the last tensor that lies in it.
 
-    def __init__(self, free: Tensor | None = None) -> None:
-        self._free = torch.empty(0, dtype=torch.uint8) if free is None else free
+    region: bytes that are asked of the system at a time, at the least; where they are few, it is memory like any other.
+    """
+
+    def __init__(self, region: int = _REGION) -> None:
+        self._region = region
+        self._free = torch.empty(0, dtype=torch.uint8)
 
     def empty(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
         """As torch.empty; on a CPU next to the tensor before."""
-        nbytes = math.prod(shape) * dtype.itemsize
-        if device.type != "cpu" or not nbytes or not hasattr(mmap, "MADV_HUGEPAGE"):
+        if not self._holds(shape, device):
             return torch.empty(shape, dtype=dtype, device=device)
+        return self._next(shape, dtype)
+
+    def zeros(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+        """As torch.zeros; on a CPU next to the tensor before. No page is touched."""
+        if not self._holds(shape, device):
+            return torch.zeros(shape, dtype=dtype, device=device)
+        return self._next(shape, dtype)  # the system gives pages of zeros, and no byte is given out twice
+
+    def _holds(self, shape: tuple[int, ...], device: torch.device) -> bool:
+        large = self._region >= 2 * _PAGE and math.prod(shape) > 0
+        return large and device.type == "cpu" and hasattr(mmap, "MADV_HUGEPAGE")
+
+    def _next(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        nbytes = math.prod(shape) * dtype.itemsize
         taken = -(-nbytes // _ALIGNMENT) * _ALIGNMENT
         if taken > self._free.numel():
-            self._free = _region(max(taken, _REGION))
+            self._free = _region(max(taken, self._region))
         with torch.inference_mode(False):  # what is made while generating may be written to later
             tensor, self._free = self._free[:nbytes], self._free[taken:]
             return tensor.view(dtype).view(shape)
