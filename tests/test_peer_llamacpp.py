@@ -124,7 +124,7 @@ def test_every_context_has_its_rows(
     table = [line.strip("| ").split(" | ") for line in printed.splitlines() if line.startswith("| ")]
     assert re.fullmatch(r"- CPUs that .*: \S+ at 50, \S+ at 90", printed.splitlines()[-1])
     engines = [["llama.cpp", "F32"], ["llama.cpp", "Q8_0"]]
-    engines += [[f"fastkv, policy {policy}", "float32"] for policy in ("full", "fastkv")]
+    engines += [[f"fastkv, {policy}", "float32"] for policy in ("full", "fastkv")]
     assert [cells[:3] for cells in table[1:]] == [[n, *engine] for n in ("50", "90") for engine in engines]
     assert {len(cells) for cells in table} == {7}
     assert table[1][3:] == ["1.000 (1.000 – 1.000)", "–", "50.0 (50.0 – 50.0)", "–"]
