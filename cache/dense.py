@@ -68,11 +68,12 @@ class DenseLayer:
         self._set_counts(slots, before + k.shape[2])
 
     def append(self, slots: range, k: Tensor, v: Tensor, places: Tensor) -> None:
+        if len(slots) == 1 and self.lengths.device.type == "cpu":  # no graph is ever captured there
+            self._fill(slots, self._stored[slots.start] + self._appended[slots.start], k, v)
+            return
         index = places.flatten(1).unsqueeze(2).expand(-1, -1, k.shape[3])  # [B, Hkv * T, D]
-        alone = len(self._stored) == len(slots)  # the slots are all that there are
         for memory, new in ((self.k, k), (self.v, v)):
-            part = memory if alone else memory[slots.start : slots.stop]
-            part.flatten(1, 2).scatter_(1, index, new.flatten(1, 2))
+            memory[slots.start : slots.stop].flatten(1, 2).scatter_(1, index, new.flatten(1, 2))
 
     def read(self, slots: range, new: int = 0) -> list[Part]:
         if len(slots) == 1:

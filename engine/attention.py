@@ -6,6 +6,7 @@ no fast kernel that shares them.
 
 from __future__ import annotations
 
+import logging
 import warnings
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -37,6 +38,10 @@ _CUDNN_FROM = 16_384  # tokens
 _LENGTHS, _PADDED_BELOW = 1024, 65_536  # tokens
 _WITHOUT_CUDNN = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
+_cudnn_works = True  # until it raises
+
+_log = logging.getLogger(__name__)
+
 _QUERY_BLOCK = 512  # queries whose mask is held at a time, where attention needs one
 
 
@@ -55,8 +60,23 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, window: int | None = None,
     by_cudnn = _by_cudnn(backend, n_tokens, q.dtype, q.device)
     if by_cudnn:
         q, k, v = (_padded(heads) for heads in (q, k, v))
-    with _kernels(backend, by_cudnn, q.device):
+    try:
+        with _kernels(backend, by_cudnn, q.device):
+            return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)[:, :, :n_tokens]
+    except RuntimeError as error:
+        if backend != AUTO or not by_cudnn or isinstance(error, torch.OutOfMemoryError):
+            raise
+        _give_up_cudnn(error)
+    with without_cudnn(q.device):
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)[:, :, :n_tokens]
+
+
+def _give_up_cudnn(error: RuntimeError) -> None:
+    """cuDNN raises where it cannot prepare itself for a shape, and torch then tries no other kernel: go on without."""
+    global _cudnn_works
+    if _cudnn_works:
+        _cudnn_works = False
+        _log.warning("attention goes on without cuDNN, which failed: %s", str(error).splitlines()[0])
 
 
 def check_backend(
@@ -77,7 +97,7 @@ def check_backend(
 def _by_cudnn(backend: str, n_tokens: int, dtype: torch.dtype, device: torch.device) -> bool:
     """Whether causal attention of so many tokens is cuDNN's."""
     long = device.type == "cuda" and dtype != torch.float32 and n_tokens >= _CUDNN_FROM
-    return backend == "cudnn" or (backend == AUTO and long)
+    return backend == "cudnn" or (backend == AUTO and long and _cudnn_works)
 
 
 def _padded(heads: Tensor) -> Tensor:

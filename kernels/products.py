@@ -112,9 +112,9 @@ def _agrees(product: Product, dtype: torch.dtype) -> bool:
     samples = [(x[:1, 0], weight, None), (x[:1, 1], weight[16:], bias[16:])]
     if product is not _split:
         samples.append((x[:, 1:], weight[16:], bias[16:]))
-    bound = 1e-4 if dtype == torch.float32 else 0.05
+    bound = 1e-4 if dtype == torch.float32 else 0.1  # sums of up to 16, half a step of bfloat16 there is 0.03
     try:
         with torch.inference_mode():
-            return all(torch.allclose(product(*one), F.linear(*one), atol=bound) for one in samples)
+            return all(torch.allclose(product(*one), F.linear(*one), rtol=0, atol=bound) for one in samples)
     except Exception:  # internal to torch: another version may raise anything
         return False

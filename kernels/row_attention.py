@@ -20,6 +20,7 @@ RowAttention = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 _COLD = 32 << 20  # bytes of entries that are read in turn while a way is timed
 _MOST = 64  # layers' worth of them
+_ROOM = 64  # entries
 _chosen: dict[tuple[int, ...], dict[torch.dtype, RowAttention]] = {}
 
 
@@ -63,7 +64,8 @@ def _timed(rows: Tensor, n: int, ways: dict[str, RowAttention]) -> dict[str, Way
     _, n_kv_heads, n_rows, head_dim = rows.shape
     entry = 2 * n_kv_heads * head_dim * rows.dtype.itemsize
     layers = min(_MOST, max(1, _COLD // (n * entry)))
-    both = zeros((2, layers, 1, n_kv_heads, n, head_dim), rows.dtype, rows.device).fill_(0.1)
+    # As in a cache, which has room for more: the heads do not touch, and some products would copy them.
+    both = zeros((2, layers, 1, n_kv_heads, n + _ROOM, head_dim), rows.dtype, rows.device).fill_(0.1)[..., :n, :]
     q = torch.full((1, n_kv_heads, n_rows, head_dim), 0.1, dtype=rows.dtype)
 
     def attend(way: RowAttention) -> None:

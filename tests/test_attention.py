@@ -75,3 +75,35 @@ def test_padding_is_for_cudnn_alone() -> None:
         (AUTO, 50_000, torch.bfloat16, CPU),
     ]
     assert [module._by_cudnn(*each) for each in asked] == [True] * 3 + [False] * 4
+
+
+def test_a_cudnn_that_fails_is_not_asked_again(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The prompt goes on with other kernels, and one line says so. What the user chose by name fails as before."""
+    q, k, v = (torch.randn(1, 2, 30, 8) for _ in range(3))
+    attend, asked = F.scaled_dot_product_attention, []
+
+    def failing(*heads: Tensor, **more: Any) -> Tensor:
+        asked.append(1)
+        if len(asked) == 1:
+            raise RuntimeError("cuDNN Frontend error: no valid plan\nand more")
+        return attend(*heads, **more)
+
+    monkeypatch.setattr(module, "sdpa_kernel", lambda *_, **__: nullcontext())
+    monkeypatch.setattr(module, "_cudnn_works", True)
+    monkeypatch.setattr(module, "_repeated_if_slow", lambda q, k, v: (k, v))
+    monkeypatch.setattr(module, "_by_cudnn", lambda backend, *_: backend == "cudnn" or module._cudnn_works)
+    monkeypatch.setattr(F, "scaled_dot_product_attention", failing)
+    with pytest.raises(RuntimeError, match="no valid plan"):
+        causal_attention(q, k, v, backend="cudnn")
+    asked.clear()
+    monkeypatch.setattr(module, "AUTO", "any")  # a CPU's own way is not asked for
+    found = causal_attention(q, k, v, backend="any")
+    torch.testing.assert_close(found, attend(q, k, v, is_causal=True), atol=1e-5, rtol=1e-5)
+    assert len(asked) == 2
+    assert [record.message for record in caplog.records] == [
+        "attention goes on without cuDNN, which failed: cuDNN Frontend error: no valid plan"
+    ]
+    causal_attention(q, k, v, backend="any")
+    assert len(caplog.records) == 1

@@ -27,6 +27,7 @@ from fastkv.console import summary
 from fastkv.console.prompt import read_prompt
 from fastkv.engine.output import Metrics
 from fastkv.engine.step import Caches, EagerStepper
+from fastkv.kernels import row_attention
 
 # A model that recites: after each character comes the next one of this list, after the last the end of the text.
 ALPHABET = "abcdefghijklmnopqrstuvwxyz é日本\U0001f600\n.ABCDEFGHIJKLMNOPQRSTUVWXYZ!"
@@ -573,3 +574,26 @@ def test_several_tsp_layers(run: Run) -> None:
     argv = ["--tsp-layer", "0,1", "--tsp-rate", "0.5,0.2", "--min-tokens", "8", "--max-tokens", "2", "--json"]
     policy = json.loads(run("abcdefghij" * 20, *argv).out)["policy"]
     assert (policy["tsp_layer"], policy["tsp_rate"]) == ([0, 1], [0.5, 0.2])
+
+
+@pytest.mark.parametrize("calibration", ["on", "off"])
+def test_verbose_tells_which_kernels_were_chosen(
+    calibration: str, run: Run, monkeypatch: pytest.MonkeyPatch, cache_folder: Path
+) -> None:
+    """After the figures, one line for each choice; no line without the flag."""
+    row_attention.forget()
+    monkeypatch.setenv("FASTKV_CALIBRATION", calibration)
+    monkeypatch.setattr(row_attention, "_COLD", 2**10)
+    result = run("abc", "--verbose", "--dtype", "float32", "--device", "cpu", "--max-tokens", "4")
+    row_attention.forget()
+    told = [line for line in result.err.splitlines() if line.startswith("kernel")]
+    if calibration == "off":
+        assert told == ["kernels      not measured: FASTKV_CALIBRATION is off"]
+        assert not cache_folder.exists()
+        return
+    assert any(
+        re.fullmatch(r"kernel +attention of .* entries, float32, 1 threads: \w+ \(\w+ [\d.]+ ms, .*\)", line)
+        for line in told
+    )
+    assert result.err.splitlines()[-len(told) :] == told
+    assert "kernel" not in run("abc", "--dtype", "float32", "--device", "cpu", "--max-tokens", "4").err
