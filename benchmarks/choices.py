@@ -55,8 +55,10 @@ def multiply(product: Product, x: torch.Tensor, matrices: list[torch.Tensor]) ->
 def products(dtype: torch.dtype) -> None:
     """How fast a few rows are multiplied with many matrices, and many rows with one, each way."""
     vector = zeros((BYTES // 4,), torch.float32, torch.device("cpu")).fill_(1)
-    bandwidth = vector.nbytes / 1e9 / median(partial(torch.dot, vector, vector), 15)
-    print(f"reading memory: {bandwidth:.1f} GB/s")
+    bandwidth, plainly = (
+        BYTES / 1e9 / median(partial(torch.dot, each, each), 15) for each in (vector, torch.ones(BYTES // 4))
+    )
+    print(f"reading memory: {bandwidth:.1f} GB/s; as torch gives it: {plainly:.1f} GB/s")
     for rows, columns in SHAPES:
         memory, count = HostMemory(), max(1, BYTES // (dtype.itemsize * rows * columns))
         matrices = [

@@ -656,7 +656,7 @@ def test_who_multiplies(benchmarks: Any, monkeypatch: pytest.MonkeyPatch, capsys
     monkeypatch.setattr(choices, "multiply", lambda *_: None)
     choices.products(torch.float32)
     first, *lines = capsys.readouterr().out.splitlines()
-    assert re.fullmatch(r"reading memory: [\d.]+ GB/s", first)
+    assert re.fullmatch(r"reading memory: [\d.]+ GB/s; as torch gives it: [\d.]+ GB/s", first)
     speed = r"[\d.]+ (GB/s|GFLOP/s)"
     form = rf"float32 (.*): linear {speed}(, split {speed})?(; best \d+ % of reading memory)?"
     measured = [re.fullmatch(form, line) for line in lines]
