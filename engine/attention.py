@@ -57,6 +57,12 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, window: int | None = None,
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
     if backend == AUTO:
         k, v = _repeated_if_slow(q, k, v)
+    return _chosen_kernels(q, k, v, backend)
+
+
+def _chosen_kernels(q: Tensor, k: Tensor, v: Tensor, backend: str) -> Tensor:
+    """Causal attention by the kernels of `backend`; where that is "auto" and cuDNN fails, by others."""
+    n_tokens = q.shape[2]
     by_cudnn = _by_cudnn(backend, n_tokens, q.dtype, q.device)
     if by_cudnn:
         q, k, v = (_padded(heads) for heads in (q, k, v))

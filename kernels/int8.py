@@ -16,8 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastkv.kernels.calibration import Way, calibration, is_on
-from fastkv.kernels.memory import HostMemory
-from fastkv.kernels.products import COLD, MOST_TOGETHER, SMALLEST
+from fastkv.kernels.products import MOST_TOGETHER, SMALLEST, cold_copies
 
 # (x [..., E], values int8 [O, E], scale float32 [O]) -> [..., O] in x's dtype
 Int8Product = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -84,10 +83,8 @@ def forget() -> None:
 
 def _timed(rows: int, values: Tensor, dtype: torch.dtype) -> dict[str, Way]:
     """What is timed: `rows` rows with a number of matrices like this one, so that they come from memory."""
-    values = values[: max(1, COLD // values.shape[1])]
-    memory, count = HostMemory(), max(1, COLD // values.nbytes)
-    matrices = [memory.empty(tuple(values.shape), values.dtype, values.device).copy_(values) for _ in range(count)]
-    x, scale = torch.ones(rows, values.shape[1], dtype=dtype), torch.ones(len(values))
+    matrices = cold_copies(values)
+    x, scale = torch.ones(rows, values.shape[1], dtype=dtype), torch.ones(len(matrices[0]))
 
     def multiply(product: Int8Product) -> None:
         for matrix in matrices:

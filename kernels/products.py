@@ -66,11 +66,8 @@ def _choose(kind: int, weight: Tensor) -> Product:
 
 
 def _timed(kind: int, weight: Tensor, ways: Mapping[str, Product]) -> dict[str, Way]:
-    """What is timed: `kind` rows with a number of matrices like this one, so that they come from memory."""
-    weight = weight[: max(1, 2 * COLD // (weight.shape[1] * weight.itemsize))]
-    count = 1 if kind == BLOCK else max(1, COLD // weight.nbytes)
-    memory = HostMemory()
-    matrices = [memory.empty(tuple(weight.shape), weight.dtype, weight.device).copy_(weight) for _ in range(count)]
+    """What is timed: `kind` rows with a number of matrices like this one; many rows take long enough with one."""
+    matrices = cold_copies(weight)[: 1 if kind == BLOCK else None]
     x = torch.ones(kind, weight.shape[1], dtype=weight.dtype)
 
     def multiply(product: Product) -> None:
@@ -78,6 +75,13 @@ def _timed(kind: int, weight: Tensor, ways: Mapping[str, Product]) -> dict[str, 
             product(x, matrix, None)
 
     return {name: partial(multiply, way) for name, way in ways.items()}
+
+
+def cold_copies(matrix: Tensor) -> list[Tensor]:
+    """The matrix as often as no cache holds together, so that it is read from memory; of a large one its first rows."""
+    matrix = matrix[: max(1, 2 * COLD // (matrix.shape[1] * matrix.itemsize))]
+    memory, count = HostMemory(), max(1, COLD // matrix.nbytes)
+    return [memory.empty(tuple(matrix.shape), matrix.dtype, matrix.device).copy_(matrix) for _ in range(count)]
 
 
 @cache

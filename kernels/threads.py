@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from fastkv.kernels.calibration import Way, calibration, is_on
-from fastkv.kernels.memory import HostMemory
-from fastkv.kernels.products import COLD, product_for
+from fastkv.kernels.products import cold_copies, product_for
 
 
 def step_threads(weight: Tensor) -> int | None:
@@ -42,9 +41,7 @@ def as_many(threads: int | None) -> Iterator[None]:
 
 def _timed(weight: Tensor, counts: dict[str, int]) -> dict[str, Way]:
     """What is timed: one row with a number of matrices like this one, so that they come from memory."""
-    weight = weight[: max(1, COLD // (weight.shape[1] * weight.itemsize))]
-    memory, count = HostMemory(), max(1, COLD // weight.nbytes)
-    matrices = [memory.empty(tuple(weight.shape), weight.dtype, weight.device).copy_(weight) for _ in range(count)]
+    matrices = cold_copies(weight)
     x = torch.ones(1, weight.shape[1], dtype=weight.dtype)
     products = {}
     for threads in counts.values():

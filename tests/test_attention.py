@@ -92,18 +92,16 @@ def test_a_cudnn_that_fails_is_not_asked_again(
 
     monkeypatch.setattr(module, "sdpa_kernel", lambda *_, **__: nullcontext())
     monkeypatch.setattr(module, "_cudnn_works", True)
-    monkeypatch.setattr(module, "_repeated_if_slow", lambda q, k, v: (k, v))
     monkeypatch.setattr(module, "_by_cudnn", lambda backend, *_: backend == "cudnn" or module._cudnn_works)
     monkeypatch.setattr(F, "scaled_dot_product_attention", failing)
     with pytest.raises(RuntimeError, match="no valid plan"):
-        causal_attention(q, k, v, backend="cudnn")
+        module._chosen_kernels(q, k, v, "cudnn")
     asked.clear()
-    monkeypatch.setattr(module, "AUTO", "any")  # a CPU's own way is not asked for
-    found = causal_attention(q, k, v, backend="any")
+    found = module._chosen_kernels(q, k, v, AUTO)
     torch.testing.assert_close(found, attend(q, k, v, is_causal=True), atol=1e-5, rtol=1e-5)
     assert len(asked) == 2
     assert [record.message for record in caplog.records] == [
         "attention goes on without cuDNN, which failed: cuDNN Frontend error: no valid plan"
     ]
-    causal_attention(q, k, v, backend="any")
+    module._chosen_kernels(q, k, v, AUTO)
     assert len(caplog.records) == 1

@@ -13,6 +13,7 @@ from torch import Tensor
 from fastkv import LLM, AdaKV, FastKV, FastKVError, FullKV, SamplingParams
 from fastkv.engine.compile import _check_compiler
 from fastkv.kernels import int8 as module
+from fastkv.kernels import products
 from fastkv.kernels.int8 import dequantised, int8_product, quantise_, ways_of
 from fastkv.models.layers import Embedding
 from fastkv.models.linear import Linear
@@ -117,7 +118,7 @@ def test_a_way_that_fails_is_out(way: str, fault: str, monkeypatch: pytest.Monke
 def test_rows_are_multiplied_as_measured(monkeypatch: pytest.MonkeyPatch, cache_folder: Path) -> None:
     """Few rows by the fastest way for them; many rows as floats."""
     monkeypatch.setenv("FASTKV_CALIBRATION", "on")
-    monkeypatch.setattr(module, "COLD", 2**12)
+    monkeypatch.setattr(products, "COLD", 2**12)
     seen: list[int] = []
 
     def other(x: Tensor, values: Tensor, scale: Tensor) -> Tensor:

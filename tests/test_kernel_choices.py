@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from fastkv import LLM, FullKV, SamplingParams
 from fastkv.engine import device
 from fastkv.engine.attention import decode_attention
-from fastkv.kernels import dtypes, row_attention, threads
+from fastkv.kernels import dtypes, products, row_attention, threads
 from fastkv.kernels.calibration import Calibration
 
 
@@ -65,7 +65,7 @@ def test_every_way_attends_alike(way: str, group: int, dtype: torch.dtype, monke
 
 
 def test_a_step_has_the_threads_that_were_measured(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(threads, "COLD", 2**10)
+    monkeypatch.setattr(products, "COLD", 2**10)
     torch.set_num_threads(2)
     calibration = told(monkeypatch, threads, "1", "2", "a line of another version")
     weight = torch.zeros(6, 4)
