@@ -68,8 +68,11 @@ class DenseLayer:
         self._set_counts(slots, before + k.shape[2])
 
     def append(self, slots: range, k: Tensor, v: Tensor, places: Tensor) -> None:
-        if len(slots) == 1 and self.lengths.device.type == "cpu":  # no graph is ever captured there
-            self._fill(slots, self._stored[slots.start] + self._appended[slots.start], k, v)
+        # Where no graph is ever captured, and all heads are equally long, the host knows the place.
+        if len(slots) == 1 and not self.per_head and self.lengths.device.type == "cpu":
+            slot, first = slots.start, self._stored[slots.start] + self._appended[slots.start]
+            end = first + k.shape[2]
+            self.k[slot : slot + 1, :, first:end], self.v[slot : slot + 1, :, first:end] = k, v
             return
         index = places.flatten(1).unsqueeze(2).expand(-1, -1, k.shape[3])  # [B, Hkv * T, D]
         for memory, new in ((self.k, k), (self.v, v)):

@@ -11,11 +11,12 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 import os
 import platform
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
@@ -53,15 +54,18 @@ class Calibration:
         self._file = file
         self._choices = {} if file is None else _read(file)
         self._asked: dict[str, Choice] = {}
+        self._forgotten: set[str] = set()  # what the file says of these is not for this version
         self._lock = threading.RLock()  # a way may need a choice of its own
 
-    def choose(self, what: str, default: str, ways: Callable[[], Mapping[str, Way]]) -> str:
+    def choose(self, what: str, default: str, names: Collection[str], ways: Callable[[], Mapping[str, Way]]) -> str:
         """The name of the fastest way to do `what`: the known one, else it is measured.
 
-        ways: makes what is to be timed, by name; `default` is among them. A way that raises an error is out.
+        names: of all ways that there are, `default` among them: what was remembered of others does not count. ways:
+        makes what is to be timed, by name. A way that raises an error is out.
         """
         with self._lock:
-            if what not in self._choices:
+            if what not in self._choices or self._choices[what].way not in names:
+                self._forgotten.add(what)
                 self._choices[what] = _measured(default, ways())
                 self._save()
             self._asked[what] = self._choices[what]
@@ -76,7 +80,7 @@ class Calibration:
         if self._file is None:
             return
         # Another process may have measured meanwhile: what it wrote stays, so that the first one decides.
-        self._choices |= _read(self._file)
+        self._choices |= {what: each for what, each in _read(self._file).items() if what not in self._forgotten}
         written = {name: {"way": each.way, "seconds": each.seconds} for name, each in self._choices.items()}
         content = json.dumps({"format": _FORMAT, "machine": _machine(), "choices": written}, indent=1)
         try:
@@ -94,7 +98,11 @@ def is_on() -> bool:
 
 def calibration() -> Calibration:
     """The choices for this machine, as many threads as torch has now, and the cache folder of now."""
-    return _calibration(cache_folder() / "calibration", torch.get_num_threads())
+    try:
+        folder: Path | None = cache_folder() / "calibration"
+    except RuntimeError:  # a user without a home: nothing is kept
+        folder = None
+    return _calibration(folder, torch.get_num_threads())
 
 
 def asked() -> dict[str, Choice]:
@@ -106,9 +114,10 @@ _all: dict[int, Calibration] = {}  # by threads
 
 
 @cache
-def _calibration(folder: Path, threads: int) -> Calibration:
+def _calibration(folder: Path | None, threads: int) -> Calibration:
     key = json.dumps([_machine(), threads, _FORMAT])
-    made = _all[threads] = Calibration(folder / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.json")
+    name = f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
+    made = _all[threads] = Calibration(None if folder is None else folder / name)
     return made
 
 
@@ -159,9 +168,10 @@ def _read(file: Path) -> dict[str, Choice]:
         content = json.loads(file.read_bytes())
         if content["format"] != _FORMAT:
             return {}
-        return {
+        found = {
             str(what): Choice(str(each["way"]), {str(name): float(s) for name, s in each["seconds"].items()})
             for what, each in content["choices"].items()
         }
+        return {what: each for what, each in found.items() if all(map(math.isfinite, each.seconds.values()))}
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return {}

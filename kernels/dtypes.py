@@ -18,7 +18,7 @@ def faster_dtype(stored: str, has_instructions: bool) -> str:
     default = stored if has_instructions else "float32"
     if stored == "float32" or not is_on():
         return default
-    return calibration().choose(f"float32 or {stored}", default, lambda: _timed(stored))
+    return calibration().choose(f"float32 or {stored}", default, ("float32", stored), lambda: _timed(stored))
 
 
 def _timed(stored: str) -> dict[str, Way]:

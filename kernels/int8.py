@@ -22,6 +22,7 @@ from fastkv.kernels.products import MOST_TOGETHER, SMALLEST, cold_copies
 Int8Product = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 _LEVELS = 127
+_ZERO = 1e-35  # no float32 divides what is smaller by _LEVELS without loss
 _AT_A_TIME = 2**22  # weights that are floats at a time: 16 MiB of float32
 _chosen: dict[tuple[int, torch.Size, torch.dtype, int], Int8Product] = {}
 
@@ -32,7 +33,8 @@ def quantise_(values: Tensor, scale: Tensor, matrix: Tensor) -> None:
     for into, factor, part in zip(values.split(rows), scale.split(rows), matrix.split(rows), strict=True):
         part = part.to(device=values.device, dtype=torch.float32)
         largest = torch.linalg.vector_norm(part, float("inf"), dim=1)
-        factor.copy_(torch.where(largest > 0, largest / _LEVELS, 1.0))
+        # A row of (nearly) zeros becomes zeros. NaN stays NaN, to be seen in the logits.
+        factor.copy_(torch.where(largest < _ZERO, 1.0, largest / _LEVELS))
         into.copy_((part / factor.unsqueeze(1)).round_())
 
 
@@ -53,7 +55,7 @@ def int8_product(x: Tensor, values: Tensor, scale: Tensor) -> Tensor:
 def _compiled(x: Tensor, values: Tensor, scale: Tensor) -> Tensor:
     """What torch.compile is given: of one row on a CPU a sum that it writes a loop for; else a product that widens."""
     if x.device.type != "cpu":
-        return F.linear(x, values.to(x.dtype)) * scale.to(x.dtype)
+        return F.linear(x, dequantised(values, scale, x.dtype))
     y = (values.float() * x.reshape(1, -1).float()).sum(dim=-1) * scale
     return y.to(x.dtype).view(*x.shape[:-1], len(values))
 
@@ -71,7 +73,7 @@ def _product_for(rows: int, values: Tensor, dtype: torch.dtype) -> Int8Product:
     if known is None:
         shape = " x ".join(map(str, values.shape))
         about = f"int8 product of {key[0]} x {values.shape[1]} with {shape}, {str(dtype).removeprefix('torch.')}"
-        way = calibration().choose(about, "dequantise", lambda: _timed(key[0], values, dtype))
+        way = calibration().choose(about, "dequantise", ways, lambda: _timed(key[0], values, dtype))
         known = _chosen[key] = ways.get(way, _dequantise)
     return known
 
@@ -100,12 +102,18 @@ def ways_of(dtype: torch.dtype, device: str) -> dict[str, Int8Product]:
     return {"dequantise": _dequantise, **{name: way for name, way in others.items() if _agrees(way, dtype, device)}}
 
 
+def with_gradients(x: Tensor, values: Tensor, scale: Tensor) -> Tensor:
+    """The product by the one way that gradients can pass."""
+    return _dequantise(x, values, scale)
+
+
 def _dequantise(x: Tensor, values: Tensor, scale: Tensor) -> Tensor:
     """As floats, some rows at a time, so that there is never a whole matrix of them."""
     rows = max(1, _AT_A_TIME // values.shape[1])
-    if len(values) <= rows:
-        return F.linear(x, values.to(x.dtype)) * scale.to(x.dtype)
-    return torch.cat([F.linear(x, part.to(x.dtype)) for part in values.split(rows)], dim=-1) * scale.to(x.dtype)
+    # The scale comes before the sum, which the integers alone would take beyond float16.
+    pieces = zip(values.split(rows), scale.split(rows), strict=True)
+    made = [F.linear(x, dequantised(*piece, x.dtype)) for piece in pieces]
+    return made[0] if len(made) == 1 else torch.cat(made, dim=-1)
 
 
 def _packed(x: Tensor, values: Tensor, scale: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """Host memory in huge pages: where a system has them, a CPU reads much faster from it.
 
 With pages of 4 KiB a core that reads weights looks up an address for every 1,024 float32 values. On a virtual machine
-such a lookup walks two tables; there, pages of 2 MiB made reading up to twice as fast (docs/speed.md).
+such a lookup walks two tables; what pages of 2 MiB brought there is in docs/speed.md.
 """
 
 from __future__ import annotations
@@ -31,7 +31,8 @@ class HostMemory:
 
     def __init__(self, region: int = _REGION) -> None:
         self._region = region
-        self._free = torch.empty(0, dtype=torch.uint8)
+        self._memory: mmap.mmap | None = None
+        self._next_byte = self._end = 0
 
     def empty(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
         """As torch.empty; on a CPU next to the tensor before."""
@@ -50,17 +51,18 @@ class HostMemory:
         return large and device.type == "cpu" and hasattr(mmap, "MADV_HUGEPAGE")
 
     def _next(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        nbytes = math.prod(shape) * dtype.itemsize
-        taken = -(-nbytes // _ALIGNMENT) * _ALIGNMENT
-        if taken > self._free.numel():
-            self._free = _region(max(taken, self._region))
+        count = math.prod(shape)
+        taken = -(-count * dtype.itemsize // _ALIGNMENT) * _ALIGNMENT
+        if self._memory is None or self._next_byte + taken > self._end:
+            self._memory, self._next_byte, self._end = _region(max(taken, self._region))
+        offset, self._next_byte = self._next_byte, self._next_byte + taken
         with torch.inference_mode(False):  # what is made while generating may be written to later
-            tensor, self._free = self._free[:nbytes], self._free[taken:]
-            return tensor.view(dtype).view(shape)
+            # Each tensor has a storage of its own, which keeps the mapping alive: saving one saves no other.
+            return torch.frombuffer(self._memory, dtype=dtype, count=count, offset=offset).view(shape)
 
 
-def _region(nbytes: int) -> Tensor:
-    """At least so many zero bytes, from the beginning of a huge page on: uint8 [n]."""
+def _region(nbytes: int) -> tuple[mmap.mmap, int, int]:
+    """A mapping with at least so many zero bytes; where in it a huge page begins, and its end."""
     nbytes = -(-nbytes // _PAGE) * _PAGE
     try:
         memory = mmap.mmap(-1, nbytes + _PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
@@ -68,6 +70,5 @@ def _region(nbytes: int) -> Tensor:
         raise RuntimeError(f"the system cannot allocate memory: {nbytes} bytes") from None  # as torch says it
     with suppress(OSError):  # a system that was built without them: the memory is as good, and slower
         memory.madvise(mmap.MADV_HUGEPAGE)
-    with torch.inference_mode(False):
-        whole = torch.frombuffer(memory, dtype=torch.uint8)  # which keeps the mapping alive
-        return whole[-whole.data_ptr() % _PAGE :][:nbytes]
+    first = -torch.frombuffer(memory, dtype=torch.uint8).data_ptr() % _PAGE
+    return memory, first, first + nbytes

@@ -21,14 +21,15 @@ RowAttention = Callable[[Tensor, Tensor, Tensor], Tensor]
 _COLD = 32 << 20  # bytes of entries that are read in turn while a way is timed
 _MOST = 64  # layers' worth of them
 _ROOM = 64  # entries
+_LONG = 13  # 8,192 entries: what is timed takes no more memory than those
 _chosen: dict[tuple[int, ...], dict[torch.dtype, RowAttention]] = {}
 
 
 def row_attention(rows: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """rows [B, Hkv, G, D] attend to all entries k and v [B, Hkv, n, D]. -> [B, Hkv, G, D]."""
     _, n_kv_heads, n_rows, head_dim = rows.shape
-    # A choice holds for numbers of entries up to the next power of two.
-    key = (n_kv_heads, n_rows, head_dim, k.shape[2].bit_length(), torch.get_num_threads())
+    # A choice holds for numbers of entries up to the next power of two; there is one for all long caches.
+    key = (n_kv_heads, n_rows, head_dim, min(k.shape[2].bit_length(), _LONG), torch.get_num_threads())
     known = _chosen.get(key, {}).get(rows.dtype)
     if known is None:
         known = _chosen.setdefault(key, {})[rows.dtype] = _choose(rows, k)
@@ -53,9 +54,9 @@ def _choose(rows: Tensor, k: Tensor) -> RowAttention:
     default = "twice" if n_rows == 1 and rows.dtype != torch.float32 else "fused"
     if not is_on():
         return ways[default]
-    n = 1 << k.shape[2].bit_length()
+    n = 1 << min(k.shape[2].bit_length(), _LONG)
     shape = f"{n_kv_heads} x {n_rows} heads of {head_dim}, {n} entries, {str(rows.dtype).removeprefix('torch.')}"
-    way = calibration().choose(f"attention of {shape}", default, lambda: _timed(rows[:1], n, ways))
+    way = calibration().choose(f"attention of {shape}", default, ways, lambda: _timed(rows[:1], n, ways))
     return ways.get(way, ways[default])
 
 

@@ -21,7 +21,7 @@ def step_threads(weight: Tensor) -> int | None:
     shape = " x ".join(map(str, weight.shape))
     what = f"threads of a step, {shape}, {str(weight.dtype).removeprefix('torch.')}"
     counts = {str(most >> halvings): most >> halvings for halvings in range(most.bit_length())}
-    chosen = calibration().choose(what, str(most), lambda: _timed(weight, counts))
+    chosen = calibration().choose(what, str(most), counts, lambda: _timed(weight, counts))
     return counts[chosen] if counts.get(chosen, most) != most else None
 
 

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastkv.kernels.int8 import dequantised, int8_product
+from fastkv.kernels.int8 import dequantised, int8_product, with_gradients
 from fastkv.kernels.products import product_for
 
 
@@ -48,10 +48,11 @@ class Stacked(Linear):
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor | None = None) -> Tensor:
     """x [..., E], weight [O, E], bias [O] or None -> [..., O], in the dtype of x.
 
-    scale: of an int8 weight, float32 [O]. Where gradients are on it is F.linear: the other ways have none.
+    scale: of an int8 weight, float32 [O]. Where gradients are on it is F.linear, of the dequantised weight if need be:
+    the other ways have none.
     """
     if scale is not None:
-        y = int8_product(x, weight, scale)
+        y = with_gradients(x, weight, scale) if torch.is_grad_enabled() else int8_product(x, weight, scale)
         return y if bias is None else y + bias
     if x.device.type != "cpu" or torch.is_grad_enabled():
         return F.linear(x, weight, bias)

@@ -159,7 +159,12 @@ def random_weights(
 
 
 def checkpoint_tensors(model: Llama) -> dict[str, Tensor]:
-    """The parameters under their checkpoint names, fused ones taken apart: what a safetensors file should hold."""
+    """The parameters under their checkpoint names, fused ones taken apart: what a safetensors file should hold.
+
+    Raises FastKVError for int8 weights, of which the floats are gone.
+    """
+    if any(isinstance(each, Linear) and each.scale is not None for each in model.modules()):
+        raise FastKVError("int8 weights cannot be written to a checkpoint: load the model without them")
     parameters = dict(model.named_parameters())
     tensors: dict[str, Tensor] = {}
     for target in targets(model):

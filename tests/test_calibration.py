@@ -34,6 +34,9 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], Callable[[], obj
 Clock = Callable[[float], Callable[[], object]]
 
 
+WAYS = ("plain", "other", "third", "fast")
+
+
 def broken() -> object:
     raise RuntimeError("no such operator")
 
@@ -54,7 +57,7 @@ def broken() -> object:
 def test_the_fastest_way_that_works(seconds: dict[str, float | None], expected: str, clock: Clock) -> None:
     ways = {name: broken if taken is None else clock(taken) for name, taken in seconds.items()}
     found = Calibration(None)
-    assert found.choose("x", "plain", lambda: ways) == expected
+    assert found.choose("x", "plain", WAYS, lambda: ways) == expected
     assert found.asked()["x"].seconds == pytest.approx({name: s for name, s in seconds.items() if s is not None})
 
 
@@ -67,18 +70,18 @@ def test_the_first_run_of_a_way_does_not_count(clock: Clock) -> None:
         (later if runs else first)()
         runs.append(1)
 
-    assert Calibration(None).choose("x", "plain", lambda: {"plain": clock(0.05), "other": slow_start}) == "other"
+    assert Calibration(None).choose("x", "plain", WAYS, lambda: {"plain": clock(0.05), "other": slow_start}) == "other"
 
 
 def test_a_choice_stays(tmp_path: Path, clock: Clock) -> None:
     """In the process and on the disk; what another process wrote meanwhile stays, too."""
     file = tmp_path / "new" / "choices.json"
     one, other = Calibration(file), Calibration(file)
-    assert one.choose("x", "plain", lambda: {"plain": clock(2), "fast": clock(1)}) == "fast"
-    assert one.choose("x", "plain", lambda: pytest.fail("measured again")) == "fast"
-    assert other.choose("y", "plain", lambda: {"plain": clock(1), "fast": clock(2)}) == "plain"
-    assert other.choose("x", "plain", lambda: pytest.fail("measured again")) == "fast"
-    assert Calibration(file).choose("y", "fast", lambda: pytest.fail("measured again")) == "plain"
+    assert one.choose("x", "plain", WAYS, lambda: {"plain": clock(2), "fast": clock(1)}) == "fast"
+    assert one.choose("x", "plain", WAYS, lambda: pytest.fail("measured again")) == "fast"
+    assert other.choose("y", "plain", WAYS, lambda: {"plain": clock(1), "fast": clock(2)}) == "plain"
+    assert other.choose("x", "plain", WAYS, lambda: pytest.fail("measured again")) == "fast"
+    assert Calibration(file).choose("y", "fast", WAYS, lambda: pytest.fail("measured again")) == "plain"
     assert set(json.loads(file.read_text())["choices"]) == {"x", "y"}
     assert [path.name for path in file.parent.iterdir()] == ["choices.json"]
 
@@ -90,14 +93,32 @@ def test_a_choice_stays(tmp_path: Path, clock: Clock) -> None:
 def test_a_broken_file_is_measured_anew(content: str, tmp_path: Path, clock: Clock) -> None:
     file = tmp_path / "choices.json"
     file.write_text(content)
-    assert Calibration(file).choose("x", "plain", lambda: {"plain": clock(1)}) == "plain"
+    assert Calibration(file).choose("x", "plain", WAYS, lambda: {"plain": clock(1)}) == "plain"
     assert json.loads(file.read_text())["choices"]["x"]["way"] == "plain"
+
+
+@pytest.mark.parametrize(
+    "entry", ['{"way": "of another version", "seconds": {}}', '{"way": "fast", "seconds": {"fast": NaN}}']
+)
+def test_what_is_not_for_this_version_is_measured_anew(entry: str, tmp_path: Path, clock: Clock) -> None:
+    """And written over, so that the next process knows."""
+    file = tmp_path / "choices.json"
+    file.write_text(f'{{"format": 1, "choices": {{"x": {entry}}}}}')
+    found = Calibration(file)
+    assert found.choose("x", "plain", WAYS, lambda: {"plain": clock(2), "fast": clock(1)}) == "fast"
+    assert found.asked()["x"].seconds == {"plain": 2, "fast": 1}
+    assert Calibration(file).choose("x", "plain", WAYS, lambda: pytest.fail("measured again")) == "fast"
+
+
+def test_without_a_home_nothing_is_kept(monkeypatch: pytest.MonkeyPatch, clock: Clock) -> None:
+    monkeypatch.setenv("FASTKV_CACHE", "~nobody-of-this-name/cache")
+    assert module.calibration().choose("x", "plain", WAYS, lambda: {"plain": clock(1)}) == "plain"
 
 
 def test_a_folder_that_cannot_be_written_to_is_no_error(tmp_path: Path, clock: Clock) -> None:
     (tmp_path / "file").write_text("")
     found = Calibration(tmp_path / "file" / "choices.json")
-    assert found.choose("x", "plain", lambda: {"plain": clock(1)}) == "plain"
+    assert found.choose("x", "plain", WAYS, lambda: {"plain": clock(1)}) == "plain"
 
 
 @pytest.mark.parametrize("value", ["off", "OFF", "0"])

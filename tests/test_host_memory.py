@@ -76,3 +76,13 @@ def test_memory_is_freed_with_the_last_tensor() -> None:
 def test_memory_that_is_not_there_is_told_in_one_line() -> None:
     with pytest.raises(FastKVError, match=r"out of memory .*take a shorter prompt"), explain_out_of_memory():
         zeros((2**55,), torch.float32, CPU)
+
+
+@needs_advice
+def test_saving_one_tensor_saves_no_other(tmp_path: Path) -> None:
+    memory = HostMemory()
+    small, other = memory.empty((3,), torch.float32, CPU).fill_(1), memory.empty((4,), torch.int8, CPU).fill_(2)
+    torch.save({"small": small, "other": other}, tmp_path / "file")
+    assert (tmp_path / "file").stat().st_size < 10_000
+    assert torch.equal(torch.load(tmp_path / "file")["small"], small)
+    assert small.untyped_storage().nbytes() == 12

@@ -17,7 +17,7 @@ from fastkv.kernels import products
 from fastkv.kernels.int8 import dequantised, int8_product, quantise_, ways_of
 from fastkv.models.layers import Embedding
 from fastkv.models.linear import Linear
-from fastkv.models.weights import model_bytes
+from fastkv.models.weights import checkpoint_tensors, model_bytes
 
 PROMPT = torch.randint(3, 256, (300,), generator=torch.Generator().manual_seed(1)).tolist()
 
@@ -243,3 +243,43 @@ def test_what_int8_costs_is_told(
     assert float(rows[0][5]) == 0
     assert 0 < float(rows[1][3]) < float(rows[2][3])
     assert weights_quality.main([*argv[:4], "--context", "9000"]) == 2
+
+
+@pytest.mark.parametrize("way", ["dequantise", "packed", "pair"])
+def test_integers_alone_do_not_overflow_float16(way: str) -> None:
+    """Their sum may be beyond its range where the product is not."""
+    ways = ways_of(torch.float16, "cpu")
+    values, scale = quantised(noise(48, 1024) / 32)
+    x = (60 * noise(4, 1024)).half()
+    with torch.inference_mode():
+        found = ways.get(way, ways["dequantise"])(x, values, scale)
+        expected = F.linear(x.float(), dequantised(values, scale, torch.float32))
+    assert bool(found.isfinite().all())
+    assert float((found.float() - expected).abs().max()) < 0.02 * float(expected.abs().max())
+
+
+def test_what_is_not_a_number_stays_so() -> None:
+    """It is then seen in the logits. A row of almost nothing is a row of zeros."""
+    matrix = noise(4, 64)
+    matrix[1, 5], matrix[2, 7], matrix[3] = torch.nan, torch.inf, 1e-44
+    values, scale = quantised(matrix)
+    found = F.linear(torch.ones(1, 64), dequantised(values, scale, torch.float32))[0]
+    assert found.isfinite().tolist() == [True, False, False, True]
+    assert found[3] == 0
+
+
+@pytest.mark.parametrize("rows", [1, 8, 200])
+def test_gradients_pass_int8_weights(rows: int) -> None:
+    layer = Linear(64, 48)
+    values, layer.scale = quantised(noise(48, 64))
+    layer.weight = torch.nn.Parameter(values, requires_grad=False)
+    x = noise(rows, 64).requires_grad_()
+    layer(x).sum().backward()
+    expected = dequantised(values, layer.scale, torch.float32).sum(dim=0)
+    assert x.grad is not None
+    torch.testing.assert_close(x.grad, expected.expand(rows, -1), atol=1e-4, rtol=1e-4)
+
+
+def test_int8_weights_are_no_checkpoint(int8_llm: LLM) -> None:
+    with pytest.raises(FastKVError, match="int8 weights cannot be written"):
+        checkpoint_tensors(int8_llm.model)

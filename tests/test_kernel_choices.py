@@ -32,8 +32,9 @@ class Told(Calibration):
         super().__init__(None)
         self.answers, self.questions = list(answers), []  # type: ignore[var-annotated]
 
-    def choose(self, what: str, default: str, ways: Any) -> str:
-        self.questions.append((what, default, sorted(ways())))
+    def choose(self, what: str, default: str, names: Any, ways: Any) -> str:
+        assert sorted(names) == sorted(ways())
+        self.questions.append((what, default, sorted(names)))
         return self.answers.pop(0)
 
 

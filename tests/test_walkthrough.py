@@ -30,7 +30,7 @@ WORDS = " ".join(PROSE.split())
 REQUEST, WEAKNESSES = WORDS.split("## Where FastKV is the wrong choice")
 SOURCES = [
     *ROOT.glob("*.py"),
-    *(path for one in ("cache", "console", "engine", "models") for path in (ROOT / one).rglob("*.py")),
+    *(path for one in ("cache", "console", "engine", "kernels", "models") for path in (ROOT / one).rglob("*.py")),
 ]
 
 
