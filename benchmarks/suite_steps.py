@@ -28,6 +28,7 @@ import old_ways
 import synthetic
 import torch
 from cost import wait_for
+from operations import lines, profiled
 from runners import Runner, engine, measure, random_prompts, transformers
 from selection import timed
 from suite_record import Record
@@ -39,7 +40,6 @@ from fastkv.engine.cost import decode_bytes
 from fastkv.engine.device import resolve_dtype
 from fastkv.models.config import ModelConfig
 from fastkv.models.presets import PRESETS
-from kernels import lines, profiled
 
 K = 1024
 ROOT = Path(__file__).resolve().parent.parent

@@ -68,15 +68,17 @@ class DenseLayer:
         self._set_counts(slots, before + k.shape[2])
 
     def append(self, slots: range, k: Tensor, v: Tensor, places: Tensor) -> None:
-        # Where no graph is ever captured, and all heads are equally long, the host knows the place.
-        if len(slots) == 1 and not self.per_head and self.lengths.device.type == "cpu":
-            slot, first = slots.start, self._stored[slots.start] + self._appended[slots.start]
-            end = first + k.shape[2]
-            self.k[slot : slot + 1, :, first:end], self.v[slot : slot + 1, :, first:end] = k, v
-            return
         index = places.flatten(1).unsqueeze(2).expand(-1, -1, k.shape[3])  # [B, Hkv * T, D]
         for memory, new in ((self.k, k), (self.v, v)):
             memory[slots.start : slots.stop].flatten(1, 2).scatter_(1, index, new.flatten(1, 2))
+
+    def write(self, slots: range, k: Tensor, v: Tensor, places: Tensor) -> None:
+        if self.per_head or len(slots) > 1:
+            self.append(slots, k, v, places)
+            return
+        slot, first = slots.start, self._stored[slots.start] + self._appended[slots.start]
+        end = first + k.shape[2]
+        self.k[slot : slot + 1, :, first:end], self.v[slot : slot + 1, :, first:end] = k, v
 
     def read(self, slots: range, new: int = 0) -> list[Part]:
         if len(slots) == 1:

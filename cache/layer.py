@@ -98,6 +98,9 @@ class KVLayer(Protocol):
         places: int64 [B, Hkv, T], where they belong by `starts` and `lengths`; once a step for all layers.
         """
 
+    def write(self, slots: range, k: Tensor, v: Tensor, places: Tensor) -> None:
+        """As `append`, where no graph is captured: it may go by the host's counts."""
+
     def read(self, slots: range, new: int = 0) -> list[Part]:
         """The live entries and the `new` ones that were appended and not counted yet, by the host's counts.
 

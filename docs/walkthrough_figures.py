@@ -58,7 +58,7 @@ WATCHED: dict[Any, tuple[str, ...]] = {
     Llama: ("embed", "head"),
     Block: ("project", "project_kv", "project_q", "finish_"),
     KVCache: ("store",),
-    DenseLayer: ("append",),
+    DenseLayer: ("write",),
     TokenState: ("take",),
     Sampler: ("sample_slots",),
     scores: ("window_attention", "forward_pooled"),

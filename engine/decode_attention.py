@@ -41,12 +41,12 @@ class EagerAttention:
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         storage, window = self._pool.layers[layer], self._windows[layer]
         if len(self._runs) == 1:
-            storage.append(self._runs[0], k, v, self._places[0][layer])
+            storage.write(self._runs[0], k, v, self._places[0][layer])
             return attend_parts(storage.read(self._runs[0], self._n_new), q, window)
         attended, first = [], 0
         for run, places in zip(self._runs, self._places, strict=True):
             part = slice(first, first + len(run))
-            storage.append(run, k[part], v[part], places[layer])
+            storage.write(run, k[part], v[part], places[layer])
             attended.append(attend_parts(storage.read(run, self._n_new), q[part], window))
             first = part.stop
         return torch.cat(attended)

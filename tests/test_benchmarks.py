@@ -36,7 +36,7 @@ MODULES = (
     "cost",
     "device_ceilings",
     "gpu_suite",
-    "kernels",
+    "operations",
     "latency",
     "layer_pairs",
     "machine",
@@ -545,7 +545,7 @@ def test_where_the_time_goes(
 ) -> None:
     argv = ["--model", str(archive_folder), "--context", "300", "--new-tokens", "5", "--top", "3", "--device", "cpu"]
     argv += more
-    assert benchmarks.kernels.main(argv) == 0
+    assert benchmarks.operations.main(argv) == 0
     out = capsys.readouterr().out
     assert size in out
     assert "\nprefill: " in out
@@ -553,7 +553,7 @@ def test_where_the_time_goes(
     rows = [line for line in out.splitlines() if line.startswith("| ") and " % | " in line]
     assert len(rows) == 6
     assert any("aten::" in row for row in rows)
-    assert benchmarks.kernels.main([*argv, "--policy", "half"]) == 2
+    assert benchmarks.operations.main([*argv, "--policy", "half"]) == 2
     assert "--policy must be one of" in capsys.readouterr().err
 
 
@@ -682,7 +682,7 @@ def test_the_suite_for_a_gpu_runs_anywhere(
     argv = ["--out", str(tmp_path), *SUITE, str(archive_folder), "--steps"]
     steps = ["ceilings", "decode", "first", "tsp-layer", "padding", "scores", "profiles", "million"]
     monkeypatch.setattr(benchmarks.gpu_suite, "gc", SimpleNamespace(collect=lambda: None))  # slow among so many tests
-    shares = [benchmarks.kernels.Share("mm", 3, 1.0), benchmarks.kernels.Share("add", 5, 0.5)]
+    shares = [benchmarks.operations.Share("mm", 3, 1.0), benchmarks.operations.Share("add", 5, 0.5)]
     monkeypatch.setattr(benchmarks.suite_steps, "profiled", lambda work, device: (work(), (2.0, shares))[1])
     before = list(sys.path)
     assert benchmarks.gpu_suite.main([*argv, *steps]) == 0

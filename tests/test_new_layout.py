@@ -47,6 +47,8 @@ class GrowingLayer:
         for slot, *entry in zip(slots, k, v, strict=True):
             self._slots[slot] = torch.cat((self._slots[slot][:, :, : self.count(slot)], torch.stack(entry)), dim=2)
 
+    write = append
+
     def read(self, slots: range, new: int = 0) -> list[Part]:
         return [
             Part(*(half[None] for half in self._slots[slot]), slice(index, index + 1))

@@ -1,6 +1,6 @@
 """Where the time goes: the operations of a prefill and of decode steps, the costly ones first.
 
-    python benchmarks/kernels.py --model llama-100m --context 4096 --policy fastkv
+    python benchmarks/operations.py --model llama-100m --context 4096 --policy fastkv
 
 On a GPU these are its kernels, and what the device spent between them is idle; on a CPU, torch's operations without
 those that they call. The steps of several prompts (`--batch`) are run eagerly, without graphs.
@@ -67,7 +67,7 @@ def lines(title: str, seconds: float, shares: list[Share], top: int) -> Iterator
 
 
 def run(argv: Sequence[str]) -> None:
-    parser = Parser(prog="kernels.py", description="Where the time of prefill and decoding goes.")
+    parser = Parser(prog="operations.py", description="Where the time of prefill and decoding goes.")
     parser.add_argument("--model", default="llama-100m", help="a preset, with random weights")
     parser.add_argument("--context", type=int, default=4096, metavar="N", help="prompt length (4096)")
     parser.add_argument("--batch", type=int, default=1, metavar="N", help="prompts that decode together (1)")
@@ -125,7 +125,7 @@ def one_step(llm: LLM, ids: torch.Tensor, params: SamplingParams, policy: Policy
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit status."""
-    return guarded("kernels.py", lambda: run(sys.argv[1:] if argv is None else argv))
+    return guarded("operations.py", lambda: run(sys.argv[1:] if argv is None else argv))
 
 
 if __name__ == "__main__":
