@@ -5,7 +5,7 @@ time where all do, what one query costs where no group shares a KV head.
 
 Prints medians for this machine's CPU. Who multiplies is measured where the engine runs (kernels/products.py). Where
 another machine disagrees with the rest, `_propagated_only_pays` (engine/prefill.py), `two_rows_are_faster`
-(engine/attention.py), `_BLOCK_VALUES` and `_LEAST_QUERIES` (cache/scores.py) are where the choice is made.
+(kernels/row_attention.py), `_BLOCK_VALUES` and `_LEAST_QUERIES` (cache/scores.py) are where the choice is made.
 """
 
 from __future__ import annotations
@@ -32,7 +32,8 @@ BYTES = 2**28  # of matrices that no cache holds together
 TOKENS, PROPAGATED = 8192, 1638
 HEADS, KV_HEADS, HEAD_DIM = 12, 4, 64
 
-compiled: Product | None = None  # the product of one row by torch.compile, where it works
+# A vector in huge pages, and one in memory as torch gives it: reading them is what memory gives.
+READ: dict[str, torch.Tensor] = {}
 
 
 def median(work: Callable[[], object], runs: int) -> float:
@@ -54,46 +55,63 @@ def multiply(product: Product, x: torch.Tensor, matrices: list[torch.Tensor]) ->
 
 def products(dtype: torch.dtype) -> None:
     """How fast a few rows are multiplied with many matrices, and many rows with one, each way."""
-    vector = zeros((BYTES // 4,), torch.float32, torch.device("cpu")).fill_(1)
-    bandwidth, plainly = (
-        BYTES / 1e9 / median(partial(torch.dot, each, each), 15) for each in (vector, torch.ones(BYTES // 4))
-    )
-    print(f"reading memory: {bandwidth:.1f} GB/s; as torch gives it: {plainly:.1f} GB/s")
     for rows, columns in SHAPES:
         memory, count = HostMemory(), max(1, BYTES // (dtype.itemsize * rows * columns))
         matrices = [
-            memory.empty((rows, columns), dtype, vector.device).copy_(torch.randn(rows, columns)) for _ in range(count)
+            memory.empty((rows, columns), dtype, torch.device("cpu")).copy_(torch.randn(rows, columns))
+            for _ in range(count)
         ]
         for n in FEW:
             work = sum(matrix.nbytes for matrix in matrices)
-            compare(torch.randn(n, columns).to(dtype), matrices, work, "GB/s", bandwidth)
+            compare(torch.randn(n, columns).to(dtype), matrices, work, "GB/s")
         if rows <= MANY:  # the head only ever sees the last tokens
             compare(torch.randn(MANY, columns).to(dtype), matrices[:1], 2 * MANY * rows * columns, "GFLOP/s")
 
 
-def compare(x: torch.Tensor, matrices: list[torch.Tensor], work: int, unit: str, limit: float | None = None) -> None:
-    """Print how fast x times each of the matrices, `work` in all, is made each way; the best beside `limit`."""
-    ways = ways_of(x.dtype) if len(x) == 1 else {name: way for name, way in ways_of(x.dtype).items() if name != "split"}
-    if len(x) == 1 and compiled is not None:
-        ways = {**ways, "compiled": compiled}
-    speeds = {name: work / 1e9 / median(partial(multiply, way, x, matrices), 15) for name, way in ways.items()}
-    share = "" if limit is None else f"; best {100 * max(speeds.values()) / limit:.0f} % of reading memory"
-    told = ", ".join(f"{name} {speed:.1f} {unit}" for name, speed in speeds.items())
-    print(f"{str(x.dtype).removeprefix('torch.')} {len(x)} x {list(matrices[0].shape)}: {told}{share}")
+def compare(x: torch.Tensor, matrices: list[torch.Tensor], work: int, unit: str) -> None:
+    """Print how fast x times each of the matrices, `work` in all, is made each way; of one row, beside memory's speed.
+
+    All in turn: what memory gives on a machine that others share changes within seconds.
+    """
+    ways = {name: partial(multiply, way, x, matrices) for name, way in ways_of(x.dtype).items()}
+    about = f"{str(x.dtype).removeprefix('torch.')} {len(x)} x {list(matrices[0].shape)}"
+    if len(x) > 1:
+        ways.pop("split", None)
+        speeds = {name: work / 1e9 / seconds for name, seconds in medians(ways, 15).items()}
+        print(f"{about}: {', '.join(f'{name} {speed:.1f} {unit}' for name, speed in speeds.items())}")
+        return
+    compiled = compiled_product()
+    if compiled is not None:
+        ways["compiled"] = partial(multiply, compiled, x, matrices)
+    for name, vector in READ.items():
+        ways[name] = partial(torch.dot, vector, vector)
+    speeds = {name: (BYTES if name in READ else work) / 1e9 / taken for name, taken in medians(ways, 15).items()}
+    limit = speeds["memory"]
+    print(f"{about}: {', '.join(f'{name} {speed:.1f} ({speed / limit:.0%})' for name, speed in speeds.items())} {unit}")
+
+
+def medians(ways: dict[str, Callable[[], object]], runs: int) -> dict[str, float]:
+    """Seconds of each, all of them in turn, after one round that is not counted."""
+    times: dict[str, list[float]] = {name: [] for name in ways}
+    for _ in range(1 + runs):
+        for name, way in ways.items():
+            started = time.perf_counter()
+            way()
+            times[name].append(time.perf_counter() - started)
+    return {name: statistics.median(taken[1:]) for name, taken in times.items()}
 
 
 def compiled_product() -> Product | None:
     """One row as torch.compile multiplies it; None where it does not work."""
+    torch.compiler.reset()  # it compiles one function for a few shapes only
 
-    @partial(torch.compile, dynamic=False)
+    @partial(torch.compile, dynamic=False, fullgraph=True)
     def product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         return linear(x, weight, bias)
 
     try:
-        with torch.inference_mode():
-            product(torch.ones(1, 8), torch.ones(4, 8), None)
-    except Exception as error:  # whatever the compiler raises
-        print(f"no torch.compile here ({str(error).splitlines()[0]})")
+        product(torch.ones(1, 8), torch.ones(4, 8), None)
+    except Exception:  # whatever the compiler raises
         return None
     return product
 
@@ -135,8 +153,8 @@ def one_row(dtype: torch.dtype) -> None:
 def main() -> None:
     torch.manual_seed(0)
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads")
-    global compiled
-    compiled = compiled_product()
+    READ["memory"] = zeros((BYTES // 4,), torch.float32, torch.device("cpu")).fill_(1)
+    READ["plain memory"] = torch.ones(BYTES // 4)
     for kind in (torch.float32, torch.bfloat16):
         products(kind)
     for kind in (torch.float32, torch.bfloat16):

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import platform
 from datetime import date
-from pathlib import Path
 from typing import Any
 
 import torch
 
 import fastkv
 from fastkv import LLM
+from fastkv.kernels.calibration import cpu_name
 
 
 def machine(llm: LLM) -> dict[str, Any]:
@@ -22,7 +22,7 @@ def device_and_versions(device: torch.device) -> dict[str, Any]:
     """The same where there is no model; of a CPU its name and threads."""
     on_gpu = device.type == "cuda"
     threads = torch.get_num_threads()
-    on_cpu = f"{_cpu_name()}, {threads} thread{'s' if threads > 1 else ''}"
+    on_cpu = f"{cpu_name()}, {threads} thread{'s' if threads > 1 else ''}"
     return {
         "date": date.today().isoformat(),
         "device": torch.cuda.get_device_name(device) if on_gpu else on_cpu,
@@ -31,11 +31,3 @@ def device_and_versions(device: torch.device) -> dict[str, Any]:
         "torch": torch.__version__,
         "python": platform.python_version(),
     }
-
-
-def _cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    return next((line.split(": ")[1] for line in lines if line.startswith("model name")), platform.processor())

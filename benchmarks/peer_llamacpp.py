@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import inspect
 import json
 import shlex
 import sys
@@ -97,11 +96,7 @@ def check_model(args: argparse.Namespace, config: ModelConfig) -> None:
     """FastKVError for a model, and for weights, that cannot be measured."""
     from gguf_file import check_convertible
 
-    from fastkv import LLM
-
     check_convertible(config)
-    if "int8" in args.weights and "weights" not in inspect.signature(LLM).parameters:
-        raise FastKVError("--weights int8: this version of fastkv has none; leave int8 out")
     if max(args.context) + args.new_tokens > config.context_length:
         raise FastKVError(
             f"--context {max(args.context)} with --new-tokens {args.new_tokens} is more than the model's context of "
@@ -111,10 +106,12 @@ def check_model(args: argparse.Namespace, config: ModelConfig) -> None:
 
 def load(args: argparse.Namespace, folder: Path) -> dict[tuple[str, str], LLM]:
     """The model by (how it runs, its weights): plain, and compiled where that is asked for, with each of --weights."""
-    chosen: dict[str, dict[str, str]] = {"float32": {}, "int8": {"weights": "int8"}}
+    chosen = {"float32": None, "int8": "int8"}
     ways = {"": False} | ({" compiled": True} if args.compile else {})
     return {
-        (name, weights): load_model(folder, args.threads, dtype="float32", device="cpu", compile=way, **chosen[weights])
+        (name, weights): load_model(
+            folder, args.threads, dtype="float32", device="cpu", compile=way, weights=chosen[weights]
+        )
         for name, way in ways.items()
         for weights in args.weights
     }

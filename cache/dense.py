@@ -73,7 +73,7 @@ class DenseLayer:
             memory[slots.start : slots.stop].flatten(1, 2).scatter_(1, index, new.flatten(1, 2))
 
     def write(self, slots: range, k: Tensor, v: Tensor, places: Tensor) -> None:
-        if self.per_head or len(slots) > 1:
+        if len(slots) > 1:
             self.append(slots, k, v, places)
             return
         slot, first = slots.start, self._stored[slots.start] + self._appended[slots.start]

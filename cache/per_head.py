@@ -60,6 +60,9 @@ class PerHeadLayer(DenseLayer):
         self.append(slots, k, v, places)
         self._add(slots, k.shape[2])
 
+    def write(self, slots: range, k: Tensor, v: Tensor, places: Tensor) -> None:
+        self.append(slots, k, v, places)  # each head has its own place, which `places` says
+
     def read(self, slots: range, new: int = 0) -> list[Part]:
         return [
             self._of_head(index, slot, head, new)

@@ -19,7 +19,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from fastkv.cache.layer import Part
 from fastkv.engine.merged_attention import merged_attention, why_not_merged
 from fastkv.errors import FastKVError, check_choice
-from fastkv.kernels.row_attention import row_attention
+from fastkv.kernels.row_attention import row_attention, two_rows_are_faster
 
 BACKENDS = {
     "cudnn": SDPBackend.CUDNN_ATTENTION,
@@ -267,12 +267,3 @@ def decode_attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None = N
     with without_cudnn(q.device):
         attended = F.scaled_dot_product_attention(rows, k, v, attn_mask=visible)
     return attended[:, :, :n_rows].reshape(q.shape)
-
-
-def two_rows_are_faster(q: Tensor) -> bool:
-    """Whether attention of one row takes longer than that of the same row twice.
-
-    On a CPU so for short dtypes (benchmarks/choices.py). On a GPU so, too: flash attention splits the entries over the
-    multiprocessors only where there are several rows for each head.
-    """
-    return q.device.type == "cuda" or q.dtype != torch.float32

@@ -19,7 +19,8 @@ from torch import Tensor
 from fastkv.cache.dense import DenseLayer
 from fastkv.cache.layer import EntryShape
 from fastkv.cache.pool import KVPool
-from fastkv.engine.attention import attend_parts, two_rows_are_faster, without_cudnn
+from fastkv.engine.attention import attend_parts, without_cudnn
+from fastkv.kernels.row_attention import two_rows_are_faster
 
 Windows = Sequence[int | None]  # the sliding window of each layer, in tokens
 

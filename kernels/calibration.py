@@ -1,6 +1,6 @@
 """Which of several ways to compute the same is fastest here: measured once, remembered in the user's cache folder.
 
-A choice is made by timing when it is first asked for, some milliseconds each, and written down for this CPU, torch
+A choice is made by timing when it is first asked for, and written down for this CPU, torch
 version and number of threads; from then on it stays. Deleting the folder `calibration` there begins anew.
 FASTKV_CALIBRATION=off measures nothing and reads nothing: every choice is its default, for runs that are to be
 reproduced.
@@ -54,7 +54,6 @@ class Calibration:
         self._file = file
         self._choices = {} if file is None else _read(file)
         self._asked: dict[str, Choice] = {}
-        self._forgotten: set[str] = set()  # what the file says of these is not for this version
         self._lock = threading.RLock()  # a way may need a choice of its own
 
     def choose(self, what: str, default: str, names: Collection[str], ways: Callable[[], Mapping[str, Way]]) -> str:
@@ -64,10 +63,10 @@ class Calibration:
         makes what is to be timed, by name. A way that raises an error is out.
         """
         with self._lock:
-            if what not in self._choices or self._choices[what].way not in names:
-                self._forgotten.add(what)
+            known = self._choices.get(what)
+            if known is None or known.way not in names:
                 self._choices[what] = _measured(default, ways())
-                self._save()
+                self._save(what, names)
             self._asked[what] = self._choices[what]
             return self._asked[what].way
 
@@ -76,11 +75,14 @@ class Calibration:
         with self._lock:
             return dict(self._asked)
 
-    def _save(self) -> None:
+    def _save(self, what: str, names: Collection[str]) -> None:
         if self._file is None:
             return
         # Another process may have measured meanwhile: what it wrote stays, so that the first one decides.
-        self._choices |= {what: each for what, each in _read(self._file).items() if what not in self._forgotten}
+        there = _read(self._file)
+        if what in there and there[what].way not in names:
+            del there[what]
+        self._choices |= there
         written = {name: {"way": each.way, "seconds": each.seconds} for name, each in self._choices.items()}
         content = json.dumps({"format": _FORMAT, "machine": _machine(), "choices": written}, indent=1)
         try:

@@ -1,9 +1,8 @@
 """Products of rows with a weight matrix of 8-bit integers: W[o] = scale[o] * values[o], each output with its own scale.
 
 Symmetric: a scale is the largest of its row's absolute values / 127, and zero stays zero. Activations are never rounded
-to 8 bits: with one scale for a row of them, that cost 3 % of a small model's perplexity, 8-bit weights 0.3 % (docs/
-speed.md). The ways differ in how the integers meet the activations; which one is taken is measured, as in
-kernels/products.py.
+to 8 bits: single large ones would leave few levels for the others of their row. The ways differ in how the integers
+meet the activations; which one is taken is measured, as in kernels/products.py.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ Int8Product = Callable[[Tensor, Tensor, Tensor], Tensor]
 _LEVELS = 127
 _ZERO = 1e-35  # no float32 divides what is smaller by _LEVELS without loss
 _AT_A_TIME = 2**22  # weights that are floats at a time: 16 MiB of float32
-_chosen: dict[tuple[int, torch.Size, torch.dtype, int], Int8Product] = {}
+_chosen: dict[tuple[int, torch.Size, torch.dtype, str, int], Int8Product] = {}
 
 
 def quantise_(values: Tensor, scale: Tensor, matrix: Tensor) -> None:
@@ -62,20 +61,23 @@ def _compiled(x: Tensor, values: Tensor, scale: Tensor) -> Tensor:
 
 def _product_for(rows: int, values: Tensor, dtype: torch.dtype) -> Int8Product:
     """How `rows` rows of `dtype` are multiplied with int8 weights of this shape here."""
-    ways = ways_of(dtype, values.device.type)
     if not 0 < rows <= MOST_TOGETHER or values.numel() < SMALLEST:
-        return _dequantise
+        return dequantised_product
+    key = (1 if rows == 1 else MOST_TOGETHER, values.shape, dtype, values.device.type, torch.get_num_threads())
+    known = _chosen.get(key)
+    if known is None:
+        known = _chosen[key] = _choose(key[0], values, dtype)
+    return known
+
+
+def _choose(rows: int, values: Tensor, dtype: torch.dtype) -> Int8Product:
+    ways = ways_of(dtype, values.device.type)
     if values.device.type != "cpu" or not is_on():
         order = ("pair", "packed") if dtype == torch.float32 else ("packed", "pair")  # the first one rounds less
         return next(ways[name] for name in (*order, "dequantise") if name in ways)
-    key = (1 if rows == 1 else MOST_TOGETHER, values.shape, dtype, torch.get_num_threads())
-    known = _chosen.get(key)
-    if known is None:
-        shape = " x ".join(map(str, values.shape))
-        about = f"int8 product of {key[0]} x {values.shape[1]} with {shape}, {str(dtype).removeprefix('torch.')}"
-        way = calibration().choose(about, "dequantise", ways, lambda: _timed(key[0], values, dtype))
-        known = _chosen[key] = ways.get(way, _dequantise)
-    return known
+    shape = " x ".join(map(str, values.shape))
+    about = f"int8 product of {rows} x {values.shape[1]} with {shape}, {str(dtype).removeprefix('torch.')}"
+    return ways[calibration().choose(about, "dequantise", ways, lambda: _timed(rows, values, dtype))]
 
 
 def forget() -> None:
@@ -99,16 +101,14 @@ def _timed(rows: int, values: Tensor, dtype: torch.dtype) -> dict[str, Way]:
 def ways_of(dtype: torch.dtype, device: str) -> dict[str, Int8Product]:
     """The ways that work here, by name: "dequantise", which always does; "packed" and "pair" where torch has them."""
     others = {"packed": _packed, "pair": _pair} if device == "cpu" else {"packed": _packed}
-    return {"dequantise": _dequantise, **{name: way for name, way in others.items() if _agrees(way, dtype, device)}}
+    return {
+        "dequantise": dequantised_product,
+        **{name: way for name, way in others.items() if _agrees(way, dtype, device)},
+    }
 
 
-def with_gradients(x: Tensor, values: Tensor, scale: Tensor) -> Tensor:
-    """The product by the one way that gradients can pass."""
-    return _dequantise(x, values, scale)
-
-
-def _dequantise(x: Tensor, values: Tensor, scale: Tensor) -> Tensor:
-    """As floats, some rows at a time, so that there is never a whole matrix of them."""
+def dequantised_product(x: Tensor, values: Tensor, scale: Tensor) -> Tensor:
+    """As floats, some rows at a time, so that there is never a whole matrix of them. Gradients pass this way alone."""
     rows = max(1, _AT_A_TIME // values.shape[1])
     # The scale comes before the sum, which the integers alone would take beyond float16.
     pieces = zip(values.split(rows), scale.split(rows), strict=True)

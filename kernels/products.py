@@ -61,8 +61,7 @@ def _choose(kind: int, weight: Tensor) -> Product:
         return ways[default]
     shape = " x ".join(map(str, weight.shape))
     what = f"product of {kind} x {weight.shape[1]} with {shape}, {str(weight.dtype).removeprefix('torch.')}"
-    name = calibration().choose(what, default, ways, lambda: _timed(kind, weight, ways))
-    return ways.get(name, ways[default])
+    return ways[calibration().choose(what, default, ways, lambda: _timed(kind, weight, ways))]
 
 
 def _timed(kind: int, weight: Tensor, ways: Mapping[str, Product]) -> dict[str, Way]:

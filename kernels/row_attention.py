@@ -22,17 +22,17 @@ _COLD = 32 << 20  # bytes of entries that are read in turn while a way is timed
 _MOST = 64  # layers' worth of them
 _ROOM = 64  # entries
 _LONG = 13  # 8,192 entries: what is timed takes no more memory than those
-_chosen: dict[tuple[int, ...], dict[torch.dtype, RowAttention]] = {}
+_chosen: dict[tuple[int | torch.dtype, ...], RowAttention] = {}
 
 
 def row_attention(rows: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """rows [B, Hkv, G, D] attend to all entries k and v [B, Hkv, n, D]. -> [B, Hkv, G, D]."""
     _, n_kv_heads, n_rows, head_dim = rows.shape
     # A choice holds for numbers of entries up to the next power of two; there is one for all long caches.
-    key = (n_kv_heads, n_rows, head_dim, min(k.shape[2].bit_length(), _LONG), torch.get_num_threads())
-    known = _chosen.get(key, {}).get(rows.dtype)
+    key = (n_kv_heads, n_rows, head_dim, min(k.shape[2].bit_length(), _LONG), rows.dtype, torch.get_num_threads())
+    known = _chosen.get(key)
     if known is None:
-        known = _chosen.setdefault(key, {})[rows.dtype] = _choose(rows, k)
+        known = _chosen[key] = _choose(rows, k)
     return known(rows, k, v)
 
 
@@ -47,17 +47,24 @@ def ways_of(n_rows: int) -> dict[str, RowAttention]:
     return ways if n_rows > 1 else {**ways, "twice": _twice}
 
 
+def two_rows_are_faster(q: Tensor) -> bool:
+    """Whether attention of one row takes longer than that of the same row twice.
+
+    On a CPU so for short dtypes (benchmarks/choices.py). On a GPU so, too: flash attention splits the entries over the
+    multiprocessors only where there are several rows for each head.
+    """
+    return q.device.type == "cuda" or q.dtype != torch.float32
+
+
 def _choose(rows: Tensor, k: Tensor) -> RowAttention:
     _, n_kv_heads, n_rows, head_dim = rows.shape
     ways = ways_of(n_rows)
-    # One row of a short dtype takes torch longer than two of them do (benchmarks/choices.py).
-    default = "twice" if n_rows == 1 and rows.dtype != torch.float32 else "fused"
+    default = "twice" if n_rows == 1 and two_rows_are_faster(rows) else "fused"
     if not is_on():
         return ways[default]
     n = 1 << min(k.shape[2].bit_length(), _LONG)
     shape = f"{n_kv_heads} x {n_rows} heads of {head_dim}, {n} entries, {str(rows.dtype).removeprefix('torch.')}"
-    way = calibration().choose(f"attention of {shape}", default, ways, lambda: _timed(rows[:1], n, ways))
-    return ways.get(way, ways[default])
+    return ways[calibration().choose(f"attention of {shape}", default, ways, lambda: _timed(rows[:1], n, ways))]
 
 
 def _timed(rows: Tensor, n: int, ways: dict[str, RowAttention]) -> dict[str, Way]:

@@ -21,8 +21,8 @@ def step_threads(weight: Tensor) -> int | None:
     shape = " x ".join(map(str, weight.shape))
     what = f"threads of a step, {shape}, {str(weight.dtype).removeprefix('torch.')}"
     counts = {str(most >> halvings): most >> halvings for halvings in range(most.bit_length())}
-    chosen = calibration().choose(what, str(most), counts, lambda: _timed(weight, counts))
-    return counts[chosen] if counts.get(chosen, most) != most else None
+    chosen = counts[calibration().choose(what, str(most), counts, lambda: _timed(weight, counts))]
+    return None if chosen == most else chosen
 
 
 @contextmanager

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastkv.kernels.int8 import dequantised, int8_product, with_gradients
+from fastkv.kernels.int8 import dequantised, dequantised_product, int8_product
 from fastkv.kernels.products import product_for
 
 
@@ -52,7 +52,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor | None 
     the other ways have none.
     """
     if scale is not None:
-        y = with_gradients(x, weight, scale) if torch.is_grad_enabled() else int8_product(x, weight, scale)
+        y = dequantised_product(x, weight, scale) if torch.is_grad_enabled() else int8_product(x, weight, scale)
         return y if bias is None else y + bias
     if x.device.type != "cpu" or torch.is_grad_enabled():
         return F.linear(x, weight, bias)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import re
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -71,13 +71,14 @@ def model_bytes(config: ModelConfig, dtype: torch.dtype, weights: str | None = N
     try:
         model = meta_model(config)
         kept = model.named_parameters()
-        return sum(_bytes_of(parameter, dtype, _is_int8(model, name, weights)) for name, parameter in kept)
+        return sum(_bytes_of(parameter.shape, dtype, _is_int8(model, name, weights)) for name, parameter in kept)
     except RuntimeError:  # a matrix of more values than torch can count
         return sys.maxsize
 
 
-def _bytes_of(parameter: Tensor, dtype: torch.dtype, int8: bool) -> int:
-    return parameter.numel() + 4 * len(parameter) if int8 else parameter.numel() * dtype.itemsize
+def _bytes_of(shape: Sequence[int], dtype: torch.dtype, int8: bool) -> int:
+    """Of a parameter; of an int8 one with its scales."""
+    return math.prod(shape) + 4 * shape[0] if int8 else math.prod(shape) * dtype.itemsize
 
 
 def _is_int8(model: Llama, name: str, weights: str | None) -> bool:
@@ -113,19 +114,16 @@ def load_weights(
         total = model_bytes(config, dtype, weights)
         done = held = 0
         for target in plan:
-            pieces = (checkpoint.read(source.name) for source in target.sources)
             int8 = _is_int8(model, target.name, weights)
+            pieces = (checkpoint.read(source.name) for source in target.sources)
             if int8:
                 _assign_int8(model, target.name, target.shape, pieces, memory, device)
             elif target.name == _EMBEDDING and not config.tie_word_embeddings and device.type == "cpu":
                 _assign(model, target.name, next(pieces).to(dtype))
             else:
-                value = memory.empty(target.shape, dtype, device)
-                for part, piece in zip(value.split(target.rows), pieces, strict=True):
-                    part.copy_(piece)
-                _assign(model, target.name, value)
-            count = math.prod(target.shape)
-            done, held = done + (count + 4 * target.shape[0] if int8 else count * dtype.itemsize), held + count
+                _assign(model, target.name, _stacked(pieces, target.rows, memory.empty(target.shape, dtype, device)))
+            done += _bytes_of(target.shape, dtype, int8)
+            held += math.prod(target.shape)
             if held > _HELD:
                 checkpoint.unmap()
                 held = 0
@@ -215,6 +213,13 @@ def _ready(model: Llama, dtype: torch.dtype, device: torch.device) -> Llama:
 def _assign(model: nn.Module, name: str, value: Tensor) -> None:
     owner, _, leaf = name.rpartition(".")
     setattr(model.get_submodule(owner), leaf, nn.Parameter(value, requires_grad=False))
+
+
+def _stacked(pieces: Iterable[Tensor], rows: Sequence[int], value: Tensor) -> Tensor:
+    """`value`, filled with the pieces, which have so many rows."""
+    for part, piece in zip(value.split(list(rows)), pieces, strict=True):
+        part.copy_(piece)
+    return value
 
 
 def _assign_int8(

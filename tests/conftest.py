@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import importlib
 import itertools
 import os
 import signal
+import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -62,3 +67,13 @@ def tiny_llm(tiny_folder: Path) -> LLM:
 @pytest.fixture(scope="session")
 def archive_llm(archive_folder: Path) -> LLM:
     return LLM(archive_folder, dtype="float32", device="cpu")
+
+
+@pytest.fixture
+def benchmarks(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """The modules of benchmarks/, which is a folder of scripts and no package."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    names = [path.stem for path in (ROOT / "benchmarks").glob("*.py")]
+    yield SimpleNamespace(**{name: importlib.import_module(name) for name in names})
+    for name in names:
+        sys.modules.pop(name, None)

@@ -34,7 +34,7 @@ def lengths(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 def heads_of(n_tokens: int) -> tuple[Tensor, Tensor, Tensor]:
-    """In memory that holds NaN behind the tokens, as memory may that was used before."""
+    """In memory that holds NaN after the tokens, as memory may that was used before."""
     torch.manual_seed(n_tokens)
     heads = torch.randn(2, 8, n_tokens + 40, 8)
     heads[:, :, n_tokens:] = torch.nan

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import re
 import struct
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -27,38 +26,6 @@ from fastkv.engine.cost import decode_bytes, first_pass_flops, prefill_flops
 from fastkv.engine.step import Caches, EagerStepper
 from fastkv.kernels import key_products, products
 from fastkv.models.presets import PRESETS
-
-MODULES = (
-    "ablation",
-    "answers",
-    "choices",
-    "runners",
-    "cost",
-    "device_ceilings",
-    "gpu_suite",
-    "operations",
-    "latency",
-    "layer_pairs",
-    "machine",
-    "mass_calibration",
-    "old_ways",
-    "peer",
-    "plot",
-    "selection",
-    "suite_record",
-    "suite_steps",
-    "synthetic",
-    "table",
-)
-
-
-@pytest.fixture
-def benchmarks(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """The modules of benchmarks/, which is a folder of scripts and no package."""
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    yield SimpleNamespace(**{name: importlib.import_module(name) for name in MODULES})
-    for name in MODULES:
-        sys.modules.pop(name, None)
 
 
 @pytest.fixture
@@ -647,25 +614,33 @@ def test_what_choosing_costs(benchmarks: Any, archive_folder: Path, capsys: pyte
 
 
 def test_who_multiplies(benchmarks: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    """Few rows with every matrix, many rows with those of a prefill, each way that works."""
+    """Few rows with every matrix, many rows with those of a prefill, each way that works; one row beside memory."""
     choices = benchmarks.choices
     monkeypatch.setattr(choices, "SHAPES", ((32, 24), (80, 24)))
     monkeypatch.setattr(choices, "BYTES", 2**14)
     monkeypatch.setattr(choices, "MANY", 64)
+    monkeypatch.setattr(choices, "READ", {"memory": torch.ones(2**12)})
     monkeypatch.setattr(choices, "ways_of", lambda dtype: {"linear": torch.nn.functional.linear, "split": max})
+    monkeypatch.setattr(choices, "compiled_product", lambda: max)
     monkeypatch.setattr(choices, "multiply", lambda *_: None)
     choices.products(torch.float32)
-    first, *lines = capsys.readouterr().out.splitlines()
-    assert re.fullmatch(r"reading memory: [\d.]+ GB/s; as torch gives it: [\d.]+ GB/s", first)
-    speed = r"[\d.]+ (GB/s|GFLOP/s)"
-    form = rf"float32 (.*): linear {speed}(, split {speed})?(; best \d+ % of reading memory)?"
-    measured = [re.fullmatch(form, line) for line in lines]
-    assert [match.group(1, 2) for match in measured if match] == [
-        *((f"{n} x [32, 24]", "GB/s") for n in (1, 8, 32)),
-        ("64 x [32, 24]", "GFLOP/s"),
-        *((f"{n} x [80, 24]", "GB/s") for n in (1, 8, 32)),
-    ]
-    assert [bool(match and match.group(3)) for match in measured] == [True, *[False] * 3, True, *[False] * 2]
+    lines = capsys.readouterr().out.splitlines()
+    one = r"linear [\d.]+ \(\d+%\), split [\d.]+ \(\d+%\), compiled [\d.]+ \(\d+%\), memory [\d.]+ \(100%\) GB/s"
+    for line, about in zip(
+        lines,
+        (
+            f"1 x [32, 24]: {one}",
+            r"8 x [32, 24]: linear [\d.]+ GB/s",
+            r"32 x [32, 24]: linear [\d.]+ GB/s",
+            r"64 x [32, 24]: linear [\d.]+ GFLOP/s",
+            f"1 x [80, 24]: {one}",
+            r"8 x [80, 24]: linear [\d.]+ GB/s",
+            r"32 x [80, 24]: linear [\d.]+ GB/s",
+        ),
+        strict=True,
+    ):
+        shape, _, rest = about.partition(": ")
+        assert re.fullmatch(f"float32 {re.escape(shape)}: {rest}", line), line
 
 
 SUITE = ["--device", "cpu", "--scale", "0.001", "--model"]

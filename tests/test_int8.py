@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -123,7 +124,7 @@ def test_rows_are_multiplied_as_measured(monkeypatch: pytest.MonkeyPatch, cache_
 
     def other(x: Tensor, values: Tensor, scale: Tensor) -> Tensor:
         seen.append(x.numel() // x.shape[-1])
-        return module._dequantise(x, values, scale)
+        return module.dequantised_product(x, values, scale)
 
     def slow(x: Tensor, values: Tensor, scale: Tensor) -> Tensor:
         raise RuntimeError("of another version")
@@ -227,22 +228,19 @@ def test_other_weights_are_refused(weights: str, tiny_folder: Path) -> None:
 
 
 def test_what_int8_costs_is_told(
-    archive_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    archive_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], benchmarks: Any
 ) -> None:
     """A table: nothing for the float weights themselves, little for int8, more for int4."""
-    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "benchmarks"))
-    import weights_quality
-
     text = tmp_path / "text.txt"
     text.write_text((archive_folder.parent / "prompt.txt").read_text()[:1500])
     argv = ["--model", str(archive_folder), "--text", str(text), "--context", "200", "--steps", "20"]
-    assert weights_quality.main(argv) == 0
+    assert benchmarks.weights_quality.main(argv) == 0
     rows = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines()[2:]]
     assert [row[0] for row in rows] == ["float32", "int8", "int4"]
     assert rows[0][2:4] == ["+0.00 %", "0.00000"]
     assert float(rows[0][5]) == 0
     assert 0 < float(rows[1][3]) < float(rows[2][3])
-    assert weights_quality.main([*argv[:4], "--context", "9000"]) == 2
+    assert benchmarks.weights_quality.main([*argv[:4], "--context", "9000"]) == 2
 
 
 @pytest.mark.parametrize("way", ["dequantise", "packed", "pair"])

@@ -46,8 +46,7 @@ def told(monkeypatch: pytest.MonkeyPatch, module: Any, *answers: str) -> Told:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("group", [1, 3])
-@pytest.mark.parametrize("way", ["fused", "products", "twice"])
+@pytest.mark.parametrize(("way", "group"), [("fused", 1), ("products", 1), ("twice", 1), ("fused", 3), ("products", 3)])
 def test_every_way_attends_alike(way: str, group: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     calibration = told(monkeypatch, row_attention, way, way)
     monkeypatch.setattr(row_attention, "_COLD", 2**10)
@@ -68,9 +67,9 @@ def test_every_way_attends_alike(way: str, group: int, dtype: torch.dtype, monke
 def test_a_step_has_the_threads_that_were_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(products, "COLD", 2**10)
     torch.set_num_threads(2)
-    calibration = told(monkeypatch, threads, "1", "2", "a line of another version")
+    calibration = told(monkeypatch, threads, "1", "2")
     weight = torch.zeros(6, 4)
-    assert [threads.step_threads(weight) for _ in range(3)] == [1, None, None]
+    assert [threads.step_threads(weight) for _ in range(2)] == [1, None]
     assert calibration.questions[0] == ("threads of a step, 6 x 4, float32", "2", ["1", "2"])
     torch.set_num_threads(1)
     assert threads.step_threads(weight) is None

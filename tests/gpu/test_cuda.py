@@ -296,7 +296,7 @@ def test_scores_need_no_float32_copy_of_the_keys() -> None:
 @pytest.mark.parametrize("n_tokens", [1000, 17_000, 17_408])
 @torch.inference_mode()
 def test_cudnn_gets_lengths_that_come_again_and_gives_the_same(n_tokens: int) -> None:
-    """Where a prefill's memory holds NaN behind the tokens."""
+    """Where a prefill's memory holds NaN after the tokens."""
     heads = torch.randn(1, 24, n_tokens + 100, 128, device="cuda").bfloat16()
     heads[:, :, n_tokens:] = torch.nan
     q, k, v = heads[:, :, :n_tokens].split((16, 4, 4), dim=1)
