@@ -18,6 +18,7 @@ import torch
 from places import OUTSIDE_MODELS, ROOT
 
 from fastkv import LLM
+from fastkv.kernels import calibration
 
 # A shell that starts `make test &` lets Ctrl-C be ignored, and what we start would inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -36,6 +37,12 @@ def cache_folder(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.M
     folder = tmp_path_factory.getbasetemp() / f"cache-{next(_counter)}"
     monkeypatch.setenv("FASTKV_CACHE", str(folder))
     return folder
+
+
+@pytest.fixture(autouse=True)
+def clock_of_choices(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every way takes the same time, so that no choice depends on what else the machine does."""
+    monkeypatch.setattr(calibration, "_clock", lambda: 0.0)
 
 
 @pytest.fixture(scope="session")
