@@ -18,7 +18,7 @@ run: $(VENV)/run.stamp
 	$(BIN)/fastkv-run --model $(EXAMPLE)/model --prompt $(EXAMPLE)/prompt.txt --policy full
 
 test: $(VENV)/test.stamp
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
 
 lint: $(VENV)/test.stamp
 	$(BIN)/ruff check .
