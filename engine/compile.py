@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastkv.engine.compiled_row import CompiledRow
 from fastkv.errors import FastKVError
 from fastkv.models.block import Block
 from fastkv.models.layers import Rope
@@ -38,6 +39,8 @@ def compile_layers(model: Llama) -> None:
         hidden, blocks[layer], blocks[layer + 1], attended, rope
     )
     model.last = lambda hidden, attended: last(hidden, model, attended)  # type: ignore[method-assign]
+    if model.device.type == "cpu":
+        model.row = CompiledRow(model, {**_options(model.device), "size_asserts": False})  # it compares what changes
 
 
 def _between(hidden: Tensor, block: Block, after: Block, attended: Tensor, rope: Rope) -> _Heads:

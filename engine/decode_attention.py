@@ -39,6 +39,20 @@ class EagerAttention:
         self._pool, self._runs, self._n_new, self._windows = pool, runs, n_new, windows
         self._places = list(map(pool.places, runs, [n_new] * len(runs)))
 
+    @property
+    def is_one_row(self) -> bool:
+        """Whether this is one token of one sequence, all of whose heads are equally long."""
+        return self._n_new == 1 and len(self._runs) == 1 and len(self._runs[0]) == 1 and not self._pool.layout.per_head
+
+    def entries(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Of one row: append k and v [1, Hkv, 1, D], and what its query attends to, k and v [1, Hkv, n, D]."""
+        storage, window = self._pool.layers[layer], self._windows[layer]
+        storage.write(self._runs[0], k, v, self._places[0][layer])
+        (part,) = storage.read(self._runs[0], 1)
+        if window is None:
+            return part.k, part.v
+        return part.k[:, :, -window:], part.v[:, :, -window:]
+
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         storage, window = self._pool.layers[layer], self._windows[layer]
         if len(self._runs) == 1:

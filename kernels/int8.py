@@ -16,6 +16,7 @@ from torch import Tensor
 
 from fastkv.kernels.calibration import Way, calibration, is_on
 from fastkv.kernels.products import MOST_TOGETHER, SMALLEST, cold_copies
+from fastkv.kernels.tracing import is_traced
 
 # (x [..., E], values int8 [O, E], scale float32 [O]) -> [..., O] in x's dtype
 Int8Product = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -44,9 +45,9 @@ def dequantised(values: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
 
 def int8_product(x: Tensor, values: Tensor, scale: Tensor) -> Tensor:
     """x [..., E], values int8 [O, E], scale float32 [O] -> [..., O] in x's dtype."""
-    if torch.compiler.is_compiling() and (x.device.type != "cpu" or all(size == 1 for size in x.shape[:-1])):
+    if is_traced() and (x.device.type != "cpu" or all(size == 1 for size in x.shape[:-1])):
         return _compiled(x, values, scale)
-    if torch.compiler.is_compiling():
+    if is_traced():
         return torch.ops.fastkv.int8_product(x, values, scale)
     return _product_for(x.numel() // x.shape[-1], values, x.dtype)(x, values, scale)
 

@@ -22,18 +22,38 @@ _COLD = 32 << 20  # bytes of entries that are read in turn while a way is timed
 _MOST = 64  # layers' worth of them
 _ROOM = 64  # entries
 _LONG = 13  # 8,192 entries: what is timed takes no more memory than those
-_chosen: dict[tuple[int | torch.dtype, ...], RowAttention] = {}
+_chosen: dict[tuple[int | torch.dtype, ...], tuple[str, RowAttention]] = {}
 
 
 def row_attention(rows: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """rows [B, Hkv, G, D] attend to all entries k and v [B, Hkv, n, D]. -> [B, Hkv, G, D]."""
+    return _chosen_way(rows, k)[1](rows, k, v)
+
+
+def name_for(rows: Tensor, k: Tensor) -> str:
+    """Which of `ways_of` is taken for rows [B, Hkv, G, D] and entries k [B, Hkv, n, D]."""
+    return _chosen_way(rows, k)[0]
+
+
+def _chosen_way(rows: Tensor, k: Tensor) -> tuple[str, RowAttention]:
     _, n_kv_heads, n_rows, head_dim = rows.shape
-    # A choice holds for numbers of entries up to the next power of two; there is one for all long caches.
-    key = (n_kv_heads, n_rows, head_dim, min(k.shape[2].bit_length(), _LONG), rows.dtype, torch.get_num_threads())
+    key = (n_kv_heads, n_rows, head_dim, size_class(k), rows.dtype, torch.get_num_threads())
     known = _chosen.get(key)
     if known is None:
         known = _chosen[key] = _choose(rows, k)
-    return known(rows, k, v)
+    return known
+
+
+def size_class(k: Tensor) -> int:
+    """A choice holds for numbers of entries up to the next power of two, the same for all long caches: its exponent."""
+    return min(k.shape[2].bit_length(), _LONG)
+
+
+def told(rows: Tensor, k: Tensor) -> str:
+    """What a choice is about, in words."""
+    _, n_kv_heads, n_rows, head_dim = rows.shape
+    dtype = str(rows.dtype).removeprefix("torch.")
+    return f"{n_kv_heads} x {n_rows} heads of {head_dim}, {1 << size_class(k)} entries, {dtype}"
 
 
 def forget() -> None:
@@ -56,31 +76,35 @@ def two_rows_are_faster(q: Tensor) -> bool:
     return q.device.type == "cuda" or q.dtype != torch.float32
 
 
-def _choose(rows: Tensor, k: Tensor) -> RowAttention:
-    _, n_kv_heads, n_rows, head_dim = rows.shape
+def _choose(rows: Tensor, k: Tensor) -> tuple[str, RowAttention]:
+    n_rows = rows.shape[2]
     ways = ways_of(n_rows)
-    default = "twice" if n_rows == 1 and two_rows_are_faster(rows) else "fused"
-    if not is_on():
-        return ways[default]
-    n = 1 << min(k.shape[2].bit_length(), _LONG)
-    shape = f"{n_kv_heads} x {n_rows} heads of {head_dim}, {n} entries, {str(rows.dtype).removeprefix('torch.')}"
-    return ways[calibration().choose(f"attention of {shape}", default, ways, lambda: _timed(rows[:1], n, ways))]
+    name = "twice" if n_rows == 1 and two_rows_are_faster(rows) else "fused"
+    if is_on():
+        name = calibration().choose(f"attention of {told(rows, k)}", name, ways, lambda: _timed(rows[:1], k, ways))
+    return name, ways[name]
 
 
-def _timed(rows: Tensor, n: int, ways: dict[str, RowAttention]) -> dict[str, Way]:
-    """What is timed: one query over the entries of a number of layers, so that they come from memory."""
-    _, n_kv_heads, n_rows, head_dim = rows.shape
+def _timed(rows: Tensor, k: Tensor, ways: dict[str, RowAttention]) -> dict[str, Way]:
+    """What is timed: one query over the entries of a number of layers."""
+    entries, q = cold_entries(rows, k), torch.full_like(rows, 0.1)
+
+    def attend(way: RowAttention) -> None:
+        for k, v in entries:
+            way(q, k, v)
+
+    return {name: partial(attend, way) for name, way in ways.items()}
+
+
+def cold_entries(rows: Tensor, k: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """k and v [1, Hkv, n, D] of a number of layers, so many that they come from memory, for the size class of k."""
+    _, n_kv_heads, _, head_dim = rows.shape
+    n = 1 << size_class(k)
     entry = 2 * n_kv_heads * head_dim * rows.dtype.itemsize
     layers = min(_MOST, max(1, _COLD // (n * entry)))
     # As in a cache, which has room for more: the heads do not touch, and some products would copy them.
     both = zeros((2, layers, 1, n_kv_heads, n + _ROOM, head_dim), rows.dtype, rows.device).fill_(0.1)[..., :n, :]
-    q = torch.full((1, n_kv_heads, n_rows, head_dim), 0.1, dtype=rows.dtype)
-
-    def attend(way: RowAttention) -> None:
-        for k, v in zip(both[0], both[1], strict=True):
-            way(q, k, v)
-
-    return {name: partial(attend, way) for name, way in ways.items()}
+    return list(zip(both[0], both[1], strict=True))
 
 
 def _products(rows: Tensor, k: Tensor, v: Tensor) -> Tensor:

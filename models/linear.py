@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from fastkv.kernels.int8 import dequantised, dequantised_product, int8_product
 from fastkv.kernels.products import product_for
+from fastkv.kernels.tracing import is_traced
 
 
 class Linear(nn.Linear):
@@ -56,7 +57,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor | None 
         return y if bias is None else y + bias
     if x.device.type != "cpu" or torch.is_grad_enabled():
         return F.linear(x, weight, bias)
-    if torch.compiler.is_compiling():
+    if is_traced():
         return _compiled(x, weight, bias)
     return product_for(x.numel() // x.shape[-1], weight)(x, weight, bias)
 

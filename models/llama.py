@@ -6,6 +6,7 @@ What a family builds otherwise it says itself (family.py); one layer is a Block 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -17,9 +18,25 @@ from fastkv.models.layers import Embedding, Rope, RotaryEmbeddings
 from fastkv.models.linear import Linear
 
 
-class Llama(nn.Module):
-    """Embedding, blocks and head of any supported family."""
+class RowFunctions(Protocol):
+    """What lies between two looks at the cache, for one token of one sequence. n: the entries that q attends to."""
 
+    def between(
+        self, layer: int, hidden: Tensor, q: Tensor, k: Tensor, v: Tensor, rope: Rope
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Attention of `layer`, its rest, and the projections of the next one.
+
+        hidden [1, 1, E], q [1, Hq, 1, D], k and v [1, Hkv, n, D] -> the new hidden, and q, k and v of the next layer.
+        """
+
+    def last(self, hidden: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Attention of the last layer, its rest and the head -> logits float32 [1, 1, V]."""
+
+
+class Llama(nn.Module):
+    """Embedding, blocks and head of any supported family. row: functions for one row, where there are faster ones."""
+
+    row: RowFunctions | None = None
     _dtype: torch.dtype | None = None
 
     def __init__(self, config: ModelConfig) -> None:

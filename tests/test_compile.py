@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fastkv import LLM, FastKV, FastKVError, SamplingParams
 from fastkv.engine import compile as module
+from fastkv.engine.compiled_row import CompiledRow
 from fastkv.models.layers import Rope
 
 PROMPT = torch.randint(3, 256, (300,), generator=torch.Generator().manual_seed(1)).tolist()
@@ -27,6 +28,10 @@ def test_compiled_layers_give_the_eager_logits_and_tokens(tiny_llm: LLM, tiny_fo
     torch.testing.assert_close(found.logits, expected.logits, atol=1e-4, rtol=1e-4)
     assert all(torch.equal(a, b) for a, b in zip(found.kept, expected.kept, strict=True))
     assert llm.generate(PROMPT, params, policy).token_ids == tiny_llm.generate(PROMPT, params, policy).token_ids
+    row = llm.model.row
+    assert isinstance(row, CompiledRow)
+    assert row._works
+    assert len(row._compiler._codes) == 2  # all layers but the last are alike
     assert llm._model.blocks[0].project.__func__ is llm._model.blocks[5].project.__func__  # compiled once for all
 
 
