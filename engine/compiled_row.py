@@ -1,8 +1,8 @@
 """A decode step of one sequence on a CPU as few compiled functions, each from a layer's entries to the next q, k, v.
 
 A step of a small model spends more time between its operations than in them. So attention over the entries, the rest
-of the layer and the projections of the next one are one function, called directly (engine/direct.py). The cache stays
-as it is: what is read from it comes in, what is written to it goes out.
+of the layer and the projections of the next one are one function, called directly (engine/direct.py), which writes k
+and v into the cache itself.
 """
 
 from __future__ import annotations
@@ -29,11 +29,12 @@ _SHORT = 1024  # entries up to which loops are taken where nothing is measured
 _log = logging.getLogger(__name__)
 
 _Compiled = tuple[DirectCode, list[Tensor]]  # and the weights
-_Inputs = tuple[Tensor, ...]  # hidden, q, k, v, and cos and sin of each rotation where another layer follows
+_Inputs = tuple[Tensor, ...]
+_BEFORE = -1  # in place of a layer: what comes before the first attention
 
 
 class CompiledRow:
-    """The functions of a model for one token of one sequence (RowFunctions). options: of torch's compiler.
+    """The layers of a model for one token of one sequence (RowLayers). options: of torch's compiler.
 
     They are compiled when they are first needed. Where that fails, or sizes do not fit, they run as they are.
     """
@@ -45,26 +46,23 @@ class CompiledRow:
         self._ways: dict[tuple[int, ...], str] = {}
         self._works = True
 
-    def between(
-        self, layer: int, hidden: Tensor, q: Tensor, k: Tensor, v: Tensor, rope: Rope
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """See RowFunctions."""
-        tables = [table for each in rope.rotations for table in (each.cos, each.sin)]
-        hidden, q, k, v = self._run(layer, (hidden, q, k, v, *tables))
-        return hidden, q, k, v
-
-    def last(self, hidden: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """See RowFunctions."""
-        return self._run(len(self._model.blocks) - 1, (hidden, q, k, v))[0]
+    def logits(self, hidden: Tensor, rope: Rope, entries: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+        """See RowLayers."""
+        tables = [table.contiguous() for each in rope.rotations for table in (each.cos, each.sin)]
+        k, v = entries[0]
+        (q,) = self._run(_BEFORE, (hidden, k[:, :, -1:], v[:, :, -1:], *tables))
+        for layer, (next_k, next_v) in enumerate(entries[1:]):
+            new = next_k[:, :, -1:], next_v[:, :, -1:]
+            hidden, q = self._run(layer, (hidden, q.contiguous(), k, v, *new, *tables))
+            k, v = next_k, next_v
+        return self._run(len(entries) - 1, (hidden, q.contiguous(), k, v))[0]
 
     def _run(self, layer: int, inputs: _Inputs) -> Sequence[Tensor]:
         compiled = self._compiled_if_possible(layer, inputs)
-        if compiled is None or not compiled[0].fits({2: inputs[2], 3: inputs[3]}):
-            return self._function(layer, row_attention.name_for(_rows(*inputs[1:3]), inputs[2]))(*inputs)
+        if compiled is None or not compiled[0].fits(inputs):
+            return self._function(layer, self._plain_way(layer, inputs))(*inputs)
         code, weights = compiled
-        hidden, q, k, v, *tables = inputs
-        # Compiled for these without gaps (see _likeness); of k and v `fits` has seen to it.
-        return code.run(hidden.contiguous(), q.contiguous(), k, v, *[each.contiguous() for each in tables], *weights)
+        return code.run(*inputs, *weights)
 
     def _compiled_if_possible(self, layer: int, inputs: _Inputs) -> _Compiled | None:
         if not self._works:
@@ -81,29 +79,35 @@ class CompiledRow:
         key = layer, way, torch.get_num_threads()
         known = self._known.get(key)
         if known is None:
-            function, examples = self._function(layer, way), _likeness(inputs)
+            function, examples = self._function(layer, way), _likeness(layer, inputs)
             known = self._known[key] = self._compiler.compiled(function, examples, torch.get_num_threads())
         return known
 
     def _function(self, layer: int, way: str) -> Function:
         blocks = self._model.blocks
+        if layer == _BEFORE:
+            return partial(_before, blocks[0])
         if layer == len(blocks) - 1:
             return partial(_last, self._model, way)
         return partial(_between, blocks[layer], blocks[layer + 1], way)
 
     def _way(self, layer: int, inputs: _Inputs) -> str:
         """The fastest attention over about as many entries."""
-        k = inputs[2]
-        key = row_attention.size_class(k), torch.get_num_threads()
+        if layer == _BEFORE:
+            return ""
+        key = row_attention.size_class(inputs[2]), torch.get_num_threads()
         known = self._ways.get(key)
         if known is None:
             known = self._ways[key] = self._choose(layer, inputs)
         return known
 
+    def _plain_way(self, layer: int, inputs: _Inputs) -> str:
+        """The fastest of torch's own kernels for it."""
+        return "" if layer == _BEFORE else row_attention.name_for(_rows(inputs[1], inputs[2]), inputs[2])
+
     def _choose(self, layer: int, inputs: _Inputs) -> str:
         _, q, k, *_ = inputs
-        rows = _rows(q, k)
-        other = row_attention.name_for(rows, k)
+        rows, other = _rows(q, k), self._plain_way(layer, inputs)
         default = _LOOPS if k.shape[2] <= _SHORT else other
         if not is_on():
             return default
@@ -113,27 +117,40 @@ class CompiledRow:
 
     def _timed(self, layer: int, inputs: _Inputs, ways: tuple[str, ...]) -> dict[str, Any]:
         """A layer's function, with each way, over the entries of a number of layers."""
-        hidden, q, k, _, *tables = inputs
+        hidden, q, k, _, *others = inputs
         entries = row_attention.cold_entries(_rows(q, k), k)
 
         def compute(way: str) -> None:
             code, weights = self._compiled(layer, way, inputs)
-            for k, v in entries:
-                if not code.fits({2: k, 3: v}):
+            for each in entries:
+                if not code.fits((hidden, q, *each, *others)):
                     raise ValueError("compiled for other sizes")
-                code.run(hidden, q, k, v, *tables, *weights)
+                code.run(hidden, q, *each, *others, *weights)
 
         return {way: partial(compute, way) for way in ways}
 
 
-def _likeness(inputs: _Inputs) -> _Inputs:
+def _likeness(layer: int, inputs: _Inputs) -> _Inputs:
     """The inputs that are compiled for: of these sizes, whichever sequence comes first, with a usual number of entries.
 
     Strides of a dimension of 1 differ between what is compiled and what is not, and would make two codes of one.
     """
-    hidden, q, k, v, *tables = (each.new_empty(each.shape) for each in inputs)
-    k, v = (each.new_empty(*each.shape[:2], _USUAL + 3, each.shape[3])[:, :, :_USUAL] for each in (k, v))
-    return hidden, q, k, v, *tables
+    entries, new = ((), (1, 2)) if layer == _BEFORE else ((2, 3), (4, 5) if len(inputs) > 4 else ())
+    made = []
+    for place, each in enumerate(inputs):
+        if place in entries:
+            made.append(_with_room(each, _USUAL, 3))
+        elif place in new:
+            made.append(_with_room(each, 1, _USUAL))  # a memory of another size than that of the entries
+        else:
+            made.append(each.new_empty(each.shape))
+    return tuple(made)
+
+
+def _with_room(entries: Tensor, n: int, more: int) -> Tensor:
+    """As entries [1, Hkv, _, D], n of them with room for more."""
+    _, n_heads, _, head_dim = entries.shape
+    return entries.new_empty(1, n_heads, n + more, head_dim)[:, :, :n]
 
 
 def _rows(q: Tensor, k: Tensor) -> Tensor:
@@ -141,26 +158,40 @@ def _rows(q: Tensor, k: Tensor) -> Tensor:
     return q.reshape(1, k.shape[1], -1, q.shape[3])
 
 
-def _between(
-    block: Block, after: Block, way: str, hidden: Tensor, q: Tensor, k: Tensor, v: Tensor, *tables: Tensor
-) -> Any:
-    hidden = hidden.clone()
-    type(block).finish_(block, hidden, _attended(way, block, q, k, v))
+def _before(block: Block, hidden: Tensor, new_k: Tensor, new_v: Tensor, *tables: Tensor) -> tuple[Tensor]:
+    """hidden [1, 1, E] -> q [1, Hq, 1, D]; k and v go into new_k and new_v, [1, Hkv, 1, D]."""
+    n_kv = block.self_attn.heads[1]
+    for entry in (new_k, new_v):
+        torch._check(entry.shape[1] == n_kv)  # else the compiler would leave it open
     rotations = tuple(Rotation(cos, sin) for cos, sin in zip(tables[::2], tables[1::2], strict=True))
-    return hidden, *type(after).project(after, hidden, Rope(rotations))
+    q, k, v = type(block).project(block, hidden, Rope(rotations))
+    new_k.copy_(k)
+    new_v.copy_(v)
+    return (q,)
+
+
+def _between(
+    block: Block, after: Block, way: str, hidden: Tensor, q: Tensor, k: Tensor, v: Tensor, *others: Tensor
+) -> tuple[Tensor, Tensor]:
+    """hidden, and q over the entries k and v -> the new hidden, and q of the next layer; others: as for `_before`."""
+    hidden = _finished(block, way, hidden, q, k, v)
+    return hidden, *_before(after, hidden, *others)
 
 
 def _last(model: Llama, way: str, hidden: Tensor, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor]:
+    return (model.head(_finished(model.blocks[-1], way, hidden, q, k, v)),)
+
+
+def _finished(block: Block, way: str, hidden: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     hidden = hidden.clone()
-    block = model.blocks[-1]
     type(block).finish_(block, hidden, _attended(way, block, q, k, v))
-    return (model.head(hidden),)
+    return hidden
 
 
 def _attended(way: str, block: Block, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     n_q, n_kv, _ = block.self_attn.heads
-    for entries in (k, v):
-        torch._check(entries.shape[1] == n_kv)  # else the compiler would leave it open
+    for each, n_heads in ((q, n_q), (k, n_kv), (v, n_kv)):
+        torch._check(each.shape[1] == n_heads)  # else the compiler would leave it open
     rows = q.reshape(1, n_kv, n_q // n_kv, block.self_attn.head_dim)
     attend = _loops if way == _LOOPS else row_attention.ways_of(n_q // n_kv)[way]
     return attend(rows, k, v).reshape(1, n_q, 1, block.self_attn.head_dim)

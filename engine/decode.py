@@ -33,16 +33,9 @@ def decode_step(model: Llama, cache: KVCache, ids: Tensor) -> Tensor:
 
 def run_eagerly(model: Llama, ids: Tensor, positions: Tensor, attention: EagerAttention) -> Tensor:
     """`run_layers`; for one token of one sequence by fewer functions, where the model has been compiled so."""
-    row = model.row
-    if row is None or not attention.is_one_row:
+    if model.row is None or not attention.is_one_row:
         return run_layers(model, ids, positions, attention)
-    hidden, rope = model.embed(ids), model.rope(positions)
-    q, k, v = model.blocks[0].project(hidden, rope)
-    last = len(model.blocks) - 1
-    for layer in range(last):
-        k, v = attention.entries(layer, k, v)
-        hidden, q, k, v = row.between(layer, hidden, q, k, v, rope)
-    return row.last(hidden, q, *attention.entries(last, k, v))
+    return model.row.logits(model.embed(ids), model.rope(positions), attention.entries())
 
 
 def run_layers(model: Llama, ids: Tensor, positions: Tensor, attention: StepAttention) -> Tensor:

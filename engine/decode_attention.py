@@ -44,14 +44,14 @@ class EagerAttention:
         """Whether this is one token of one sequence, all of whose heads are equally long."""
         return self._n_new == 1 and len(self._runs) == 1 and len(self._runs[0]) == 1 and not self._pool.layout.per_head
 
-    def entries(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Of one row: append k and v [1, Hkv, 1, D], and what its query attends to, k and v [1, Hkv, n, D]."""
-        storage, window = self._pool.layers[layer], self._windows[layer]
-        storage.write(self._runs[0], k, v, self._places[0][layer])
-        (part,) = storage.read(self._runs[0], 1)
-        if window is None:
-            return part.k, part.v
-        return part.k[:, :, -window:], part.v[:, :, -window:]
+    def entries(self) -> list[tuple[Tensor, Tensor]]:
+        """Of one row: what it attends to in each layer, k and v [1, Hkv, n, D], the last of which it has to write."""
+        found = []
+        for storage, window in zip(self._pool.layers, self._windows, strict=True):
+            (part,) = storage.read(self._runs[0], 1)
+            k, v = part.k, part.v
+            found.append((k, v) if window is None else (k[:, :, -window:], v[:, :, -window:]))
+        return found
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         storage, window = self._pool.layers[layer], self._windows[layer]

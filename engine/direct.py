@@ -7,7 +7,7 @@ same operations on other weights share their code. A call compares the sizes of 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -30,29 +30,28 @@ class DirectCode:
     def __init__(self, run: Callable[..., Sequence[Tensor]], examples: Sequence[Tensor], shape_env: Any) -> None:
         self.run = run
         self._examples, self._shape_env = examples, shape_env
+        self._open = [place for place, each in enumerate(examples) if not all(map(_is_number, _sizes(each)))]
         self._condition: str | None = shape_env.produce_guards_expression(examples)  # on the symbols
         self._known: dict[Any, bool] = {}
 
-    def fits(self, changing: Mapping[int, Tensor]) -> bool:
-        """Whether the inputs fit, of which these (by place) are not always of the same sizes."""
-        sizes = tuple((tensor.shape, tensor.stride()) for tensor in changing.values())
+    def fits(self, inputs: Sequence[Tensor]) -> bool:
+        """Whether the inputs fit. Those without a symbol among their sizes are taken to be as they were recorded."""
+        sizes = tuple([(inputs[place].shape, inputs[place].stride()) for place in self._open])
         known = self._known.get(sizes)
         if known is None:
             if len(self._known) > _MOST_SIZES:
                 self._known.clear()
-            known = self._known[sizes] = self._compare(changing)
+            known = self._known[sizes] = self._compare(inputs)
         return known
 
-    def _compare(self, changing: Mapping[int, Tensor]) -> bool:
-        for place, tensor in changing.items():
-            example = self._examples[place]
-            for now, then in zip((*tensor.shape, *tensor.stride()), (*example.shape, *example.stride()), strict=True):
-                if isinstance(then, int) and now != then:
-                    return False
+    def _compare(self, inputs: Sequence[Tensor]) -> bool:
+        for place in self._open:
+            pairs = zip(_sizes(inputs[place]), _sizes(self._examples[place]), strict=True)
+            if any(_is_number(then) and now != then for now, then in pairs):
+                return False
         if self._condition is None:
             return True
-        inputs = [_Sizes(changing.get(place, example)) for place, example in enumerate(self._examples)]
-        return bool(self._shape_env.evaluate_guards_expression(self._condition, inputs))
+        return bool(self._shape_env.evaluate_guards_expression(self._condition, list(map(_Sizes, inputs))))
 
 
 class DirectCompiler:
@@ -66,8 +65,9 @@ class DirectCompiler:
         """The code for a function, and the weights to call it with after the inputs.
 
         It holds for inputs like these, in dtype and dimensions; sizes other than 1 may change as far as the function
-        leaves them open. The function must change none of its inputs. key: what else than operations and weights tells
-        code apart, such as the number of threads. Raises whatever torch raises where it cannot be done.
+        leaves them open. An input that it changes must share no memory with another one. key: what else than operations
+        and weights tells code apart, such as the number of threads. Raises whatever torch raises where it cannot be
+        done.
         """
         operations, weights = recorded(function, inputs)
         kind = f"{key} {operations}"
@@ -164,6 +164,15 @@ def _lift(graph: Any, after: Any, weights: Sequence[Tensor]) -> list[Any]:
             graph.graph.erase_node(node)
     graph.recompile()
     return places
+
+
+def _sizes(tensor: Tensor) -> tuple[Any, ...]:
+    return *tensor.shape, *tensor.stride()
+
+
+def _is_number(size: Any) -> bool:
+    """Whether a size is fixed; a symbol may have turned out to be."""
+    return isinstance(size, int) or size.node.maybe_as_int() is not None
 
 
 class _Sizes:

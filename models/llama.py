@@ -18,25 +18,20 @@ from fastkv.models.layers import Embedding, Rope, RotaryEmbeddings
 from fastkv.models.linear import Linear
 
 
-class RowFunctions(Protocol):
-    """What lies between two looks at the cache, for one token of one sequence. n: the entries that q attends to."""
+class RowLayers(Protocol):
+    """All layers and the head, attention over the cache included, for one token of one sequence."""
 
-    def between(
-        self, layer: int, hidden: Tensor, q: Tensor, k: Tensor, v: Tensor, rope: Rope
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Attention of `layer`, its rest, and the projections of the next one.
+    def logits(self, hidden: Tensor, rope: Rope, entries: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+        """hidden [1, 1, E] -> logits float32 [1, 1, V].
 
-        hidden [1, 1, E], q [1, Hq, 1, D], k and v [1, Hkv, n, D] -> the new hidden, and q, k and v of the next layer.
+        entries: k and v [1, Hkv, n, D] of each layer. The last entry is the token's own, and is written here.
         """
-
-    def last(self, hidden: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Attention of the last layer, its rest and the head -> logits float32 [1, 1, V]."""
 
 
 class Llama(nn.Module):
-    """Embedding, blocks and head of any supported family. row: functions for one row, where there are faster ones."""
+    """Embedding, blocks and head of any supported family. row: the layers for a single row, where there are others."""
 
-    row: RowFunctions | None = None
+    row: RowLayers | None = None
     _dtype: torch.dtype | None = None
 
     def __init__(self, config: ModelConfig) -> None:

@@ -6,6 +6,7 @@ The compiler itself is left out but for test_compile.py: what it is given runs a
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -71,10 +72,17 @@ def noise(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-def row_inputs(n: int = 37, room: int = 5) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """hidden, q, and k and v of n entries in a memory with room for more."""
-    k, v = noise(2, 1, 2, n + room, 16, seed=2)[:, :, :, :n]
-    return noise(1, 1, 24), noise(1, 6, 1, 16, seed=1), k, v
+def entries_of(n: int = 37, room: int = 5, seed: int = 2, heads: int = 2) -> tuple[Tensor, Tensor]:
+    """k and v of n entries, in memories of their own with room for more."""
+    k, v = (noise(1, heads, n + room, 16, seed=seed + place)[:, :, :n] for place in (0, 1))
+    return k, v
+
+
+def inputs_of(model: Llama, layer: int, n: int = 37) -> tuple[Tensor, ...]:
+    """What the function of a layer between two others is given."""
+    rotation = model.rope(torch.tensor([[n]])).rotations[0]
+    new = (each[:, :, -1:] for each in entries_of(n, seed=5))
+    return noise(1, 1, 24), noise(1, 6, 1, 16, seed=1), *entries_of(n), *new, rotation.cos, rotation.sin
 
 
 @pytest.fixture(autouse=True)
@@ -92,30 +100,37 @@ def compiled_llm(tiny_llm: LLM, monkeypatch: pytest.MonkeyPatch) -> LLM:
 # --- the same as the plain steps ---
 
 
-def plain(model: Llama, layer: int, inputs: tuple[Tensor, ...], rope: Rope) -> tuple[Tensor, ...]:
-    """Softmax attention as its definition has it, then the steps of the blocks."""
-    hidden, q, k, v = inputs
-    keys, values = (each.repeat_interleave(3, dim=1) for each in (k, v))
-    attended = ((q @ keys.transpose(2, 3)) / 4).softmax(-1) @ values
-    hidden = hidden.clone()
-    if layer == LAYERS - 1:
-        return (model.last(hidden, attended),)
-    return hidden, *model.between(layer, hidden, attended, rope)
+def plain(model: Llama, hidden: Tensor, rope: Rope, entries: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+    """Softmax attention as its definition has it, and the steps of the blocks."""
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, layer: int) -> Tensor:
+        entries[layer][0][:, :, -1:], entries[layer][1][:, :, -1:] = k, v
+        keys, values = (each.repeat_interleave(6 // k.shape[1], dim=1) for each in entries[layer])
+        return ((q @ keys.transpose(2, 3)) / 4).softmax(-1) @ values
+
+    for layer, block in enumerate(model.blocks):
+        hidden = block.mlp(block.attention(hidden, rope, partial(attend, layer=layer)))
+    return model.head(hidden)
 
 
 # 1,500 entries: by torch's own attention.
-@pytest.mark.parametrize(("family", "n"), [*((family, 37) for family in FAMILIES), ("Llama", 2), ("Llama", 1500)])
-def test_every_family_computes_what_it_does_in_plain_steps(family: str, n: int, compiler: Compiler) -> None:
-    model = network(family)
-    row, rope, inputs = CompiledRow(model, {}), model.rope(torch.tensor([[n]])), row_inputs(n)
-    before = [each.clone() for each in inputs]
-    for layer in range(LAYERS):
-        expected = plain(model, layer, inputs, rope)
-        found = row.between(layer, *inputs, rope) if layer < LAYERS - 1 else (row.last(*inputs),)
-        for one, other in zip(found, expected, strict=True):
-            torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-4)
-    assert all(map(torch.equal, inputs, before))
-    assert [each.runs for each in compiler] == [LAYERS - 1, 1]
+@pytest.mark.parametrize(
+    ("family", "heads", "n"),
+    [
+        *((family, 2, 37) for family in FAMILIES),
+        *(("Llama", heads, n) for heads, n in ((2, 2), (2, 1500), (1, 37), (6, 37))),
+    ],
+)
+def test_every_family_computes_what_it_does_in_plain_steps(family: str, heads: int, n: int, compiler: Compiler) -> None:
+    model = network(family, n_kv_heads=heads)
+    hidden, rope = noise(1, 1, 24), model.rope(torch.tensor([[n]]))
+    # Each layer has its own capacity.
+    expected, found = ([entries_of(n, 5 + layer, layer, heads) for layer in range(LAYERS)] for _ in range(2))
+    logits = CompiledRow(model, {}).logits(hidden, rope, found)
+    assert torch.equal(hidden, noise(1, 1, 24))
+    torch.testing.assert_close(logits, plain(model, hidden, rope, expected), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)  # written as they should be, and nothing else
+    assert [each.runs for each in compiler] == [1, LAYERS - 1, 1]
 
 
 @pytest.mark.parametrize("policy", [FullKV(), FastKV(min_tokens=8), FastKVAda(min_tokens=8)])
@@ -136,7 +151,7 @@ def test_only_a_single_row_goes_this_way(compiled_llm: LLM, compiler: Compiler) 
     compiled_llm.decode(one.cache, torch.tensor([[5, 6]]))
     assert not compiler
     compiled_llm.decode(one.cache, torch.tensor([7]))
-    assert len(compiler) == 2
+    assert len(compiler) == 3
 
 
 @pytest.mark.parametrize("window", [4, 100])
@@ -174,8 +189,7 @@ def test_int8_weights(tiny_folder: Path, compiler: Compiler) -> None:
 
 
 def recording(model: Llama, layer: int) -> tuple[str, list[Tensor]]:
-    row, rope = CompiledRow(model, {}), model.rope(torch.tensor([[7]])).rotations[0]
-    return recorded(row._function(layer, "loops"), (*row_inputs(), rope.cos, rope.sin))
+    return recorded(CompiledRow(model, {})._function(layer, "loops"), inputs_of(model, layer))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -204,59 +218,58 @@ def test_nothing_is_compiled_twice(compiled_llm: LLM, compiler: Compiler) -> Non
     params = SamplingParams(max_tokens=4, ignore_eos=True)
     for prompt, policy in ((PROMPT, FullKV()), (PROMPT[:50], FullKV()), (PROMPT, FastKV(min_tokens=8))):
         compiled_llm.generate(prompt, params, policy)
-    assert len(compiler) == 2
+    assert len(compiler) == 3
     threads = torch.get_num_threads()
     torch.set_num_threads(threads + 1)
     try:
         compiled_llm.generate(PROMPT, params, FullKV())
     finally:
         torch.set_num_threads(threads)
-    assert len(compiler) == 4
+    assert len(compiler) == 6
 
 
 # --- what does not fit ---
 
 
-def unfit(inputs: tuple[Tensor, ...], change: str) -> tuple[Tensor, ...]:
-    hidden, q, k, v = inputs
+def unfit(k: Tensor, v: Tensor, change: str) -> tuple[Tensor, Tensor]:
     if change == "values have another number of entries":
-        return hidden, q, k, v[:, :, 1:]
+        return k, v[:, :, 1:]
     if change == "other strides":
-        return hidden, q, k.transpose(2, 3).contiguous().transpose(2, 3), v
-    return hidden, q, *(torch.cat((each, each), dim=1) for each in (k, v))  # more heads
+        return k.transpose(2, 3).contiguous().transpose(2, 3), v
+    return torch.cat((k, k), dim=1), torch.cat((v, v), dim=1)  # more heads
 
 
 @pytest.mark.parametrize("change", ["values have another number of entries", "other strides", "more heads"])
 def test_other_sizes_do_not_fit(change: str) -> None:
-    row = CompiledRow(network(), {})
-    code, _ = row._compiled(LAYERS - 1, "loops", row_inputs())
-    fitting, other = row_inputs(50, room=9), unfit(row_inputs(50), change)
-    assert code.fits({2: fitting[2], 3: fitting[3]})
-    assert not code.fits({2: other[2], 3: other[3]})
+    model = network()
+    code, _ = CompiledRow(model, {})._compiled(1, "loops", inputs_of(model, 1))
+    hidden, q, k, v, *others = inputs_of(model, 1, n=50)
+    assert code.fits((hidden, q, k, v, *others))
+    assert not code.fits((hidden, q, *unfit(k, v, change), *others))
 
 
 def test_where_sizes_do_not_fit_it_runs_as_it_is(compiler: Compiler) -> None:
     model = network()
-    row, rope = CompiledRow(model, {}), model.rope(torch.tensor([[37]]))
-    inputs = unfit(row_inputs(), "other strides")
-    expected = plain(model, 0, inputs, rope)
-    for one, other in zip(row.between(0, *inputs, rope), expected, strict=True):
-        torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-4)
-    assert [each.runs for each in compiler] == [0]
+    hidden, rope = noise(1, 1, 24), model.rope(torch.tensor([[37]]))
+    odd = [unfit(*entries_of(seed=layer), "other strides") for layer in range(LAYERS)]
+    expected = plain(model, hidden, rope, [entries_of(seed=layer) for layer in range(LAYERS)])
+    torch.testing.assert_close(CompiledRow(model, {}).logits(hidden, rope, odd), expected, atol=1e-4, rtol=1e-4)
+    assert [each.runs for each in compiler] == [0, 0, 0]
 
 
-def test_inputs_with_gaps_are_closed(compiler: Compiler, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Compiled code takes them for what they were when it was compiled, and does not look."""
+def test_a_query_with_gaps_is_closed(compiler: Compiler, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compiled code takes its inputs for what they were when it was compiled, and does not look."""
     model = network()
     row, rope = CompiledRow(model, {}), model.rope(torch.tensor([[37]]))
-    hidden, q, k, v = row_inputs()
-    spread = torch.zeros(1, 6, 1, 32)[..., ::2]
-    row._compiled(0, "loops", (hidden, q, k, v, rope.rotations[0].cos, rope.rotations[0].sin))
-    code, _ = row._known[0, "loops", torch.get_num_threads()]
-    given: list[Tensor] = []
-    monkeypatch.setattr(code, "run", lambda *inputs: given.extend(inputs) or (hidden, q, k, v))
-    row.between(0, hidden, spread.copy_(q), k, v, rope)
-    assert given[1].stride() == (96, 16, 16, 1)
+    given: list[tuple[Tensor, ...]] = []
+
+    def run(layer: int, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        given.append(inputs)
+        return (noise(1, 1, 24), noise(1, 6, 1, 32)[..., ::2])[layer == -1 :]
+
+    monkeypatch.setattr(row, "_run", run)
+    row.logits(noise(1, 1, 24), rope, [entries_of()] * LAYERS)
+    assert [inputs[1].stride() for inputs in given[1:]] == [(96, 16, 16, 1)] * LAYERS
 
 
 def test_a_compiler_that_fails_is_told_once(
@@ -302,22 +315,23 @@ def test_the_way_that_was_measured_is_taken(taken: str, monkeypatch: pytest.Monk
     monkeypatch.setattr(module, "calibration", lambda: SimpleNamespace(choose=choose))
     monkeypatch.setattr(module.row_attention, "_COLD", 2**14)
     model = network()
-    row, rope = CompiledRow(model, {}), model.rope(torch.tensor([[37]]))
+    row = CompiledRow(model, {})
     made: list[str] = []
     function = row._function
     monkeypatch.setattr(row, "_function", lambda layer, way: made.append(way) or function(layer, way))
     for n in (37, 60):
-        row.between(0, *row_inputs(n), rope)
+        row._run(0, inputs_of(model, 0, n))
     assert asked == ["compiled step, 2 x 3 heads of 16, 64 entries, float32"]
     made.clear()
-    row.between(1, *row_inputs(37), rope)
+    row._run(1, inputs_of(model, 1))
     assert made == [taken]
 
 
 def test_what_cannot_run_for_these_sizes_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module.row_attention, "_COLD", 2**14)
-    row = CompiledRow(network(), {})
+    model = network()
+    row = CompiledRow(model, {})
     monkeypatch.setattr(module.DirectCode, "fits", lambda *_: False)
-    for way in row._timed(LAYERS - 1, row_inputs(), ("loops", "fused")).values():
+    for way in row._timed(1, inputs_of(model, 1), ("loops", "fused")).values():
         with pytest.raises(ValueError, match="other sizes"):
             way()
