@@ -2,7 +2,7 @@
 
 A prefill takes a layer in two parts, before and after attention. A decode step takes what lies between two attentions
 as one: the end of a layer and the beginning of the next. Each part is compiled once for all layers. Attention and the
-cache stay as they are.
+cache stay as they are. A single row on a CPU goes its own way (engine/compiled_row.py).
 """
 
 from __future__ import annotations
@@ -29,10 +29,11 @@ def compile_layers(model: Llama) -> None:
     The compiling itself happens at the first prefill and the first decode step, which take up to a minute.
     """
     _check_compiler(model.device)
-    project, finish = (torch.compile(_apart(part), dynamic=True) for part in (Block.project, Block.finish_))
-    for block in model.blocks:
-        block.project = MethodType(project, block)  # type: ignore[method-assign]
-        block.finish_ = MethodType(finish, block)  # type: ignore[method-assign]
+    if model.device.type != "cpu" or model.dtype != torch.float32:  # many rows of float32 gain nothing on a CPU
+        project, finish = (torch.compile(_apart(part), dynamic=True) for part in (Block.project, Block.finish_))
+        for block in model.blocks:
+            block.project = MethodType(project, block)  # type: ignore[method-assign]
+            block.finish_ = MethodType(finish, block)  # type: ignore[method-assign]
     blocks = model.blocks
     between, last = (_by_rows(part, model.device) for part in (_between, _last))
     model.between = lambda layer, hidden, attended, rope: between(  # type: ignore[method-assign]
