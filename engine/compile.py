@@ -8,6 +8,7 @@ cache stay as they are. A single row on a CPU goes its own way (engine/compiled_
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from types import FunctionType, MethodType
 from typing import Any
 
@@ -15,10 +16,15 @@ import torch
 from torch import Tensor
 
 from fastkv.engine.compiled_row import CompiledRow
+from fastkv.engine.direct import anything_kept
 from fastkv.errors import FastKVError
 from fastkv.models.block import Block
 from fastkv.models.layers import Rope
 from fastkv.models.llama import Llama
+
+# Of the compiler for one row on a CPU: what is made of more than two tensors is written down. Else the norm before a
+# product would be a part of it, and be computed anew for each of its outputs.
+ONE_ROW = {"realize_acc_reads_threshold": 2}
 
 _Heads = tuple[Tensor, Tensor, Tensor]  # q, k and v
 
@@ -28,8 +34,10 @@ def compile_layers(model: Llama) -> None:
 
     The compiling itself happens at the first prefill and the first decode step, which take up to a minute.
     """
-    _check_compiler(model.device)
-    if model.device.type != "cpu" or model.dtype != torch.float32:  # many rows of float32 gain nothing on a CPU
+    on_cpu = model.device.type == "cpu"
+    if not (on_cpu and anything_kept()):
+        _check_compiler(model.device)
+    if not on_cpu or model.dtype != torch.float32:  # many rows of float32 gain nothing on a CPU
         project, finish = (torch.compile(_apart(part), dynamic=True) for part in (Block.project, Block.finish_))
         for block in model.blocks:
             block.project = MethodType(project, block)  # type: ignore[method-assign]
@@ -40,8 +48,8 @@ def compile_layers(model: Llama) -> None:
         hidden, blocks[layer], blocks[layer + 1], attended, rope
     )
     model.last = lambda hidden, attended: last(hidden, model, attended)  # type: ignore[method-assign]
-    if model.device.type == "cpu":
-        model.row = CompiledRow(model, {**_options(model.device), "size_asserts": False})  # it compares what changes
+    if on_cpu:
+        model.row = CompiledRow(model, ONE_ROW)
 
 
 def _between(hidden: Tensor, block: Block, after: Block, attended: Tensor, rope: Rope) -> _Heads:
@@ -56,26 +64,30 @@ def _last(hidden: Tensor, model: Llama, attended: Tensor) -> Tensor:
 
 
 def _by_rows(part: Callable[..., Any], device: torch.device) -> Callable[..., Any]:
-    """`part`(hidden [B, T, E], …), compiled for one row, the step of a single sequence, and for any number apart."""
-    one = torch.compile(_apart(part), dynamic=False, options=_options(device))
-    many = torch.compile(_apart(part), dynamic=True)
+    """`part`(hidden [B, T, E], …), compiled for one row, the step of a single sequence, and for any number apart.
+
+    Not before it is called: to import torch's compiler takes seconds.
+    """
+
+    @cache
+    def compiled(of_one: bool) -> Callable[..., Any]:
+        if of_one:
+            return torch.compile(_apart(part), dynamic=False, options=_options(device))
+        return torch.compile(_apart(part), dynamic=True)
 
     def run(hidden: Tensor, *arguments: Any) -> Any:
-        return (one if hidden.shape[0] == hidden.shape[1] == 1 else many)(hidden, *arguments)
+        return compiled(hidden.shape[0] == hidden.shape[1] == 1)(hidden, *arguments)
 
     return run
 
 
 def _options(device: torch.device) -> dict[str, Any]:
-    """Of the compiler for one row on a CPU, as far as this version of torch knows them.
-
-    What is made of more than two tensors is written down. Else the norm before a product would be a part of it, and be
-    computed anew for each of its outputs.
-    """
+    """Of the compiler for one row, as far as this version of torch knows them."""
+    if device.type != "cpu":
+        return {}
     import torch._inductor.config as known
 
-    wanted = {"realize_acc_reads_threshold": 2}
-    return {name: value for name, value in wanted.items() if device.type == "cpu" and hasattr(known, name)}
+    return {name: value for name, value in ONE_ROW.items() if hasattr(known, name)}
 
 
 def _apart(part: Callable[..., Any]) -> Callable[..., Any]:

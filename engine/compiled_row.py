@@ -15,9 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastkv.engine.direct import DirectCode, DirectCompiler, Function
+from fastkv.engine.direct import DirectCode, DirectCompiler
+from fastkv.engine.recording import Function
 from fastkv.kernels import row_attention
 from fastkv.kernels.calibration import calibration, is_on
+from fastkv.kernels.tracing import is_symbolic
 from fastkv.models.block import Block
 from fastkv.models.layers import Rope, Rotation
 from fastkv.models.llama import Llama
@@ -62,7 +64,7 @@ class CompiledRow:
         if compiled is None or not compiled[0].fits(inputs):
             return self._function(layer, self._plain_way(layer, inputs))(*inputs)
         code, weights = compiled
-        return code.run(*inputs, *weights)
+        return code.run([*inputs, *weights])
 
     def _compiled_if_possible(self, layer: int, inputs: _Inputs) -> _Compiled | None:
         if not self._works:
@@ -80,7 +82,7 @@ class CompiledRow:
         known = self._known.get(key)
         if known is None:
             function, examples = self._function(layer, way), _likeness(layer, inputs)
-            known = self._known[key] = self._compiler.compiled(function, examples, torch.get_num_threads())
+            known = self._known[key] = self._compiler.compiled(function, examples)
         return known
 
     def _function(self, layer: int, way: str) -> Function:
@@ -125,7 +127,7 @@ class CompiledRow:
             for each in entries:
                 if not code.fits((hidden, q, *each, *others)):
                     raise ValueError("compiled for other sizes")
-                code.run(hidden, q, *each, *others, *weights)
+                code.run([hidden, q, *each, *others, *weights])
 
         return {way: partial(compute, way) for way in ways}
 
@@ -143,14 +145,14 @@ def _likeness(layer: int, inputs: _Inputs) -> _Inputs:
         elif place in new:
             made.append(_with_room(each, 1, _USUAL))  # a memory of another size than that of the entries
         else:
-            made.append(each.new_empty(each.shape))
+            made.append(each.new_zeros(each.shape))
     return tuple(made)
 
 
 def _with_room(entries: Tensor, n: int, more: int) -> Tensor:
     """As entries [1, Hkv, _, D], n of them with room for more."""
     _, n_heads, _, head_dim = entries.shape
-    return entries.new_empty(1, n_heads, n + more, head_dim)[:, :, :n]
+    return entries.new_zeros(1, n_heads, n + more, head_dim)[:, :, :n]
 
 
 def _rows(q: Tensor, k: Tensor) -> Tensor:
@@ -160,9 +162,7 @@ def _rows(q: Tensor, k: Tensor) -> Tensor:
 
 def _before(block: Block, hidden: Tensor, new_k: Tensor, new_v: Tensor, *tables: Tensor) -> tuple[Tensor]:
     """hidden [1, 1, E] -> q [1, Hq, 1, D]; k and v go into new_k and new_v, [1, Hkv, 1, D]."""
-    n_kv = block.self_attn.heads[1]
-    for entry in (new_k, new_v):
-        torch._check(entry.shape[1] == n_kv)  # else the compiler would leave it open
+    _fix_heads(block.self_attn.heads[1], new_k, new_v)
     rotations = tuple(Rotation(cos, sin) for cos, sin in zip(tables[::2], tables[1::2], strict=True))
     q, k, v = type(block).project(block, hidden, Rope(rotations))
     new_k.copy_(k)
@@ -190,11 +190,18 @@ def _finished(block: Block, way: str, hidden: Tensor, q: Tensor, k: Tensor, v: T
 
 def _attended(way: str, block: Block, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     n_q, n_kv, _ = block.self_attn.heads
-    for each, n_heads in ((q, n_q), (k, n_kv), (v, n_kv)):
-        torch._check(each.shape[1] == n_heads)  # else the compiler would leave it open
+    _fix_heads(n_q, q)
+    _fix_heads(n_kv, k, v)
     rows = q.reshape(1, n_kv, n_q // n_kv, block.self_attn.head_dim)
     attend = _loops if way == _LOOPS else row_attention.ways_of(n_q // n_kv)[way]
     return attend(rows, k, v).reshape(1, n_q, 1, block.self_attn.head_dim)
+
+
+def _fix_heads(n_heads: int, *tensors: Tensor) -> None:
+    """Tell the compiler how many heads there are, which it would leave open."""
+    if is_symbolic():
+        for each in tensors:
+            torch._check(each.shape[1] == n_heads)
 
 
 def _loops(rows: Tensor, k: Tensor, v: Tensor) -> Tensor:

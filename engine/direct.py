@@ -1,41 +1,65 @@
-"""torch's compiler called without torch.compile: a function is recorded, compiled once, and its code called as it is.
+"""Compiled code that is called directly, and kept on disk: torch's compiler without the look-up of torch.compile.
 
 At each call torch.compile looks up which of its compiled code fits, by everything that the function has read. For a
 layer of a small model that takes as long as its attention. Here it is done once for each function: those that do the
-same operations on other weights share their code. A call compares the sizes of its inputs, and nothing else.
+same operations on other weights share their code (recording.py). A call compares the sizes of its inputs, and nothing
+else. The code is a shared library of torch's ahead-of-time compiler, in the user's cache folder: a later process needs
+no compiler, and does not even import it.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
+import logging
+import platform
+import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastkv.kernels.tracing import recording
+from fastkv.engine.recording import Function, recorded
+from fastkv.engine.size_conditions import read_condition
+from fastkv.kernels.calibration import cpu_name
+from fastkv.kernels.tracing import tracing
+from fastkv.storage import cache_folder, write_atomically
 
-Function = Callable[..., tuple[Tensor, ...]]  # of tensors alone; what else they read are the weights
-
+_FORMAT = 1  # of what is kept; rises when the same recording is compiled to something else
 _MOST_SIZES = 10_000  # that are remembered; a sequence that grows has new ones with each token
+
+_log = logging.getLogger(__name__)
+
+Run = Callable[[list[Tensor]], list[Tensor]]  # the inputs and the weights -> the outputs
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """The sizes of inputs that code holds for.
+
+    open: by place of an input its shape and strides, None where they are open. condition: on all of these. The other
+    inputs are as they were recorded.
+    """
+
+    open: dict[int, list[int | None]]
+    condition: str | None
 
 
 class DirectCode:
-    """Compiled code of a function, and the sizes of inputs that it holds for.
+    """Compiled code of a function. run: (inputs and weights, as one list) -> the outputs."""
 
-    run: (the inputs and the weights) -> the outputs. examples: the inputs as they were recorded, some of whose sizes
-    are symbols.
-    """
-
-    def __init__(self, run: Callable[..., Sequence[Tensor]], examples: Sequence[Tensor], shape_env: Any) -> None:
+    def __init__(self, run: Run, sizes: Sizes) -> None:
         self.run = run
-        self._examples, self._shape_env = examples, shape_env
-        self._open = [place for place, each in enumerate(examples) if not all(map(_is_number, _sizes(each)))]
-        self._condition: str | None = shape_env.produce_guards_expression(examples)  # on the symbols
+        self._open = {place: list(each) for place, each in sizes.open.items()}
+        self._condition = read_condition(sizes.condition)
         self._known: dict[Any, bool] = {}
 
     def fits(self, inputs: Sequence[Tensor]) -> bool:
-        """Whether the inputs fit. Those without a symbol among their sizes are taken to be as they were recorded."""
+        """Whether the code holds for inputs of these sizes."""
         sizes = tuple([(inputs[place].shape, inputs[place].stride()) for place in self._open])
         known = self._known.get(sizes)
         if known is None:
@@ -45,13 +69,11 @@ class DirectCode:
         return known
 
     def _compare(self, inputs: Sequence[Tensor]) -> bool:
-        for place in self._open:
-            pairs = zip(_sizes(inputs[place]), _sizes(self._examples[place]), strict=True)
-            if any(_is_number(then) and now != then for now, then in pairs):
+        for place, expected in self._open.items():
+            there = (*inputs[place].shape, *inputs[place].stride())
+            if len(there) != len(expected) or any(e not in (None, t) for e, t in zip(expected, there, strict=True)):
                 return False
-        if self._condition is None:
-            return True
-        return bool(self._shape_env.evaluate_guards_expression(self._condition, list(map(_Sizes, inputs))))
+        return self._condition(inputs)
 
 
 class DirectCompiler:
@@ -61,92 +83,45 @@ class DirectCompiler:
         self._options = options
         self._codes: dict[str, DirectCode] = {}
 
-    def compiled(self, function: Function, inputs: Sequence[Tensor], key: object) -> tuple[DirectCode, list[Tensor]]:
-        """The code for a function, and the weights to call it with after the inputs.
+    def compiled(self, function: Function, inputs: Sequence[Tensor]) -> tuple[DirectCode, list[Tensor]]:
+        """The code for a function, and the weights to call it with after the inputs. The function runs once.
 
         It holds for inputs like these, in dtype and dimensions; sizes other than 1 may change as far as the function
-        leaves them open. An input that it changes must share no memory with another one. key: what else than operations
-        and weights tells code apart, such as the number of threads. Raises whatever torch raises where it cannot be
-        done.
+        leaves them open. An input that it changes must share no memory with another one. Raises whatever torch raises
+        where it cannot be done.
         """
         operations, weights = recorded(function, inputs)
-        kind = f"{key} {operations}"
+        kind = hashlib.sha256(json.dumps([operations, self._options, _machine()]).encode()).hexdigest()[:32]
         code = self._codes.get(kind)
         if code is None:
-            code = self._codes[kind] = self._compile(function, inputs, weights)
+            code = self._codes[kind] = _kept(kind) or self._compile(kind, function, inputs, weights)
         return code, weights
 
-    def _compile(self, function: Function, inputs: Sequence[Tensor], weights: Sequence[Tensor]) -> DirectCode:
-        import torch._inductor
-        from torch.fx.experimental.proxy_tensor import make_fx
-
-        with recording():
-            graph = make_fx(function, tracing_mode="symbolic", _allow_non_fake_inputs=True)(*inputs)
-        nodes = [node for node in graph.graph.nodes if node.op == "placeholder"]
-        examples = [node.meta["val"] for node in nodes]
-        mode = examples[0].fake_mode
-        lifted = _lift(graph, nodes[-1], weights)
-        for node, weight in zip(lifted, weights, strict=True):
-            node.meta["val"] = mode.from_tensor(weight, static_shapes=True)
-            examples.append(node.meta["val"])
-        run: Any = torch._inductor.compile(graph, examples, options=self._options)
-        return DirectCode(run, examples[: len(inputs)], mode.shape_env)  # the weights' sizes belong to the kind
+    def _compile(
+        self, kind: str, function: Function, inputs: Sequence[Tensor], weights: Sequence[Tensor]
+    ) -> DirectCode:
+        graph, examples = _traced(function, inputs, weights)
+        library, sizes = _built(graph, examples, self._options), _sizes_of(examples[: len(inputs)])
+        _keep(kind, library, sizes)
+        return DirectCode(_loaded(library), sizes)
 
 
-def recorded(function: Function, inputs: Sequence[Tensor]) -> tuple[str, list[Tensor]]:
-    """What a function does with inputs like these, as text: the same for two functions that differ in weights alone.
-
-    The weights are the tensors that it reads besides, in the order of their first use. Nothing is computed.
-    """
-    from torch._subclasses.fake_tensor import FakeTensorMode
-
-    with FakeTensorMode(allow_non_fake_inputs=True) as fake:
-        likenesses = [fake.from_tensor(each, static_shapes=True) for each in inputs]
-        with _Recorder(likenesses) as recorder, recording():
-            outputs = function(*likenesses)
-    return "\n".join([*recorder.lines, f"return {recorder.told(outputs)}"]), recorder.weights
+# --- compiling ---
 
 
-class _Recorder(TorchDispatchMode):
-    """Writes down every operation, with its tensors by number."""
+def _traced(function: Function, inputs: Sequence[Tensor], weights: Sequence[Tensor]) -> tuple[Any, list[Tensor]]:
+    """The function as a graph of inputs and weights, and what stands for each of these, with symbols for sizes."""
+    from torch.fx.experimental.proxy_tensor import make_fx
 
-    def __init__(self, inputs: Sequence[Tensor]) -> None:
-        super().__init__()
-        self.lines: list[str] = []
-        self.weights: list[Tensor] = []
-        self._numbers: dict[int, str] = {}
-        self._alive: list[Tensor] = []  # so that no other tensor gets the id of one of them
-        for each in inputs:
-            self._number(each, "input")
-
-    def __torch_dispatch__(self, operator: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        arguments = self.told((args, kwargs or {}))
-        outputs = operator(*args, **(kwargs or {}))
-        for each in outputs if isinstance(outputs, (tuple, list)) else (outputs,):
-            if isinstance(each, Tensor) and id(each) not in self._numbers:
-                self._number(each, "made")
-        self.lines.append(f"{self.told(outputs)} = {operator}{arguments}")
-        return outputs
-
-    def told(self, value: Any) -> str:
-        """A value as text; a tensor that nothing before has made or given is a weight."""
-        if isinstance(value, Tensor):
-            if id(value) not in self._numbers:
-                self.weights.append(value)
-                self._number(value, "weight")
-            return self._numbers[id(value)]
-        if isinstance(value, (tuple, list)):
-            return f"({', '.join(map(self.told, value))})"
-        if isinstance(value, dict):
-            return f"{{{', '.join(f'{name}: {self.told(each)}' for name, each in value.items())}}}"
-        return repr(value)
-
-    def _number(self, tensor: Tensor, kind: str) -> None:
-        name = f"{kind}{len(self._numbers)}"
-        if kind != "made":  # what is made follows from the rest
-            name += f" {tensor.dtype} {tuple(tensor.shape)} {tensor.stride()}"
-        self._numbers[id(tensor)] = name
-        self._alive.append(tensor)
+    with tracing():
+        graph = make_fx(function, tracing_mode="symbolic", _allow_non_fake_inputs=True)(*inputs)
+    nodes = [node for node in graph.graph.nodes if node.op == "placeholder"]
+    examples = [node.meta["val"] for node in nodes]
+    mode = examples[0].fake_mode
+    for node, weight in zip(_lift(graph, nodes[-1], weights), weights, strict=True):
+        node.meta["val"] = mode.from_tensor(weight, static_shapes=True)
+        examples.append(node.meta["val"])
+    return graph, examples
 
 
 def _lift(graph: Any, after: Any, weights: Sequence[Tensor]) -> list[Any]:
@@ -166,20 +141,82 @@ def _lift(graph: Any, after: Any, weights: Sequence[Tensor]) -> list[Any]:
     return places
 
 
-def _sizes(tensor: Tensor) -> tuple[Any, ...]:
-    return *tensor.shape, *tensor.stride()
+def _built(graph: Any, examples: Sequence[Tensor], options: dict[str, Any]) -> Path:
+    """The graph as a shared library, in a folder of torch's."""
+    import torch._inductor
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # on the insides of torch
+        return Path(str(torch._inductor.aot_compile(graph, tuple(examples), options=options)))
 
 
-def _is_number(size: Any) -> bool:
-    """Whether a size is fixed; a symbol may have turned out to be."""
-    return isinstance(size, int) or size.node.maybe_as_int() is not None
+def _sizes_of(examples: Sequence[Any]) -> Sizes:
+    shape_env = examples[0].fake_mode.shape_env
+    sizes = {place: [_fixed(size) for size in (*each.shape, *each.stride())] for place, each in enumerate(examples)}
+    condition = shape_env.produce_guards_expression(examples)
+    return Sizes({place: each for place, each in sizes.items() if None in each}, condition)
 
 
-class _Sizes:
-    """A tensor's sizes. Where it begins in its storage makes no difference to compiled code, but conditions name it."""
+def _fixed(size: Any) -> int | None:
+    """A size as a number; None if it is a symbol that has not turned out to be one."""
+    number: int | None = size if isinstance(size, int) else size.node.maybe_as_int()
+    return number
 
-    def __init__(self, tensor: Tensor) -> None:
-        self.size, self.stride = tensor.size, tensor.stride
 
-    def storage_offset(self) -> int:
-        return 2  # what torch takes for any number but 0 and 1
+# --- the cache folder ---
+
+
+def _loaded(library: Path) -> Run:
+    run: Run = torch._C._aoti.AOTIModelContainerRunnerCpu(str(library), 1).run
+    return run
+
+
+def _keep(kind: str, library: Path, sizes: Sizes) -> None:
+    """Put a library into the cache folder, then what it holds for: without the second file, the first is not used."""
+    content = library.read_bytes()
+    told = {"format": _FORMAT, "sha256": hashlib.sha256(content).hexdigest(), "condition": sizes.condition}
+    told["open"] = {str(place): each for place, each in sizes.open.items()}
+    try:
+        folder = _folder()
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        write_atomically(folder / f"{kind}.so", content)
+        write_atomically(folder / f"{kind}.json", json.dumps(told, indent=1).encode())
+    except (OSError, RuntimeError) as error:  # no folder, no home
+        _log.info("compiled code is not kept: %s", error)
+
+
+def _kept(kind: str) -> DirectCode | None:
+    """What an earlier process compiled; None where nothing is, or not what was written."""
+    try:
+        folder = _folder()
+        told = json.loads((folder / f"{kind}.json").read_bytes())
+        library = folder / f"{kind}.so"
+        if told["format"] != _FORMAT or hashlib.sha256(library.read_bytes()).hexdigest() != told["sha256"]:
+            return None
+        sizes = Sizes({int(place): each for place, each in told["open"].items()}, told["condition"])
+        return DirectCode(_loaded(library), sizes)
+    except (OSError, RuntimeError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+
+
+def anything_kept() -> bool:
+    """Whether some compiled code is there, so that this machine had a compiler once."""
+    try:
+        return any(_folder().glob("*.json"))
+    except (OSError, RuntimeError):
+        return False
+
+
+def _folder() -> Path:
+    return cache_folder() / "compiled"
+
+
+@cache
+def _machine_of(threads: int) -> list[Any]:
+    capability = torch.backends.cpu.get_cpu_capability()
+    return [_FORMAT, torch.__version__, platform.system(), cpu_name(), capability, threads]
+
+
+def _machine() -> list[Any]:
+    """What compiled code is for, besides the function."""
+    return _machine_of(torch.get_num_threads())

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fastkv.kernels.calibration import Way, calibration, is_on
 from fastkv.kernels.products import MOST_TOGETHER, SMALLEST, cold_copies
-from fastkv.kernels.tracing import is_traced
+from fastkv.kernels.tracing import is_named, is_traced
 
 # (x [..., E], values int8 [O, E], scale float32 [O]) -> [..., O] in x's dtype
 Int8Product = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -45,7 +45,7 @@ def dequantised(values: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
 
 def int8_product(x: Tensor, values: Tensor, scale: Tensor) -> Tensor:
     """x [..., E], values int8 [O, E], scale float32 [O] -> [..., O] in x's dtype."""
-    if is_traced() and (x.device.type != "cpu" or all(size == 1 for size in x.shape[:-1])):
+    if is_traced() and not is_named() and (x.device.type != "cpu" or all(size == 1 for size in x.shape[:-1])):
         return _compiled(x, values, scale)
     if is_traced():
         return torch.ops.fastkv.int8_product(x, values, scale)
@@ -53,7 +53,7 @@ def int8_product(x: Tensor, values: Tensor, scale: Tensor) -> Tensor:
 
 
 def _compiled(x: Tensor, values: Tensor, scale: Tensor) -> Tensor:
-    """What torch.compile is given: of one row on a CPU a sum that it writes a loop for; else a product that widens."""
+    """What a compiler is given: of one row on a CPU a sum that it writes a loop for; else a product that widens."""
     if x.device.type != "cpu":
         return F.linear(x, dequantised(values, scale, x.dtype))
     y = (values.float() * x.reshape(1, -1).float()).sum(dim=-1) * scale

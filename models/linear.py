@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from fastkv.kernels.int8 import dequantised, dequantised_product, int8_product
 from fastkv.kernels.products import product_for
-from fastkv.kernels.tracing import is_traced
+from fastkv.kernels.tracing import is_named, is_traced
 
 
 class Linear(nn.Linear):
@@ -63,8 +63,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor | None 
 
 
 def _compiled(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """What torch.compile is given: of one row a sum that it writes a loop for; else the product as it is."""
-    if any(size != 1 for size in x.shape[:-1]):
+    """What a compiler is given: of one row a sum that it writes a loop for; else the product as it is."""
+    if is_named() or any(size != 1 for size in x.shape[:-1]):
         return torch.ops.fastkv.linear(x, weight, bias)
     y = (weight.float() * x.reshape(1, -1).float()).sum(dim=-1)
     return (y if bias is None else y + bias.float()).to(x.dtype).view(*x.shape[:-1], -1)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -32,7 +35,20 @@ def test_compiled_layers_give_the_eager_logits_and_tokens(tiny_llm: LLM, tiny_fo
     assert isinstance(row, CompiledRow)
     assert row._works
     assert len(row._compiler._codes) == 3  # before the first attention, between two, after the last one
-    assert llm._model.blocks[0].project.__func__ is llm._model.blocks[5].project.__func__  # compiled once for all
+    # Another process takes the code as it is, and imports no compiler.
+    command = [sys.executable, "-c", TOKENS, str(tiny_folder), json.dumps(PROMPT)]
+    found = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+    assert found == [str(tiny_llm.generate(PROMPT, params, policy).token_ids), "[]"]
+
+
+TOKENS = """
+import json, sys
+from fastkv import LLM, FastKV, SamplingParams
+llm = LLM(sys.argv[1], dtype="float32", device="cpu", compile=True)
+params = SamplingParams(max_tokens=6, ignore_eos=True)
+print(llm.generate(json.loads(sys.argv[2]), params, FastKV(min_tokens=8)).token_ids)
+print([name for name in ("torch._dynamo", "torch._inductor", "sympy") if name in sys.modules])
+"""
 
 
 def test_what_lies_between_two_attentions_is_one_graph_for_all_layers(

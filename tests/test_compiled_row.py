@@ -5,6 +5,7 @@ The compiler itself is left out but for test_compile.py: what it is given runs a
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -13,7 +14,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch._inductor
 from torch import Tensor
 
 from fastkv import LLM, FastKV, FullKV, SamplingParams
@@ -23,10 +23,13 @@ from fastkv.cache.layer import EntryShape
 from fastkv.cache.policies import FastKVAda
 from fastkv.cache.policy import Policy
 from fastkv.cache.pool import KVPool
+from fastkv.engine import compile as compile_module
 from fastkv.engine import compiled_row as module
+from fastkv.engine import direct
 from fastkv.engine.compiled_row import CompiledRow
 from fastkv.engine.decode import decode_step
-from fastkv.engine.direct import DirectCompiler, recorded
+from fastkv.engine.direct import DirectCompiler
+from fastkv.engine.recording import recorded
 from fastkv.models.config import ModelConfig
 from fastkv.models.layers import Rope
 from fastkv.models.llama import Llama
@@ -40,23 +43,29 @@ Compiler = list[Any]  # the graphs that it was given
 
 
 @pytest.fixture(autouse=True)
-def compiler(monkeypatch: pytest.MonkeyPatch) -> Compiler:
-    """Stands in for torch's: the graph itself is what it makes."""
+def compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Compiler:
+    """Stands in for torch's: a library holds the number of a graph, and runs it."""
     graphs: Compiler = []
 
-    def made(graph: Any, examples: Sequence[Tensor], options: dict[str, Any]) -> Callable[..., Any]:
+    def built(graph: Any, examples: Sequence[Tensor], options: dict[str, Any]) -> Path:
         assert len(examples) == sum(node.op == "placeholder" for node in graph.graph.nodes)
         assert not any(node.op == "get_attr" for node in graph.graph.nodes)  # no layer's weights stay in it
         graphs.append(SimpleNamespace(graph=graph, runs=0))
-        mine = graphs[-1]
+        library = tmp_path / f"{len(graphs)}.so"
+        library.write_text(str(len(graphs) - 1))
+        return library
 
-        def run(*inputs: Tensor) -> Any:
+    def loaded(library: Path) -> Callable[[list[Tensor]], list[Tensor]]:
+        mine = graphs[int(library.read_text())]
+
+        def run(inputs: list[Tensor]) -> list[Tensor]:
             mine.runs += 1
-            return graph(*inputs)
+            return list(mine.graph(*inputs))
 
         return run
 
-    monkeypatch.setattr(torch._inductor, "compile", made)
+    monkeypatch.setattr(direct, "_built", built)
+    monkeypatch.setattr(direct, "_loaded", loaded)
     return graphs
 
 
@@ -282,7 +291,7 @@ def test_a_compiler_that_fails_is_told_once(
     def broken(*_: Any, **named: Any) -> None:
         raise RuntimeError("\nno such pass\nand a page more")
 
-    monkeypatch.setattr(torch._inductor, "compile", broken)
+    monkeypatch.setattr(direct, "_built", broken)
     compiled_llm.model.row = row
     assert compiled_llm.generate(PROMPT, params, FullKV()).token_ids == expected
     (told,) = (record.getMessage() for record in caplog.records if record.name.startswith("fastkv"))
@@ -292,7 +301,100 @@ def test_a_compiler_that_fails_is_told_once(
 def test_a_weight_that_the_graph_lacks_is_an_error(compiler: Compiler) -> None:
     """A constant that is made anew at each call is no weight."""
     with pytest.raises(ValueError, match="unpack"):
-        DirectCompiler({}).compiled(lambda x: (x + torch.tensor([1.0, 2.0]),), [noise(3, 2)], None)
+        DirectCompiler({}).compiled(lambda x: (x + torch.tensor([1.0, 2.0]),), [noise(3, 2)])
+
+
+# --- kept on disk ---
+
+
+def compiled_once_more(n: int = 37) -> Tensor:
+    """Logits by a process of its own, as far as one can be had here."""
+    model = network()
+    entries = [entries_of(n, seed=layer) for layer in range(LAYERS)]
+    return CompiledRow(model, {}).logits(noise(1, 1, 24), model.rope(torch.tensor([[n]])), entries)
+
+
+def files_of(cache_folder: Path, ending: str) -> list[Path]:
+    return sorted((cache_folder / "compiled").glob(f"*.{ending}"))
+
+
+def test_another_process_compiles_nothing(compiler: Compiler, cache_folder: Path) -> None:
+    assert not direct.anything_kept()
+    expected = compiled_once_more()
+    assert len(compiler) == len(files_of(cache_folder, "so")) == len(files_of(cache_folder, "json")) == 3
+    assert direct.anything_kept()
+    assert torch.equal(compiled_once_more(), expected)
+    compiled_once_more(50)
+    assert len(compiler) == 3
+    assert [each.runs for each in compiler] == [3, 3 * (LAYERS - 1), 3]
+
+
+# "0": a library that is there, but another one.
+@pytest.mark.parametrize(
+    ("ending", "content"),
+    [("so", ""), ("so", "0"), *(("json", each) for each in ("", "[]", '{"format": 99}', '{"format": 1}'))],
+)
+def test_what_is_not_as_it_was_written_is_compiled_again(
+    ending: str, content: str, compiler: Compiler, cache_folder: Path
+) -> None:
+    expected = compiled_once_more()
+    before = {path: path.read_bytes() for path in files_of(cache_folder, ending)}
+    for path in before:
+        path.write_text(content)
+    assert torch.equal(compiled_once_more(), expected)
+    assert len(compiler) == 6
+    assert all(path.read_bytes() != content.encode() for path in before)
+    compiled_once_more()
+    assert len(compiler) == 6
+
+
+@pytest.mark.parametrize("change", ["condition", "open"])
+def test_sizes_that_are_not_understood_are_found_anew(change: str, compiler: Compiler, cache_folder: Path) -> None:
+    compiled_once_more()
+    for path in files_of(cache_folder, "json"):
+        path.write_text(json.dumps(json.loads(path.read_text()) | {change: "print('odd')"}))
+    compiled_once_more()
+    assert len(compiler) == 6
+
+
+@pytest.mark.parametrize("different", ["torch", "options", "cpu"])
+def test_code_for_something_else_is_not_taken(
+    different: str, compiler: Compiler, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiled_once_more()
+    direct._machine_of.cache_clear()
+    if different == "torch":
+        monkeypatch.setattr(torch, "__version__", "9.9")
+    elif different == "cpu":
+        monkeypatch.setattr(direct, "cpu_name", lambda: "another")
+    else:
+        monkeypatch.setattr(module, "DirectCompiler", lambda _: DirectCompiler({"size_asserts": False}))
+    compiled_once_more()
+    direct._machine_of.cache_clear()
+    assert len(compiler) == 6
+
+
+def test_a_folder_that_cannot_be_written_to_is_no_error(
+    compiler: Compiler, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    expected = compiled_once_more()
+    (tmp_path / "file").write_text("")
+    for folder in (str(tmp_path / "file" / "cache"), "~nobody-of-this-name/cache"):
+        monkeypatch.setenv("FASTKV_CACHE", folder)
+        assert torch.equal(compiled_once_more(), expected)
+        assert not direct.anything_kept()
+
+
+def test_where_code_is_kept_no_compiler_is_looked_for(
+    compiler: Compiler, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looked: list[torch.device] = []
+    monkeypatch.setattr(compile_module, "_check_compiler", looked.append)
+    LLM(tiny_folder, dtype="float32", device="cpu", compile=True)
+    assert len(looked) == 1
+    compiled_once_more()
+    LLM(tiny_folder, dtype="float32", device="cpu", compile=True)
+    assert len(looked) == 1
 
 
 # --- attention by the fastest way ---
