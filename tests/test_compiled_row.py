@@ -329,10 +329,10 @@ def test_another_process_compiles_nothing(compiler: Compiler, cache_folder: Path
     assert [each.runs for each in compiler] == [3, 3 * (LAYERS - 1), 3]
 
 
-# "0": a library that is there, but another one.
+# "00": a library that is there, but another one.
 @pytest.mark.parametrize(
     ("ending", "content"),
-    [("so", ""), ("so", "0"), *(("json", each) for each in ("", "[]", '{"format": 99}', '{"format": 1}'))],
+    [("so", ""), ("so", "00"), *(("json", each) for each in ("", "[]", '{"format": 99}', '{"format": 1}'))],
 )
 def test_what_is_not_as_it_was_written_is_compiled_again(
     ending: str, content: str, compiler: Compiler, cache_folder: Path
