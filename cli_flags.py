@@ -73,7 +73,7 @@ def build_parser() -> Parser:
     machine = parser.add_argument_group("machine and output")
     add_machine_flags(machine)
     machine.add_argument("--no-cuda-graph", action="store_true", help="on a GPU, decode without captured graphs")
-    machine.add_argument("--compile", action="store_true", help="torch.compile: a slow start, then a little faster")
+    machine.add_argument("--compile", action="store_true", help="compile the layers: a slow first run, then faster")
     machine.add_argument(
         "--attention", default="auto", metavar="B", help="auto (default), cudnn, flash, efficient, math"
     )

@@ -19,7 +19,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from fastkv.cache.layer import Part
 from fastkv.engine.merged_attention import merged_attention, why_not_merged
 from fastkv.errors import FastKVError, check_choice
-from fastkv.kernels.row_attention import row_attention, two_rows_are_faster
+from fastkv.kernels.row_attention import chosen_way, two_rows_are_faster
 
 BACKENDS = {
     "cudnn": SDPBackend.CUDNN_ATTENTION,
@@ -261,7 +261,7 @@ def decode_attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None = N
     n_rows = q.shape[1] // k.shape[1]
     rows = q.reshape(q.shape[0], k.shape[1], n_rows, q.shape[3])
     if visible is None and q.device.type == "cpu":
-        return row_attention(rows, k, v).reshape(q.shape)
+        return chosen_way(rows, k)[1](rows, k, v).reshape(q.shape)
     if n_rows == 1 and two_rows_are_faster(q):
         rows = rows.expand(-1, -1, 2, -1)
     with without_cudnn(q.device):

@@ -1,8 +1,8 @@
 """torch.compile for what a layer computes outside its attention: norms, rotation, products, residuals.
 
-A prefill takes a layer in two parts, before and after attention. A decode step takes what lies between two attentions
-as one: the end of a layer and the beginning of the next. Each part is compiled once for all layers. Attention and the
-cache stay as they are. A single row on a CPU goes its own way (engine/compiled_row.py).
+On a GPU a prefill takes a layer in two parts, before and after attention. A decode step takes what lies between two
+attentions as one: the end of a layer and the beginning of the next. Each part is compiled once for all layers.
+Attention and the cache stay as they are. A single row on a CPU goes its own way (engine/compiled_row.py).
 """
 
 from __future__ import annotations
@@ -32,12 +32,13 @@ _Heads = tuple[Tensor, Tensor, Tensor]  # q, k and v
 def compile_layers(model: Llama) -> None:
     """Let `model` run compiled. Raises FastKVError where nothing can be compiled.
 
-    The compiling itself happens at the first prefill and the first decode step, which take up to a minute.
+    The compiling itself happens at the first prefill and the first decode step, which take up to a minute. On a CPU
+    decode steps alone are compiled.
     """
     on_cpu = model.device.type == "cpu"
     if not (on_cpu and anything_kept()):
         _check_compiler(model.device)
-    if not on_cpu or model.dtype != torch.float32:  # many rows of float32 gain nothing on a CPU
+    if not on_cpu:  # there a prefill gains a tenth at most, and each process would import and trace for seconds
         project, finish = (torch.compile(_apart(part), dynamic=True) for part in (Block.project, Block.finish_))
         for block in model.blocks:
             block.project = MethodType(project, block)  # type: ignore[method-assign]

@@ -19,7 +19,7 @@ from fastkv.engine.direct import DirectCode, DirectCompiler
 from fastkv.engine.recording import Function
 from fastkv.kernels import row_attention
 from fastkv.kernels.calibration import calibration, is_on
-from fastkv.kernels.tracing import is_symbolic
+from fastkv.kernels.tracing import GRAPH, recording
 from fastkv.models.block import Block
 from fastkv.models.layers import Rope, Rotation
 from fastkv.models.llama import Llama
@@ -105,7 +105,7 @@ class CompiledRow:
 
     def _plain_way(self, layer: int, inputs: _Inputs) -> str:
         """The fastest of torch's own kernels for it."""
-        return "" if layer == _BEFORE else row_attention.name_for(_rows(inputs[1], inputs[2]), inputs[2])
+        return "" if layer == _BEFORE else row_attention.chosen_way(_rows(inputs[1], inputs[2]), inputs[2])[0]
 
     def _choose(self, layer: int, inputs: _Inputs) -> str:
         _, q, k, *_ = inputs
@@ -199,7 +199,7 @@ def _attended(way: str, block: Block, q: Tensor, k: Tensor, v: Tensor) -> Tensor
 
 def _fix_heads(n_heads: int, *tensors: Tensor) -> None:
     """Tell the compiler how many heads there are, which it would leave open."""
-    if is_symbolic():
+    if recording.kind == GRAPH:
         for each in tensors:
             torch._check(each.shape[1] == n_heads)
 

@@ -26,22 +26,17 @@ def decode_step(model: Llama, cache: KVCache, ids: Tensor) -> Tensor:
     if count > 1:
         positions = positions + torch.arange(count, device=ids.device)
     attention = EagerAttention(cache.pool, [cache.slots], count, model.config.windows)
-    logits = run_eagerly(model, ids, positions, attention)
+    logits = run_layers(model, ids, positions, attention)
     cache.advance(count)
     return logits
-
-
-def run_eagerly(model: Llama, ids: Tensor, positions: Tensor, attention: EagerAttention) -> Tensor:
-    """`run_layers`; for one token of one sequence by fewer functions, where the model has been compiled so."""
-    if model.row is None or not attention.is_one_row:
-        return run_layers(model, ids, positions, attention)
-    return model.row.logits(model.embed(ids), model.rope(positions), attention.entries())
 
 
 def run_layers(model: Llama, ids: Tensor, positions: Tensor, attention: StepAttention) -> Tensor:
     """All layers for some new tokens: ids and positions int64 [B, T] -> logits float32 [B, T, V]."""
     hidden = model.embed(ids)  # [B, T, E]
     rope = model.rope(positions)
+    if model.row is not None and isinstance(attention, EagerAttention) and attention.is_one_row:
+        return model.row.logits(hidden, rope, attention.entries())
     q, k, v = model.blocks[0].project(hidden, rope)
     last = len(model.blocks) - 1
     for layer in range(last):

@@ -26,7 +26,7 @@ from torch import Tensor
 from fastkv.engine.recording import Function, recorded
 from fastkv.engine.size_conditions import read_condition
 from fastkv.kernels.calibration import cpu_name
-from fastkv.kernels.tracing import tracing
+from fastkv.kernels.tracing import GRAPH, recorded_as
 from fastkv.storage import cache_folder, write_atomically
 
 _FORMAT = 1  # of what is kept; rises when the same recording is compiled to something else
@@ -113,7 +113,7 @@ def _traced(function: Function, inputs: Sequence[Tensor], weights: Sequence[Tens
     """The function as a graph of inputs and weights, and what stands for each of these, with symbols for sizes."""
     from torch.fx.experimental.proxy_tensor import make_fx
 
-    with tracing():
+    with recorded_as(GRAPH):
         graph = make_fx(function, tracing_mode="symbolic", _allow_non_fake_inputs=True)(*inputs)
     nodes = [node for node in graph.graph.nodes if node.op == "placeholder"]
     examples = [node.meta["val"] for node in nodes]

@@ -63,11 +63,11 @@ class LLM:
     load_format: "auto", or "dummy" for random weights, to measure speed: then `model` may also be the name of a preset
     ("llama-3.1-8b", "llama-3.2-1b", "llama-100m"), and a folder needs no more than its config.json.
 
-    cuda_graph: on a GPU, decode by replaying captured graphs; a CPU has none. compile: run the layers through
-    torch.compile, which makes the first request up to a minute slower, the first one of several prompts together, too,
-    and the next ones faster. attention: the kernels of causal attention, "auto" (on a GPU the first that works of these
-    four) | "cudnn" | "flash" | "efficient"
-    | "math". progress: called while stored weights are read, with the bytes read and the bytes in all.
+    cuda_graph: on a GPU, decode by replaying captured graphs; a CPU has none. compile: run the layers through torch's
+    compiler, which makes the first request up to a minute slower, the first one of several prompts together, too, and
+    the next ones faster; what a CPU decodes a single sequence with is kept in the cache folder. attention: the kernels
+    of causal attention, "auto" (on a GPU the first that works of these four) | "cudnn" | "flash" | "efficient" |
+    "math". progress: called while stored weights are read, with the bytes read and the bytes in all.
 
     Raises FastKVError for a folder that cannot be loaded and for settings that do not fit; nothing is loaded then.
     """

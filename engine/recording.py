@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from fastkv.kernels.tracing import naming
+from fastkv.kernels.tracing import NAMES, recorded_as
 
 Function = Callable[..., tuple[Tensor, ...]]  # of tensors alone; what else they read are the weights
 
@@ -18,7 +18,7 @@ def recorded(function: Function, inputs: Sequence[Tensor]) -> tuple[str, list[Te
 
     The weights are the tensors that it reads besides, in the order of their first use.
     """
-    with _Recorder(inputs) as recorder, naming():
+    with _Recorder(inputs) as recorder, recorded_as(NAMES):
         outputs = function(*inputs)
     return "\n".join([*recorder.lines, f"return {recorder.told(outputs)}"]), recorder.weights
 

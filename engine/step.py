@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fastkv.cache.kv_cache import KVCache
 from fastkv.cache.pool import KVPool
-from fastkv.engine.decode import run_eagerly
+from fastkv.engine.decode import run_layers
 from fastkv.engine.decode_attention import EagerAttention
 from fastkv.engine.sampler import Sampler
 from fastkv.kernels.threads import as_many
@@ -70,7 +70,7 @@ class EagerStepper:
         ids = state.tokens[slots].clamp_min(0).unsqueeze(1)  # what was not finite is no token: see Sampler
         positions = state.pool.next_position[slots].unsqueeze(1)
         attention = EagerAttention(state.pool, runs, 1, self._model.config.windows)
-        logits = run_eagerly(self._model, ids, positions, attention)
+        logits = run_layers(self._model, ids, positions, attention)
         for cache in caches.values():
             cache.advance()
         state.tokens[slots] = state.sampler.sample_slots(logits[:, 0], slots)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fastkv.kernels.calibration import Way, calibration, is_on
 from fastkv.kernels.products import MOST_TOGETHER, SMALLEST, cold_copies
-from fastkv.kernels.tracing import is_named, is_traced
+from fastkv.kernels.tracing import GRAPH, recording
 
 # (x [..., E], values int8 [O, E], scale float32 [O]) -> [..., O] in x's dtype
 Int8Product = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -45,9 +45,10 @@ def dequantised(values: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
 
 def int8_product(x: Tensor, values: Tensor, scale: Tensor) -> Tensor:
     """x [..., E], values int8 [O, E], scale float32 [O] -> [..., O] in x's dtype."""
-    if is_traced() and not is_named() and (x.device.type != "cpu" or all(size == 1 for size in x.shape[:-1])):
+    compiling = torch.compiler.is_compiling()
+    if (compiling or recording.kind == GRAPH) and (x.device.type != "cpu" or all(size == 1 for size in x.shape[:-1])):
         return _compiled(x, values, scale)
-    if is_traced():
+    if compiling or recording.kind is not None:
         return torch.ops.fastkv.int8_product(x, values, scale)
     return _product_for(x.numel() // x.shape[-1], values, x.dtype)(x, values, scale)
 

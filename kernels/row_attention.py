@@ -25,19 +25,14 @@ _LONG = 13  # 8,192 entries: what is timed takes no more memory than those
 _chosen: dict[tuple[int | torch.dtype, ...], tuple[str, RowAttention]] = {}
 
 
-def row_attention(rows: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """rows [B, Hkv, G, D] attend to all entries k and v [B, Hkv, n, D]. -> [B, Hkv, G, D]."""
-    return _chosen_way(rows, k)[1](rows, k, v)
+def chosen_way(rows: Tensor, k: Tensor) -> tuple[str, RowAttention]:
+    """Which of `ways_of` is taken for rows [B, Hkv, G, D] and entries k [B, Hkv, n, D]: its name, and itself.
 
-
-def name_for(rows: Tensor, k: Tensor) -> str:
-    """Which of `ways_of` is taken for rows [B, Hkv, G, D] and entries k [B, Hkv, n, D]."""
-    return _chosen_way(rows, k)[0]
-
-
-def _chosen_way(rows: Tensor, k: Tensor) -> tuple[str, RowAttention]:
+    Rows attend to all entries.
+    """
     _, n_kv_heads, n_rows, head_dim = rows.shape
-    key = (n_kv_heads, n_rows, head_dim, size_class(k), rows.dtype, torch.get_num_threads())
+    size = min(k.shape[2].bit_length(), _LONG)  # see size_class
+    key = (n_kv_heads, n_rows, head_dim, size, rows.dtype, torch.get_num_threads())
     known = _chosen.get(key)
     if known is None:
         known = _chosen[key] = _choose(rows, k)

@@ -5,47 +5,31 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Literal
 
-import torch
-
-
-class _State(threading.local):
-    tracing = naming = False
-
-
-_state = _State()
+Kind = Literal["graph", "names"]
+GRAPH: Kind = "graph"
+NAMES: Kind = "names"
 
 
-def is_traced() -> bool:
-    """Whether what this thread computes now is recorded, by torch.compile or inside `tracing` or `naming`."""
-    return torch.compiler.is_compiling() or _state.tracing or _state.naming
+class _Recording(threading.local):
+    """What is recorded in this thread, besides what torch.compile records. (torch.compile cannot follow this class.)
+
+    GRAPH: for a compiler; sizes may be symbols. NAMES: by name alone; products are operators of our own, whatever
+    computes them here. None: nothing.
+    """
+
+    kind: Kind | None = None
 
 
-def is_named() -> bool:
-    """Whether it is recorded inside `naming`."""
-    return not torch.compiler.is_compiling() and _state.naming
-
-
-def is_symbolic() -> bool:
-    """Whether it is recorded inside `tracing`, where sizes may be symbols."""
-    return not torch.compiler.is_compiling() and _state.tracing
+recording = _Recording()
 
 
 @contextmanager
-def tracing() -> Iterator[None]:
-    """What runs inside is recorded for a compiler."""
-    before, _state.tracing = _state.tracing, True
+def recorded_as(kind: Kind) -> Iterator[None]:
+    """What runs inside is recorded so."""
+    before, recording.kind = recording.kind, kind
     try:
         yield
     finally:
-        _state.tracing = before
-
-
-@contextmanager
-def naming() -> Iterator[None]:
-    """What runs inside is recorded by name alone: products are operators of our own, whatever computes them here."""
-    before, _state.naming = _state.naming, True
-    try:
-        yield
-    finally:
-        _state.naming = before
+        recording.kind = before

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from fastkv.kernels.int8 import dequantised, dequantised_product, int8_product
 from fastkv.kernels.products import product_for
-from fastkv.kernels.tracing import is_named, is_traced
+from fastkv.kernels.tracing import NAMES, recording
 
 
 class Linear(nn.Linear):
@@ -57,14 +57,15 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor | None 
         return y if bias is None else y + bias
     if x.device.type != "cpu" or torch.is_grad_enabled():
         return F.linear(x, weight, bias)
-    if is_traced():
+    if torch.compiler.is_compiling() or recording.kind is not None:
         return _compiled(x, weight, bias)
     return product_for(x.numel() // x.shape[-1], weight)(x, weight, bias)
 
 
 def _compiled(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """What a compiler is given: of one row a sum that it writes a loop for; else the product as it is."""
-    if is_named() or any(size != 1 for size in x.shape[:-1]):
+    many = any(size != 1 for size in x.shape[:-1])
+    if many or (not torch.compiler.is_compiling() and recording.kind == NAMES):
         return torch.ops.fastkv.linear(x, weight, bias)
     y = (weight.float() * x.reshape(1, -1).float()).sum(dim=-1)
     return (y if bias is None else y + bias.float()).to(x.dtype).view(*x.shape[:-1], -1)
