@@ -8,7 +8,7 @@ import os
 import signal
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,8 +16,10 @@ from typing import Any
 import pytest
 import torch
 from places import OUTSIDE_MODELS, ROOT
+from torch import Tensor
 
 from fastkv import LLM
+from fastkv.engine import direct
 from fastkv.kernels import calibration
 
 # A shell that starts `make test &` lets Ctrl-C be ignored, and what we start would inherit that.
@@ -43,6 +45,33 @@ def cache_folder(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.M
 def clock_of_choices(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every way takes the same time, so that no choice depends on what else the machine does."""
     monkeypatch.setattr(calibration, "_clock", lambda: 0.0)
+
+
+@pytest.fixture
+def stand_in_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[Any]:
+    """In place of torch's: the graphs that it was given. A library holds the number of one, and runs it."""
+    graphs: list[Any] = []
+
+    def built(graph: Any, examples: Sequence[Tensor], options: dict[str, Any]) -> Path:
+        assert len(examples) == sum(node.op == "placeholder" for node in graph.graph.nodes)
+        assert not any(node.op == "get_attr" for node in graph.graph.nodes)  # no layer's weights stay in it
+        graphs.append(SimpleNamespace(graph=graph, runs=0))
+        library = tmp_path / f"{len(graphs)}.so"
+        library.write_text(str(len(graphs) - 1))
+        return library
+
+    def loaded(library: Path) -> Callable[[list[Tensor]], list[Tensor]]:
+        mine = graphs[int(library.read_text())]
+
+        def run(inputs: list[Tensor]) -> list[Tensor]:
+            mine.runs += 1
+            return list(mine.graph(*inputs))
+
+        return run
+
+    monkeypatch.setattr(direct, "_built", built)
+    monkeypatch.setattr(direct, "_loaded", loaded)
+    return graphs
 
 
 @pytest.fixture(scope="session")

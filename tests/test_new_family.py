@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastkv import LLM, FastKV, FastKVError, FullKV
+from fastkv.engine.compiled_row import CompiledRow
 from fastkv.models import catalogue
 from fastkv.models.block import Attention, Block
 from fastkv.models.config import ModelConfig
@@ -177,6 +178,21 @@ def test_it_gives_the_logits_of_transformers(folder: Path) -> None:
     pre = llm.prefill(ids[:, :40], max_tokens=STEPS)
     steps = [llm.decode(pre.cache, ids[:, 40 + step]) for step in range(STEPS)]
     torch.testing.assert_close(torch.stack([pre.logits, *steps], dim=1), expected, atol=1e-4, rtol=0)
+
+
+@pytest.mark.usefixtures("_listed")
+def test_its_compiled_steps_are_its_plain_ones(folder: Path, stand_in_compiler: list[Any]) -> None:
+    """Layers that use one rotary embedding or the other are compiled apart."""
+    llm = LLM(folder, policy=FullKV(), dtype="float32", device="cpu")
+    ids = torch.randint(VOCABULARY, (1, 40 + STEPS), generator=torch.Generator().manual_seed(3))
+    logits = []
+    for row in (None, CompiledRow(llm.model, {})):
+        llm.model.row = row
+        pre = llm.prefill(ids[:, :40], max_tokens=STEPS)
+        logits.append([llm.decode(pre.cache, ids[:, 40 + step]) for step in range(STEPS)])
+    torch.testing.assert_close(logits[1], logits[0], atol=1e-4, rtol=0)
+    # The first projection, from a global layer to a local one twice, the other way once, and the last layer.
+    assert [each.runs for each in stand_in_compiler] == [STEPS, 2 * STEPS, STEPS, STEPS]
 
 
 @pytest.mark.usefixtures("_listed")
