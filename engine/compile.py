@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from fastkv.engine.compiled_row import CompiledRow
-from fastkv.engine.direct import anything_kept
 from fastkv.errors import FastKVError
+from fastkv.kernels.kept_code import anything_kept
 from fastkv.models.block import Block
 from fastkv.models.layers import Rope
 from fastkv.models.llama import Llama

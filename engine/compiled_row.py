@@ -1,7 +1,7 @@
 """A decode step of one sequence on a CPU as few compiled functions, each from a layer's entries to the next q, k, v.
 
 A step of a small model spends more time between its operations than in them. So attention over the entries, the rest
-of the layer and the projections of the next one are one function, called directly (engine/direct.py), which writes k
+of the layer and the projections of the next one are one function, called directly (kernels/direct.py), which writes k
 and v into the cache itself.
 """
 
@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastkv.engine.direct import DirectCode, DirectCompiler
-from fastkv.engine.recording import Function
 from fastkv.kernels import row_attention
 from fastkv.kernels.calibration import calibration, is_on
+from fastkv.kernels.direct import DirectCode, DirectCompiler
+from fastkv.kernels.recording import Function
 from fastkv.kernels.tracing import GRAPH, recording
 from fastkv.models.block import Block
 from fastkv.models.layers import Rope, Rotation

@@ -1,1 +1,1 @@
-"""How single operations are computed on this machine, and which way is the fastest. Knows no model and no cache."""
+"""How operations are computed on this machine: which way is the fastest, and code compiled for it. Knows no model."""

@@ -19,8 +19,7 @@ from places import OUTSIDE_MODELS, ROOT
 from torch import Tensor
 
 from fastkv import LLM
-from fastkv.engine import direct
-from fastkv.kernels import calibration
+from fastkv.kernels import calibration, direct
 
 # A shell that starts `make test &` lets Ctrl-C be ignored, and what we start would inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)

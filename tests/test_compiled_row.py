@@ -25,11 +25,11 @@ from fastkv.cache.policy import Policy
 from fastkv.cache.pool import KVPool
 from fastkv.engine import compile as compile_module
 from fastkv.engine import compiled_row as module
-from fastkv.engine import direct
 from fastkv.engine.compiled_row import CompiledRow
 from fastkv.engine.decode import decode_step
-from fastkv.engine.direct import DirectCompiler
-from fastkv.engine.recording import recorded
+from fastkv.kernels import direct, kept_code
+from fastkv.kernels.direct import DirectCompiler
+from fastkv.kernels.recording import recorded
 from fastkv.models.config import ModelConfig
 from fastkv.models.layers import Rope
 from fastkv.models.llama import Llama
@@ -297,10 +297,10 @@ def files_of(cache_folder: Path, ending: str) -> list[Path]:
 
 
 def test_another_process_compiles_nothing(compiler: Compiler, cache_folder: Path) -> None:
-    assert not direct.anything_kept()
+    assert not kept_code.anything_kept()
     expected = compiled_once_more()
     assert len(compiler) == len(files_of(cache_folder, "so")) == len(files_of(cache_folder, "json")) == 3
-    assert direct.anything_kept()
+    assert kept_code.anything_kept()
     assert torch.equal(compiled_once_more(), expected)
     compiled_once_more(50)
     assert len(compiler) == 3
@@ -360,7 +360,7 @@ def test_a_folder_that_cannot_be_written_to_is_no_error(
     for folder in (str(tmp_path / "file" / "cache"), "~nobody-of-this-name/cache"):
         monkeypatch.setenv("FASTKV_CACHE", folder)
         assert torch.equal(compiled_once_more(), expected)
-        assert not direct.anything_kept()
+        assert not kept_code.anything_kept()
 
 
 def test_where_code_is_kept_no_compiler_is_looked_for(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fastkv.engine.size_conditions import read_condition
+from fastkv.kernels.size_conditions import read_condition
 
 TENSORS = [torch.empty(2, 3), torch.empty(1, 4, 10, 8)[:, :, :5]]  # strides 3, 1 and 320, 80, 8, 1
 

@@ -11,11 +11,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
 import platform
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -23,30 +21,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastkv.engine.recording import Function, recorded
-from fastkv.engine.size_conditions import read_condition
 from fastkv.kernels.calibration import cpu_name
+from fastkv.kernels.kept_code import FORMAT, keep, kept
+from fastkv.kernels.recording import Function, recorded
+from fastkv.kernels.size_conditions import Sizes, read_condition
 from fastkv.kernels.tracing import GRAPH, recorded_as
-from fastkv.storage import cache_folder, write_atomically
 
-_FORMAT = 1  # of what is kept; rises when the same recording is compiled to something else
 _MOST_SIZES = 10_000  # that are remembered; a sequence that grows has new ones with each token
 
-_log = logging.getLogger(__name__)
-
 Run = Callable[[list[Tensor]], list[Tensor]]  # the inputs and the weights -> the outputs
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """The sizes of inputs that code holds for.
-
-    open: by place of an input its shape and strides, None where they are open. condition: on all of these. The other
-    inputs are as they were recorded.
-    """
-
-    open: dict[int, list[int | None]]
-    condition: str | None
 
 
 class DirectCode:
@@ -94,7 +77,7 @@ class DirectCompiler:
         kind = hashlib.sha256(json.dumps([operations, self._options, _machine()]).encode()).hexdigest()[:32]
         code = self._codes.get(kind)
         if code is None:
-            code = self._codes[kind] = _kept(kind) or self._compile(kind, function, inputs, weights)
+            code = self._codes[kind] = _from_disk(kind) or self._compile(kind, function, inputs, weights)
         return code, weights
 
     def _compile(
@@ -102,7 +85,7 @@ class DirectCompiler:
     ) -> DirectCode:
         graph, examples = _traced(function, inputs, weights)
         library, sizes = _built(graph, examples, self._options), _sizes_of(examples[: len(inputs)])
-        _keep(kind, library, sizes)
+        keep(kind, library, sizes)
         return DirectCode(_loaded(library), sizes)
 
 
@@ -163,7 +146,19 @@ def _fixed(size: Any) -> int | None:
     return number
 
 
-# --- the cache folder ---
+# --- the library ---
+
+
+def _from_disk(kind: str) -> DirectCode | None:
+    """What an earlier process compiled; None where there is nothing that can be used."""
+    found = kept(kind)
+    if found is None:
+        return None
+    library, sizes = found
+    try:
+        return DirectCode(_loaded(library), sizes)
+    except (RuntimeError, ValueError, AttributeError):  # a folder without execution, a condition not understood
+        return None
 
 
 def _loaded(library: Path) -> Run:
@@ -171,50 +166,10 @@ def _loaded(library: Path) -> Run:
     return run
 
 
-def _keep(kind: str, library: Path, sizes: Sizes) -> None:
-    """Put a library into the cache folder, then what it holds for: without the second file, the first is not used."""
-    content = library.read_bytes()
-    told = {"format": _FORMAT, "sha256": hashlib.sha256(content).hexdigest(), "condition": sizes.condition}
-    told["open"] = {str(place): each for place, each in sizes.open.items()}
-    try:
-        folder = _folder()
-        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        write_atomically(folder / f"{kind}.so", content)
-        write_atomically(folder / f"{kind}.json", json.dumps(told, indent=1).encode())
-    except (OSError, RuntimeError) as error:  # no folder, no home
-        _log.info("compiled code is not kept: %s", error)
-
-
-def _kept(kind: str) -> DirectCode | None:
-    """What an earlier process compiled; None where nothing is, or not what was written."""
-    try:
-        folder = _folder()
-        told = json.loads((folder / f"{kind}.json").read_bytes())
-        library = folder / f"{kind}.so"
-        if told["format"] != _FORMAT or hashlib.sha256(library.read_bytes()).hexdigest() != told["sha256"]:
-            return None
-        sizes = Sizes({int(place): each for place, each in told["open"].items()}, told["condition"])
-        return DirectCode(_loaded(library), sizes)
-    except (OSError, RuntimeError, ValueError, KeyError, TypeError, AttributeError):
-        return None
-
-
-def anything_kept() -> bool:
-    """Whether some compiled code is there, so that this machine had a compiler once."""
-    try:
-        return any(_folder().glob("*.json"))
-    except (OSError, RuntimeError):
-        return False
-
-
-def _folder() -> Path:
-    return cache_folder() / "compiled"
-
-
 @cache
 def _machine_of(threads: int) -> list[Any]:
     capability = torch.backends.cpu.get_cpu_capability()
-    return [_FORMAT, torch.__version__, platform.system(), cpu_name(), capability, threads]
+    return [FORMAT, torch.__version__, platform.system(), cpu_name(), capability, threads]
 
 
 def _machine() -> list[Any]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import ast
 import operator
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
@@ -27,6 +28,18 @@ _OPERATORS: dict[type, Callable[[Any, Any], Any]] = {
     ast.Gt: operator.gt,
     ast.GtE: operator.ge,
 }
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """The sizes of inputs that code holds for.
+
+    open: by place of an input its shape and strides, None where they are open. condition: on all of these. The other
+    inputs are as they were recorded.
+    """
+
+    open: dict[int, list[int | None]]
+    condition: str | None
 
 
 def read_condition(text: str | None) -> Callable[[Sequence[Tensor]], bool]:
