@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,8 +23,35 @@ def load_model(model: str | Path, threads: int | None = None, **settings: Any) -
 
     if threads is not None:
         torch.set_num_threads(threads)
-    with ProgressLine(sys.stderr) as line:
+    with ProgressLine(sys.stderr) as line, _saying_what_takes_long(line):
         return LLM(model, progress=lambda done, total: line.show(loading(done, total), done, total), **settings)
+
+
+@contextmanager
+def _saying_what_takes_long(line: ProgressLine) -> Iterator[None]:
+    """Print what is compiled, which takes some ten seconds each time, but once on a machine."""
+    log = logging.getLogger("fastkv.kernels.direct")
+    printing = _Printing(line)
+    before = log.level
+    log.addHandler(printing)
+    log.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        log.removeHandler(printing)
+        log.setLevel(before)
+
+
+class _Printing(logging.Handler):
+    """Prints to stderr, where the progress line stands."""
+
+    def __init__(self, line: ProgressLine) -> None:
+        super().__init__()
+        self._line = line
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._line.clear()
+        print(record.getMessage(), file=sys.stderr)
 
 
 def loading(done: int, total: int) -> str:

@@ -33,7 +33,7 @@ def compile_layers(model: Llama) -> None:
     """Let `model` run compiled. Raises FastKVError where nothing can be compiled.
 
     The compiling itself happens at the first prefill and the first decode step, which take up to a minute. On a CPU
-    decode steps alone are compiled.
+    decode steps alone are compiled, those of a single sequence by `model.row.prepare`.
     """
     on_cpu = model.device.type == "cpu"
     if not (on_cpu and anything_kept()):

@@ -38,7 +38,8 @@ _BEFORE = -1  # in place of a layer: what comes before the first attention
 class CompiledRow:
     """The layers of a model for one token of one sequence (RowLayers). options: of torch's compiler.
 
-    They are compiled when they are first needed. Where that fails, or sizes do not fit, they run as they are.
+    What `prepare` has not compiled is compiled when it is first needed. Where that fails, or sizes do not fit, they run
+    as they are.
     """
 
     def __init__(self, model: Llama, options: dict[str, Any]) -> None:
@@ -47,6 +48,23 @@ class CompiledRow:
         self._known: dict[tuple[int | str, ...], _Compiled] = {}
         self._ways: dict[tuple[int, ...], str] = {}
         self._works = True
+
+    @torch.inference_mode()
+    def prepare(self) -> None:
+        """See RowLayers."""
+        config, dtype = self._model.config, self._model.dtype
+        hidden, q = (
+            torch.zeros(1, *size, dtype=dtype)
+            for size in ((1, config.hidden_size), (config.n_heads, 1, config.head_dim))
+        )
+        k = torch.zeros(1, config.n_kv_heads, _USUAL, config.head_dim, dtype=dtype)
+        new, rope = k[:, :, -1:], self._model.rope_of_range(0, 1)
+        tables = [table for each in rope.rotations for table in (each.cos, each.sin)]
+        last = len(self._model.blocks) - 1
+        self._compiled_if_possible(_BEFORE, (hidden, new, new, *tables))
+        for layer in range(last):
+            self._compiled_if_possible(layer, (hidden, q, k, k, new, new, *tables))
+        self._compiled_if_possible(last, (hidden, q, k, k))
 
     def logits(self, hidden: Tensor, rope: Rope, entries: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
         """See RowLayers."""

@@ -38,7 +38,7 @@ from fastkv.engine.request import (
 from fastkv.engine.runtime import Runtime
 from fastkv.engine.sampler import SamplingParams
 from fastkv.errors import FastKVError, check_choice, check_integer
-from fastkv.kernels.threads import step_threads
+from fastkv.kernels.threads import as_many, step_threads
 from fastkv.models.chat import ChatIds
 from fastkv.models.checkpoint import stored_dtype
 from fastkv.models.config import ModelConfig
@@ -65,9 +65,9 @@ class LLM:
 
     cuda_graph: on a GPU, decode by replaying captured graphs; a CPU has none. compile: run the layers through torch's
     compiler, which makes the first request up to a minute slower, the first one of several prompts together, too, and
-    the next ones faster; what a CPU decodes a single sequence with is kept in the cache folder. attention: the kernels
-    of causal attention, "auto" (on a GPU the first that works of these four) | "cudnn" | "flash" | "efficient" |
-    "math". progress: called while stored weights are read, with the bytes read and the bytes in all.
+    the next ones faster; on a CPU the steps of a single sequence are compiled here, and kept in the cache folder.
+    attention: the kernels of causal attention, "auto" (on a GPU the first that works of these four) | "cudnn" | "flash"
+    | "efficient" | "math". progress: called while stored weights are read, with the bytes read and the bytes in all.
 
     Raises FastKVError for a folder that cannot be loaded and for settings that do not fit; nothing is loaded then.
     """
@@ -117,6 +117,9 @@ class LLM:
         self._entry = EntryShape(self.config.n_kv_heads, self.config.head_dim, self._model.dtype)
         largest = max(self._model.blocks[0].parameters(), key=Tensor.numel)
         self._runtime = Runtime(self._model, cuda_graph and target.type == "cuda", attention, step_threads(largest))
+        if self._model.row is not None:
+            with as_many(self._runtime.step_threads):
+                self._model.row.prepare()
 
     @property
     def policy(self) -> Policy:

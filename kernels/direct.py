@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import platform
 import warnings
 from collections.abc import Callable, Sequence
@@ -26,6 +27,8 @@ from fastkv.kernels.kept_code import FORMAT, keep, kept
 from fastkv.kernels.recording import Function, recorded
 from fastkv.kernels.size_conditions import Sizes, read_condition
 from fastkv.kernels.tracing import GRAPH, recorded_as
+
+_log = logging.getLogger(__name__)
 
 _MOST_SIZES = 10_000  # that are remembered; a sequence that grows has new ones with each token
 
@@ -83,6 +86,7 @@ class DirectCompiler:
     def _compile(
         self, kind: str, function: Function, inputs: Sequence[Tensor], weights: Sequence[Tensor]
     ) -> DirectCode:
+        _log.info("compiling for this machine, once (part %d)", len(self._codes) + 1)
         graph, examples = _traced(function, inputs, weights)
         library, sizes = _built(graph, examples, self._options), _sizes_of(examples[: len(inputs)])
         keep(kind, library, sizes)

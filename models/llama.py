@@ -21,6 +21,9 @@ from fastkv.models.linear import Linear
 class RowLayers(Protocol):
     """All layers and the head, attention over the cache included, for one token of one sequence."""
 
+    def prepare(self) -> None:
+        """Make what the usual step needs, so that the first one does not wait for it."""
+
     def logits(self, hidden: Tensor, rope: Rope, entries: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
         """hidden [1, 1, E] -> logits float32 [1, 1, V].
 

@@ -23,8 +23,10 @@ from fastkv.cache.layer import EntryShape
 from fastkv.cache.policies import FastKVAda
 from fastkv.cache.policy import Policy
 from fastkv.cache.pool import KVPool
+from fastkv.console.load import load_model
 from fastkv.engine import compile as compile_module
 from fastkv.engine import compiled_row as module
+from fastkv.engine import llm as llm_module
 from fastkv.engine.compiled_row import CompiledRow
 from fastkv.engine.decode import decode_step
 from fastkv.kernels import direct, kept_code
@@ -368,11 +370,29 @@ def test_where_code_is_kept_no_compiler_is_looked_for(
 ) -> None:
     looked: list[torch.device] = []
     monkeypatch.setattr(compile_module, "_check_compiler", looked.append)
-    LLM(tiny_folder, dtype="float32", device="cpu", compile=True)
+    for _ in range(2):
+        LLM(tiny_folder, dtype="float32", device="cpu", compile=True)
     assert len(looked) == 1
-    compiled_once_more()
-    LLM(tiny_folder, dtype="float32", device="cpu", compile=True)
-    assert len(looked) == 1
+
+
+@pytest.mark.parametrize("step_threads", [None, 2])
+def test_a_model_is_compiled_while_it_is_loaded(
+    step_threads: int | None,
+    compiler: Compiler,
+    tiny_folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """With as many threads as its steps will have; the first answer waits for nothing, and the command says so."""
+    monkeypatch.setattr(compile_module, "_check_compiler", lambda _: None)
+    monkeypatch.setattr(llm_module, "step_threads", lambda _: step_threads)
+    llm = load_model(tiny_folder, dtype="float32", device="cpu", compile=True)
+    told = [f"compiling for this machine, once (part {number})" for number in (1, 2, 3)]
+    assert capsys.readouterr().err.splitlines() == told
+    llm.generate(PROMPT, SamplingParams(max_tokens=3, ignore_eos=True), FullKV())
+    assert len(compiler) == 3
+    load_model(tiny_folder, dtype="float32", device="cpu", compile=True)
+    assert capsys.readouterr().err == ""
 
 
 # --- attention by the fastest way ---
