@@ -7,6 +7,7 @@ Attention and the cache stay as they are. A single row on a CPU goes its own way
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from functools import cache
 from types import FunctionType, MethodType
@@ -26,11 +27,13 @@ from fastkv.models.llama import Llama
 # product would be a part of it, and be computed anew for each of its outputs.
 ONE_ROW = {"realize_acc_reads_threshold": 2}
 
+_log = logging.getLogger(__name__)
+
 _Heads = tuple[Tensor, Tensor, Tensor]  # q, k and v
 
 
 def compile_layers(model: Llama) -> None:
-    """Let `model` run compiled. Raises FastKVError where nothing can be compiled.
+    """Let `model` run compiled. Raises FastKVError where nothing can be compiled, and no compiled code is kept.
 
     The compiling itself happens at the first prefill and the first decode step, which take up to a minute. On a CPU
     decode steps alone are compiled, those of a single sequence by `model.row.prepare`.
@@ -72,6 +75,11 @@ def _by_rows(part: Callable[..., Any], device: torch.device) -> Callable[..., An
 
     @cache
     def compiled(of_one: bool) -> Callable[..., Any]:
+        try:
+            _check_compiler(device)
+        except FastKVError as error:  # found out so late where compiled code was kept
+            _log.warning("going on without: %s", error)
+            return part
         if of_one:
             return torch.compile(_apart(part), dynamic=False, options=_options(device))
         return torch.compile(_apart(part), dynamic=True)

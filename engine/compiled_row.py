@@ -26,7 +26,7 @@ from fastkv.models.llama import Llama
 
 _LOOPS = "loops"  # attention as loops that the compiler writes; the other ways are calls of torch's kernels
 _USUAL = 509  # entries that the compiler is told of; it decides by them what is worth two threads
-_SHORT = 1024  # entries up to which loops are taken where nothing is measured
+_SHORT = 10  # the size class (below 1,024 entries) up to which loops are taken where nothing is measured
 
 _log = logging.getLogger(__name__)
 
@@ -47,7 +47,7 @@ class CompiledRow:
         self._compiler = DirectCompiler(options)
         self._known: dict[tuple[int | str, ...], _Compiled] = {}
         self._ways: dict[tuple[int, ...], str] = {}
-        self._works = True
+        self._failed: set[tuple[str, int]] = set()  # ways that could not be compiled, and for how many threads
 
     @torch.inference_mode()
     def prepare(self) -> None:
@@ -85,14 +85,16 @@ class CompiledRow:
         return code.run([*inputs, *weights])
 
     def _compiled_if_possible(self, layer: int, inputs: _Inputs) -> _Compiled | None:
-        if not self._works:
+        way = self._way(layer, inputs)
+        if (way, torch.get_num_threads()) in self._failed:
             return None
         try:
-            return self._compiled(layer, self._way(layer, inputs), inputs)
+            return self._compiled(layer, way, inputs)
         except Exception as error:  # whatever the compiler and the tools around it raise
-            self._works = False
-            reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-            _log.warning("decode steps of a single sequence are not compiled, and slower for it: %s", reason)
+            if not self._failed:
+                reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+                _log.warning("some decode steps are not compiled, and slower for it: %s", reason)
+            self._failed.add((way, torch.get_num_threads()))
             return None
 
     def _compiled(self, layer: int, way: str, inputs: _Inputs) -> _Compiled:
@@ -128,7 +130,7 @@ class CompiledRow:
     def _choose(self, layer: int, inputs: _Inputs) -> str:
         _, q, k, *_ = inputs
         rows, other = _rows(q, k), self._plain_way(layer, inputs)
-        default = _LOOPS if k.shape[2] <= _SHORT else other
+        default = _LOOPS if row_attention.size_class(k) <= _SHORT else other
         if not is_on():
             return default
         about = f"compiled step, {row_attention.told(rows, k)}"

@@ -131,12 +131,19 @@ def _machine() -> dict[str, Any]:
 
 def cpu_name() -> str:
     """The model of the CPU, as the system names it."""
+    return _cpuinfo("model name") or platform.processor() or platform.machine()
+
+
+def cpu_flags() -> str:
+    """The instructions that the CPU has, as the system names them; "" where it does not."""
+    return _cpuinfo("flags") or _cpuinfo("Features") or ""
+
+
+def _cpuinfo(key: str) -> str | None:
     with suppress(OSError):
         lines = Path("/proc/cpuinfo").read_text().splitlines()
-        found = next((line.split(": ", 1)[1] for line in lines if line.startswith("model name")), None)
-        if found is not None:
-            return found
-    return platform.processor() or platform.machine()
+        return next((line.split(": ", 1)[1] for line in lines if line.startswith(key) and ": " in line), None)
+    return None
 
 
 def _measured(default: str, ways: Mapping[str, Way]) -> Choice:

@@ -13,6 +13,7 @@ import hashlib
 import json
 import logging
 import platform
+import threading
 import warnings
 from collections.abc import Callable, Sequence
 from functools import cache
@@ -22,13 +23,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastkv.kernels.calibration import cpu_name
+from fastkv.kernels.calibration import cpu_flags, cpu_name
 from fastkv.kernels.kept_code import FORMAT, keep, kept
 from fastkv.kernels.recording import Function, recorded
 from fastkv.kernels.size_conditions import Sizes, read_condition
 from fastkv.kernels.tracing import GRAPH, recorded_as
 
 _log = logging.getLogger(__name__)
+_LOCK = threading.Lock()  # while one thread compiles, torch tells the others that they are compiled, too
 
 _MOST_SIZES = 10_000  # that are remembered; a sequence that grows has new ones with each token
 
@@ -76,6 +78,10 @@ class DirectCompiler:
         leaves them open. An input that it changes must share no memory with another one. Raises whatever torch raises
         where it cannot be done.
         """
+        with _LOCK:
+            return self._compiled(function, inputs)
+
+    def _compiled(self, function: Function, inputs: Sequence[Tensor]) -> tuple[DirectCode, list[Tensor]]:
         operations, weights = recorded(function, inputs)
         kind = hashlib.sha256(json.dumps([operations, self._options, _machine()]).encode()).hexdigest()[:32]
         code = self._codes.get(kind)
@@ -88,7 +94,8 @@ class DirectCompiler:
     ) -> DirectCode:
         _log.info("compiling for this machine, once (part %d)", len(self._codes) + 1)
         graph, examples = _traced(function, inputs, weights)
-        library, sizes = _built(graph, examples, self._options), _sizes_of(examples[: len(inputs)])
+        library = _built(graph, examples, self._options)
+        sizes = _sizes_of(examples[: len(inputs)])  # only now: the compiler adds conditions
         keep(kind, library, sizes)
         return DirectCode(_loaded(library), sizes)
 
@@ -161,7 +168,7 @@ def _from_disk(kind: str) -> DirectCode | None:
     library, sizes = found
     try:
         return DirectCode(_loaded(library), sizes)
-    except (RuntimeError, ValueError, AttributeError):  # a folder without execution, a condition not understood
+    except (OSError, RuntimeError, ValueError, AttributeError):  # a folder without execution, an odd condition
         return None
 
 
@@ -173,7 +180,8 @@ def _loaded(library: Path) -> Run:
 @cache
 def _machine_of(threads: int) -> list[Any]:
     capability = torch.backends.cpu.get_cpu_capability()
-    return [FORMAT, torch.__version__, platform.system(), cpu_name(), capability, threads]
+    cpu = [platform.machine(), cpu_name(), cpu_flags(), capability]
+    return [FORMAT, torch.__version__, platform.system(), *cpu, threads]
 
 
 def _machine() -> list[Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import os
 from pathlib import Path
 
 from fastkv.kernels.size_conditions import Sizes
@@ -18,13 +19,13 @@ _log = logging.getLogger(__name__)
 def keep(kind: str, library: Path, sizes: Sizes) -> None:
     """Put a library into the cache folder, then what it holds for: without the second file, the first is not used."""
     content = library.read_bytes()
-    told = {"format": FORMAT, "sha256": hashlib.sha256(content).hexdigest(), "condition": sizes.condition}
-    told["open"] = {str(place): each for place, each in sizes.open.items()}
+    told = {"open": {str(place): each for place, each in sizes.open.items()}, "condition": sizes.condition}
+    about = {"format": FORMAT, "sha256": _digest(content, told), "sizes": told}
     try:
         folder = _folder()
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         write_atomically(folder / f"{kind}.so", content)
-        write_atomically(folder / f"{kind}.json", json.dumps(told, indent=1).encode())
+        write_atomically(folder / f"{kind}.json", json.dumps(about, indent=1).encode())
     except (OSError, RuntimeError) as error:  # no folder, no home
         _log.info("compiled code is not kept: %s", error)
 
@@ -33,9 +34,12 @@ def kept(kind: str) -> tuple[Path, Sizes] | None:
     """What an earlier process compiled; None where nothing is, or not what was written."""
     try:
         folder = _folder()
-        told = json.loads((folder / f"{kind}.json").read_bytes())
-        library = folder / f"{kind}.so"
-        if told["format"] != FORMAT or hashlib.sha256(library.read_bytes()).hexdigest() != told["sha256"]:
+        about = json.loads((folder / f"{kind}.json").read_bytes())
+        library, told = folder / f"{kind}.so", about["sizes"]
+        if about["format"] != FORMAT or _digest(library.read_bytes(), told) != about["sha256"]:
+            return None
+        if not _is_ours(folder):
+            _log.warning("%s is not used: it belongs to another user, or others can write to it", folder)
             return None
         return library, Sizes({int(place): each for place, each in told["open"].items()}, told["condition"])
     except (OSError, RuntimeError, ValueError, KeyError, TypeError, AttributeError):  # not there, or not as written
@@ -48,6 +52,17 @@ def anything_kept() -> bool:
         return any(_folder().glob("*.json"))
     except (OSError, RuntimeError):
         return False
+
+
+def _digest(library: bytes, told: object) -> str:
+    """Of a library and of the sizes that it holds for, which stand in for checks of the library's own."""
+    return hashlib.sha256(json.dumps(told).encode() + library).hexdigest()
+
+
+def _is_ours(folder: Path) -> bool:
+    """Whether nobody else can put a library there: it is run as it is."""
+    about = folder.stat()
+    return not hasattr(os, "getuid") or (about.st_uid == os.getuid() and not about.st_mode & 0o022)
 
 
 def _folder() -> Path:

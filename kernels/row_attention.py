@@ -40,7 +40,7 @@ def chosen_way(rows: Tensor, k: Tensor) -> tuple[str, RowAttention]:
 
 
 def size_class(k: Tensor) -> int:
-    """A choice holds for numbers of entries up to the next power of two, the same for all long caches: its exponent."""
+    """A choice holds for numbers of entries below the next power of two, the same for all long caches: its exponent."""
     return min(k.shape[2].bit_length(), _LONG)
 
 

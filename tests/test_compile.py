@@ -33,7 +33,7 @@ def test_compiled_layers_give_the_eager_logits_and_tokens(tiny_llm: LLM, tiny_fo
     assert llm.generate(PROMPT, params, policy).token_ids == tiny_llm.generate(PROMPT, params, policy).token_ids
     row = llm.model.row
     assert isinstance(row, CompiledRow)
-    assert row._works
+    assert not row._failed
     assert len(row._compiler._codes) == 3  # before the first attention, between two, after the last one
     # Another process takes the code as it is, and imports no compiler.
     command = [sys.executable, "-c", TOKENS, str(tiny_folder), json.dumps(PROMPT)]
@@ -88,3 +88,23 @@ def test_without_a_compiler_one_line_says_so(tiny_folder: Path, monkeypatch: pyt
     with pytest.raises(FastKVError, match=r"needs a C\+\+ compiler such as g\+\+ \(no g\+\+ found\)") as caught:
         LLM(tiny_folder, device="cpu", compile=True)
     assert caught.value.setting == "compile"
+
+
+def test_a_compiler_that_is_gone_is_no_error_where_code_was_kept(
+    tiny_llm: LLM, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A batch needs what is not kept: it runs uncompiled, and says so once."""
+
+    def gone(device: torch.device) -> None:
+        raise FastKVError("torch.compile does not work here", setting="compile")
+
+    monkeypatch.setattr(module, "anything_kept", lambda: True)
+    monkeypatch.setattr(module, "_check_compiler", gone)
+    monkeypatch.setattr(module.CompiledRow, "prepare", lambda self: None)
+    llm = LLM(tiny_folder, dtype="float32", device="cpu", compile=True)
+    params, prompts = SamplingParams(max_tokens=4, ignore_eos=True), [PROMPT, PROMPT[:100]]
+    expected, found = (each.generate(prompts, params, FastKV(min_tokens=8)) for each in (tiny_llm, llm))
+    assert [each.token_ids for each in found] == [each.token_ids for each in expected]
+    assert (
+        caplog.text.count("going on without: torch.compile does not work here") == 2
+    )  # between layers, after the last

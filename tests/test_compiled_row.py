@@ -32,8 +32,9 @@ from fastkv.engine.decode import decode_step
 from fastkv.kernels import direct, kept_code
 from fastkv.kernels.direct import DirectCompiler
 from fastkv.kernels.recording import recorded
+from fastkv.kernels.size_conditions import Sizes
 from fastkv.models.config import ModelConfig
-from fastkv.models.layers import Rope
+from fastkv.models.layers import Rope, Rotation
 from fastkv.models.llama import Llama
 from fastkv.models.weights import random_weights
 
@@ -202,6 +203,20 @@ def test_what_differs_but_in_weights_is_recorded_differently() -> None:
     assert recording(model, 1)[0] != recording(model, 2)[0]
 
 
+@pytest.mark.parametrize("different", ["dtype", "strides"])
+def test_dtypes_and_strides_tell_code_apart(different: str) -> None:
+    one, other = (recorded_sum(torch.ones(2, 3)) for _ in range(2))
+    assert one == other
+    weight = torch.ones(2, 3, dtype=torch.bfloat16) if different == "dtype" else torch.ones(3, 2).t()
+    assert recorded_sum(weight) != one
+
+
+def recorded_sum(weight: Tensor) -> tuple[str, str]:
+    """With it as a weight, and as an input."""
+    as_weight = recorded(lambda x: (x + weight,), [torch.ones(2, 3)])[0]
+    return as_weight, recorded(lambda x: (x + 1,), [weight])[0]
+
+
 def test_nothing_is_compiled_twice(compiled_llm: LLM, compiler: Compiler) -> None:
     """Neither for a longer sequence or another policy, nor for another layer; for more threads it is."""
     params = SamplingParams(max_tokens=4, ignore_eos=True)
@@ -249,7 +264,8 @@ def test_where_sizes_do_not_fit_it_runs_as_it_is(compiler: Compiler) -> None:
 def test_a_query_with_gaps_is_closed(compiler: Compiler, monkeypatch: pytest.MonkeyPatch) -> None:
     """Compiled code takes its inputs for what they were when it was compiled, and does not look."""
     model = network()
-    row, rope = CompiledRow(model, {}), model.rope(torch.tensor([[37]]))
+    row, rotation = CompiledRow(model, {}), model.rope(torch.tensor([[37]])).rotations[0]
+    rope = Rope((Rotation(*(torch.stack((each, each), -1)[..., 0] for each in (rotation.cos, rotation.sin))),))
     given: list[tuple[Tensor, ...]] = []
 
     def run(layer: int, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -259,6 +275,7 @@ def test_a_query_with_gaps_is_closed(compiler: Compiler, monkeypatch: pytest.Mon
     monkeypatch.setattr(row, "_run", run)
     row.logits(noise(1, 1, 24), rope, [entries_of()] * LAYERS)
     assert [inputs[1].stride() for inputs in given[1:]] == [(96, 16, 16, 1)] * LAYERS
+    assert all(table.is_contiguous() for inputs in given[:LAYERS] for table in inputs[-2:])
 
 
 def test_a_compiler_that_fails_is_told_once(
@@ -276,6 +293,43 @@ def test_a_compiler_that_fails_is_told_once(
     assert compiled_llm.generate(PROMPT, params, FullKV()).token_ids == expected
     (told,) = (record.getMessage() for record in caplog.records if record.name.startswith("fastkv"))
     assert told.endswith("slower for it: no such pass")
+
+
+def test_what_was_compiled_goes_on_where_something_else_cannot_be(
+    compiler: Compiler, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Long sequences need other code; it is tried once for all layers, and told once."""
+    model = network()
+    row, hidden = CompiledRow(model, {}), noise(1, 1, 24)
+    tried: list[int] = []
+
+    def broken(*arguments: Any) -> Path:
+        tried.append(1)
+        raise RuntimeError("no more")
+
+    def logits(n: int) -> Tensor:
+        return row.logits(hidden, model.rope(torch.tensor([[n]])), [entries_of(n, seed=at) for at in range(LAYERS)])
+
+    short = logits(37)
+    monkeypatch.setattr(direct, "_built", broken)
+    expected = plain(
+        model, hidden, model.rope(torch.tensor([[1500]])), [entries_of(1500, seed=at) for at in range(LAYERS)]
+    )
+    torch.testing.assert_close(logits(1500), expected, atol=1e-4, rtol=1e-4)
+    runs = [each.runs for each in compiler]
+    assert torch.equal(logits(37), short)
+    assert [each.runs for each in compiler] == [runs[0] + 1, runs[1] + LAYERS - 1, runs[2] + 1]
+    assert len(tried) == 1
+    assert caplog.text.count("slower for it: no more") == 1
+
+
+@pytest.mark.parametrize(("n", "way"), [(1020, "loops"), (1024, "fused"), (1040, "fused")])
+def test_without_measuring_the_way_does_not_depend_on_what_came_before(n: int, way: str) -> None:
+    model = network()
+    row = CompiledRow(model, {})
+    for before in (n - 3, n):
+        assert row._way(0, inputs_of(model, 0, before)) == ("loops" if before < 1024 else "fused")
+    assert row._way(0, inputs_of(model, 0, n)) == way
 
 
 def test_a_weight_that_the_graph_lacks_is_an_error(compiler: Compiler) -> None:
@@ -328,16 +382,62 @@ def test_what_is_not_as_it_was_written_is_compiled_again(
     assert len(compiler) == 6
 
 
-@pytest.mark.parametrize("change", ["condition", "open"])
-def test_sizes_that_are_not_understood_are_found_anew(change: str, compiler: Compiler, cache_folder: Path) -> None:
+@pytest.mark.parametrize("change", [{"condition": None}, {"open": {}}, {"open": {"99": [1]}}])
+def test_sizes_that_were_changed_are_not_believed(
+    change: dict[str, Any], compiler: Compiler, cache_folder: Path
+) -> None:
+    """They stand in for the checks of the library."""
     compiled_once_more()
     for path in files_of(cache_folder, "json"):
-        path.write_text(json.dumps(json.loads(path.read_text()) | {change: "print('odd')"}))
+        about = json.loads(path.read_text())
+        path.write_text(json.dumps(about | {"sizes": about["sizes"] | change}))
+    compiled_once_more()
+    assert len(compiler) > 3
+
+
+def test_a_condition_that_is_not_understood_is_found_anew(compiler: Compiler, monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled_once_more()
+    library = files_of(kept_code.cache_folder(), "so")[0]
+    monkeypatch.setattr(direct, "kept", lambda kind: (library, Sizes({}, "L['t0'].data_ptr()[0] == 0")))
     compiled_once_more()
     assert len(compiler) == 6
 
 
-@pytest.mark.parametrize("different", ["torch", "options", "cpu"])
+def test_conditions_that_the_compiler_adds_are_kept(compiler: Compiler, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It decides by sizes how loops are written."""
+    built = direct._built
+
+    def deciding(graph: Any, examples: Sequence[Tensor], options: dict[str, Any]) -> Path:
+        library = built(graph, examples, options)
+        assert bool(examples[2].shape[2] <= 600)
+        return library
+
+    monkeypatch.setattr(direct, "_built", deciding)
+    model = network()
+    code, _ = CompiledRow(model, {})._compiled(1, "loops", inputs_of(model, 1))
+    assert [code.fits(inputs_of(model, 1, n)) for n in (37, 600, 601)] == [True, True, False]
+
+
+def test_a_library_is_there_before_it_is_told_of(compiler: Compiler, monkeypatch: pytest.MonkeyPatch) -> None:
+    written: list[str] = []
+    monkeypatch.setattr(kept_code, "write_atomically", lambda path, content: written.append(path.suffix))
+    compiled_once_more()
+    assert written == [".so", ".json"] * 3
+
+
+@pytest.mark.parametrize("mode", [0o777, 0o720])
+def test_a_folder_that_others_can_write_to_is_not_used(
+    mode: int, compiler: Compiler, cache_folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    compiled_once_more()
+    assert (cache_folder / "compiled").stat().st_mode & 0o777 == 0o700
+    (cache_folder / "compiled").chmod(mode)
+    compiled_once_more()
+    assert len(compiler) == 6
+    assert "others can write to it" in caplog.text
+
+
+@pytest.mark.parametrize("different", ["torch", "options", "cpu_name", "cpu_flags", "capability"])
 def test_code_for_something_else_is_not_taken(
     different: str, compiler: Compiler, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -345,8 +445,10 @@ def test_code_for_something_else_is_not_taken(
     direct._machine_of.cache_clear()
     if different == "torch":
         monkeypatch.setattr(torch, "__version__", "9.9")
-    elif different == "cpu":
-        monkeypatch.setattr(direct, "cpu_name", lambda: "another")
+    elif different == "capability":
+        monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "another")
+    elif different.startswith("cpu"):
+        monkeypatch.setattr(direct, different, lambda: "another")
     else:
         monkeypatch.setattr(module, "DirectCompiler", lambda _: DirectCompiler({"size_asserts": False}))
     compiled_once_more()
