@@ -19,7 +19,7 @@ from places import OUTSIDE_MODELS, ROOT
 from torch import Tensor
 
 from fastkv import LLM
-from fastkv.kernels import calibration, direct
+from fastkv.kernels import calibration, direct, int8, products, row_attention
 
 # A shell that starts `make test &` lets Ctrl-C be ignored, and what we start would inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -42,8 +42,10 @@ def cache_folder(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.M
 
 @pytest.fixture(autouse=True)
 def clock_of_choices(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every way takes the same time, so that no choice depends on what else the machine does."""
+    """Every way takes the same time, and none was chosen by an earlier test: no choice depends on machine or order."""
     monkeypatch.setattr(calibration, "_clock", lambda: 0.0)
+    for chosen in (products, int8, row_attention):
+        chosen.forget()
 
 
 @pytest.fixture
