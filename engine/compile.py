@@ -78,7 +78,7 @@ def _by_rows(part: Callable[..., Any], device: torch.device) -> Callable[..., An
         try:
             _check_compiler(device)
         except FastKVError as error:  # found out so late where compiled code was kept
-            _log.warning("going on without: %s", error)
+            _warn_once(f"going on without: {error}")
             return part
         if of_one:
             return torch.compile(_apart(part), dynamic=False, options=_options(device))
@@ -88,6 +88,11 @@ def _by_rows(part: Callable[..., Any], device: torch.device) -> Callable[..., An
         return compiled(hidden.shape[0] == hidden.shape[1] == 1)(hidden, *arguments)
 
     return run
+
+
+@cache
+def _warn_once(message: str) -> None:
+    _log.warning(message)
 
 
 def _options(device: torch.device) -> dict[str, Any]:

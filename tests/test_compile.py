@@ -98,6 +98,7 @@ def test_a_compiler_that_is_gone_is_no_error_where_code_was_kept(
     def gone(device: torch.device) -> None:
         raise FastKVError("torch.compile does not work here", setting="compile")
 
+    module._warn_once.cache_clear()
     monkeypatch.setattr(module, "anything_kept", lambda: True)
     monkeypatch.setattr(module, "_check_compiler", gone)
     monkeypatch.setattr(module.CompiledRow, "prepare", lambda self: None)
