@@ -107,5 +107,5 @@ def test_a_compiler_that_is_gone_is_no_error_where_code_was_kept(
     expected, found = (each.generate(prompts, params, FastKV(min_tokens=8)) for each in (tiny_llm, llm))
     assert [each.token_ids for each in found] == [each.token_ids for each in expected]
     assert (
-        caplog.text.count("going on without: torch.compile does not work here") == 2
+        caplog.text.count("going on without: torch.compile does not work here") == 1
     )  # between layers, after the last
