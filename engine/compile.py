@@ -18,6 +18,7 @@ from torch import Tensor
 
 from fastkv.engine.compiled_row import CompiledRow
 from fastkv.errors import FastKVError
+from fastkv.kernels.direct import known_options
 from fastkv.kernels.kept_code import anything_kept
 from fastkv.models.block import Block
 from fastkv.models.layers import Rope
@@ -41,7 +42,7 @@ def compile_layers(model: Llama) -> None:
     on_cpu = model.device.type == "cpu"
     if not (on_cpu and anything_kept()):
         _check_compiler(model.device)
-    if not on_cpu:  # there a prefill gains a tenth at most, and each process would import and trace for seconds
+    if not on_cpu:  # there a prefill gains little, and each process would import and trace for seconds
         project, finish = (torch.compile(_apart(part), dynamic=True) for part in (Block.project, Block.finish_))
         for block in model.blocks:
             block.project = MethodType(project, block)  # type: ignore[method-assign]
@@ -81,7 +82,8 @@ def _by_rows(part: Callable[..., Any], device: torch.device) -> Callable[..., An
             _warn_once(f"going on without: {error}")
             return part
         if of_one:
-            return torch.compile(_apart(part), dynamic=False, options=_options(device))
+            options = known_options(ONE_ROW) if device.type == "cpu" else {}
+            return torch.compile(_apart(part), dynamic=False, options=options)
         return torch.compile(_apart(part), dynamic=True)
 
     def run(hidden: Tensor, *arguments: Any) -> Any:
@@ -93,15 +95,6 @@ def _by_rows(part: Callable[..., Any], device: torch.device) -> Callable[..., An
 @cache
 def _warn_once(message: str) -> None:
     _log.warning(message)
-
-
-def _options(device: torch.device) -> dict[str, Any]:
-    """Of the compiler for one row, as far as this version of torch knows them."""
-    if device.type != "cpu":
-        return {}
-    import torch._inductor.config as known
-
-    return {name: value for name, value in ONE_ROW.items() if hasattr(known, name)}
 
 
 def _apart(part: Callable[..., Any]) -> Callable[..., Any]:

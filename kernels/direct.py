@@ -141,7 +141,14 @@ def _built(graph: Any, examples: Sequence[Tensor], options: dict[str, Any]) -> P
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # on the insides of torch
-        return Path(str(torch._inductor.aot_compile(graph, tuple(examples), options=options)))
+        return Path(str(torch._inductor.aot_compile(graph, tuple(examples), options=known_options(options))))
+
+
+def known_options(options: dict[str, Any]) -> dict[str, Any]:
+    """Those of these options of torch's compiler that this version of torch knows."""
+    import torch._inductor.config as known
+
+    return {name: value for name, value in options.items() if hasattr(known, name)}
 
 
 def _sizes_of(examples: Sequence[Any]) -> Sizes:

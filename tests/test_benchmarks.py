@@ -613,6 +613,33 @@ def test_what_choosing_costs(benchmarks: Any, archive_folder: Path, capsys: pyte
     assert 0 < select < layer
 
 
+def test_how_long_a_process_takes(
+    benchmarks: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The kinds in turn, and the first run of each does not count."""
+    commands: list[list[str]] = []
+
+    def timed(command: list[str]) -> tuple[float, float]:
+        commands.append(command)
+        number = len(commands)
+        return (99.0, 99.0) if number <= 4 else (number / 10, number)
+
+    monkeypatch.setattr(benchmarks.startup, "timed", timed)
+    assert benchmarks.startup.main(["--model", "m", "--prompt", "p", "--rounds", "3"]) == 0
+    flags = [tuple(command[command.index("--quiet") + 1 :]) for command in commands]
+    assert flags == list(benchmarks.startup.KINDS) * 4
+    lines = capsys.readouterr().out.splitlines()[2:]
+    assert lines[0] == "| `(none)` | 0.9 (0.5 – 1.3) | 9.0 (5.0 – 13.0) |"
+    assert lines[3] == "| `--weights int8 --compile` | 1.2 (0.8 – 1.6) | 12.0 (8.0 – 16.0) |"
+
+
+def test_a_process_that_fails_is_no_figure(benchmarks: Any) -> None:
+    first, whole = benchmarks.startup.timed([sys.executable, "-c", "print('x')"])
+    assert 0 < first <= whole
+    with pytest.raises(FastKVError, match="fastkv-run failed: no such thing"):
+        benchmarks.startup.timed([sys.executable, "-c", "raise SystemExit('no such thing')"])
+
+
 def test_who_multiplies(benchmarks: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """Few rows with every matrix, many rows with those of a prefill, each way that works; one row beside memory."""
     choices = benchmarks.choices

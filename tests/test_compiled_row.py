@@ -332,6 +332,10 @@ def test_without_measuring_the_way_does_not_depend_on_what_came_before(n: int, w
     assert row._way(0, inputs_of(model, 0, n)) == way
 
 
+def test_options_of_another_version_of_torch_are_left_out() -> None:
+    assert direct.known_options({**compile_module.ONE_ROW, "of_another_version": 1}) == compile_module.ONE_ROW
+
+
 def test_a_weight_that_the_graph_lacks_is_an_error(compiler: Compiler) -> None:
     """A constant that is made anew at each call is no weight."""
     with pytest.raises(ValueError, match="unpack"):
