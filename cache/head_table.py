@@ -10,7 +10,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from fastkv.errors import FastKVError
+from fastkv.errors import FastKVError, brief, cut
 
 Table = tuple[tuple[float, ...], ...]  # layer, then KV head
 Budgets = tuple[tuple[int, ...], ...]
@@ -21,7 +21,7 @@ def read_table(source: str | PathLike[str] | Sequence[Sequence[float]]) -> Table
 
     Raises FastKVError for anything else.
     """
-    where = f"head_scores {source}" if isinstance(source, (str, PathLike)) else "head_scores"
+    where = f"head_scores {cut(str(source), 200)}" if isinstance(source, (str, PathLike)) else "head_scores"
     layers = _from_file(Path(source), where) if isinstance(source, (str, PathLike)) else source
     if not _is_list(layers) or not layers or not all(_is_list(heads) and heads for heads in layers):
         raise FastKVError(
@@ -31,7 +31,9 @@ def read_table(source: str | PathLike[str] | Sequence[Sequence[float]]) -> Table
         raise FastKVError(f"{where}: its layers differ in their number of heads", setting="head_scores")
     wrong = next((score for heads in layers for score in heads if not _is_score(score)), None)
     if wrong is not None:
-        raise FastKVError(f"{where}: scores must be numbers of at least 0, not {wrong!r:.40}", setting="head_scores")
+        raise FastKVError(
+            f"{where}: scores must be numbers of at least 0, not {brief(wrong, 40)}", setting="head_scores"
+        )
     if not any(map(any, layers)):
         raise FastKVError(f"{where}: all scores are 0, so no head matters more than another", setting="head_scores")
     return tuple(tuple(float(score) for score in heads) for heads in layers)

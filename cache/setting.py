@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from fastkv.errors import FastKVError, check_choice, check_integer, check_number
+from fastkv.errors import FastKVError, brief, check_choice, check_integer, check_number
 
 _KEY = "fastkv.setting"
 _NONE = "fastkv.no_setting"
@@ -123,7 +123,7 @@ def switch() -> Values:
 
     def check(name: str, value: Any) -> Any:
         if not isinstance(value, bool):
-            raise FastKVError(f"{name} must be True or False, not {value!r}", setting=name)
+            raise FastKVError(f"{name} must be True or False, not {brief(value)}", setting=name)
         return value
 
     read.__name__ = "yes or no"

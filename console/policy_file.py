@@ -16,7 +16,7 @@ from fastkv.cache.policy import Policy
 from fastkv.cache.setting import settings_of
 from fastkv.console.files import read_json, write_whole
 from fastkv.console.policy_text import build_policy
-from fastkv.errors import FastKVError
+from fastkv.errors import FastKVError, brief
 from fastkv.storage import cache_folder
 
 KIND = "fastkv-policy"
@@ -82,14 +82,14 @@ def _checked(path: Path, content: dict[str, Any], remembered: bool) -> PolicyFil
             raise FastKVError(f"{path}: has no text under {name!r}; it must be a JSON object with {_HOLDS}")
     policy, settings = content["policy"], content.get("settings")
     if content["kind"] != KIND:
-        raise FastKVError(f"{path}: is of the kind {content['kind']!r}, not {KIND!r}")
+        raise FastKVError(f"{path}: is of the kind {brief(content['kind'])}, not {KIND!r}")
     if policy not in POLICIES:
-        raise FastKVError(f"{path}: policy must be one of {', '.join(POLICIES)}, not {policy!r}")
+        raise FastKVError(f"{path}: policy must be one of {', '.join(POLICIES)}, not {brief(policy)}")
     if not isinstance(settings, dict):
         raise FastKVError(f"{path}: has no object under 'settings'; it must be a JSON object with {_HOLDS}")
     unknown = [name for name in settings if name not in settings_of(POLICIES[policy])]
     if unknown:
-        raise FastKVError(f"{path}: {unknown[0]!r} is no setting of policy {policy}")
+        raise FastKVError(f"{path}: {brief(unknown[0])} is no setting of policy {policy}")
     try:
         build_policy(policy, settings)
     except FastKVError as error:

@@ -11,13 +11,13 @@ from fastkv.cache.catalogue import POLICIES
 from fastkv.cache.policy import Policy
 from fastkv.cache.setting import SWITCH_WORDS, settings_of
 from fastkv.console.parser import flag_of
-from fastkv.errors import FastKVError
+from fastkv.errors import FastKVError, brief
 
 
 def build_policy(name: str, settings: dict[str, Any]) -> Policy:
     """The policy of that name with these settings; FastKVError for an unknown name or a setting it does not have."""
     if name not in POLICIES:
-        raise FastKVError(f"policy must be one of {', '.join(POLICIES)}, not {name!r}", setting="policy")
+        raise FastKVError(f"policy must be one of {', '.join(POLICIES)}, not {brief(name)}", setting="policy")
     policy = POLICIES[name]
     for setting in settings:
         if setting not in settings_of(policy):
@@ -32,7 +32,7 @@ def read_settings(text: str) -> tuple[str, dict[str, Any]]:
     for part in settings.split(",") if settings else []:
         setting, equals, value = part.partition("=")
         if not equals or not setting.strip():
-            raise FastKVError(f"must be NAME or NAME:setting=value,…; {part!r} is no setting=value")
+            raise FastKVError(f"must be NAME or NAME:setting=value,…; {brief(part)} is no setting=value")
         key = setting.strip().replace("-", "_")
         if key in values:
             raise FastKVError(f"has {key} twice; several values of one setting stand between slashes")

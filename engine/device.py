@@ -4,26 +4,37 @@ from __future__ import annotations
 
 import torch
 
-from fastkv.errors import FastKVError, check_choice
+from fastkv.errors import FastKVError, brief, check_choice
 from fastkv.kernels.dtypes import faster_dtype
 from fastkv.models.config import DTYPES
+
+_MOST_DIGITS = 9  # of a device's number: Python refuses to read thousands of them
 
 
 def resolve_device(device: str | torch.device) -> torch.device:
     """ "auto" (a GPU if there is one) | "cpu" | "cuda" | "cuda:N". FastKVError for any other, or one not there."""
+    if not isinstance(device, (str, torch.device)):
+        raise _unknown(device)
     if device == "auto":
         return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
     kind, _, index = str(device).partition(":")
-    if kind not in ("cpu", "cuda") or (index and (kind == "cpu" or not index.isdecimal())):
-        raise FastKVError(f"device must be auto, cpu, cuda or cuda:N, not {str(device)!r}", setting="device")
+    numbered = index.isascii() and index.isdecimal()  # isdecimal alone takes the digits of every script
+    if kind not in ("cpu", "cuda") or (index and (kind == "cpu" or not numbered)):
+        raise _unknown(str(device))
     if kind == "cpu":
         return torch.device("cpu")
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if int(index or 0) >= count:
+    number = int(index or 0) if len(index) <= _MOST_DIGITS else count
+    if number >= count:
         raise FastKVError(
-            f"device {str(device)!r} is not there: torch sees {count} CUDA devices; use cpu or auto", setting="device"
+            f"device {brief(str(device))} is not there: torch sees {count} CUDA devices; use cpu or auto",
+            setting="device",
         )
-    return torch.device("cuda", int(index or 0))
+    return torch.device("cuda", number)
+
+
+def _unknown(device: object) -> FastKVError:
+    return FastKVError(f"device must be auto, cpu, cuda or cuda:N, not {brief(device)}", setting="device")
 
 
 def resolve_dtype(dtype: str, stored: str, device: torch.device) -> torch.dtype:

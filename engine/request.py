@@ -13,10 +13,11 @@ from fastkv.cache.policy import Policy
 from fastkv.engine.memory import check_fits
 from fastkv.engine.plan import RequestPlan
 from fastkv.engine.sampler import SamplingParams
-from fastkv.errors import FastKVError
+from fastkv.errors import FastKVError, brief
 from fastkv.models.config import ModelConfig
 
 DEFAULT_MAX_TOKENS = 256
+_SHOWN = 60  # characters of what is no prompt
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.uint16, torch.uint32, torch.uint64)
 
 
@@ -46,7 +47,8 @@ def id_tensor(token_ids: Any, vocab_size: int) -> Tensor:
     """list[int], or an integer array or tensor [N] or [B, N] -> int64 [B, N], every id inside the vocabulary."""
     if isinstance(token_ids, str):
         raise FastKVError(
-            f"prefill takes token ids, not text ({_brief(token_ids)}); LLM.tokenizer encodes it", setting="prompt"
+            f"prefill takes token ids, not text ({brief(token_ids, _SHOWN)}); LLM.tokenizer encodes it",
+            setting="prompt",
         )
     try:
         ids = torch.as_tensor(token_ids)
@@ -69,7 +71,9 @@ def step_tensor(token_ids: Any, batch: int, vocab_size: int) -> Tensor:
     ids = ids.unsqueeze(1) if ids.dim() == 1 else ids
     if ids.dim() == 2 and ids.shape[0] == batch and ids.shape[1] and ids.dtype in _INTEGERS:
         return checked_ids(ids, vocab_size)
-    raise FastKVError(f"decode takes one token id or several for each of {batch} prompts, not {_brief(token_ids)}")
+    raise FastKVError(
+        f"decode takes one token id or several for each of {batch} prompts, not {brief(token_ids, _SHOWN)}"
+    )
 
 
 def checked_ids(ids: Tensor, vocab_size: int) -> Tensor:
@@ -138,9 +142,4 @@ def params_of_each(params: Any, count: int) -> Sequence[Any]:
 
 
 def _no_prompt(value: Any) -> FastKVError:
-    return FastKVError(f"a prompt is a string or a list of token ids, not {_brief(value)}", setting="prompt")
-
-
-def _brief(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
+    return FastKVError(f"a prompt is a string or a list of token ids, not {brief(value, _SHOWN)}", setting="prompt")

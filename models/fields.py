@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from fastkv.errors import FastKVError
+from fastkv.errors import FastKVError, brief
 
 _REQUIRED = object()
 _MOST = 2**31 - 1  # no size or length of a model comes near
@@ -48,7 +48,7 @@ class Fields:
         return self.values.get(key) is not None
 
     def complain(self, key: str, wanted: str) -> FastKVError:
-        return FastKVError(f"{self.source}: {key} must be {wanted}, not {self.values.get(key)!r}")
+        return FastKVError(f"{self.source}: {key} must be {wanted}, not {brief(self.values.get(key))}")
 
     def get(self, key: str, default: Any = _REQUIRED) -> Any:
         value = self.values.get(key)
