@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import os
+import secrets
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import IO
 
 from fastkv.errors import FastKVError
 
@@ -28,17 +33,59 @@ def check_cache_folder() -> None:
         raise FastKVError(f"cache folder {folder}: {there} {wrong}; set {VARIABLE} to another one")
 
 
-def write_atomically(path: Path, content: bytes) -> None:
-    """Fill a file beside `path`, or beside the file that it is a link to, then move it there in one step."""
-    path = path.resolve()
-    whole = name_beside(path)
+def write_atomically(path: Path, content: bytes, *, durable: bool = True) -> None:
+    """Fill a file beside `path`, or beside the file that it is a link to, then move it there in one step.
+
+    Whatever fails on the way, the earlier file stays as it was. durable: it is on the disk before it takes the place of
+    the earlier one, so that even a power cut leaves one of them; not needed for what can be made again.
+    """
+    path = Path(os.path.realpath(path))
+    with _file_beside(path) as file:
+        file.write(content)
+        file.flush()
+        if durable:
+            os.fsync(file.fileno())
+        file.close()  # Windows moves no open file
+        os.replace(file.name, path)
+
+
+def try_beside(path: Path) -> None:
+    """OSError unless `write_atomically` can put a file at `path`, as far as that can be known; nothing stays."""
+    path = Path(os.path.realpath(path))
+    with suppress(FileNotFoundError):  # of the name itself: it may be too long
+        path.lstat()
+    with _file_beside(path):
+        pass
+
+
+@contextmanager
+def _file_beside(path: Path) -> Iterator[IO[bytes]]:
+    """A new file in the folder of `path`, with the permissions of the file that is there; in the end it is gone.
+
+    Nobody can know its name before, and it is never a file or a link that was there already.
+    """
+    mode = _mode_of(path)
+
+    def opened(name: str, flags: int) -> int:
+        return os.open(name, flags, 0o666 if mode is None else mode)
+
+    name = path.with_name(f".fastkv-{secrets.token_hex(8)}.tmp")
+    with open(name, "xb", opener=opened) as file:
+        try:
+            if mode is not None:  # of which the process's mask may have taken some away
+                os.chmod(file.fileno() if os.chmod in os.supports_fd else name, mode)
+            yield file
+        finally:
+            try:
+                file.close()  # Windows removes no open file
+            finally:  # closing writes what is left, on a disk that may be full
+                name.unlink(missing_ok=True)
+
+
+def _mode_of(path: Path) -> int | None:
+    """The permissions of an ordinary file; None where there is none."""
     try:
-        whole.write_bytes(content)
-        os.replace(whole, path)
-    finally:
-        whole.unlink(missing_ok=True)
-
-
-def name_beside(path: Path) -> Path:
-    """Where what is to become `path` is written: in the same folder, by this process alone."""
-    return path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        status = path.stat()
+    except OSError:
+        return None
+    return status.st_mode & 0o777 if stat.S_ISREG(status.st_mode) else None

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from pathlib import Path
 from typing import Any
 
-from fastkv.errors import FastKVError
-from fastkv.storage import name_beside, write_atomically
+from fastkv.errors import FastKVError, FaultError, writable
+from fastkv.storage import try_beside, write_atomically
+
+_FAULTS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 
 
 def read_text(path: Path, setting: str) -> tuple[bytes, str]:
@@ -24,51 +27,57 @@ def read_text(path: Path, setting: str) -> tuple[bytes, str]:
 
 def read_json(path: Path, setting: str, holds: str) -> dict[str, Any]:
     """The object of a JSON file. Raises FastKVError where there is none; holds: what it is to have."""
+    text = read_text(path, setting)[1]
     try:
-        value = json.loads(read_text(path, setting)[1])
-    except (json.JSONDecodeError, RecursionError):
+        value = json.loads(text)
+    except (ValueError, RecursionError):  # of JSON, and of a number with thousands of digits
         value = None
     if not isinstance(value, dict):
         raise FastKVError(f"{path}: is no JSON object with {holds}", setting=setting)
     return value
 
 
-def write_whole(path: Path, content: str, setting: str) -> None:
-    """`write_atomically` of a text; FastKVError, naming the setting, where that cannot be done."""
+def write_whole(path: str | Path, content: str | bytes, setting: str) -> None:
+    """Write a file in one step (`write_atomically`), a pipe or a device as it is.
+
+    Raises FastKVError, naming the setting, where that cannot be done; the earlier file is there still.
+    """
+    data = writable(content).encode() if isinstance(content, str) else content
     try:
-        write_atomically(path, content.encode())
+        if _takes_its_place(path):
+            write_atomically(Path(path), data)
+        else:
+            Path(path).write_bytes(data)
     except OSError as error:
         raise unwritable(path, error, setting) from None
 
 
 def check_writable(path: str | Path, setting: str) -> None:
-    """Raise FastKVError, naming the setting, unless `path` can be written. An existing file stays as it is."""
-    target = Path(os.path.realpath(path))  # where a link leads, which may not be there yet
+    """Raise FastKVError, naming the setting, unless `write_whole` can write `path`. An existing file stays as it is."""
     try:
-        if not os.path.lexists(target):
-            target.open("xb").close()
-            target.unlink()
-        elif target.is_file() or target.is_dir():  # not a pipe or a device: opening one might block, or be seen
-            target.open("ab").close()
+        if os.path.isfile(path) or os.path.isdir(path):  # no pipe or device: opening one might block, or be seen
+            Path(path).open("ab").close()
+        if _takes_its_place(path):
+            try_beside(Path(path))
     except OSError as error:
         raise unwritable(path, error, setting) from None
 
 
 def check_replaceable(path: Path, setting: str) -> None:
-    """Raise FastKVError, naming the setting, unless `write_atomically` can put a file at `path`."""
+    """The same, and FastKVError for what is no ordinary file."""
     check_regular(path, setting)
-    beside = name_beside(path.resolve())
-    try:
-        beside.open("xb").close()
-        beside.unlink()
-    except OSError as error:
-        raise unwritable(path, error, setting) from None
+    check_writable(path, setting)
+
+
+def _takes_its_place(path: str | Path) -> bool:
+    """Whether a new file can stand for what is at `path`: nothing, or an ordinary file."""
+    return os.path.isfile(path) or not os.path.exists(path)
 
 
 def check_own_file(path: Path, kind: str) -> None:
     """Before hours of work: --output can be put there, and a file that is there is empty or of this `kind`."""
     check_replaceable(path, "output")
-    if not path.exists():
+    if not os.path.exists(path):
         return
     try:
         with path.open("rb") as file:
@@ -83,13 +92,13 @@ def check_own_file(path: Path, kind: str) -> None:
 
 def check_regular(path: Path, setting: str) -> None:
     """FastKVError for a folder, pipe or device: reading it might never end, and no file must take its place."""
-    if path.exists() and not path.is_file():
+    if not _takes_its_place(path):
         raise FastKVError(f"{path}: cannot be written, for it is no ordinary file; name another one", setting=setting)
 
 
 def check_folder(folder: Path, setting: str) -> None:
     """Raise FastKVError, naming the setting, unless files can be put into `folder`, which may not be there yet."""
-    there = next(path for path in (folder, *folder.parents) if path.exists())
+    there = next(path for path in (folder, *folder.parents) if os.path.exists(path))
     if not there.is_dir():
         raise FastKVError(f"{folder}: {there} is no folder; name another one", setting=setting)
     if not os.access(there, os.W_OK):
@@ -97,5 +106,6 @@ def check_folder(folder: Path, setting: str) -> None:
 
 
 def unwritable(path: str | Path, error: OSError, setting: str) -> FastKVError:
-    """The complaint, in one line."""
-    return FastKVError(f"{path}: cannot be written ({error.strerror})", setting=setting)
+    """The complaint, in one line: a full or broken disk is a fault, all else is for the user to mend."""
+    kind = FaultError if error.errno in _FAULTS else FastKVError
+    return kind(f"{path}: cannot be written ({error.strerror})", setting=setting)

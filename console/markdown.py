@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -20,13 +21,13 @@ def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 def check_page(path: Path, setting: str) -> None:
     """FastKVError unless a part can go there: into a new file, or between the marks of one that has them."""
     check_replaceable(path, setting)
-    if path.exists():
+    if os.path.exists(path):
         _around(path, setting)
 
 
 def write_page(path: Path, title: str, part: str, setting: str) -> None:
     """Put `part` between the marks of the page, or into a page of that title where there is none."""
-    before, after = _around(path, setting) if path.exists() else (f"# {title}\n\n", "\n")
+    before, after = _around(path, setting) if os.path.exists(path) else (f"# {title}\n\n", "\n")
     write_whole(path, f"{before}{BEGIN}\n\n{part.strip()}\n\n{END}{after}", setting)
 
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fastkv.console.files import check_writable, unwritable
+from fastkv.console.files import check_writable, unwritable, write_whole
 from fastkv.console.parser import check_installed, flag_of
 from fastkv.errors import FastKVError
 
@@ -40,10 +41,9 @@ def legend_below(figure: Figure, axes: Axes, columns: int | None = None) -> None
 
 def save_picture(figure: Figure, path: Path, setting: str) -> None:
     """Write the PNG; FastKVError, naming the setting, where that cannot be done."""
-    try:
-        figure.savefig(path, dpi=DPI, format="png")
-    except OSError as error:
-        raise unwritable(path, error, setting) from None
+    picture = BytesIO()
+    figure.savefig(picture, dpi=DPI, format="png")
+    write_whole(path, picture.getvalue(), setting)
 
 
 def save_pictures(figures: dict[str, Figure], folder: Path, setting: str) -> list[Path]:

@@ -87,7 +87,7 @@ class Calibration:
         content = json.dumps({"format": _FORMAT, "machine": _machine(), "choices": written}, indent=1)
         try:
             self._file.parent.mkdir(parents=True, exist_ok=True)
-            write_atomically(self._file, content.encode())
+            write_atomically(self._file, content.encode(), durable=False)
         except OSError as error:
             _log.info("calibration is not kept: %s: %s", self._file, error.strerror)
             self._file = None

@@ -24,8 +24,8 @@ def keep(kind: str, library: Path, sizes: Sizes) -> None:
     try:
         folder = _folder()
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        write_atomically(folder / f"{kind}.so", content)
-        write_atomically(folder / f"{kind}.json", json.dumps(about, indent=1).encode())
+        write_atomically(folder / f"{kind}.so", content, durable=False)
+        write_atomically(folder / f"{kind}.json", json.dumps(about, indent=1).encode(), durable=False)
     except (OSError, RuntimeError) as error:  # no folder, no home
         _log.info("compiled code is not kept: %s", error)
 

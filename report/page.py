@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastkv.console.files import unwritable
+from fastkv.console.files import write_whole
 from fastkv.report.data import Report
 
 SCRIPTS = ("model.js", "text.js", "overview.js", "token.js", "page.js")  # one after another, in one scope
@@ -30,10 +30,7 @@ _HARMFUL = re.compile(r"[<>&\x7f-\x9f\xad\u061c\u200b-\u200f\u2028-\u202e\u2060-
 
 def write_report(path: str | Path, report: Report) -> None:
     """Write the page of `report` to `path`, in UTF-8. Raises FastKVError where that cannot be."""
-    try:
-        Path(path).write_bytes(render(report).encode("utf-8"))
-    except OSError as error:
-        raise unwritable(path, error, "report") from None
+    write_whole(path, render(report), "report")
 
 
 def render(report: Report) -> str:
