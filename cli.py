@@ -20,12 +20,12 @@ from fastkv.console.files import check_writable
 from fastkv.console.job import run_jobs
 from fastkv.console.jsonl import check_output
 from fastkv.console.load import load_model
-from fastkv.console.parser import DONE, INTERRUPTED, flag_of, guarded, say, write_utf8
+from fastkv.console.parser import DONE, INTERRUPTED, check_stdout, flag_of, guarded, say, write_utf8
 from fastkv.console.policy_file import PolicyFile, read_policy_file, remembered_policy, remembers
 from fastkv.console.policy_text import build_policy
 from fastkv.console.prompt import Job, check_names, is_broken, read_jobs, read_prompt
 from fastkv.console.summary import as_json, figures, kernels
-from fastkv.errors import FastKVError, check_integer
+from fastkv.errors import FastKVError, brief, check_integer, writable
 
 if TYPE_CHECKING:
     from fastkv.cache.policy import Policy
@@ -46,11 +46,14 @@ def _run(args: argparse.Namespace) -> int:
         raise FastKVError("--system is for --chat: add --chat, or leave it out")
     if args.threads is not None:
         check_integer("threads", args.threads, 1, 4096)
-    for flag, texts in (("--system", [args.system or ""]), ("--stop", args.stop)):
+    for flag, texts in (
+        ("--system", [args.system or ""]),
+        ("--stop", args.stop),
+        ("--revision", [args.revision or ""]),
+    ):
         if any(map(is_broken, texts)):
             raise FastKVError(f"{flag}: is not UTF-8")
-    if sys.stdout is None:
-        raise OSError("standard output is closed")
+    check_stdout()
     if args.policy is not None and args.policy_file is not None:
         raise FastKVError("--policy-file names a policy already: leave it or --policy out")
     jobs = _jobs(args)
@@ -130,9 +133,9 @@ def _jobs(args: argparse.Namespace) -> list[Job]:
         raise FastKVError("the following arguments are required: --prompt or --prompts, one of the two")
     for flag in ("prompts", "output", "report"):
         if getattr(args, flag) in ("", "-"):
-            raise FastKVError(f"{flag_of(flag)} takes the name of a file, not {getattr(args, flag)!r}")
+            raise FastKVError(f"{flag_of(flag)} takes the name of a file, not {brief(getattr(args, flag))}")
     if args.prompts is None:
-        jobs = [Job(name, read_prompt(name)) for name in args.prompt]
+        jobs = [Job(writable(name), read_prompt(name)) for name in args.prompt]
         check_names(jobs, "prompt")
     else:
         jobs = read_jobs(args.prompts)
@@ -168,7 +171,7 @@ def _run_many(args: argparse.Namespace, llm: LLM, jobs: list[Job], params: Sampl
     limits: dict[str, Any] = {} if args.batch_size is None else {"batch_size": args.batch_size}
     if args.kv_memory is not None:
         limits["kv_memory"] = args.kv_memory * 2**20
-    about = {"model": args.model, "chat": args.chat, "system": args.system}
+    about = {"model": writable(args.model), "chat": args.chat, "system": args.system}
     try:
         line = run_jobs(llm, jobs, lambda job: _prompt(args, llm, job), params, args.output, about, limits)
     except KeyboardInterrupt:

@@ -9,7 +9,7 @@ from typing import Any
 
 from fastkv import __version__
 from fastkv.cache.catalogue import POLICIES, SETTINGS, SharedSetting
-from fastkv.console.parser import Parser, add_machine_flags, add_model_flag, flag_of
+from fastkv.console.parser import Parser, add_machine_flags, add_model_flag, file_name, flag_of
 
 
 @dataclass(frozen=True)
@@ -51,17 +51,22 @@ def build_parser() -> Parser:
         "--prompt",
         action="append",
         default=[],
+        type=file_name,
         metavar="FILE",
         help="UTF-8 text file; - reads standard input (repeatable)",
     )
-    parser.add_argument("--prompts", metavar="FILE", help="JSONL of objects with prompt and, if wanted, id")
+    parser.add_argument(
+        "--prompts", type=file_name, metavar="FILE", help="JSONL of objects with prompt and, if wanted, id"
+    )
     parser.add_argument(
         "--policy",
         metavar="NAME",
         help=", ".join(f"{name} (default)" if name == "fastkv" else name for name in POLICIES)
         + "; with it, what fastkv-eval tune remembered of this model is not used",
     )
-    parser.add_argument("--policy-file", metavar="FILE", help="policy and settings of a file by fastkv-eval tune")
+    parser.add_argument(
+        "--policy-file", type=file_name, metavar="FILE", help="policy and settings of a file by fastkv-eval tune"
+    )
     policy = parser.add_argument_group("settings of the policies; one that a policy does not have is refused")
     _add_flags(policy, SETTINGS)
     sampling = parser.add_argument_group("generation")
@@ -79,11 +84,16 @@ def build_parser() -> Parser:
     )
     machine.add_argument("--json", action="store_true", help="print one JSON object in place of the text")
     machine.add_argument(
-        "--output", metavar="FILE", help="JSONL of the answers to several prompts; resumes where it stopped"
+        "--output",
+        type=file_name,
+        metavar="FILE",
+        help="JSONL of the answers to several prompts; resumes where it stopped",
     )
     machine.add_argument("--batch-size", type=int, metavar="N", help="prompts at work at a time, with --output (8)")
     machine.add_argument("--kv-memory", type=int, metavar="MIB", help="for their KV caches (default: what there is)")
-    machine.add_argument("--report", metavar="FILE", help="write a page that shows what was kept of the prompt (HTML)")
+    machine.add_argument(
+        "--report", type=file_name, metavar="FILE", help="write a page that shows what was kept of the prompt (HTML)"
+    )
     machine.add_argument("--verbose", action="store_true", help="tell which kernels were chosen, and how fast each was")
     machine.add_argument("--quiet", action="store_true", help="print no figures")
     machine.add_argument("--version", action="version", version=f"fastkv-run {__version__}")

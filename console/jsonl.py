@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import time
+from contextlib import suppress
+from io import FileIO
 from pathlib import Path
 from typing import IO, Any
 
-from fastkv.console.files import check_regular, check_writable, read_text, unwritable
+from fastkv.console.files import check_regular, read_text, unwritable
 from fastkv.console.lock import holder, lock
 from fastkv.errors import FastKVError
+from fastkv.storage import try_beside
 
 _LONGEST = 80  # characters that are shown of a value
+_PATIENCE = 0.5  # seconds for another process that only looks whether the file is free
 
 
 def read_objects(path: Path, setting: str, holds: str) -> tuple[list[tuple[str, dict[str, Any]]], str]:
@@ -44,11 +50,17 @@ def _object(where: str, line: str, setting: str, holds: str) -> dict[str, Any]:
 
 def check_output(path: str | Path) -> None:
     """FastKVError, before the work begins, where a RecordFile could not be written or another process writes it."""
-    check_regular(Path(path), "output")
-    check_writable(path, "output")
-    if Path(path).exists():
-        with Path(path).open("rb") as file:
-            _take_lock(path, file)
+    path = Path(path)
+    check_regular(path, "output")
+    try:
+        if os.path.exists(path):
+            with path.open("ab") as file:
+                if not lock(file, shared=True):
+                    raise _is_taken(path, file)
+        else:
+            try_beside(path)  # not the file itself: another process may be about to make it
+    except OSError as error:
+        raise unwritable(path, error, "output") from None
 
 
 class RecordFile:
@@ -63,10 +75,8 @@ class RecordFile:
         check_regular(path, "output")
         self.path = path
         try:
-            self._file = path.open("a+b")
+            self._file = _opened(path)
             try:
-                _take_lock(path, self._file)
-                self._file.seek(0)
                 data = self._file.read()
                 self._whole = data.rfind(b"\n") + 1
                 self.tail = data[self._whole :]
@@ -83,8 +93,16 @@ class RecordFile:
         self.tail = b""
 
     def append(self, record: dict[str, Any]) -> None:
-        self._file.write(json.dumps(record, ensure_ascii=False).encode("utf-8", "surrogatepass") + b"\n")
-        self._file.flush()
+        """Raises FaultError where the disk is full; the file then ends as it did before, or in a part of the record."""
+        line = as_line(record)
+        try:
+            end = self._file.seek(0, os.SEEK_END)
+            while line:
+                line = line[self._file.write(line) :]
+        except OSError as error:
+            with suppress(OSError):
+                self._file.truncate(end)
+            raise unwritable(self.path, error, "output") from None
 
     def close(self) -> None:
         self._file.close()
@@ -127,8 +145,43 @@ def _brief(text: str, start: int) -> str:
     return f"{'…' * (start > 0)}{text[start:end]}{'…' * (len(text) > end)}"
 
 
-def _take_lock(path: str | Path, file: IO[bytes]) -> None:
-    if not lock(file):
-        raise FastKVError(
-            f"{path}: {holder(file)} is writing to it; wait until it has ended, or name another file", setting="output"
-        )
+def as_line(record: dict[str, Any]) -> bytes:
+    """One line of UTF-8, whatever texts the record holds: halves of surrogate pairs are JSON's escapes."""
+    text = json.dumps(record, ensure_ascii=False)
+    try:
+        return text.encode() + b"\n"
+    except UnicodeEncodeError:
+        return json.dumps(record).encode() + b"\n"
+
+
+def _opened(path: Path) -> FileIO:
+    """The file, which is ours alone from here on."""
+    deadline = time.monotonic() + _PATIENCE
+    while True:
+        file = FileIO(path, "a+")
+        try:
+            if lock(file):
+                if _is_still(path, file):
+                    file.seek(0)
+                    return file
+            elif time.monotonic() > deadline:
+                raise _is_taken(path, file)
+        except BaseException:
+            file.close()
+            raise
+        file.close()
+        time.sleep(_PATIENCE / 20)
+
+
+def _is_still(path: Path, file: FileIO) -> bool:
+    """Whether the open file is the one that has the name now: it may have been deleted since."""
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    except FileNotFoundError:
+        return False
+
+
+def _is_taken(path: Path, file: IO[bytes]) -> FastKVError:
+    return FastKVError(
+        f"{path}: {holder(file)} is writing to it; wait until it has ended, or name another file", setting="output"
+    )

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fastkv.console.parser import say
 from fastkv.console.progress import ProgressLine
 
 if TYPE_CHECKING:
@@ -51,7 +52,7 @@ class _Printing(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         self._line.clear()
-        print(record.getMessage(), file=sys.stderr)
+        say(record.getMessage())
 
 
 def loading(done: int, total: int) -> str:

@@ -14,14 +14,15 @@ except ImportError:  # Windows
 _FAR = 2**40  # where Windows locks a byte: far after the content, which stays readable
 
 
-def lock(file: IO[bytes]) -> bool:
+def lock(file: IO[bytes], *, shared: bool = False) -> bool:
     """Take the lock of a file, until it is closed; False where it is taken already.
 
-    A file system without locks has none to take: then every process may have it.
+    shared: several processes may have it together, but none that wants it alone. A file system without locks has none
+    to take: then every process may have it.
     """
     try:
         if fcntl is not None:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
         else:
             _lock_on_windows(file)
     except (BlockingIOError, PermissionError):

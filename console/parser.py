@@ -7,11 +7,15 @@ import importlib.util
 import os
 import sys
 from collections.abc import Callable, Collection
+from contextlib import suppress
+from pathlib import Path
 from typing import Any, NoReturn
 
-from fastkv.errors import FastKVError, FaultError
+from fastkv.errors import FastKVError, FaultError, brief, cut, one_line, writable
 
 DONE, FAULT, USER_ERROR, INTERRUPTED = 0, 1, 2, 130
+_LONGEST_NAME = 4096  # of a file, on any system of today
+_LONGEST = 300  # characters of a complaint about the command line, which quotes what it did not understand
 
 
 class Parser(argparse.ArgumentParser):
@@ -21,7 +25,13 @@ class Parser(argparse.ArgumentParser):
         super().__init__(allow_abbrev=False, **settings)
 
     def error(self, message: str) -> NoReturn:
-        raise FastKVError(message)
+        raise FastKVError(cut(message, _LONGEST))
+
+    def _print_message(self, message: str, file: Any = None) -> None:
+        """Of --help and --version; argparse's own says nothing of a disk that is full."""
+        stream = file or sys.stderr
+        if stream is not None:
+            stream.write(message)
 
 
 def flag_of(setting: str) -> str:
@@ -43,13 +53,27 @@ def add_machine_flags(group: argparse._ActionsContainer, quiet: str | None = Non
         group.add_argument("--quiet", action="store_true", help=quiet)
 
 
+def file_name(text: str) -> str:
+    """The text of a flag as the name of a file; argparse's error for what no system takes as one."""
+    if "\0" in text or len(text) > _LONGEST_NAME:
+        raise argparse.ArgumentTypeError(f"no file can be named {brief(text)}")
+    return text
+
+
+def file_path(text: str) -> Path:
+    """The same, as a path."""
+    return Path(file_name(text))
+
+
 def guarded(name: str, work: Callable[[], int | None], settings: Collection[str] = ()) -> int:
     """Do the work of command `name`; its exit status: 0 done, 1 a fault, 2 a user's mistake, 130 interrupted.
 
     settings: those that have a flag of this command, which a complaint about them begins with.
     """
+    _occupy_closed_streams()
+    write_utf8()  # typographic signs, whatever the locale says
     try:
-        return work() or DONE
+        return _flushed(work) or DONE
     except FastKVError as error:
         flag = f"{flag_of(error.setting)}: " if error.setting is not None and error.setting in settings else ""
         say(f"{name}: error: {flag}{error}")
@@ -61,21 +85,28 @@ def guarded(name: str, work: Callable[[], int | None], settings: Collection[str]
         return DONE
     except OSError as error:
         _drop_stdout()
-        say(f"{name}: error: {error}")
+        say(f"{name}: error: {one_line(str(error), _LONGEST)}")
         return FAULT
 
 
 def say(line: str) -> None:
-    """One line on stderr, unless it is closed: then print would turn to stdout."""
+    """One line on stderr, unless it is closed: then print would turn to stdout. Without a reader, nobody is told."""
     if sys.stderr is not None:
-        print(line, file=sys.stderr)
+        with suppress(OSError, ValueError):
+            print(writable(line), file=sys.stderr)
+
+
+def check_stdout() -> None:
+    """OSError where standard output is closed: Python would print to nowhere, and say nothing."""
+    if sys.stdout is None:
+        raise OSError("standard output is closed")
 
 
 def write_utf8(**settings: Any) -> None:
     """Text on stdout is UTF-8, whatever the locale says. settings: of TextIOWrapper.reconfigure, beyond that."""
     reconfigure = getattr(sys.stdout, "reconfigure", None)
     if reconfigure is not None:
-        reconfigure(encoding="utf-8", errors="replace", **settings)
+        reconfigure(encoding="utf-8", errors="backslashreplace", **settings)
 
 
 def check_installed(flag: str, package: str, extra: str) -> None:
@@ -84,7 +115,27 @@ def check_installed(flag: str, package: str, extra: str) -> None:
         raise FastKVError(f'{flag} needs {package}: pip install "fastkv[{extra}]"')
 
 
+def _flushed(work: Callable[[], int | None]) -> int | None:
+    """The work, and what it printed is written: Python itself would find out at exit, and say it in its own way."""
+    try:
+        return work()
+    finally:  # --help ends with SystemExit
+        if sys.stdout is not None:
+            sys.stdout.flush()
+
+
+def _occupy_closed_streams() -> None:
+    """Let no file of ours become standard input, output or error, where a library's words would go into it."""
+    for stream in range(3):
+        try:
+            os.fstat(stream)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free: this one
+
+
 def _drop_stdout() -> None:
     """Let what is still buffered go nowhere, so that Python does not fail on it at exit."""
-    if sys.stdout is not None:
+    if sys.stdout is None:
+        return
+    with suppress(OSError, ValueError):  # a program that calls the command may have put anything in its place
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

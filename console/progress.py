@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import time
+from contextlib import suppress
 from typing import TextIO
 
 _PATIENCE = 1.0  # seconds before a line appears: what is short shows none
@@ -49,8 +50,9 @@ class ProgressLine:
     def _write(self, text: str) -> None:
         if self._stream is not None:
             # A line that wraps could not be taken back.
-            self._stream.write(f"\r{text[: shutil.get_terminal_size().columns - 1]}\x1b[K")
-            self._stream.flush()
+            with suppress(OSError):  # of a terminal that is gone
+                self._stream.write(f"\r{text[: shutil.get_terminal_size().columns - 1]}\x1b[K")
+                self._stream.flush()
 
 
 def clock(seconds: float) -> str:

@@ -37,7 +37,7 @@ from fastkv.engine.request import (
 )
 from fastkv.engine.runtime import Runtime
 from fastkv.engine.sampler import SamplingParams
-from fastkv.errors import FastKVError, check_choice, check_integer
+from fastkv.errors import FastKVError, brief, check_choice, check_integer, writable
 from fastkv.kernels.threads import as_many, step_threads
 from fastkv.models.chat import ChatIds
 from fastkv.models.checkpoint import stored_dtype
@@ -91,13 +91,15 @@ class LLM:
         progress: Callable[[int, int], None] | None = None,
     ) -> None:
         if not isinstance(model, (str, PathLike)):
-            raise FastKVError(f"model must be a folder or a hub id like org/name, not {model!r}")
+            raise FastKVError(f"model must be a folder or a hub id like org/name, not {brief(model)}")
         target = resolve_device(device)
         check_choice("load_format", load_format, LOAD_FORMATS)
         if weights is not None:
             check_choice("weights", weights, WEIGHTS)
         dummy = load_format == "dummy"
         folder = self._folder = Path(model) if dummy and model in PRESETS else model_folder(model, revision)
+        if writable(str(folder)) != str(folder):
+            raise FastKVError(f"{folder}: the libraries that read models take no such name; rename it, or link to it")
         self.config = PRESETS[str(model)] if dummy and model in PRESETS else ModelConfig.from_pretrained(folder)
         self.policy = FastKV() if policy is None else policy
         torch_dtype = resolve_dtype(dtype, self.config.dtype or ("float32" if dummy else stored_dtype(folder)), target)
@@ -354,7 +356,7 @@ class LLM:
 
     def _checked_policy(self, policy: Policy) -> Policy:
         if not isinstance(policy, Policy):
-            raise FastKVError(f"policy must be a policy such as FastKV() or FullKV(), not {policy!r}")
+            raise FastKVError(f"policy must be a policy such as FastKV() or FullKV(), not {brief(policy)}")
         policy.validate(self.config.n_layers, self.config.n_kv_heads)
         return policy
 

@@ -9,8 +9,8 @@ from __future__ import annotations
 import sys
 from importlib import import_module
 
-from fastkv.console.parser import guarded, write_utf8
-from fastkv.errors import FastKVError
+from fastkv.console.parser import check_stdout, guarded
+from fastkv.errors import FastKVError, brief
 from fastkv.eval.cli_flags import PARSERS, SETTINGS, check
 
 # Where the work of each command is, as `run(args)`. Imported when it is called: a mistake in flags is told at once.
@@ -25,7 +25,6 @@ COMMANDS = {
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command; returns its exit status."""
-    write_utf8()  # the tables have typographic signs, whatever the locale says
     return guarded("fastkv-eval", lambda: _dispatch(sys.argv[1:] if argv is None else argv), SETTINGS)
 
 
@@ -34,8 +33,9 @@ def _dispatch(arguments: list[str]) -> int:
     if arguments and not arguments[0].startswith("-"):
         name, *words = arguments
     if name not in COMMANDS:
-        raise FastKVError(f"no command {name!r}; there are {', '.join(COMMANDS)}, and flags alone mean tasks")
+        raise FastKVError(f"no command {brief(name)}; there are {', '.join(COMMANDS)}, and flags alone mean tasks")
     args = PARSERS[name]().parse_args(words)
     args.words = words
+    check_stdout()
     check(args)
     return int(import_module(COMMANDS[name]).run(args))

@@ -6,21 +6,29 @@ A flag that several commands have means the same in all of them, and is describe
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 from fastkv import __version__
 from fastkv.console.files import check_folder, check_own_file, check_replaceable
 from fastkv.console.jsonl import check_output
-from fastkv.console.parser import Parser, add_machine_flags, add_model_flag, check_installed, flag_of
+from fastkv.console.parser import (
+    Parser,
+    add_machine_flags,
+    add_model_flag,
+    check_installed,
+    file_name,
+    file_path,
+    flag_of,
+)
 from fastkv.console.picture import check_picture
 from fastkv.console.policy_file import KIND as POLICY_KIND
 from fastkv.errors import FastKVError, check_choice, check_integer, check_number
 from fastkv.eval.tasks import COPYING, GENERATED, NAMES, build_tasks
 
 _NUMBER, _NUMBERS = {"type": int, "metavar": "N"}, {"type": int, "nargs": "+", "metavar": "N"}
-_FILE, _FOLDER = {"type": Path, "metavar": "FILE"}, {"type": Path, "metavar": "FOLDER"}
+_FILE, _FOLDER = {"type": file_path, "metavar": "FILE"}, {"type": file_path, "metavar": "FOLDER"}
 _WHERE = "where a single needle lies, 0 to 1 (0 0.25 0.5 0.75 1)"
 _PAGE = "write the results there, between its two marks if it is a page"
 FLAGS: dict[str, dict[str, Any]] = {
@@ -38,9 +46,9 @@ FLAGS: dict[str, dict[str, Any]] = {
     "no_lead": {"action": "store_true", "help": "end prompts with the question, not with the beginning of its answer"},
     "output": {**_FILE, "help": "keep every answer there, and continue from it"},
     "plots": {**_FOLDER, "help": "draw PNG pictures there (extra: eval)"},
-    "plot": {"type": Path, "metavar": "FILE.png", "help": "draw how importance settles (extra: eval)"},
+    "plot": {"type": file_path, "metavar": "FILE.png", "help": "draw how importance settles (extra: eval)"},
     "json": {**_FILE, "help": "write every figure there"},
-    "page": {"type": Path, "metavar": "FILE.md", "help": _PAGE},
+    "page": {"type": file_path, "metavar": "FILE.md", "help": _PAGE},
 }
 TEXTS = ("length", "depth", "seed", "examples")  # which texts are drawn
 # What a complaint names the flag of; the settings of policies are named in its message already.
@@ -111,7 +119,9 @@ def build_parser() -> Parser:
 def _tsp_layers() -> Parser:
     parser = _parser("fastkv-eval tsp-layers", "Advise a TSP layer and rate for a model, and check it by running it.")
     what = parser.add_argument_group("prompts: one of these two")
-    what.add_argument("--prompt", action="append", metavar="FILE", help="a text of your own (repeatable)")
+    what.add_argument(
+        "--prompt", action="append", type=file_name, metavar="FILE", help="a text of your own (repeatable)"
+    )
     _add(what, "task", help="generated questions, by the tasks of fastkv-eval")
     _add(parser.add_argument_group("generated questions"), *TEXTS, "qa_file")
     _add(parser, "policy", action="store", default="fastkv", help="fastkv:setting=value,… (default fastkv)")
@@ -129,7 +139,7 @@ def _head_scores() -> Parser:
     parser = _parser(
         "fastkv-eval head-scores", "Find the heads that copy from the prompt, and write their scores for policy headkv."
     )
-    parser.add_argument("--output", type=Path, required=True, metavar="FILE.json", help="write the scores there")
+    parser.add_argument("--output", type=file_path, required=True, metavar="FILE.json", help="write the scores there")
     copied = f"what is to be copied: {', '.join(COPYING)} (default niah_single)"
     _add(parser, "task", default=["niah_single"], help=copied)
     _add(parser, *TEXTS, "chat")
@@ -147,7 +157,7 @@ def _compare() -> Parser:
         "--kv-retention", type=float, nargs="+", default=[0.1], metavar="R", help="share of the KV that all keep (0.1)"
     )
     _add(parser, "policy", help="repeatable (default: all there are)")
-    parser.add_argument("--head-scores", type=Path, metavar="FILE", help="of headkv, by fastkv-eval head-scores")
+    parser.add_argument("--head-scores", type=file_path, metavar="FILE", help="of headkv, by fastkv-eval head-scores")
     tasks = parser.add_argument_group("questions")
     _add(tasks, "task", default=["niah_single"], help="of fastkv-eval --list (niah_single)")
     _add(tasks, *TEXTS, "max_tokens", "qa_file", "chat", "no_lead")
@@ -165,6 +175,7 @@ def _tune() -> Parser:
     parser.add_argument(
         "--prompt",
         action="append",
+        type=file_name,
         metavar="FILE",
         help="a text of your own to hide needles in, repeatable (small talk)",
     )
@@ -175,7 +186,7 @@ def _tune() -> Parser:
     _add(parser, "examples", help="needles, of which half choose (40)")
     _add(parser, "seed", help="fixes every needle (0)")
     parser.add_argument(
-        "--output", type=Path, metavar="FILE.json", help="write the policy there, too, for --policy-file"
+        "--output", type=file_path, metavar="FILE.json", help="write the policy there, too, for --policy-file"
     )
     add_machine_flags(parser.add_argument_group("machine"), quiet="no progress line")
     return parser
@@ -229,7 +240,11 @@ def check(args: argparse.Namespace) -> None:
         check_replaceable(args.json, "json")
     if args.plot is not None:
         check_picture(args.plot, "plot", "eval")
-    if args.page is not None and args.output is not None and args.page.resolve() == args.output.resolve():
+    if (
+        args.page is not None
+        and args.output is not None
+        and os.path.realpath(args.page) == os.path.realpath(args.output)
+    ):
         raise FastKVError(f"{args.page}: is the file of --output; name another one", setting="page")
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from fastkv.cache.policy import Policy
 from fastkv.console.policy_text import build_policy, read_settings
-from fastkv.errors import FastKVError
+from fastkv.errors import FastKVError, cut, writable
 
 
 @dataclass(frozen=True)
@@ -31,12 +31,12 @@ def parse_policies(texts: list[str], n_layers: int | None = None) -> list[Policy
     found: list[PolicySpec] = []
     for text in texts:
         try:
-            spec = PolicySpec(text, build_policy(*read_settings(text)))
+            spec = PolicySpec(writable(text), build_policy(*read_settings(text)))
             if n_layers is not None:
                 spec.policy.validate(n_layers)
             check_twin(spec, found)
         except FastKVError as error:
-            raise FastKVError(f"--policy {text}: {error}") from None
+            raise FastKVError(f"--policy {cut(text, 200)}: {error}") from None
         found.append(spec)
     return found
 
@@ -45,4 +45,4 @@ def check_twin(spec: PolicySpec, others: list[PolicySpec]) -> None:
     """FastKVError where one of the others is the very same policy."""
     twin = next((other for other in others if other.policy == spec.policy), None)
     if twin is not None:
-        raise FastKVError(f"is the same policy as {twin.title or twin.label}; leave one of them out")
+        raise FastKVError(f"is the same policy as {cut(twin.title or twin.label, 200)}; leave one of them out")

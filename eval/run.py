@@ -18,7 +18,7 @@ from fastkv.console.machine import fingerprint, machine
 from fastkv.console.parser import DONE, INTERRUPTED, say
 from fastkv.console.progress import ProgressLine
 from fastkv.engine.llm import LLM
-from fastkv.errors import FastKVError
+from fastkv.errors import FastKVError, writable
 from fastkv.eval.policy_spec import PolicySpec, parse_policies
 from fastkv.eval.results import Record, Results
 from fastkv.eval.runner import Plan, Runner
@@ -33,11 +33,11 @@ DEFAULT_EXAMPLES = 5
 
 def run(args: argparse.Namespace) -> int:
     """Run the tasks and print the tables, also of a run that is interrupted; the exit status."""
-    labels = args.policy or DEFAULT_POLICIES
-    parse_policies(labels)  # before the model is loaded
+    texts = args.policy or DEFAULT_POLICIES
+    labels = [spec.label for spec in parse_policies(texts)]  # before the model is loaded
     llm, folder = load(args)
     plan = plan_of(args, llm.config.context_length)
-    results, missing = ask(args, llm, folder, plan, parse_policies(labels, llm.config.n_layers))
+    results, missing = ask(args, llm, folder, plan, parse_policies(texts, llm.config.n_layers))
     status = conclude(args, render(results.records, labels), missing)
     if args.plots is not None:
         from fastkv.eval.plots import draw_plots
@@ -79,7 +79,7 @@ def ask(
     notes: what to say once nothing can be wrong any more.
     """
     runner = Runner(llm, plan, specs, args.chat, not args.no_lead)
-    about = {"model": args.model, "revision": args.revision, "chat": args.chat, "no_lead": args.no_lead}
+    about = {"model": writable(args.model), "revision": args.revision, "chat": args.chat, "no_lead": args.no_lead}
     results = Results({**about, **describe(llm, folder, plan, specs)}, args.output)
     resumed = (
         f"{args.output}: continues after {results.resumed} records" + " (the last line was cut off)" * results.torn

@@ -3,24 +3,30 @@
 from __future__ import annotations
 
 import io
+import os
 import signal
 import subprocess
 import sys
+import threading
+from argparse import ArgumentTypeError
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from places import ROOT
 
 from fastkv import FastKVError
+from fastkv.console import jsonl
 from fastkv.console import lock as lock_module
 from fastkv.console import progress as progress_module
 from fastkv.console.files import check_replaceable, write_whole
 from fastkv.console.jsonl import RecordFile, check_output, difference
 from fastkv.console.lock import holder, lock
-from fastkv.console.parser import Parser, guarded
+from fastkv.console.parser import Parser, file_name, file_path, guarded
 from fastkv.console.picture import style
 from fastkv.console.progress import ProgressLine, clock
+from fastkv.errors import FaultError
 
 HOLDS = """
 import sys
@@ -104,6 +110,66 @@ def test_a_tail_stays_until_it_is_dropped(tmp_path: Path) -> None:
         assert path.read_text("utf-8") == '{"id": "1"}\n{"id": "é"}\n'  # before it is closed
 
 
+def test_a_look_at_the_output_disturbs_nobody(tmp_path: Path) -> None:
+    """It neither makes the file, which another process may make meanwhile, nor keeps the one that writes from it."""
+    path = tmp_path / "out.jsonl"
+    check_output(path)
+    assert list(tmp_path.iterdir()) == []
+    path.touch()
+    with path.open("rb") as one, path.open("rb") as other:
+        assert lock(one, shared=True)
+        check_output(path)
+        assert lock(other, shared=True)
+        assert not lock(other)
+        threading.Timer(0.05, one.close).start()
+        other.close()
+        with RecordFile(path) as file:  # waits for a moment
+            file.append({"id": "1"})
+    assert path.read_text() == '{"id": "1"}\n'
+
+
+def test_a_file_that_was_deleted_meanwhile_is_made_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else records would go into a file that has no name any more."""
+    path, real = tmp_path / "out.jsonl", jsonl.lock
+
+    def slow(file: Any) -> bool:
+        path.unlink()
+        monkeypatch.setattr(jsonl, "lock", real)
+        return real(file)
+
+    monkeypatch.setattr(jsonl, "lock", slow)
+    with RecordFile(path) as file:
+        file.append({"id": "1"})
+    assert path.read_text() == '{"id": "1"}\n'
+
+
+def test_a_record_that_does_not_fit_on_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What of it was written goes, so that the file is whole, and the complaint names it."""
+    path = tmp_path / "out.jsonl"
+    with RecordFile(path) as file:
+        file.append({"id": "1"})
+        real = jsonl.FileIO.write
+
+        def full(self: Any, data: bytes) -> int:
+            if len(data) < 10:
+                raise OSError(28, "No space left on device")
+            return real(self, data[:5])
+
+        monkeypatch.setattr(file, "_file", type("Full", (jsonl.FileIO,), {"write": full})(path, "a+"))
+        with pytest.raises(FaultError, match=r"out\.jsonl: cannot be written \(No space left on device\)"):
+            file.append({"id": "2"})
+    assert path.read_text() == '{"id": "1"}\n'
+
+
+def test_a_record_is_utf8_whatever_it_holds(tmp_path: Path) -> None:
+    with RecordFile(tmp_path / "out.jsonl") as file:
+        file.append({"id": "é"})
+        file.append({"id": "\udce9"})
+    assert (tmp_path / "out.jsonl").read_text("utf-8").splitlines() == ['{"id": "é"}', '{"id": "\\udce9"}']
+    with RecordFile(tmp_path / "out.jsonl") as file:
+        assert [each["id"] for each in file.objects] == ["é", "\udce9"]
+
+
 def test_of_long_values_the_part_that_differs_is_shown() -> None:
     assert difference(1, None) == "1, not null"
     text = difference(list(range(200)), [*range(199), "x"])
@@ -125,8 +191,7 @@ def test_a_file_that_could_not_be_replaced(tmp_path: Path, monkeypatch: pytest.M
     def denied(*_: Any) -> None:
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(Path, "open", denied)
-    monkeypatch.setattr(Path, "write_bytes", denied)
+    monkeypatch.setattr(os, "open", denied)
     for act in (lambda path: check_replaceable(path, "page"), lambda path: write_whole(path, "x", "page")):
         with pytest.raises(FastKVError, match=r"new: cannot be written \(Permission denied\)") as refused:
             act(tmp_path / "new")
@@ -231,3 +296,46 @@ def test_thirty_lines_look_different() -> None:
     looks = [style(index) for index in range(30)]
     assert len(set(looks)) == 30
     assert len({colour for colour, _ in looks[:12]}) == len({marker for _, marker in looks[:12]}) == 12
+
+
+@pytest.mark.parametrize(
+    ("redirected", "status", "said"),
+    [
+        ("--version >/dev/full", 1, "fastkv-run: error: [Errno 28] No space left on device\n"),
+        ("--version >&- 2>&-", 0, ""),
+        ("--prompt none 2>&-", 2, ""),
+        ("--prompt none 2>/dev/full", 2, ""),
+        ("--prompt none >&-", 2, "fastkv-run: error: the following arguments are required: --model\n"),
+        ("--prompt pyproject.toml --model none >&-", 1, "fastkv-run: error: standard output is closed\n"),
+    ],
+)
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full on this system")
+def test_streams_that_are_full_or_closed(redirected: str, status: int, said: str) -> None:
+    """One line at most, and an exit status of our own: never a traceback, nor Python's words at exit."""
+    script = f'exec "$0" -m fastkv.cli {redirected}'
+    ended = subprocess.run(["sh", "-c", script, sys.executable], capture_output=True, text=True, cwd=ROOT, check=False)
+    assert (ended.returncode, ended.stdout, ended.stderr) == (status, "", said)
+
+
+def test_no_file_takes_the_place_of_a_closed_stream(tmp_path: Path) -> None:
+    """The next file that is opened would: then what a library prints goes into the user's results."""
+    script = "exec \"$0\" -c \"from fastkv.console.parser import guarded; guarded('x', lambda: print(open('f', 'w')"
+    script += ".fileno(), file=open('n', 'w')))\" <&- >&- 2>&-"
+    subprocess.run(["sh", "-c", script, sys.executable], cwd=tmp_path, check=True)
+    assert int((tmp_path / "n").read_text()) > 2
+
+
+def test_the_name_of_a_file_is_one(capsys: pytest.CaptureFixture[str]) -> None:
+    for text in ("a\0b", "x" * 10**6):
+        with pytest.raises(ArgumentTypeError, match="no file can be named"):
+            file_name(text)
+    assert file_path("a/b") == Path("a/b")
+
+
+def test_a_complaint_about_the_command_line_is_short() -> None:
+    parser = Parser(prog="some")
+    parser.add_argument("--n", type=int)
+    for words in (["--n", "9" * 5000], ["x" * 10**6], ["--" + "x" * 10**6]):
+        with pytest.raises(FastKVError) as refused:
+            parser.parse_args(words)
+        assert len(str(refused.value)) <= 300

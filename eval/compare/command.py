@@ -53,9 +53,8 @@ def page_part(header: dict[str, Any], argv: Sequence[str], tables: str, pictures
     where = f"{header['device']}, {header['dtype']}, {header['threads']} thread{'s' * (header['threads'] != 1)}"
     versions = f"fastkv {header['fastkv']}, torch {header['torch']}"
     about = f"Measured on {header['date']}: {header['model']} on {where}, {versions}."
-    links = [
-        f"![{picture.stem}]({quote(Path(os.path.relpath(picture, page.parent)).as_posix())})" for picture in pictures
-    ]
+    places = [os.fsencode(Path(os.path.relpath(picture, page.parent)).as_posix()) for picture in pictures]
+    links = [f"![{picture.stem}]({quote(place)})" for picture, place in zip(pictures, places, strict=True)]
     return "\n\n".join([about, f"```\n{_command(argv)}\n```", *links, tables.strip()])
 
 

@@ -19,7 +19,7 @@ from fastkv.console.markdown import markdown
 from fastkv.console.parser import DONE
 from fastkv.console.progress import ProgressLine
 from fastkv.engine.llm import LLM
-from fastkv.errors import FastKVError
+from fastkv.errors import FastKVError, writable
 from fastkv.eval.head_scores import retrieval
 from fastkv.eval.policy_spec import PolicySpec
 from fastkv.eval.run import load, plan_of
@@ -99,7 +99,7 @@ def _needles(llm: LLM, plan: Plan, chat: bool, progress: ProgressLine) -> tuple[
 def model_name(model: str) -> str:
     """A folder's name, or a hub id as it is."""
     folder = Path(model).expanduser()
-    return folder.resolve().name if folder.is_dir() else model
+    return writable(folder.resolve().name if folder.is_dir() else model)
 
 
 def table(scores: retrieval.HeadScores) -> str:

@@ -21,7 +21,7 @@ from fastkv.console.progress import ProgressLine
 from fastkv.console.prompt import read_prompt
 from fastkv.engine.llm import LLM
 from fastkv.engine.plan import position_limit
-from fastkv.errors import FastKVError
+from fastkv.errors import FastKVError, writable
 from fastkv.eval.policy_spec import PolicySpec, parse_policies
 from fastkv.eval.run import load, plan_of
 from fastkv.eval.runner import Runner
@@ -65,7 +65,8 @@ def run(args: argparse.Namespace) -> int:
     if args.plot is not None:
         from fastkv.eval.tsp_layers.plot import draw
 
-        title = f"{Path(args.model).name}: {len(prompts)} prompts of {min(lengths):,} to {max(lengths):,} tokens"
+        name, shortest, longest = writable(Path(args.model).name), min(lengths), max(lengths)
+        title = f"{name}: {len(prompts)} prompts of {shortest:,} to {longest:,} tokens"
         draw(importance, default, found.advice, title, args.plot)
     return DONE
 

@@ -21,7 +21,7 @@ from fastkv.console.progress import ProgressLine
 from fastkv.console.prompt import read_prompt
 from fastkv.engine.llm import LLM
 from fastkv.engine.plan import position_limit
-from fastkv.errors import FastKVError
+from fastkv.errors import FastKVError, writable
 from fastkv.eval.head_scores.command import model_name
 from fastkv.eval.run import load
 from fastkv.eval.tune.needle import EASIEST, KINDS, LONGEST, Kind, Needle, Needles, finds
@@ -73,8 +73,9 @@ def run(args: argparse.Namespace) -> int:
     content = _content(args, llm, folder, outcome)
     if args.output is not None:
         write_policy_file(args.output, content, "output")
-        print(f"written to {args.output}, for --policy-file")
-    print(f"remembered in {remember(content)}: fastkv-run takes it for this model; --policy fastkv for the defaults")
+        print(f"written to {writable(str(args.output))}, for --policy-file")
+    kept = writable(str(remember(content)))
+    print(f"remembered in {kept}: fastkv-run takes it for this model; --policy fastkv for the defaults")
     return DONE
 
 
@@ -149,7 +150,7 @@ def _content(args: argparse.Namespace, llm: LLM, folder: Path, outcome: Outcome)
         "settings": outcome.settings,
         "loss": outcome.loss,
         "tokens": outcome.tokens,
-        "prompts": [Path(name).name for name in args.prompt or []],
+        "prompts": [writable(Path(name).name) for name in args.prompt or []],
         "seed": args.seed or 0,
         "chosen_on": outcome.chosen_on,
         "held_out": len(outcome.tuned),
