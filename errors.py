@@ -98,6 +98,12 @@ def check_choice(name: str, value: Any, choices: Iterable[str]) -> None:
         raise FastKVError(f"{name} must be one of {', '.join(known)}, not {brief(value)}", setting=name)
 
 
+def check_switch(name: str, value: Any) -> None:
+    """Raise FastKVError unless `value` is True or False."""
+    if not isinstance(value, bool):
+        raise FastKVError(f"{name} must be True or False, not {brief(value)}", setting=name)
+
+
 def _as_float(value: Any) -> float:
     """NaN for what is no number."""
     if not isinstance(value, Real) or isinstance(value, bool):

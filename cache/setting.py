@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from fastkv.errors import FastKVError, brief, check_choice, check_integer, check_number
+from fastkv.errors import FastKVError, check_choice, check_integer, check_number, check_switch
 
 _KEY = "fastkv.setting"
 _NONE = "fastkv.no_setting"
@@ -122,8 +122,7 @@ def switch() -> Values:
         return SWITCH_WORDS[text.lower()]
 
     def check(name: str, value: Any) -> Any:
-        if not isinstance(value, bool):
-            raise FastKVError(f"{name} must be True or False, not {brief(value)}", setting=name)
+        check_switch(name, value)
         return value
 
     read.__name__ = "yes or no"

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 
 from fastkv.cache.pool import bytes_of
 from fastkv.engine.answer import Answer
 from fastkv.engine.decode_batch import DecodeBatch, capacities_of, layout_of
 from fastkv.engine.memory import available_bytes, explain_out_of_memory, peak_bytes
+from fastkv.engine.one_reader import OneReader
 from fastkv.engine.output import Output
 from fastkv.engine.request import Request
 from fastkv.engine.runtime import Runtime
@@ -18,6 +19,20 @@ from fastkv.models.tokenizer import Tokenizer
 DEFAULT_BATCH_SIZE = 8
 
 
+class Batch(OneReader[tuple[int, Output]]):
+    """(index, output) of each request, as it is done (`run_batch`)."""
+
+    def __init__(self, each: Generator[tuple[int, Output], None, None]) -> None:
+        super().__init__()
+        self._each = each
+
+    def _next(self) -> tuple[int, Output]:
+        return next(self._each)
+
+    def _let_go(self) -> None:
+        self._each.close()
+
+
 def run_batch(
     runtime: Runtime,
     tokenizer: Tokenizer | None,
@@ -25,7 +40,7 @@ def run_batch(
     n_slots: int,
     called_at: float,
     kv_memory: int | None = None,
-) -> Iterator[tuple[int, Output]]:
+) -> Generator[tuple[int, Output], None, None]:
     """(index, output) of each request, as it is done; `n_slots` of them are at work at a time.
 
     called_at: time.perf_counter() when the user asked. Each prompt is prefilled on its own, as soon as there is a slot

@@ -52,7 +52,7 @@ class BufferPool:
 
     def __init__(self) -> None:
         self._idle: Buffers | None = None
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # a garbage collection may give back what nobody holds, in here
 
     @property
     def idle_bytes(self) -> int:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
 
 from torch import Tensor
 
 from fastkv.engine.answer import Answer
 from fastkv.engine.decode_batch import DecodeBatch
 from fastkv.engine.memory import explain_out_of_memory, peak_bytes
+from fastkv.engine.one_reader import OneReader
 from fastkv.engine.output import Output, Piece
 from fastkv.engine.request import Request
 from fastkv.engine.runtime import Runtime
@@ -17,10 +17,11 @@ from fastkv.errors import FaultError
 from fastkv.models.tokenizer import Tokenizer
 
 
-class Generation(Iterator[Piece]):
+class Generation(OneReader[Piece]):
     """Runs a request as it is iterated. `output()` tells what came of it, at the end or wherever it was left.
 
-    `close()` ends it early and hands its memory on; so does its last token. Forgetting it lets the memory go.
+    `close()` ends it early and hands its memory on; so does its last token. Forgetting it lets the memory go. One
+    thread reads it at a time: FastKVError for a second one at the same moment. Any thread may close it.
 
     selection: where that was asked for, and from the first token on, what `LLM.prefill` returns as (tokens, kept).
     """
@@ -35,31 +36,29 @@ class Generation(Iterator[Piece]):
         called_at: float | None = None,
         keep_selection: bool = False,
     ) -> None:
+        super().__init__()
         # time.perf_counter() when the user asked, if that was before now
         asked = time.perf_counter() if called_at is None else called_at
         self._runtime = runtime
         self._answer = Answer(runtime.model, tokenizer, request, asked)
         self._batch: DecodeBatch | None = None
         self._keep_selection = keep_selection
-        self._ended = False
 
     @property
     def prompt_ids(self) -> list[int]:
         """The token ids of the prompt."""
         return self._answer.request.ids[0].tolist()
 
-    def __next__(self) -> Piece:
-        if self._ended:
-            raise StopIteration
+    def _next(self) -> Piece:
         try:
             token_id = self._next_token()
         except FaultError:
-            self.close()  # what would come after a token that is none means nothing
+            self._ended = True  # what would come after a token that is none means nothing
             raise
         piece, finished = self._answer.take(token_id)
         if finished:
             self._answer.peak = peak_bytes(self._runtime.model.device)
-            self.close()
+            self._ended = True
         return piece
 
     def _next_token(self) -> int:
@@ -79,9 +78,7 @@ class Generation(Iterator[Piece]):
             self.selection = (result.tokens, result.kept)
         return batch
 
-    def close(self) -> None:
-        """Generate no more, and let the next request have the memory. `output()` stays."""
-        self._ended = True
+    def _let_go(self) -> None:
         if self._batch is not None:
             self._batch.close()
             self._batch = None

@@ -10,6 +10,7 @@ without a GPU, tests run it as it is.
 from __future__ import annotations
 
 import functools
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -27,6 +28,7 @@ Record = Callable[[Callable[[], None]], Replay]  # what to do -> something that 
 
 _WARM_UPS = 2  # runs before the capture: libraries allocate and choose their kernels in them
 _GRAPHS = 32  # that are kept, of each kind
+_CAPTURING = threading.Lock()  # there is one stream to capture on
 
 
 class GraphError(RuntimeError):
@@ -50,7 +52,7 @@ class GraphStepper:
         self._marked: tuple[int, ...] = ()  # the same, on the host
         self._steps: dict[tuple[Any, ...], tuple[Replay, GraphAttention]] = {}
         self._choices: dict[tuple[int, Features], Replay] = {}
-        self._reserved = 0
+        self._reserved, self._tables = 0, self._model.rotary.tables
 
     @torch.inference_mode()
     def step(self, caches: Caches) -> None:
@@ -81,6 +83,7 @@ class GraphStepper:
         if self._model.rotary.reserved != self._reserved:  # a graph holds the address of the table that was there
             self._steps.clear()
             self._reserved = self._model.rotary.reserved
+            self._tables = self._model.rotary.tables  # alive as long as the graphs: another thread may let it grow
         spans = tuple(self._span(layer, n_slots) for layer in range(len(self._state.pool.layers)))
         key = (n_slots, *spans)
         if key not in self._steps:
@@ -143,7 +146,7 @@ class _CudaRecorder:
 
     def __call__(self, run: Callable[[], None]) -> Replay:
         try:
-            with torch.cuda.device(self._device):
+            with _CAPTURING, torch.cuda.device(self._device):
                 self._warm_up(run)
                 return self._capture(run)
         except torch.OutOfMemoryError:

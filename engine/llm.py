@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from os import PathLike
@@ -17,7 +18,7 @@ from fastkv.cache.layer import EntryShape
 from fastkv.cache.policies import FastKV
 from fastkv.cache.policy import Policy
 from fastkv.engine.attention import check_backend
-from fastkv.engine.batch import DEFAULT_BATCH_SIZE, run_batch, slots_that_fit
+from fastkv.engine.batch import DEFAULT_BATCH_SIZE, Batch, run_batch, slots_that_fit
 from fastkv.engine.compile import compile_layers
 from fastkv.engine.decode import decode_step
 from fastkv.engine.device import resolve_device, resolve_dtype
@@ -26,6 +27,7 @@ from fastkv.engine.memory import check_fits, explain_out_of_memory
 from fastkv.engine.output import Output
 from fastkv.engine.plan import plan_request, position_limit
 from fastkv.engine.prefill import Prefill, prefill
+from fastkv.engine.process import check_process, process_for_model
 from fastkv.engine.request import (
     Request,
     answer_length,
@@ -37,7 +39,7 @@ from fastkv.engine.request import (
 )
 from fastkv.engine.runtime import Runtime
 from fastkv.engine.sampler import SamplingParams
-from fastkv.errors import FastKVError, brief, check_choice, check_integer, writable
+from fastkv.errors import FastKVError, brief, check_choice, check_integer, check_switch, writable
 from fastkv.kernels.threads import as_many, step_threads
 from fastkv.models.chat import ChatIds
 from fastkv.models.checkpoint import stored_dtype
@@ -92,7 +94,14 @@ class LLM:
     ) -> None:
         if not isinstance(model, (str, PathLike)):
             raise FastKVError(f"model must be a folder or a hub id like org/name, not {brief(model)}")
+        if revision is not None and not isinstance(revision, str):
+            raise FastKVError(f"revision must be a text, not {brief(revision)}", setting="revision")
+        for name, switch in (("cuda_graph", cuda_graph), ("compile", compile)):
+            check_switch(name, switch)
+        if progress is not None and not callable(progress):
+            raise FastKVError(f"progress must be a function, not {brief(progress)}")
         target = resolve_device(device)
+        self._process = process_for_model(target)
         check_choice("load_format", load_format, LOAD_FORMATS)
         if weights is not None:
             check_choice("weights", weights, WEIGHTS)
@@ -220,7 +229,7 @@ class LLM:
         if not requests:
             return iter(())
         n_slots = slots_that_fit(self._runtime, requests, batch_size, kv_memory)
-        return run_batch(self._runtime, self.tokenizer, requests, n_slots, called_at, kv_memory)
+        return Batch(run_batch(self._runtime, self.tokenizer, requests, n_slots, called_at, kv_memory))
 
     def stream(
         self,
@@ -237,6 +246,7 @@ class LLM:
         saw and kept, as its `selection`.
         """
         called_at = time.perf_counter()
+        check_switch("keep_selection", keep_selection)
         request = self._request(prompt, params, policy)
         return Generation(self._runtime, self.tokenizer, request, called_at, keep_selection)
 
@@ -272,6 +282,8 @@ class LLM:
         Returns logits [B, V] float32, the tokens that each layer saw, the entries that it kept, and the cache.
         Raises FastKVError as `generate` does, and for a cache that is not of this model.
         """
+        if os.getpid() != self._process:
+            self._check_process()
         check_integer("max_tokens", max_tokens, 0)
         ids = id_tensor(token_ids, self.config.vocab_size).to(self.device)
         policy = self.policy if policy is None else self._checked_policy(policy)
@@ -302,12 +314,19 @@ class LLM:
         Raises FastKVError when the cache or the model's context is full, for the wrong number or kind of tokens, and
         for a cache that is not of this model; nothing has changed then.
         """
+        if os.getpid() != self._process:
+            self._check_process()
         check_cache(cache, self.config.n_layers, self._entry, self._device)
         ids = step_tensor(token_ids, cache.batch, self.config.vocab_size).to(self._device)
         logits = decode_step(self._model, cache, ids).clone()
         return logits if torch.as_tensor(token_ids).dim() == 2 else logits[:, 0]
 
+    def _check_process(self) -> None:
+        check_process(self._process, self._device, self._runtime.step_threads)
+
     def _request(self, prompt: str | list[int], params: SamplingParams | None, policy: Policy | None) -> Request:
+        if os.getpid() != self._process:
+            self._check_process()
         params = SamplingParams() if params is None else params
         if not isinstance(params, SamplingParams):
             raise FastKVError(f"params must be SamplingParams, not {type(params).__name__}")

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fastkv.engine.counter_rng import stream_of, uniform
 from fastkv.engine.logits_filters import apply_temperature, draw, keep_min_p, keep_top, penalise_repetition
-from fastkv.errors import FastKVError, FaultError, brief, check_integer, check_number
+from fastkv.errors import FastKVError, FaultError, brief, check_integer, check_number, check_switch
 
 MAX_SEED = 2**63 - 1
 NOT_FINITE = -1  # in place of a token: the sequence's logits hold NaN, or their maximum is infinite
@@ -61,6 +61,7 @@ class SamplingParams:
         check_number("repetition_penalty", self.repetition_penalty, 1e-6, 1e6)
         if self.seed is not None:
             check_integer("seed", self.seed, 0, MAX_SEED)
+        check_switch("ignore_eos", self.ignore_eos)
         stop = (self.stop,) if isinstance(self.stop, str) else self.stop
         if not isinstance(stop, Sequence) or not all(isinstance(text, str) and text for text in stop):
             raise FastKVError(f"stop must be strings that are not empty, not {brief(self.stop)}", setting="stop")

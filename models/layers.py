@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -15,6 +16,7 @@ from fastkv.models.rope_config import RopeConfig
 from fastkv.models.rope_frequencies import attention_factor, inverse_frequencies
 
 _SMALLEST_TABLE = 4096  # positions
+_GROWING = threading.Lock()  # one for all tables: a module with a lock of its own could not be copied
 
 Activation = Callable[[Tensor], Tensor]  # of each value alone
 
@@ -127,10 +129,18 @@ class RotaryEmbedding(nn.Module):
         return 0 if self._table is None else self._table[0].shape[0]
 
     def reserve(self, n_positions: int, dtype: torch.dtype) -> None:
-        """Let the table cover the positions below `n_positions`, in `dtype`."""
-        known = self._table
-        if known is not None and known[0].shape[0] >= n_positions and known[0].dtype == dtype:
+        """Let the table cover the positions below `n_positions`, in `dtype`. Threads may ask at the same time."""
+        if self._covers(n_positions, dtype):
             return
+        with _GROWING:
+            if not self._covers(n_positions, dtype):  # another thread may have come first, and asked for more
+                self._grow(max(n_positions, self.reserved), dtype)
+
+    def _covers(self, n_positions: int, dtype: torch.dtype) -> bool:
+        known = self._table
+        return known is not None and known[0].shape[0] >= n_positions and known[0].dtype == dtype
+
+    def _grow(self, n_positions: int, dtype: torch.dtype) -> None:
         count = max(_SMALLEST_TABLE, 1 << (n_positions - 1).bit_length())  # doubling: few are made
         with torch.inference_mode(False):  # a table made while generating can be trained with later
             positions = torch.arange(count, device=self.inv_freq.device)
@@ -166,8 +176,13 @@ class RotaryEmbeddings(nn.Module):
 
     def reserve(self, n_positions: int, dtype: torch.dtype) -> None:
         """Let the tables cover the positions below `n_positions`, in `dtype`."""
-        for embedding in self._each:
+        for embedding in reversed(self._each):  # the first one, which `reserved` asks, when the others are there
             embedding.reserve(n_positions, dtype)
+
+    @property
+    def tables(self) -> tuple[object, ...]:
+        """What lookups read now, to keep it alive: a table that grows is another one."""
+        return tuple(embedding._table for embedding in self._each)
 
     def forward(self, positions: Tensor) -> Rope:
         """positions: int64 [B, T], the tokens' original positions, all of them reserved."""

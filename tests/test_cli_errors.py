@@ -50,6 +50,7 @@ def check(status: Any, out: str, err: str, names: str | list[str]) -> None:
     assert err.endswith("\n")
     assert len(err.splitlines()) == 1
     assert err[:-1].isprintable()
+    assert len(err) < 2100
     assert "Traceback" not in err
     for name in [names] if isinstance(names, str) else names:
         assert name in err
@@ -587,19 +588,37 @@ WRONG = {
     "--share": ["-0.1", "nan", "inf", "x"],
     "--narrow": ["-0.1", "1.1", "nan", "x", ""],
     "--min-tokens": NO_COUNT,
-    "--max-tokens": [*NO_COUNT, "100000", "9" * 40],
-    "--temperature": ["-1", "-0.001", "nan", "inf", "abc", ""],
-    "--top-k": ["-1", "1.5", "nan", "abc", ""],
+    "--max-tokens": [*NO_COUNT, "100000", "9" * 40, "9" * 4000],
+    "--temperature": ["-1", "9" * 5000, "-0.001", "nan", "inf", "abc", ""],
+    "--top-k": ["-1", str(2**63), "9" * 4000, "9" * 5000, "1.5", "nan", "abc", ""],
     "--top-p": ["0", "-0.5", "1.1", "nan", "inf", "abc", ""],
     "--min-p": ["-0.1", "1.1", "nan", "inf", "abc", ""],
     "--repetition-penalty": ["0", "-1", "nan", "inf", "abc", ""],
     "--seed": ["-1", "1.5", "nan", "abc", "", str(2**63), "9" * 40, "9" * 400, "9" * 5000],
     "--stop": [""],
-    "--device": ["", "gpu", "mps", "xpu", "cpu:1", "cuda:x", "cuda:-1", "cuda:99", "meta", "CPU", "9"],
+    "--device": [
+        *("", "gpu", "mps", "xpu", "cpu:1", "cuda:x", "cuda:-1", "cuda:99", "meta", "CPU", "9"),
+        *("cuda:" + "9" * 5000, "cuda:²", "cuda:٣"),
+    ],
+        "",
+        "gpu",
+        "mps",
+        "xpu",
+        "cpu:1",
+        "cuda:x",
+        "cuda:-1",
+        "cuda:99",
+        "cuda:" + "9" * 5000,
+        "cuda:²",
+        "cuda:٣",
+        "meta",
+        "CPU",
+        "9",
+    ],
     "--dtype": ["", "int8", "fp16", "float64", "float8_e4m3fn", "torch.float32"],
     "--weights": ("int4", "INT8", ""),
     "--attention": ["", "cudnn", "efficient", "sdpa", "AUTO"],
-    "--threads": ["0", "-1", "1.5", "abc", "", str(2**31), "9" * 40],
+    "--threads": ["0", "-1", "9" * 5000, "1.5", "abc", "", str(2**31), "9" * 40],
     "--report": ["", ".", "no/such/folder/page.html"],
     "--revision": ["main", ""],  # of a folder, which has none
 }

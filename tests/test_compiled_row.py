@@ -424,7 +424,7 @@ def test_conditions_that_the_compiler_adds_are_kept(compiler: Compiler, monkeypa
 
 def test_a_library_is_there_before_it_is_told_of(compiler: Compiler, monkeypatch: pytest.MonkeyPatch) -> None:
     written: list[str] = []
-    monkeypatch.setattr(kept_code, "write_atomically", lambda path, content: written.append(path.suffix))
+    monkeypatch.setattr(kept_code, "write_atomically", lambda path, content, **_: written.append(path.suffix))
     compiled_once_more()
     assert written == [".so", ".json"] * 3
 

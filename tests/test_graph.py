@@ -348,7 +348,7 @@ def test_a_slot_that_is_done_has_nothing_to_attend_to(tiny_llm: LLM, recorder: R
     params = [SamplingParams(max_tokens=count, ignore_eos=True) for count in lengths]
     each = tiny_llm.generate_each(prompts, params, FullKV())
     assert next(each)[0] == 0
-    pool = each.gi_frame.f_locals["batch"]._state.pool  # type: ignore[attr-defined]
+    pool = each._each.gi_frame.f_locals["batch"]._state.pool  # type: ignore[attr-defined]
     assert pool.lengths[:, 0].tolist() == [[0, 0]] * 6
     assert (pool.lengths[0, 1] > 0).all()
     index, output = next(each)

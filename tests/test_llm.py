@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import itertools
+import math
 import time
 import weakref
 from pathlib import Path
@@ -379,3 +380,45 @@ def test_idle_memory_counts_as_room_and_can_be_freed(tiny_folder: Path, monkeypa
     assert llm._runtime.buffers.idle_bytes == 0
     with pytest.raises(FastKVError, match="the KV cache needs"):
         llm.generate(LONG, params, FullKV())
+
+
+class Odd:
+    """Breaks whatever looks at it."""
+
+    def __repr__(self) -> str:
+        raise RuntimeError
+
+    def __bool__(self) -> bool:
+        raise RuntimeError
+
+    __hash__ = None  # type: ignore[assignment]
+
+
+ODD = [3, 2**70, 10**5000, b"cpu", torch.device("meta"), torch.tensor([1.0, 2.0]), [], {}, object(), Odd(), "x" * 10**6]
+
+
+@pytest.mark.parametrize("value", ODD, ids=lambda value: type(value).__name__)
+@pytest.mark.parametrize(
+    "name", ["device", "dtype", "weights", "load_format", "attention", "policy", "revision", "compile", "cuda_graph"]
+)
+def test_arguments_of_another_kind_end_in_our_own_error(tiny_folder: Path, name: str, value: Any) -> None:
+    with pytest.raises(FastKVError):
+        LLM(tiny_folder, **{"device": "cpu", name: value})
+
+
+@pytest.mark.parametrize("value", [*ODD[1:], math.nan], ids=lambda value: type(value).__name__)
+@pytest.mark.parametrize("name", ["max_tokens", "temperature", "top_k", "top_p", "seed", "ignore_eos"])
+def test_sampling_of_another_kind_ends_in_our_own_error(name: str, value: Any) -> None:
+    if (name, type(value)) == ("temperature", int) and value < 2**71:
+        pytest.skip("a temperature like any other")
+    with pytest.raises(FastKVError) as refused:
+        SamplingParams(**{name: value})
+    assert refused.value.setting == name
+
+
+def test_numbers_of_numpy_are_numbers(tiny_llm: LLM) -> None:
+    numpy = pytest.importorskip("numpy")
+    given = {"max_tokens": numpy.int64(3), "seed": numpy.uint8(7), "temperature": numpy.float32(0.5)}
+    plain = {"max_tokens": 3, "seed": 7, "temperature": 0.5}
+    outputs = [tiny_llm.generate([5, 6], SamplingParams(**each, ignore_eos=True)).token_ids for each in (given, plain)]
+    assert outputs[0] == outputs[1]
