@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
@@ -11,12 +12,17 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from fastkv.errors import FastKVError
-from fastkv.models.fields import Fields
+from fastkv.models.fields import Fields, shown
+from fastkv.models.lacking import no_shard, no_weights
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-_PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
-_PLAIN = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+_PLAIN = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+# Constants that older versions of published code saved with the weights, and that are computed: rotary tables, masks
+# and positions.
+_LEFT_OVER = re.compile(
+    r"(^|\.)(rotary_emb\.(inv_freq|original_inv_freq|cos_cached|sin_cached)|masked_bias|causal_mask|position_ids)$"
+)
 
 
 class Checkpoint:
@@ -47,7 +53,7 @@ class Checkpoint:
             return cls(folder / SINGLE, [folder / SINGLE])
         index = folder / INDEX
         if not index.is_file():
-            raise FastKVError(_nothing_to_load(folder))
+            raise FastKVError(no_weights(folder, SINGLE, INDEX))
         shards = _shards(index)
         checkpoint = cls(index, [folder / shard for shard in sorted(set(shards.values()))])
         for name, shard in shards.items():
@@ -61,7 +67,7 @@ class Checkpoint:
         try:
             handle = self._stack.enter_context(safe_open(file, framework="pt"))
         except FileNotFoundError:
-            raise FastKVError(f"{file}: no such file, though {INDEX} names it; is the download complete?") from None
+            raise FastKVError(no_shard(file, INDEX)) from None
         except (SafetensorError, OSError) as error:
             raise FastKVError(f"{file}: not a whole safetensors file ({error}); download it again") from None
         for name in handle.keys():  # noqa: SIM118 (the handle is no mapping)
@@ -73,21 +79,23 @@ class Checkpoint:
     def names(self) -> list[str]:
         return list(self._home)
 
+    def shape_of(self, name: str) -> tuple[int, ...]:
+        return tuple(self._home[name][1].get_slice(name).get_shape())
+
     def dtype_of(self, name: str) -> str:
-        """The stored dtype as torch spells it; FastKVError for one that only quantised checkpoints have."""
+        """The stored dtype as torch spells it; FastKVError for one that weights are not read in."""
         file, handle = self._home[name]
         stored = handle.get_slice(name).get_dtype()
         if stored not in _PLAIN:
             raise FastKVError(
-                f"{file}: tensor {name} is stored as {stored}: quantised checkpoints are not supported; "
-                "use the float16, bfloat16 or float32 weights of the same model"
+                f"{file}: tensor {name} is stored as {stored}, and weights are floats of 16, 32 or 64 bits (quantised "
+                "checkpoints are not supported); use the float16, bfloat16 or float32 weights of the same model"
             )
         return _PLAIN[stored]
 
     def check(self, name: str, shape: tuple[int, ...]) -> None:
-        """FastKVError unless the tensor has this shape and an unquantised dtype. Reads the header only."""
-        file, handle = self._home[name]
-        found = tuple(handle.get_slice(name).get_shape())
+        """FastKVError unless the tensor has this shape and a dtype of weights. Reads the header only."""
+        file, found = self._home[name][0], self.shape_of(name)
         if found != shape:
             raise FastKVError(
                 f"{file}: tensor {name} has shape {list(found)}, but config.json asks for {list(shape)}; "
@@ -125,11 +133,12 @@ class Checkpoint:
 
 
 def stored_dtype(folder: Path) -> str:
-    """The dtype of the checkpoint's first tensor: for a config.json that does not state one."""
+    """The dtype of the checkpoint's first weights: for a config.json that does not state one."""
     with Checkpoint.open(folder) as checkpoint:
-        if not checkpoint.names:
+        first = next((name for name in checkpoint.names if not is_left_over(name)), None)
+        if first is None:
             raise FastKVError(f"{checkpoint.path}: holds no tensors; download it again")
-        return checkpoint.dtype_of(checkpoint.names[0])
+        return checkpoint.dtype_of(first)
 
 
 def _shards(index: Path) -> dict[str, str]:
@@ -139,17 +148,10 @@ def _shards(index: Path) -> dict[str, str]:
     for shard in weight_map.values.values():
         plain = isinstance(shard, str) and shard == Path(shard).name and "\\" not in shard and shard.isprintable()
         if not plain or not shard.endswith(".safetensors"):
-            raise FastKVError(f"{index}: shard {shard!r} is not a .safetensors file of the model's own folder")
+            raise FastKVError(f"{index}: shard {shown(shard)} is not a .safetensors file of the model's own folder")
     return weight_map.values
 
 
-def _nothing_to_load(folder: Path) -> str:
-    pickled = sorted(path.name for pattern in _PICKLED for path in folder.glob(pattern))
-    if pickled:
-        return (
-            f"{folder}: holds only pickled weights ({pickled[0]}), which are never opened because a pickle can run "
-            "code; convert them to safetensors first"
-        )
-    other = sorted(path.name for path in folder.glob("*.safetensors"))
-    hint = f"; {other[0]} is not read under that name" if other else ""
-    return f"{folder}: no {SINGLE} and no {INDEX}{hint}"
+def is_left_over(name: str) -> bool:
+    """Whether a tensor is a constant that no model needs to be given."""
+    return _LEFT_OVER.search(name) is not None

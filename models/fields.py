@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 import os
+import reprlib
 import sys
 from pathlib import Path
 from typing import Any
 
 from fastkv.errors import FastKVError, brief
+from fastkv.models.lacking import no_file
 
 _REQUIRED = object()
 _MOST = 2**31 - 1  # no size or length of a model comes near
+_DIGITS = 4300  # of an integer: Python itself refuses longer ones, with advice for programmers
 
 
 class Fields:
@@ -25,11 +28,9 @@ class Fields:
     def read(cls, path: Path) -> Fields:
         """Read `path`; FastKVError if it is not there, not JSON, or not an object."""
         try:
-            values = json.loads(path.read_text(encoding="utf-8"))
+            values = json.loads(path.read_text(encoding="utf-8"), parse_int=_integer)
         except FileNotFoundError:
-            raise FastKVError(
-                f"{path}: no such file; --model takes a folder in the Hugging Face layout (with config.json)"
-            ) from None
+            raise FastKVError(no_file(path)) from None
         except OSError as error:
             raise FastKVError(f"{path}: cannot be read ({error.strerror})") from None
         except (ValueError, RecursionError) as error:
@@ -68,7 +69,7 @@ class Fields:
         value = self.get(key, default)
         number = isinstance(value, (int, float)) and not isinstance(value, bool)
         if not number or not 0 < value <= sys.float_info.max:
-            raise self.complain(key, "a number above 0")
+            raise self.complain(key, "a finite number above 0")
         return float(value)
 
     def flag(self, key: str, default: bool) -> bool:
@@ -96,6 +97,23 @@ class Fields:
         """One token id or a list of them; () where the key is missing."""
         value = self.get(key, [])
         ids = value if isinstance(value, list) else [value]
-        if any(isinstance(i, bool) or not isinstance(i, int) or i < 0 for i in ids):
+        if any(isinstance(i, bool) or not isinstance(i, int) or not 0 <= i <= _MOST for i in ids):
             raise self.complain(key, "a token id or a list of them")
         return tuple(ids)
+
+
+_short = reprlib.Repr()
+_short.maxstring = _short.maxlong = _short.maxother = 100
+_short.maxlist = _short.maxdict = 8
+_short.maxlevel = 3
+
+
+def shown(value: Any) -> str:
+    """A value of a file as a complaint repeats it: however large and nested it is, no more than a line."""
+    return _short.repr(value)
+
+
+def _integer(digits: str) -> int:
+    if len(digits) > _DIGITS:
+        raise ValueError(f"a number of {len(digits)} digits")
+    return int(digits)

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from fastkv.errors import FastKVError
+from fastkv.models.lacking import gone, incomplete
 
 # Weights in one file or in numbered shards; never pickles, never code, never the same weights twice in another layout.
 NEEDED = (
@@ -22,7 +23,9 @@ NEEDED = (
     "tokenizer.model",
     "tokenizer_config.json",
     "added_tokens.json",
+    "special_tokens_map.json",
     "chat_template.jinja",
+    "chat_template.json",
 )
 
 
@@ -37,8 +40,10 @@ def model_folder(model: str | Path, revision: str | None = None) -> Path:
         if revision is not None:
             raise FastKVError(f"revision {revision!r} is for hub ids, but {model} is a folder", setting="revision")
         return folder
+    if os.path.isfile(name):
+        raise FastKVError(f"{model}: is a file; --model takes the folder that holds config.json")
     if os.path.lexists(name):
-        raise FastKVError(f"{model}: is a file or a broken link; --model takes the folder that holds config.json")
+        raise FastKVError(gone(folder, "folder") or f"{model}: is no folder; --model takes one that holds config.json")
     if isinstance(model, Path) or not _is_hub_id(model):
         raise FastKVError(f"{model}: no such folder; --model takes a folder or a hub id like org/name")
     return _download(model, revision)
@@ -70,21 +75,33 @@ def _download(model: str, revision: str | None) -> Path:
         disable_progress_bars()
     try:
         with _quiet_hub():
-            return Path(snapshot_download(model, revision=revision, allow_patterns=list(NEEDED)))
+            folder = Path(snapshot_download(model, revision=revision, allow_patterns=list(NEEDED)))
     except GatedRepoError:
         raise FastKVError(f"{model}: access is restricted; accept its licence on the hub and set HF_TOKEN") from None
     except RevisionNotFoundError:
         raise FastKVError(f"{model}: has no revision {revision!r}", setting="revision") from None
     except RepositoryNotFoundError:
         raise FastKVError(f"{model}: no such folder here, and no such model on the hub (or it is private)") from None
-    except (LocalEntryNotFoundError, OfflineModeIsEnabled):
-        raise FastKVError(
-            f"{model}: no such folder here, not in the hub's cache, and the hub cannot be reached (offline?); "
-            "give a local folder, or go online once"
-        ) from None
+    except (LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
+        # Where the hub's library knows what should be there, it tells of a part of it.
+        part = getattr(error, "snapshot_path", None)
+        raise FastKVError(_not_in_cache(model) if part is None else incomplete(Path(part))) from None
     except Exception as error:  # whatever can happen on the way: the hub, the network, the disk
         reason = next(iter(str(error).splitlines()), "") or type(error).__name__
         raise FastKVError(f"{model}: cannot be downloaded ({reason}); try again, or give a local folder") from None
+    if not folder.is_dir():  # nothing was fetched
+        raise FastKVError(
+            f"{model}: has neither a config.json nor safetensors weights on the hub: not a model in the Hugging Face "
+            "layout"
+        )
+    return folder
+
+
+def _not_in_cache(model: str) -> str:
+    return (
+        f"{model}: no such folder here, not (wholly) in the hub's cache, and the hub cannot be reached (offline?); "
+        "give a local folder, or go online once"
+    )
 
 
 @contextmanager

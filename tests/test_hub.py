@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import socket
 import struct
 import subprocess
@@ -18,6 +19,10 @@ from urllib.parse import unquote, urlsplit
 import pytest
 from places import ROOT
 
+from fastkv import FastKVError
+from fastkv.models.checkpoint import Checkpoint
+from fastkv.models.config import ModelConfig
+
 TINY = ROOT / "tests" / "data" / "tiny-gqa"
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 BRANCH = "89abcdef0123456789abcdef0123456789abcdef"  # of revision "other"
@@ -29,6 +34,8 @@ NEEDED = {
     "tokenizer_config.json": b'{"add_bos_token": false}',
     "chat_template.jinja": b"{{ messages[0].content }}",
     "added_tokens.json": b'{"<pad>": 256}',
+    "special_tokens_map.json": b"{}",
+    "chat_template.json": b'{"chat_template": "{{ messages[0].content }}"}',
 }
 NOT_NEEDED = {
     name: f"{name}, never asked for".encode()
@@ -72,6 +79,8 @@ class Hub:
         self.repositories: dict[str, dict[str, bytes]] = {
             "org/tiny": {**NEEDED, **NOT_NEEDED},
             "org/sharded": {**SHARDED, **NOT_NEEDED},
+            "org/diffusion": {"model_index.json": b"{}", **NOT_NEEDED},
+            "org/pickled": {"config.json": NEEDED["config.json"], **NOT_NEEDED},
         }
         self.requests: list[tuple[str, str]] = []  # method, path
         self.advice: str | None = None  # sent along with every answer
@@ -345,6 +354,89 @@ def test_a_folder_of_that_name_wins(hub: Hub, find: Find, tmp_path: Path, monkey
     monkeypatch.chdir(tmp_path)
     assert find("org/tiny") == Path("org/tiny")
     assert hub.requests == []
+
+
+def what_is_lacking(folder: Path) -> str:
+    """What is said of a folder that was found and is not whole; "" of a whole one."""
+    try:
+        ModelConfig.from_pretrained(folder)
+        Checkpoint.open(folder).close()
+    except FastKVError as error:
+        return str(error)
+    return ""
+
+
+@pytest.fixture(params=["known", "unknown"])
+def said_offline(request: pytest.FixtureRequest, find: Find, complaint: Complaint, tmp_path: Path) -> Complaint:
+    """said_offline(model, revision): of a model in the cache that is not whole.
+
+    The hub's library refuses it where it has kept the list of the model's files; else it gives what there is, as its
+    older versions do, and what is missing is noticed by whoever reads it.
+    """
+
+    def call(*argv: str) -> str:
+        if request.param == "known":
+            return complaint(*argv, HF_HUB_OFFLINE="1")
+        for lists in tmp_path.glob("home/hub/models--*/trees"):
+            shutil.rmtree(lists)
+        return what_is_lacking(find(*argv, HF_HUB_OFFLINE="1"))
+
+    return call
+
+
+@pytest.mark.parametrize("file", ["config.json", "model.safetensors"])
+def test_a_file_that_the_cache_has_lost(find: Find, said_offline: Complaint, file: str) -> None:
+    """It is said which, and how to get it; doing that helps."""
+    lost = find("org/tiny") / file
+    lost.resolve().unlink()
+    said = said_offline("org/tiny")
+    assert all(part in said for part in (str(lost), "has lost", "--model org/tiny while"))
+    assert what_is_lacking(find("org/tiny")) == ""
+    assert contents(lost.parent) == NEEDED
+
+
+def test_a_lost_file_of_a_revision(find: Find, said_offline: Complaint) -> None:
+    lost = find("org/tiny", "other") / "config.json"
+    lost.resolve().unlink()
+    assert f"--model org/tiny --revision {BRANCH}" in said_offline("org/tiny", "other")
+
+
+@pytest.mark.parametrize("file", ["config.json", "model.safetensors"])
+def test_a_download_that_was_broken_off(find: Find, said_offline: Complaint, file: str) -> None:
+    """What is found of it offline is called incomplete."""
+    folder = find("org/tiny")
+    (folder / file).unlink()
+    said = said_offline("org/tiny")
+    assert all(part in said for part in (str(folder), "incomplete", "--model org/tiny while"))
+
+
+def test_a_shard_that_did_not_come(hub: Hub, find: Find, said_offline: Complaint) -> None:
+    weights = {"weight_map": {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}}
+    hub.repositories["org/sharded"] |= {
+        "config.json": NEEDED["config.json"],
+        "model.safetensors.index.json": json.dumps(weights).encode(),
+    }
+    folder = find("org/sharded")
+    (folder / "model-00001-of-00002.safetensors").unlink()
+    said = said_offline("org/sharded")
+    assert all(part in said for part in (str(folder), "--model org/sharded while"))
+
+
+def test_a_repository_without_weights_of_this_kind(find: Find) -> None:
+    said = what_is_lacking(find("org/pickled"))
+    assert all(part in said for part in ("model.safetensors", "incomplete", "no safetensors weights on the hub"))
+
+
+def test_a_repository_without_config(hub: Hub, find: Find) -> None:
+    """Not told to be a folder, which it is not."""
+    del hub.repositories["org/sharded"]["config.json"]
+    said = what_is_lacking(find("org/sharded"))
+    assert all(part in said for part in ("config.json", "incomplete", "or the model is not in the Hugging Face layout"))
+
+
+def test_a_repository_that_is_no_model_at_all(complaint: Complaint) -> None:
+    said = complaint("org/diffusion")
+    assert all(part in said for part in ("org/diffusion", "config.json", "safetensors", "Hugging Face layout"))
 
 
 def test_a_terminal_shows_progress(start: Start) -> None:
