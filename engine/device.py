@@ -38,8 +38,9 @@ def _unknown(device: object) -> FastKVError:
 
 
 def resolve_dtype(dtype: str, stored: str, device: torch.device) -> torch.dtype:
-    """ "auto" is the checkpoint's own dtype, but float32 on a CPU that computes in that faster."""
+    """ "auto" is the checkpoint's own dtype, but float32 for float64, and on a CPU that computes in that faster."""
     check_choice("dtype", dtype, ("auto", *DTYPES))
+    stored = "float32" if stored == "float64" else stored
     if dtype == "auto":
         dtype = faster_dtype(stored, _cpu_computes(stored)) if device.type == "cpu" else stored
     return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[dtype]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from fastkv.errors import FastKVError
 from fastkv.models.family import Family
-from fastkv.models.fields import Fields
+from fastkv.models.fields import Fields, shown
 from fastkv.models.granite import Granite
 from fastkv.models.mistral import Mistral
 from fastkv.models.olmo2 import Olmo2
@@ -29,12 +29,14 @@ def find_family(fields: Fields) -> tuple[Family, str]:
     names = fields.get("architectures", [])
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise fields.complain("architectures", "a list of names")
+    stated = {name.casefold() for name in names}
     for family in FAMILIES:
         for model_type, name in family.architectures:
-            if name in names or (not names and fields.get("model_type", None) == model_type):
+            if stated & _spellings(name) or (not names and fields.get("model_type", None) == model_type):
                 return family, name
-    stated = ", ".join(names) or fields.get("model_type", "none stated")
-    raise FastKVError(f"{fields.source}: architecture {stated} is not supported; supported are {_supported()}")
+    named = names[:8] or [fields.get("model_type", "none stated")]
+    listed = ", ".join(shown(name).strip("'") for name in named)
+    raise FastKVError(f"{fields.source}: architecture {listed} is not supported; supported are {_supported()}")
 
 
 def family_of(architecture: str) -> Family:
@@ -43,6 +45,11 @@ def family_of(architecture: str) -> Family:
         if any(architecture == name for _, name in family.architectures):
             return family
     raise FastKVError(f"architecture {architecture} is not supported; supported are {_supported()}")
+
+
+def _spellings(name: str) -> set[str]:
+    """The architecture in a config.json, in lower case: as LLaMAForCausalLM of the first exports, or a base model's."""
+    return {name.casefold(), name.replace("ForCausalLM", "Model").casefold()}
 
 
 def _supported() -> str:

@@ -9,12 +9,17 @@ from typing import Any
 from fastkv.errors import FastKVError
 from fastkv.models.catalogue import find_family
 from fastkv.models.family import Family
-from fastkv.models.fields import Fields
+from fastkv.models.fields import Fields, shown
 from fastkv.models.network_config import NetworkConfig
 from fastkv.models.rope_config import RopeConfig
+from fastkv.models.rope_frequencies import is_finite
 
 DTYPES = ("float32", "bfloat16", "float16")
-MAX_LAYERS = 10_000  # each is built before the sizes are known; the deepest published models have some hundred
+STORED_DTYPES = (*DTYPES, "float64")  # float64 is read, but nothing is computed in it
+# What is refused whatever the weights say, since random weights say nothing: time and memory go with it. The deepest
+# published models have some hundred layers, the widest heads some hundred values.
+MAX_LAYERS = 1000
+MAX_HEAD_DIM = 2**16
 
 
 @dataclass(frozen=True)
@@ -61,7 +66,7 @@ class ModelConfig(NetworkConfig):
             "n_layers": fields.integer("num_hidden_layers"),
             "n_heads": n_heads,
             "n_kv_heads": fields.integer("num_key_value_heads", _default_kv_heads(fields, family, n_heads)),
-            "head_dim": fields.integer("head_dim", family.head_dim or max(1, hidden_size // n_heads)),
+            "head_dim": _head_dim(fields, family.head_dim or max(1, hidden_size // n_heads)),
             "context_length": _context_length(fields, context, rope),
             "rms_norm_eps": fields.number("rms_norm_eps", family.rms_norm_eps),
             "rope": rope,
@@ -75,7 +80,23 @@ class ModelConfig(NetworkConfig):
         }
         settings.update(family.differences(fields))
         _check_heads(fields, settings)
-        return cls(**settings)
+        config = cls(**settings)
+        if not all(
+            is_finite(each, config.head_dim, config.context_length) for each in family.rotary_embeddings(config)
+        ):
+            raise FastKVError(
+                f"{fields.source}: rope_theta and rope_scaling (or rope_parameters) give a rotary embedding that is "
+                "not made of finite numbers"
+            )
+        return config
+
+
+def _head_dim(fields: Fields, default: int) -> int:
+    head_dim = fields.integer("head_dim", default)
+    if head_dim > MAX_HEAD_DIM:
+        key = "head_dim" if "head_dim" in fields else "head_dim (hidden_size / num_attention_heads)"
+        raise FastKVError(f"{fields.source}: {key} must be at most {MAX_HEAD_DIM}, not {head_dim}")
+    return head_dim
 
 
 def _reject_quantised(fields: Fields) -> None:
@@ -105,9 +126,11 @@ def _dtype(fields: Fields) -> str | None:
     dtype = fields.get("dtype", fields.get("torch_dtype", None))
     if dtype is None:
         return None
-    name = str(dtype).removeprefix("torch.")
-    if name not in DTYPES:
-        raise FastKVError(f"{fields.source}: dtype {name!r} is not supported; known are {', '.join(DTYPES)}")
+    name = dtype.removeprefix("torch.") if isinstance(dtype, str) else dtype
+    if name not in STORED_DTYPES:
+        raise FastKVError(
+            f"{fields.source}: dtype {shown(name)} is not supported; known are {', '.join(STORED_DTYPES)}"
+        )
     return name
 
 

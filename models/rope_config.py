@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from fastkv.errors import FastKVError
-from fastkv.models.fields import Fields
+from fastkv.models.fields import Fields, shown
 
 SCALINGS = ("default", "linear", "llama3", "yarn")
 
@@ -48,7 +48,7 @@ def read_rope_section(section: Fields, fields: Fields, context_length: int) -> R
     scaling = section.get("rope_type", section.get("type", "default"))
     if scaling not in SCALINGS:
         raise FastKVError(
-            f"{section.source}: rotary scaling {scaling!r} is not supported; known are {', '.join(SCALINGS)}"
+            f"{section.source}: rotary scaling {shown(scaling)} is not supported; known are {', '.join(SCALINGS)}"
         )
     if scaling == "default":
         return RopeConfig(theta)
@@ -97,8 +97,8 @@ def _read_yarn(section: Fields, theta: float, original: int, context_length: int
         factor=section.number("factor", context_length / original),
         original_context=original,
         attention_factor=optional("attention_factor"),
-        beta_fast=section.number("beta_fast", 32.0),
-        beta_slow=section.number("beta_slow", 1.0),
+        beta_fast=optional("beta_fast") or 32.0,
+        beta_slow=optional("beta_slow") or 1.0,
         mscale=optional("mscale"),
         mscale_all_dim=optional("mscale_all_dim"),
         truncate=section.flag("truncate", True),

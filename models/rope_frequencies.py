@@ -9,6 +9,9 @@ from torch import Tensor
 
 from fastkv.models.rope_config import RopeConfig
 
+_LARGEST = torch.finfo(torch.float32).max
+_LARGEST_FACTOR = torch.finfo(torch.float16).max  # cosines and sines are kept in the model's dtype
+
 
 def inverse_frequencies(config: RopeConfig, head_dim: int) -> Tensor:
     """Radians per position of each pair: float32 [head_dim // 2], stretched as `config.scaling` says."""
@@ -38,6 +41,15 @@ def attention_factor(config: RopeConfig) -> float:
     return temperature(1.0)
 
 
+def is_finite(config: RopeConfig, head_dim: int, context_length: int) -> bool:
+    """Whether the tables of all positions below `context_length` are made of numbers."""
+    try:
+        largest = inverse_frequencies(config, head_dim).abs().amax().item()  # NaN where any is
+        return largest * context_length <= _LARGEST and 0 < attention_factor(config) <= _LARGEST_FACTOR
+    except (ArithmeticError, ValueError):  # of logarithms and roundings of numbers out of reach
+        return False
+
+
 def _llama3_frequencies(config: RopeConfig, inv_freq: Tensor) -> Tensor:
     """Llama 3.1: slow pairs are divided by `factor`, fast ones kept, and those between are blended."""
     # In this order of operations: at position 131 071 another rounding of a frequency can be seen in the angle.
@@ -59,6 +71,6 @@ def _yarn_frequencies(config: RopeConfig, inv_freq: Tensor, head_dim: int) -> Te
     if config.truncate:
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, head_dim - 1)
-    ramp = (torch.arange(head_dim // 2, dtype=torch.float32, device="cpu") - low) / max(high - low, 0.001)
+    ramp = (torch.arange(head_dim // 2, dtype=torch.float32, device="cpu") - low) / (high - low or 0.001)
     slow = ramp.clamp(0, 1)
     return slow * inv_freq / config.factor + (1 - slow) * inv_freq

@@ -304,7 +304,7 @@ REFUSED: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "mlp-bias-as-number": ({"mlp_bias": 0}, ("mlp_bias", "0")),
     "dtype-int8": ({"dtype": "int8"}, ("dtype", "int8", *DTYPES)),
     "torch-dtype-int8": ({"torch_dtype": "int8"}, ("dtype", "int8", *DTYPES)),
-    "dtype-float64": ({"torch_dtype": "float64"}, ("dtype", "float64")),
+    "dtype-float8": ({"torch_dtype": "float8_e4m3fn"}, ("dtype", "float8_e4m3fn")),
     "dtype-number": ({"torch_dtype": 16}, ("dtype", "16")),
     "eos-text": ({"eos_token_id": "2"}, ("eos_token_id", "'2'")),
     "eos-negative": ({"eos_token_id": -1}, ("eos_token_id", "-1")),
