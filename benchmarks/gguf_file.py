@@ -27,7 +27,8 @@ from fastkv.models.config import ModelConfig
 from fastkv.models.fields import Fields
 from fastkv.models.rope_config import RopeConfig
 from fastkv.models.rope_frequencies import inverse_frequencies
-from fastkv.models.weights import Source, meta_model, targets
+from fastkv.models.sources import Source, targets
+from fastkv.models.weights import meta_model
 
 KINDS = ("F32", "Q8_0")
 BLOCK = 32  # values of a row that share one scale in Q8_0

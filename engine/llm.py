@@ -48,6 +48,7 @@ from fastkv.models.hub import model_folder
 from fastkv.models.llama import Llama
 from fastkv.models.presets import PRESETS
 from fastkv.models.tokenizer import Tokenizer
+from fastkv.models.tying import settled_config
 from fastkv.models.weights import load_weights, model_bytes, random_weights
 
 LOAD_FORMATS = ("auto", "dummy")
@@ -112,16 +113,19 @@ class LLM:
         self.config = PRESETS[str(model)] if dummy and model in PRESETS else ModelConfig.from_pretrained(folder)
         self.policy = FastKV() if policy is None else policy
         torch_dtype = resolve_dtype(dtype, self.config.dtype or ("float32" if dummy else stored_dtype(folder)), target)
+        if not dummy:
+            self.config = settled_config(self.config, folder, torch_dtype)
+        advice = "take a smaller model, a device with more memory, --dtype bfloat16 or --weights int8"
+        check_fits(f"the model {folder.name}", model_bytes(self.config, torch_dtype, weights), target, advice)
+        # Only now are the sizes known to be those of a model that there is room for.
         heads = (self.config.n_heads, self.config.n_kv_heads)
         check_backend(attention, heads, self.config.head_dim, torch_dtype, target)
         self.tokenizer = Tokenizer.from_pretrained(folder, self.config)
-        advice = "take a smaller model, a device with more memory, --dtype bfloat16 or --weights int8"
-        check_fits(f"the model {folder.name}", model_bytes(self.config, torch_dtype, weights), target, advice)
         with explain_out_of_memory():
             if dummy:
                 self._model = random_weights(self.config, torch_dtype, target, weights=weights)
             else:
-                self._model = load_weights(self.config, folder, torch_dtype, target, progress, weights)
+                self._model = load_weights(self.config, folder, torch_dtype, target, progress, weights, settled=True)
         if compile:
             compile_layers(self._model)
         self._device = self._model.device

@@ -8,10 +8,8 @@ is read a row at a time: it stays the mapped file where the dtype allows.
 from __future__ import annotations
 
 import math
-import re
 import sys
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -22,42 +20,16 @@ from fastkv.kernels.int8 import quantise_
 from fastkv.kernels.memory import HostMemory
 from fastkv.models.checkpoint import Checkpoint
 from fastkv.models.config import ModelConfig
-from fastkv.models.linear import Linear, Stacked
+from fastkv.models.linear import Linear
 from fastkv.models.llama import Llama
+from fastkv.models.sources import EMBEDDING, targets
+from fastkv.models.stored import StoredNames
+from fastkv.models.tying import settled_config
 
-# Checkpoints may carry these beyond what the model needs: a table that is computed, and a head that is the embedding.
-_ROTARY_TABLE = re.compile(r"rotary_emb\.inv_freq$")
-_HEAD = "lm_head.weight"
-_EMBEDDING = "embed_tokens.weight"
+_EMBEDDING_WEIGHT = f"{EMBEDDING}.weight"
 _HELD = 2**24  # weights that are read before the pages that they came from are let go
 
 Progress = Callable[[int, int], None]  # (bytes done, bytes in all)
-
-
-@dataclass(frozen=True)
-class Source:
-    """One checkpoint tensor and the shape it must have."""
-
-    name: str
-    shape: tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class Target:
-    """One parameter of the model, and the checkpoint tensors that it consists of, stacked by rows."""
-
-    name: str
-    sources: tuple[Source, ...]
-
-    @property
-    def rows(self) -> list[int]:
-        """Of each of the tensors."""
-        return [source.shape[0] for source in self.sources]
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Of the parameter."""
-        return (sum(self.rows), *self.sources[0].shape[1:])
 
 
 def meta_model(config: ModelConfig) -> Llama:
@@ -86,12 +58,9 @@ def _is_int8(model: Llama, name: str, weights: str | None) -> bool:
     module, _, kind = name.rpartition(".")
     if weights is None or kind != "weight":
         return False
-    return isinstance(model.get_submodule(module), Linear) or (name == _EMBEDDING and model.config.tie_word_embeddings)
-
-
-def targets(model: Llama) -> list[Target]:
-    """Every parameter with its checkpoint tensors, in the order of the layers. A tied head has none of its own."""
-    return [Target(name, _sources(model, name, parameter)) for name, parameter in model.named_parameters()]
+    return isinstance(model.get_submodule(module), Linear) or (
+        name == _EMBEDDING_WEIGHT and model.config.tie_word_embeddings
+    )
 
 
 def load_weights(
@@ -101,24 +70,28 @@ def load_weights(
     device: torch.device,
     progress: Progress | None = None,
     weights: str | None = None,
+    settled: bool = False,
 ) -> Llama:
     """A model filled from the safetensors files of `folder`, in `dtype` on `device`, without gradients.
 
-    weights: "int8" for matrices of 8-bit integers, made of each tensor as it is read (None: all in `dtype`).
+    weights: "int8" for matrices of 8-bit integers, made of each tensor as it is read (None: all in `dtype`). settled:
+    `config` is what `settled_config` gave; else that is done first, and the model's own config tells what came of it.
     Raises FastKVError for missing, unexpected, misshapen or quantised tensors, and for broken files.
     """
+    if not settled:
+        config = settled_config(config, folder, dtype)
     model = meta_model(config)
     plan, memory = targets(model), HostMemory()
     with Checkpoint.open(folder) as checkpoint:
-        _check(checkpoint, plan, config)
+        names = StoredNames(checkpoint, config).of(source for target in plan for source in target.sources)
         total = model_bytes(config, dtype, weights)
         done = held = 0
         for target in plan:
             int8 = _is_int8(model, target.name, weights)
-            pieces = (checkpoint.read(source.name) for source in target.sources)
+            pieces = (checkpoint.read(names[source.name]) for source in target.sources)
             if int8:
                 _assign_int8(model, target.name, target.shape, pieces, memory, device)
-            elif target.name == _EMBEDDING and not config.tie_word_embeddings and device.type == "cpu":
+            elif target.name == _EMBEDDING_WEIGHT and not config.tie_word_embeddings and device.type == "cpu":
                 _assign(model, target.name, next(pieces).to(dtype))
             else:
                 _assign(model, target.name, _stacked(pieces, target.rows, memory.empty(target.shape, dtype, device)))
@@ -169,38 +142,6 @@ def checkpoint_tensors(model: Llama) -> dict[str, Tensor]:
         pieces = parameters[target.name].detach().split([source.shape[0] for source in target.sources])
         tensors.update({source.name: piece.contiguous() for source, piece in zip(target.sources, pieces, strict=True)})
     return tensors
-
-
-def _sources(model: Llama, name: str, parameter: Tensor) -> tuple[Source, ...]:
-    """Where the family says that a parameter is stored, in one tensor or in several that are stacked."""
-    module, _, kind = name.rpartition(".")  # kind: weight or bias
-    places = model.family.places(module)
-    if len(places) == 1:
-        return (Source(f"{places[0]}.{kind}", tuple(parameter.shape)),)
-    stacked = model.get_submodule(module)
-    assert isinstance(stacked, Stacked), f"{name} is one matrix, but stored in {len(places)} places"
-    pieces = zip(places, stacked.rows, strict=True)
-    return tuple(Source(f"{place}.{kind}", (rows, *parameter.shape[1:])) for place, rows in pieces)
-
-
-def _check(checkpoint: Checkpoint, plan: list[Target], config: ModelConfig) -> None:
-    wanted = {source.name: source.shape for target in plan for source in target.sources}
-    stored = set(checkpoint.names)
-    if missing := [name for name in wanted if name not in stored]:
-        raise FastKVError(f"{checkpoint.path}: missing {_some(missing)}; is the download complete?")
-    allowed = {_HEAD} if config.tie_word_embeddings else set()
-    extra = [n for n in sorted(stored) if n not in wanted and n not in allowed and not _ROTARY_TABLE.search(n)]
-    if extra:
-        raise FastKVError(
-            f"{checkpoint.path}: unexpected {_some(extra)}; the weights do not belong to this config.json"
-        )
-    for name, shape in wanted.items():
-        checkpoint.check(name, shape)
-
-
-def _some(names: list[str]) -> str:
-    more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-    return f"tensor {names[0]}{more}"
 
 
 def _ready(model: Llama, dtype: torch.dtype, device: torch.device) -> Llama:
