@@ -34,7 +34,6 @@ class StoredNames:
     def find(self, name: str) -> str | None:
         """The stored name, or None where there is no such tensor."""
         names = self._tables if self._tied and name in self._tables else [name]
-        names = sorted(names, key=name.__ne__)  # its own before the other table's
         return next((each for one in names for each in _spellings(one) if each in self._stored), None)
 
     def own(self, name: str) -> str | None:

@@ -485,7 +485,7 @@ def test_ctrl_c_while_generating(run: Run, monkeypatch: pytest.MonkeyPatch, argv
 
 
 def test_ctrl_c_before_the_first_token(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    def interrupted(*args: Any) -> None:
+    def interrupted(*args: Any, **settings: Any) -> None:
         signal.raise_signal(signal.SIGINT)
 
     monkeypatch.setattr("fastkv.engine.llm.load_weights", interrupted)
