@@ -28,6 +28,8 @@ from fastkv.models.fields import Fields
 from fastkv.models.rope_config import RopeConfig
 from fastkv.models.rope_frequencies import inverse_frequencies
 from fastkv.models.sources import Source, targets
+from fastkv.models.stored import StoredNames
+from fastkv.models.tying import settled_config
 from fastkv.models.weights import meta_model
 
 KINDS = ("F32", "Q8_0")
@@ -167,6 +169,7 @@ def _write(model: Path, kind: str, path: Path) -> None:
 
     config = ModelConfig.from_pretrained(model)
     check_convertible(config)
+    config = settled_config(config, model, torch.float32)
     sources = [source for target in targets(meta_model(config)) for source in target.sources]
     extra = {} if config.rope.scaling == "default" else {"rope_freqs.weight": _divisors(config)}
     writer = GGUFWriter(path, _ARCHITECTURES[config.architecture])
@@ -240,9 +243,9 @@ def _values(model: Path, config: ModelConfig, sources: list[Source], kind: str) 
 
     paired = _ARCHITECTURES[config.architecture] in _PAIRED
     with Checkpoint.open(model) as checkpoint:
+        names = StoredNames(checkpoint, config).of(sources)
         for source in sources:
-            checkpoint.check(source.name, source.shape)
-            value = checkpoint.read(source.name).to(torch.float32)
+            value = checkpoint.read(names[source.name]).to(torch.float32)
             if paired and re.search(r"\.[qk]_proj\.", source.name):
                 value = pair_neighbours(value, config.head_dim)
             stored = kind if value.dim() == 2 else "F32"
