@@ -29,7 +29,7 @@ class Answer:
         self._config, self._called_at = model.config, called_at
         self._device, self._dtype = str(model.device), model.precision
         last_ids = request.ids[0, -_CONTEXT:].tolist()
-        self._detokenizer = Detokenizer(tokenizer.decode if tokenizer else lambda ids: "", last_ids)
+        self._detokenizer = Detokenizer(tokenizer, last_ids)
         self._stops = StopStrings(request.params.stop)
         self._kv_bytes = self._kv_entries = 0
         self._layer_tokens: tuple[int, ...] = ()

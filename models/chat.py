@@ -1,21 +1,37 @@
-"""A model's chat template, rendered in Jinja's sandbox: it comes with the model folder and is not trusted."""
+"""A model's chat template: where it stands, what it is given, and what is learnt from what it writes."""
 
 from __future__ import annotations
 
-import json
 import os
-from datetime import datetime
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from fastkv.errors import FastKVError
 from fastkv.models.fields import Fields
+from fastkv.models.template_process import TemplateProcess
+
+_ANSWER = "fastkv"  # a word that stands for an answer
+_OWN = ("messages", "add_generation_prompt")  # variables that only we give
 
 
 class ChatIds(list[int]):
-    """Token ids of a conversation. tail: how many of the last ones the template wrote after the last message."""
+    """Token ids of a conversation.
+
+    tail: how many of the last ones the template wrote after the last message. ends: ids that end the model's turn,
+    because the template itself writes them after an answer.
+    """
 
     tail: int = 0
+    ends: frozenset[int] = frozenset()
+
+
+@dataclass(frozen=True)
+class Turn:
+    """A rendered conversation. after: its end that is the template's alone."""
+
+    text: str
+    after: str
 
 
 def written_after(text: str, messages: list[dict[str, str]]) -> str:
@@ -26,87 +42,91 @@ def written_after(text: str, messages: list[dict[str, str]]) -> str:
     return "" if place < 0 else text[place + len(words) :]
 
 
-class ChatTemplate:
-    """Turns messages into the text that a model was trained to continue."""
+class Chat:
+    """The chat template of a model folder. It is not looked at before the first conversation.
 
-    def __init__(self, source: str, path: Path) -> None:
-        from jinja2.sandbox import ImmutableSandboxedEnvironment
+    source: its text. path: the file that it stands in. trouble: why it cannot be used, where that is known already.
+    """
 
-        self.path = path
-        environment = ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", _generation_tag()]
-        )
-        environment.filters["tojson"] = _to_json
-        environment.globals["raise_exception"] = _refuse
-        environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
-        try:
-            self._template = environment.from_string(source)
-        except Exception as error:  # a template is somebody's program: its compilation can fail in any way
-            raise FastKVError(f"{path}: the chat template is broken ({error})") from None
+    def __init__(self, source: str | None, path: Path, trouble: FastKVError | None = None) -> None:
+        self._path = path
+        self._trouble = trouble
+        self._process = None if source is None else TemplateProcess(source, path)
+        self._after_answer: dict[str, str] = {}
 
     @classmethod
-    def from_pretrained(cls, folder: Path, fields: Fields) -> ChatTemplate | None:
-        """`chat_template.jinja` if it is there, else `chat_template` of tokenizer_config.json, else None."""
+    def of(cls, folder: Path, config: Fields) -> Chat:
+        """`chat_template.jinja` if it is there, else `chat_template` of tokenizer_config.json or chat_template.json."""
         file = folder / "chat_template.jinja"
-        if os.path.lexists(file):
-            try:
-                return cls(file.read_text(encoding="utf-8"), file)
-            except (OSError, UnicodeDecodeError) as error:
-                raise FastKVError(f"{file}: cannot be read ({error})") from None
-        stated = fields.get("chat_template", None)
-        if isinstance(stated, list):
-            stated = _default_template(fields, stated)
-        if stated is None:
-            return None
-        if not isinstance(stated, str):
-            raise fields.complain("chat_template", "a string, or a list of named templates")
-        return cls(stated, Path(fields.source))
-
-    def render(self, messages: list[dict[str, str]], bos_token: str, eos_token: str) -> str:
-        """The conversation as text, ending where the model's answer begins; FastKVError if the template refuses."""
         try:
-            return self._template.render(
-                messages=messages,
-                bos_token=bos_token,
-                eos_token=eos_token,
-                add_generation_prompt=True,
-                tools=None,
-                documents=None,
-            )
-        except Exception as error:  # and so can its run
-            raise FastKVError(f"{self.path}: the chat template cannot render these messages ({error})") from None
+            if os.path.lexists(file):
+                return cls(_read(file), file)
+            older = Fields.read_optional(folder / "chat_template.json")
+            for fields in (config, older):
+                if "chat_template" in fields:
+                    return cls(_stated(fields), Path(fields.source))
+        except FastKVError as error:  # a model with a broken template continues plain prompts as well as any
+            return cls(None, file, error)
+        return cls(None, file)
+
+    @property
+    def exists(self) -> bool:
+        """Whether there is a template, be it broken."""
+        return self._process is not None or self._trouble is not None
+
+    def render(self, messages: list[dict[str, str]], named: dict[str, str], arguments: dict[str, Any]) -> Turn:
+        """A conversation as text, ending where the model's answer begins.
+
+        named: special tokens. arguments: other variables. Raises FastKVError if there is no template, if it refuses the
+        messages, and for an argument that it does not use.
+        """
+        text = self._text(messages, named, arguments, answer=True)
+        if not text:
+            raise FastKVError(f"{self._path}: the chat template writes nothing for these messages")
+        return Turn(text, written_after(text, messages))
+
+    def after_answer(self, named: dict[str, str], arguments: dict[str, Any]) -> str:
+        """What the template writes after an answer of the model; "" where it takes none."""
+        key = repr(sorted(arguments.items()))
+        if key not in self._after_answer:
+            messages = [{"role": "user", "content": "?"}, {"role": "assistant", "content": _ANSWER}]
+            try:
+                text = self._text(messages, named, arguments, answer=False)
+            except FastKVError:
+                text = ""
+            self._after_answer[key] = written_after(text, messages)
+        return self._after_answer[key]
+
+    def _text(
+        self, messages: list[dict[str, str]], named: dict[str, str], arguments: dict[str, Any], answer: bool
+    ) -> str:
+        if self._trouble is not None:
+            raise self._trouble
+        if self._process is None:
+            raise FastKVError(f"{self._path.parent}: no chat template ({self._path.name}), so no chat", setting="chat")
+        for name in _OWN:
+            if name in arguments:
+                raise FastKVError(f"{name} is no argument of a chat template", setting="chat_arg")
+        usual = {"tools": None, "documents": None, **named}
+        given = {**usual, **arguments, "messages": messages, "add_generation_prompt": answer}
+        return self._process.render(given, [name for name in arguments if name not in usual])
 
 
-def _default_template(fields: Fields, named: list[Any]) -> str | None:
-    for entry in named:
-        if isinstance(entry, dict) and entry.get("name") == "default":
-            return entry.get("template")
-    raise fields.complain("chat_template", "a list with a template named 'default'")
+def _read(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise FastKVError(f"{file}: cannot be read ({error})") from None
 
 
-def _to_json(value: Any, **options: Any) -> str:
-    # Jinja's own filter escapes for HTML, which a prompt is not.
-    return json.dumps(value, **{"ensure_ascii": False, **options})
-
-
-def _generation_tag() -> type[Any]:
-    """`{% generation %} … {% endgeneration %}` marks the model's own words for training; here it is its content."""
-    from jinja2 import nodes
-    from jinja2.ext import Extension
-    from jinja2.parser import Parser
-
-    class GenerationTag(Extension):
-        tags = {"generation"}  # noqa: RUF012 (as jinja2 declares it)
-
-        def parse(self, parser: Parser) -> nodes.Node:
-            line = next(parser.stream).lineno
-            body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-            return nodes.Scope(body).set_lineno(line)
-
-    return GenerationTag
-
-
-def _refuse(message: str) -> None:
-    import jinja2
-
-    raise jinja2.TemplateError(message)
+def _stated(fields: Fields) -> str:
+    """The template of a JSON file: a text, or the one named default of a list of {name, template} or of an object."""
+    stated = fields.get("chat_template")
+    if isinstance(stated, list):
+        named = {each.get("name"): each.get("template") for each in stated if isinstance(each, dict)}
+    else:
+        named = stated if isinstance(stated, dict) else {"default": stated}
+    template = named.get("default")
+    if not isinstance(template, str):
+        raise fields.complain("chat_template", "a template, or several of which one has the name 'default'")
+    return template

@@ -5,14 +5,20 @@ Knows the BOS and EOS rules that a model folder states. Knows nothing of streami
 
 from __future__ import annotations
 
+import logging
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
 from fastkv.errors import FastKVError
-from fastkv.models.chat import ChatIds, ChatTemplate, written_after
+from fastkv.models.chat import Chat, ChatIds
 from fastkv.models.config import ModelConfig
 from fastkv.models.fields import Fields
+from fastkv.models.special_tokens import SpecialTokens
+
+_log = logging.getLogger(__name__)
+_SHORT = 2**16  # characters that are encoded without a thought
 
 
 class Vocabulary(Protocol):
@@ -28,27 +34,35 @@ class Vocabulary(Protocol):
 
     def id_of(self, token: str) -> int | None: ...
 
-    def token_of(self, token_id: int) -> str | None: ...
+    def special_id(self, token: str) -> int | None:
+        """The id of a token that decodes to nothing; None where there is none of this text."""
+        ...
 
-    def template_ends(self, bos: int | None, eos: int | None) -> tuple[bool, bool]:
-        """Whether the tokenizer's own file puts BOS before, and EOS after, a text."""
+    def bytes_of(self, token_id: int) -> bytes:
+        """The bytes of a token that may hold a part of a character; b"" of one that holds whole ones only."""
+        ...
+
+    def frame(self, bos: int | None) -> tuple[list[int], list[int]]:
+        """What the tokenizer's own file puts before and after a text."""
+        ...
+
+    def default(self, name: str) -> str | None:
+        """The token under a name such as `bos_token` where no file beside the vocabulary says it."""
         ...
 
 
 class Tokenizer:
     """A model's tokenizer. `bos_id` and `eos_ids` come from the tokenizer's and the model's own files."""
 
-    def __init__(self, vocabulary: Vocabulary, fields: Fields, config: ModelConfig, chat: ChatTemplate | None) -> None:
+    def __init__(self, vocabulary: Vocabulary, tokens: SpecialTokens, config: ModelConfig, chat: Chat) -> None:
         self._vocabulary = vocabulary
         self._chat = chat
-        self._fields = fields
-        eos = self._special("eos_token")
-        self.bos_id = self._special("bos_token", config.bos_token_id)
+        self._named = {"bos_token": vocabulary.default("bos_token"), "eos_token": vocabulary.default("eos_token")}
+        self._named.update({"unk_token": vocabulary.default("unk_token")} | tokens.named)
+        self.bos_id = self._id_of("bos_token")
+        eos = self._id_of("eos_token")
         self.eos_ids = frozenset([*config.eos_token_ids, *([] if eos is None else [eos])])
-        self._eos_id = eos if eos is not None else next(iter(config.eos_token_ids), None)
-        adds_bos, adds_eos = vocabulary.template_ends(self.bos_id, self._eos_id)
-        self._prefix = self._end("add_bos_token", adds_bos, "bos_token", self.bos_id)
-        self._suffix = self._end("add_eos_token", adds_eos, "eos_token", self._eos_id)
+        self._prefix, self._suffix = self._frame(tokens.config, eos)
 
     @classmethod
     def from_pretrained(cls, folder: Path, config: ModelConfig) -> Tokenizer | None:
@@ -56,83 +70,112 @@ class Tokenizer:
 
         `tokenizer.json` wins over `tokenizer.model`; a broken one raises FastKVError and is never passed over.
         """
-        fields = Fields.read_optional(folder / "tokenizer_config.json")
+        tokens = SpecialTokens.read(folder)
         # lexists: a folder or a link that leads nowhere is broken too, and no reason to take the other file
         if os.path.lexists(folder / "tokenizer.json"):
             from fastkv.models.tokenizer_json import JsonVocabulary
 
-            vocabulary: Vocabulary = JsonVocabulary(folder / "tokenizer.json")
+            vocabulary: Vocabulary = JsonVocabulary(folder / "tokenizer.json", tokens)
         elif os.path.lexists(folder / "tokenizer.model"):
             from fastkv.models.tokenizer_sentencepiece import SentencePieceVocabulary
 
-            vocabulary = SentencePieceVocabulary(folder / "tokenizer.model", fields)
+            vocabulary = SentencePieceVocabulary(folder / "tokenizer.model", tokens)
         else:
             return None
-        return cls(vocabulary, fields, config, ChatTemplate.from_pretrained(folder, fields))
+        return cls(vocabulary, tokens, config, Chat.of(folder, tokens.config))
 
-    def encode(self, text: str) -> list[int]:
-        """Token ids of a prompt, with BOS and EOS where the model's files ask for them."""
-        return [*self._prefix, *self._encode(text), *self._suffix]
+    def encode(self, text: str, limit: int | None = None) -> list[int]:
+        """Token ids of a prompt, with BOS and EOS where the model's files ask for them.
+
+        limit: tokens that can be used. FastKVError, before all of the text is encoded, where it has far more.
+        """
+        ids = self._encode(text, limit)
+        if self._prefix and ids[: len(self._prefix)] == self._prefix:
+            _log.warning("the prompt begins with a BOS token, and gets another one: leave it out of the prompt")
+        return [*self._prefix, *ids, *self._suffix]
 
     def decode(self, ids: list[int]) -> str:
         """The text of `ids`; special tokens and unknown ids give nothing."""
         return self._vocabulary.decode(ids)
 
+    def bytes_of(self, token_id: int) -> bytes:
+        """The bytes of a token that may hold a part of a character; b"" of one that holds whole ones only."""
+        return self._vocabulary.bytes_of(token_id)
+
+    def id_of(self, token: str) -> int | None:
+        """The id of a token, given as it is written; None where the vocabulary does not have it."""
+        return self._vocabulary.id_of(token)
+
+    def special_id(self, token: str) -> int | None:
+        """The id of a special token, which is no part of a text; None where there is none written like this."""
+        return self._vocabulary.special_id(token)
+
     @property
     def has_chat(self) -> bool:
         """Whether the model has a chat template."""
-        return self._chat is not None
+        return self._chat.exists
 
-    def encode_chat(self, messages: list[dict[str, str]]) -> ChatIds:
+    def encode_chat(
+        self, messages: list[dict[str, str]], arguments: dict[str, Any] | None = None, limit: int | None = None
+    ) -> ChatIds:
         """Token ids of a conversation ready for the model's answer, by the model's own chat template.
 
-        messages: dicts with `role` and `content`. The template writes every special token itself, so none is added.
+        messages: dicts with `role` and `content`. arguments: variables of the template, beyond the usual ones. The
+        template writes every special token itself, so none is added. limit: as for `encode`.
         Raises FastKVError where the model has no template, or where the template refuses the messages.
         """
-        if self._chat is None:
-            folder = Path(self._fields.source).parent
-            raise FastKVError(f"{folder}: no chat template (chat_template.jinja), so no chat", setting="chat")
-        text = self._chat.render(messages, bos_token=self._text("bos_token"), eos_token=self._text("eos_token"))
-        if not text:
-            raise FastKVError(f"{self._chat.path}: the chat template writes nothing for these messages")
-        ids = ChatIds(self._encode(text))
-        after = written_after(text, messages)
-        ids.tail = len(self._encode(after)) if after else 0
+        named = {name: token for name, token in self._named.items() if token is not None}
+        turn = self._chat.render(messages, named, arguments or {})
+        ids = ChatIds(self._encode(turn.text, limit))
+        ids.tail = len(self._encode(turn.after)) if turn.after else 0
+        ids.ends = self._ends_of_turn(named, arguments or {})
         return ids
 
-    def _encode(self, text: str) -> list[int]:
+    def _ends_of_turn(self, named: dict[str, str], arguments: dict[str, Any]) -> frozenset[int]:
+        """The special token that the template writes after an answer, if it writes one."""
+        after = self._chat.after_answer(named, arguments)
+        first = self._encode(after.lstrip())[:1] if after else []
+        special = [i for i in first if not self._vocabulary.decode([i])]
+        return frozenset(special)
+
+    def _encode(self, text: str, limit: int | None = None) -> list[int]:
+        if limit is not None:
+            self._refuse_far_too_long(text, limit)
+        return self._guarded(self._vocabulary.encode, text)
+
+    def _refuse_far_too_long(self, text: str, limit: int) -> None:
+        """FastKVError where the beginning of a text alone has more than twice the tokens that can be used.
+
+        To encode all of it would take minutes and gigabytes. What follows cannot bring the number down to half.
+        """
+        count = max(_SHORT, 16 * limit)
+        while 2 * count < len(text):
+            if len(self._encode(text[:count])) > 2 * limit:
+                raise FastKVError(
+                    f"the prompt has {len(text):,} characters, of which the first {count:,} alone are more tokens than "
+                    f"the model's context (max_position_embeddings) of {limit:,}; shorten it",
+                    setting="prompt",
+                )
+            count *= 4
+
+    def _id_of(self, name: str) -> int | None:
+        token = self._named.get(name)
+        return None if token is None else self._vocabulary.id_of(token)
+
+    def _frame(self, config: Fields, eos: int | None) -> tuple[list[int], list[int]]:
+        """What is put before and after a text: by the tokenizer's own file, unless tokenizer_config.json has a rule."""
+
+        def ruled(rule: str, token_id: int | None) -> list[int]:
+            return [token_id] if config.flag(rule, False) and token_id is not None else []
+
+        has_bos, has_eos = "add_bos_token" in config, "add_eos_token" in config
+        before, after = ([], []) if has_bos and has_eos else self._guarded(self._vocabulary.frame, self.bos_id)
+        bos_rule, eos_rule = ruled("add_bos_token", self.bos_id), ruled("add_eos_token", eos)
+        return (bos_rule if has_bos else before), (eos_rule if has_eos else after)
+
+    def _guarded(self, call: Callable[[Any], Any], argument: Any) -> Any:
+        """What the vocabulary's library gives; FastKVError, naming its file, for whatever it raises."""
         try:
-            return self._vocabulary.encode(text)
+            return call(argument)
         except Exception as error:  # each library has its own, and the tokenizers library bare ones
             raise FastKVError(f"{self._vocabulary.path}: cannot encode this text ({error})") from None
-
-    def _text(self, key: str) -> str:
-        token = _content(self._fields, key)
-        if token is not None:
-            return token
-        token_id = self.bos_id if key == "bos_token" else self._eos_id
-        return "" if token_id is None else self._vocabulary.token_of(token_id) or ""
-
-    def _special(self, key: str, default: int | None = None) -> int | None:
-        token = _content(self._fields, key)
-        if token is None:
-            return default
-        token_id = self._vocabulary.id_of(token)
-        return default if token_id is None else token_id
-
-    def _end(self, rule: str, template: bool, name: str, token_id: int | None) -> list[int]:
-        if not self._fields.flag(rule, template):
-            return []
-        if token_id is None:
-            raise FastKVError(f"{self._fields.source}: {rule} is true, but no {name} is stated")
-        return [token_id]
-
-
-def _content(fields: Fields, key: str) -> str | None:
-    """A special token's text: given as a string, or as an object with `content`."""
-    value: Any = fields.get(key, None)
-    if isinstance(value, dict):
-        value = value.get("content")
-    if value is not None and not isinstance(value, str):
-        raise fields.complain(key, "a string")
-    return value

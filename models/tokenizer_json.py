@@ -1,45 +1,143 @@
-"""`tokenizer.json`, through the tokenizers library."""
+"""`tokenizer.json`, through the tokenizers library, with the tokens that other files add to it."""
 
 from __future__ import annotations
 
+import json
+import logging
 from pathlib import Path
+from typing import Any
 
 from fastkv.errors import FastKVError
+from fastkv.models.fields import Fields
+from fastkv.models.growth import MOST, growth
+from fastkv.models.native import LibraryError, guarded_call
+from fastkv.models.special_tokens import AddedToken, SpecialTokens
+from fastkv.models.token_bytes import bytes_of_fallback, bytes_of_text
+
+_log = logging.getLogger(__name__)
+_LARGEST_ID = 2**32 - 1  # of the library
+_PREFIXED = ("GPT2Tokenizer", "Qwen2Tokenizer", "LlamaTokenizer")  # classes that follow add_prefix_space
 
 
 class JsonVocabulary:
     """A Vocabulary (tokenizer.py) read from tokenizer.json."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, tokens: SpecialTokens | None = None) -> None:
         self.path = path
-        from tokenizers import Tokenizer
-
-        try:
-            self._tokenizer = Tokenizer.from_file(str(path))
-        except (KeyboardInterrupt, SystemExit):
-            raise
-        except BaseException as error:  # the library raises bare Exceptions, and panics that are not even these
-            raise FastKVError(f"{path}: not a tokenizer that can be read ({error}); download it again") from None
+        tokens = SpecialTokens.of(Fields({}, str(path))) if tokens is None else tokens
+        self._tokenizer, kinds = _read(path)
         # Limits stored in the file are for training batches; a prompt is never cut.
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
-        self._limit = 1 + max(self._tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
+        with guarded_call():
+            _set_prefix_space(self._tokenizer, tokens)
+            self._add(tokens.added)
+            added = self._tokenizer.get_added_tokens_decoder()
+        self._special = {token.content: i for i, token in added.items() if token.special}
+        self._added = set(added)
+        self._byte_level, self._byte_fallback = "ByteLevel" in kinds, "ByteFallback" in kinds
 
     def encode(self, text: str) -> list[int]:
-        return self._tokenizer.encode(text, add_special_tokens=False).ids
+        with guarded_call():
+            return self._tokenizer.encode(text, add_special_tokens=False).ids
 
     def decode(self, ids: list[int]) -> str:
-        known = [i for i in ids if 0 <= i < self._limit and self._tokenizer.id_to_token(i) is not None]
-        return self._tokenizer.decode(known, skip_special_tokens=True)
+        with guarded_call():
+            known = [i for i in ids if 0 <= i <= _LARGEST_ID and self._tokenizer.id_to_token(i) is not None]
+            return self._tokenizer.decode(known, skip_special_tokens=True)
 
     def id_of(self, token: str) -> int | None:
         return self._tokenizer.token_to_id(token)
 
-    def token_of(self, token_id: int) -> str | None:
-        return self._tokenizer.id_to_token(token_id)
+    def special_id(self, token: str) -> int | None:
+        return self._special.get(token)
 
-    def template_ends(self, bos: int | None, eos: int | None) -> tuple[bool, bool]:
-        added = self._tokenizer.encode("", add_special_tokens=True).ids
-        if not added:
-            return False, False
-        return added[0] == bos, added[-1] == eos and bos != eos
+    def bytes_of(self, token_id: int) -> bytes:
+        if not (self._byte_level or self._byte_fallback) or not 0 <= token_id <= _LARGEST_ID:
+            return b""
+        text = self._tokenizer.id_to_token(token_id)
+        if text is None or token_id in self._added:
+            return b""
+        return bytes_of_text(text) if self._byte_level else bytes_of_fallback(text)
+
+    def frame(self, bos: int | None) -> tuple[list[int], list[int]]:
+        with guarded_call():
+            framed = self._tokenizer.encode("", add_special_tokens=True).ids
+            if not framed:
+                return [], []
+            plain = self._tokenizer.encode("a", add_special_tokens=False).ids
+            framed = self._tokenizer.encode("a", add_special_tokens=True).ids
+        ends = (place + len(plain) for place in range(len(framed) - len(plain) + 1))
+        end = next((end for end in ends if framed[end - len(plain) : end] == plain), None)
+        return ([], []) if end is None else (framed[: end - len(plain)], framed[end:])
+
+    def default(self, name: str) -> str | None:
+        return None
+
+    def _add(self, tokens: tuple[AddedToken, ...]) -> None:
+        """Let the library know tokens that the file does not have, or has with other rules."""
+        self._tokenizer.add_tokens([token.for_library() for token in tokens])
+        for token in tokens:
+            given = self._tokenizer.token_to_id(token.text)
+            if token.token_id not in (None, given):
+                _log.warning(
+                    "%s: token %r has id %s there, but %d by the files beside it, which is not used",
+                    *(self.path, token.text, given, token.token_id),
+                )
+
+
+def _read(path: Path) -> tuple[Any, set[str]]:
+    """The library's tokenizer, and the kinds of its decoder's steps. Raises FastKVError for a file it cannot read."""
+    from tokenizers import Tokenizer
+
+    try:
+        data = path.read_bytes()
+        stated = json.loads(data)
+    except OSError as error:
+        raise FastKVError(f"{path}: cannot be read ({error.strerror})") from None
+    except (ValueError, RecursionError) as error:
+        raise FastKVError(f"{path}: not valid JSON ({error}); download it again") from None
+    if not isinstance(stated, dict) or not isinstance(stated.get("model"), dict):
+        raise FastKVError(f"{path}: not a tokenizer: it has no model; download it again")
+    _check_growth(path, stated)
+    try:
+        with guarded_call():
+            return Tokenizer.from_buffer(data), _kinds(stated.get("decoder"))
+    except LibraryError as error:
+        raise FastKVError(
+            f"{path}: the tokenizers library cannot read it ({error}); it may be of a newer release: "
+            "pip install --upgrade tokenizers; or download it again"
+        ) from None
+
+
+def _check_growth(path: Path, stated: dict[str, Any]) -> None:
+    try:
+        factor = growth(stated)
+    except RecursionError:
+        raise FastKVError(f"{path}: has steps inside steps inside steps; download it again") from None
+    if factor > MOST:
+        raise FastKVError(f"{path}: its steps can make a text {factor:.3g} times longer; take another tokenizer")
+
+
+def _kinds(step: Any) -> set[str]:
+    """The types of a step and of those inside."""
+    if not isinstance(step, dict):
+        return set()
+    inside = [each for value in step.values() if isinstance(value, list) for each in value]
+    return {str(step.get("type"))}.union(*map(_kinds, inside))
+
+
+def _set_prefix_space(tokenizer: Any, tokens: SpecialTokens) -> None:
+    """Whether a text begins as after a space, where tokenizer_config.json says it and names a class that follows it."""
+    wanted = tokens.config.get("add_prefix_space", None)
+    name = str(tokens.config.get("tokenizer_class", "")).removesuffix("Fast")
+    if wanted is None or name not in _PREFIXED:
+        return
+    wanted = tokens.config.flag("add_prefix_space", False)
+    step = tokenizer.pre_tokenizer
+    steps = list(step) if type(step).__name__ == "Sequence" else [step]
+    for each in steps:
+        if type(each).__name__ == "ByteLevel":
+            each.add_prefix_space = wanted
+        elif type(each).__name__ == "Metaspace":
+            each.prepend_scheme = "first" if wanted else "never"

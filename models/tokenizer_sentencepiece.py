@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
-import re
+from collections.abc import Iterator
 from itertools import groupby
 from pathlib import Path
+from typing import Any
 
 from fastkv.errors import FastKVError
-from fastkv.models.fields import Fields
+from fastkv.models.native import guarded_call
+from fastkv.models.special_tokens import AddedToken, SpecialTokens
+from fastkv.models.token_bytes import bytes_of_fallback
 
+_OTHER = "\0"  # the token that stands for any text between added tokens
 _GUARD = "<unk>"  # spelled out by sentencepiece, in pieces that hardly any text joins
 
 
 class SentencePieceVocabulary:
     """A Vocabulary (tokenizer.py) read from tokenizer.model.
 
-    sentencepiece itself never finds a special token inside a text, so the text is cut at them first. `legacy` in
-    tokenizer_config.json says whether a piece of text after a special token gets a leading space, as the first does.
+    sentencepiece itself never finds a special token inside a text, so the text is cut at them first. In
+    tokenizer_config.json, `legacy` says whether a piece of text after a special token gets a leading space, as the
+    first does, and `add_prefix_space: false` that none does.
     """
 
-    def __init__(self, path: Path, fields: Fields) -> None:
+    def __init__(self, path: Path, tokens: SpecialTokens) -> None:
         self.path = path
         import sentencepiece
 
@@ -28,30 +33,39 @@ class SentencePieceVocabulary:
         except Exception as error:  # OSError or RuntimeError, by what is broken
             raise FastKVError(f"{path}: not a sentencepiece model ({error}); download it again") from None
         self._size = self._pieces.vocab_size()
-        self._added = _added_tokens(path.parent, fields)
-        self._text_of = {token_id: text for text, (token_id, special) in self._added.items() if not special}
-        self._special = {text: token_id for text, (token_id, _) in self._added.items()}
-        hidden = {i for i in range(self._size) if self._pieces.is_control(i)}
-        self._special.update({self._pieces.id_to_piece(i): i for i in hidden})
-        self._hidden = hidden | {self._pieces.unk_id()} | {i for i, special in self._added.values() if special}
-        self._cut = re.compile("|".join(map(re.escape, sorted(self._special, key=len, reverse=True))) or r"(?!)")
-        self._legacy = fields.flag("legacy", True)
+        self._legacy = tokens.config.flag("legacy", True)
+        self._prefix = tokens.config.flag("add_prefix_space", True)
         self._guard = self._pieces.encode(_GUARD)
+        ids = self._ids(tokens.added)
+        control = {self._pieces.id_to_piece(i): i for i in range(self._size) if self._pieces.is_control(i)}
+        self._special = control | {token.text: ids[token.text] for token in tokens.added if token.special}
+        self._ids_of = control | ids
+        self._text_of = {ids[token.text]: token.text for token in tokens.added if not token.special}
+        self._hidden = {self._pieces.unk_id(), *self._special.values()}
+        unstated = [AddedToken(text, special=True) for text in control if text not in ids]
+        self._cutter = _cutter([*unstated, *tokens.added])
 
     def encode(self, text: str) -> list[int]:
         ids: list[int] = []
-        start = 0
-        for match in self._cut.finditer(text):
-            ids += self._encode_plain(text[start : match.start()], first=start == 0)
-            ids.append(self._special[match.group()])
-            start = match.end()
-        return ids + self._encode_plain(text[start:], first=start == 0)
+        for start, end, token in self._parts(text):
+            ids += [self._ids_of[token]] if token else self._encode_plain(text[start:end], first=start == 0)
+        return ids
+
+    def _parts(self, text: str) -> Iterator[tuple[int, int, str | None]]:
+        """Where each part of a text begins and ends, and the added token that it is, if it is one."""
+        with guarded_call():
+            found = self._cutter.encode(text, add_special_tokens=False)
+        for number, (start, end) in zip(found.ids, found.offsets, strict=True):
+            yield start, end, self._cutter.id_to_token(number) if number else None
 
     def _encode_plain(self, text: str, first: bool) -> list[int]:
-        if not text or first or self._legacy:
-            return self._pieces.encode(text) if text else []
+        if self._begins_anew(first):
+            return self._pieces.encode(text)
         # After some other text it keeps its spaces as they are; the other text is cut off again.
         return self._pieces.encode(_GUARD + text)[len(self._guard) :]
+
+    def _begins_anew(self, first: bool) -> bool:
+        return self._prefix and (first or self._legacy)
 
     def decode(self, ids: list[int]) -> str:
         known = [i for i in ids if i not in self._hidden and (0 <= i < self._size or i in self._text_of)]
@@ -62,37 +76,55 @@ class SentencePieceVocabulary:
         return "".join(parts)
 
     def _decode(self, run: list[int], first: bool) -> str:
-        if first or self._legacy:
+        if self._begins_anew(first):
             return self._pieces.decode(run)
         return self._pieces.decode(self._guard + run)[len(self._pieces.decode(self._guard)) :]
 
     def id_of(self, token: str) -> int | None:
-        if token in self._special:
-            return self._special[token]
+        return self._ids_of.get(token, self._piece(token))
+
+    def special_id(self, token: str) -> int | None:
+        return self._special.get(token)
+
+    def bytes_of(self, token_id: int) -> bytes:
+        if not 0 <= token_id < self._size or not self._pieces.is_byte(token_id):
+            return b""
+        return bytes_of_fallback(self._pieces.id_to_piece(token_id))
+
+    def frame(self, bos: int | None) -> tuple[list[int], list[int]]:
+        # Llama's slow tokenizer, whose file this is, puts BOS first unless tokenizer_config.json says otherwise.
+        return ([] if bos is None else [bos]), []
+
+    def default(self, name: str) -> str | None:
+        """The token that the file itself has under a name such as `bos_token`."""
+        ids = {"bos_token": self._pieces.bos_id, "eos_token": self._pieces.eos_id, "unk_token": self._pieces.unk_id}
+        token_id = ids[name]() if name in ids else -1
+        return self._pieces.id_to_piece(token_id) if token_id >= 0 else None
+
+    def _piece(self, token: str) -> int | None:
         token_id = self._pieces.piece_to_id(token)
         return token_id if self._pieces.id_to_piece(token_id) == token else None
 
-    def token_of(self, token_id: int) -> str | None:
-        for text, (added, _) in self._added.items():
-            if added == token_id:
-                return text
-        return self._pieces.id_to_piece(token_id) if 0 <= token_id < self._size else None
+    def _ids(self, tokens: tuple[AddedToken, ...]) -> dict[str, int]:
+        """The id of each: as stated, or that of the piece that it is, or the next one that is free."""
+        free = max([self._size, *(1 + token.token_id for token in tokens if token.token_id is not None)])
+        ids: dict[str, int] = {}
+        for token in tokens:
+            token_id = self._piece(token.text) if token.token_id is None else token.token_id
+            if token_id is None:
+                token_id, free = free, free + 1
+            ids[token.text] = token_id
+        return ids
 
-    def template_ends(self, bos: int | None, eos: int | None) -> tuple[bool, bool]:
-        # Llama's slow tokenizer, whose file this is, puts BOS first unless tokenizer_config.json says otherwise.
-        return bos is not None, False
 
+def _cutter(tokens: list[AddedToken]) -> Any:
+    """A tokenizer of the tokenizers library that knows nothing but the added tokens, whose rules are the library's.
 
-def _added_tokens(folder: Path, fields: Fields) -> dict[str, tuple[int, bool]]:
-    """text -> (id, special) of the tokens that were added to the sentencepiece vocabulary afterwards."""
-    added: dict[str, tuple[int, bool]] = {}
-    for text, token_id in Fields.read_optional(folder / "added_tokens.json").values.items():
-        if not isinstance(token_id, int):
-            raise FastKVError(f"{folder / 'added_tokens.json'}: the id of {text!r} must be a whole number")
-        added[text] = (token_id, True)
-    table = fields.section("added_tokens_decoder") or Fields({}, fields.source)
-    for key, token in table.values.items():
-        if not key.isdecimal() or not isinstance(token, dict) or not isinstance(token.get("content"), str):
-            raise table.complain(key, "an object with 'content', under a token id")
-        added[token["content"]] = (int(key), bool(token.get("special", False)))
-    return added
+    Token 0 is any text between them.
+    """
+    import tokenizers
+    from tokenizers.models import WordLevel
+
+    cutter = tokenizers.Tokenizer(WordLevel({_OTHER: 0}, unk_token=_OTHER))
+    cutter.add_tokens([token.for_library() for token in tokens])
+    return cutter

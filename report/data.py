@@ -54,7 +54,7 @@ def report_of(
     ids = list(prompt_ids)
     texts, kinds = [""] * len(ids), SPECIAL * len(ids)
     if llm.tokenizer is not None:
-        texts, kinds = token_texts(llm.tokenizer.decode, ids)
+        texts, kinds = token_texts(llm.tokenizer, ids)
     return Report(
         policy=output.run.policy,
         texts=texts,

@@ -14,6 +14,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 
 from fastkv.models.detokenizer import Detokenizer
 from fastkv.models.fields import Fields
+from fastkv.models.special_tokens import SpecialTokens
 from fastkv.models.tokenizer import Vocabulary
 from fastkv.models.tokenizer_json import JsonVocabulary
 from fastkv.models.tokenizer_sentencepiece import SentencePieceVocabulary
@@ -72,7 +73,7 @@ def train_sentencepiece(path: Path, **options: object) -> None:
 
 def from_sentencepiece(folder: Path, **options: object) -> Vocabulary:
     train_sentencepiece(folder / "tokenizer.model", **options)
-    return SentencePieceVocabulary(folder / "tokenizer.model", Fields({}, str(folder)))
+    return SentencePieceVocabulary(folder / "tokenizer.model", SpecialTokens.of(Fields({}, str(folder))))
 
 
 def byte_level(folder: Path) -> Vocabulary:
@@ -112,7 +113,7 @@ def stories(folder: Path) -> Vocabulary:
     path = OUTSIDE_MODELS / "stories260K" / "tokenizer.model"
     if not path.is_file():
         pytest.skip("the stories260K model is not here")
-    return SentencePieceVocabulary(path, Fields({}, str(folder)))
+    return SentencePieceVocabulary(path, SpecialTokens.of(Fields({}, str(folder))))
 
 
 KINDS: dict[str, Callable[[Path], Vocabulary]] = {
@@ -131,9 +132,23 @@ def vocabulary(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPath
     return KINDS[request.param](tmp_path_factory.mktemp("tokenizer"))
 
 
+class Letters:
+    """A tokenizer whose ids are characters, 0 saying nothing. longest: the most that it had to decode at once."""
+
+    def __init__(self) -> None:
+        self.longest = 0
+
+    def decode(self, ids: list[int]) -> str:
+        self.longest = max(self.longest, len(ids))
+        return "".join(chr(i) for i in ids if i)
+
+    def bytes_of(self, token_id: int) -> bytes:
+        return b""
+
+
 def stream(vocabulary: Vocabulary, prompt: list[int], ids: list[int]) -> tuple[list[str], str]:
     """The pieces of `ids` behind `prompt`, and what the end brings."""
-    detokenizer = Detokenizer(vocabulary.decode, prompt)
+    detokenizer = Detokenizer(vocabulary, prompt)
     return [detokenizer.push(i) for i in ids], detokenizer.flush()
 
 
@@ -211,7 +226,7 @@ def test_a_piece_comes_with_the_token_that_completes_it(vocabulary: Vocabulary) 
     for text in TEXTS:
         ids = vocabulary.encode(text)
         shown = ""
-        detokenizer = Detokenizer(vocabulary.decode)
+        detokenizer = Detokenizer(vocabulary)
         for place, token_id in enumerate(ids, start=1):
             shown += detokenizer.push(token_id)
             if whole(vocabulary, ids[:place]) == place:
@@ -248,20 +263,49 @@ def test_a_prompt_of_broken_bytes_is_survived(vocabulary: Vocabulary) -> None:
 
 def test_each_step_decodes_a_short_window() -> None:
     """A long text costs no more a token than a short one: nothing is decoded from the beginning again."""
-    longest = 0
-
-    def decode(ids: list[int]) -> str:
-        nonlocal longest
-        longest = max(longest, len(ids))
-        return "".join(map(chr, ids))
-
-    detokenizer = Detokenizer(decode, [97] * 1000)
+    letters = Letters()
+    detokenizer = Detokenizer(letters, [97] * 1000)
     assert [detokenizer.push(98) for _ in range(1000)] == ["b"] * 1000
-    assert longest < 20
+    assert letters.longest < 20
+
+
+def test_tokens_that_say_nothing_cost_no_more_than_others() -> None:
+    """A run of them used to be decoded as a whole at each of its tokens."""
+    letters = Letters()
+    detokenizer = Detokenizer(letters, [97])
+    assert [detokenizer.push(0) for _ in range(1000)] == [""] * 1000
+    assert detokenizer.push(98) == "b"
+    assert letters.longest < 40
+
+
+def test_a_replacement_character_that_the_model_means_is_text(vocabulary: Vocabulary) -> None:
+    """U+FFFD has bytes of its own: it is not the sign of an unfinished character.
+
+    An answer that ended with it lost it, and a run of them printed nothing, and slowed down with its length.
+    """
+    prompt = vocabulary.encode("hello")
+    ids = vocabulary.encode(f"hello caf{BROKEN}")[len(prompt) :]
+    pieces, rest = stream(vocabulary, prompt, ids)
+    assert "".join(pieces) == f" caf{BROKEN}"
+    assert rest == ""
+    run = vocabulary.encode("hello" + BROKEN * 40)[len(prompt) :]
+    pieces, _ = stream(vocabulary, prompt, run)
+    assert "".join(pieces) == BROKEN * 40
+    assert len("".join(pieces[: len(run) // 2])) >= 18
+
+
+def test_only_an_unfinished_character_is_held_back(vocabulary: Vocabulary) -> None:
+    """Bytes that begin character after character, and end none, come out with the next one."""
+    begin = vocabulary.encode("日")[:-1]
+    if not any(map(vocabulary.bytes_of, begin)):
+        pytest.skip("a tokenizer without bytes")
+    pieces, _ = stream(vocabulary, vocabulary.encode("hello"), begin * 20)
+    assert "".join(pieces).count(BROKEN) >= 19
+    assert max(map(len, pieces)) <= 3
 
 
 def test_without_a_tokenizer_there_is_no_text() -> None:
-    detokenizer = Detokenizer(lambda ids: "", [1, 2, 3])
+    detokenizer = Detokenizer(None, [1, 2, 3])
     assert [detokenizer.push(i) for i in range(20)] == [""] * 20
     assert detokenizer.flush() == ""
 

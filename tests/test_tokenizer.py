@@ -191,14 +191,14 @@ def test_a_special_token_of_another_type_is_refused(make: Make, bos: Any) -> Non
         make(bos_token=bos)
 
 
-def test_bos_falls_back_to_the_models_config(make: Make) -> None:
-    tokenizer = make(bos=False, bos_token=None, add_bos_token=True, config={"bos_token_id": END_OF_TURN})
-    assert tokenizer.encode("hello")[0] == END_OF_TURN
-
-
-def test_a_bos_that_is_asked_for_but_not_stated_is_refused(make: Make) -> None:
-    with pytest.raises(FastKVError, match=r"tokenizer_config\.json.*add_bos_token.*bos_token"):
-        make(bos=False, bos_token=None, add_bos_token=True, config={"bos_token_id": None})
+@pytest.mark.parametrize("end", ["bos", "eos"])
+def test_an_end_that_is_asked_for_but_has_no_token_is_not_put(make: Make, tmp_path: Path, end: str) -> None:
+    """The id in config.json is the model's, not the tokenizer's: it used to be put in front."""
+    settings = {f"{end}_token": None, f"add_{end}_token": True}
+    tokenizer = make(bos=False, config={"bos_token_id": END_OF_TURN, "eos_token_id": END_OF_TURN}, **settings)
+    ids = tokenizer.encode("hello")
+    assert ids == reference(tmp_path)("hello")["input_ids"]
+    assert END_OF_TURN not in ids
 
 
 @pytest.mark.parametrize(
@@ -211,7 +211,7 @@ def test_a_bos_that_is_asked_for_but_not_stated_is_refused(make: Make) -> None:
         (EOS, None, "<end_of_turn>", {EOS, END_OF_TURN}),  # the tokenizer's joins them
         (None, None, "</s>", {EOS}),
         (None, None, None, set()),
-        (EOS, None, "no such token", {EOS}),
+        (EOS, None, "no such token", {EOS, 318}),  # which the vocabulary gets as its next one
     ],
 )
 def test_eos_ids(make: Make, config: Any, generation: Any, eos_token: str | None, expected: set[int]) -> None:
@@ -368,12 +368,15 @@ def test_added_special_tokens_beside_sentencepiece(make_pieces: Make, tmp_path: 
 
 
 def test_added_tokens_json(make_pieces: Make, tmp_path: Path) -> None:
-    """The older file for the same thing."""
+    """The older file for the same thing: of its tokens those are special that have a name elsewhere.
+
+    All of them used to be, so that a <tool> that the model wrote vanished from its answer.
+    """
     size = pieces_of(tmp_path).vocab_size()
-    write(tmp_path / "added_tokens.json", **{"<pad>": size, "<sep>": size + 1})
-    tokenizer = make_pieces(added_tokens_decoder=None)
-    assert tokenizer.encode("hello<sep>")[-1] == size + 1
-    assert tokenizer.decode([size, size + 1]) == ""
+    write(tmp_path / "added_tokens.json", **{"<pad>": size, "<tool>": size + 1})
+    tokenizer = make_pieces(added_tokens_decoder=None, pad_token="<pad>")
+    assert tokenizer.encode("hello<tool>")[-1] == size + 1
+    assert tokenizer.decode([size, size + 1]) == "<tool>"
 
 
 @pytest.mark.parametrize(
@@ -455,16 +458,21 @@ def test_a_template_that_writes_bos_gets_no_second_one(make: Make, written: bool
     assert ids[-1] != EOS
 
 
-def test_bos_text_comes_from_the_vocabulary_where_only_an_id_is_stated(make: Make) -> None:
-    tokenizer = make(bos_token=None, eos_token=None, chat_template="{{ bos_token }}x{{ eos_token }}")
-    ids = tokenizer.encode_chat(HELLO)
-    assert ids[0] == BOS
-    assert ids[-1] == EOS
+@pytest.mark.parametrize("name", ["bos_token", "eos_token", "pad_token", "unk_token", "image_token"])
+def test_a_template_knows_the_tokens_that_have_a_name(make: Make, tmp_path: Path, name: str) -> None:
+    """They used to be bos_token and eos_token alone; what has no name is nothing, as in transformers."""
+    template = "{{ " + name + " }}hello"
+    for token in ("<end_of_turn>", None):
+        tokenizer = make(**{name: token}, chat_template=template)
+        theirs = reference(tmp_path).apply_chat_template(HELLO, tokenize=True)["input_ids"]
+        assert tokenizer.encode_chat(HELLO) == theirs
+        assert (END_OF_TURN in theirs) == (token is not None)
 
 
 def test_a_list_of_templates_has_a_default(make: Make) -> None:
     named = [{"name": "tool_use", "template": "tools"}, {"name": "default", "template": "default"}]
     assert rendered(make, named) == "default"  # type: ignore[arg-type]
+    assert rendered(make, {"other": "x", "default": "of an object"}) == "of an object"  # type: ignore[arg-type]
 
 
 def test_chat_template_jinja_wins(make: Make, tmp_path: Path) -> None:
@@ -472,10 +480,21 @@ def test_chat_template_jinja_wins(make: Make, tmp_path: Path) -> None:
     assert rendered(make, "from the configuration") == "from the file ü"
 
 
-@pytest.mark.parametrize("template", [[], [{"name": "other", "template": "x"}], 7, {"default": "x"}])
-def test_a_template_of_another_type_is_refused(make: Make, template: Any) -> None:
+def test_chat_template_json(make: Make, tmp_path: Path) -> None:
+    """Where models that see keep theirs."""
+    write(tmp_path / "chat_template.json", chat_template="of its own file")
+    tokenizer = make()
+    assert tokenizer.decode(tokenizer.encode_chat(HELLO)) == "of its own file"
+
+
+@pytest.mark.parametrize("template", [[], [{"name": "other", "template": "x"}], ["x"], 7, {"other": "x"}])
+def test_a_template_of_another_type_is_refused_in_a_chat(make: Make, template: Any) -> None:
+    """Not while loading: a prompt that is no conversation needs none."""
+    tokenizer = make(chat_template=template)
+    assert tokenizer.decode(tokenizer.encode("hello")) == "hello"
+    assert tokenizer.has_chat
     with pytest.raises(FastKVError, match=r"tokenizer_config\.json.*chat_template"):
-        make(chat_template=template)
+        tokenizer.encode_chat(HELLO)
 
 
 def test_no_template(make: Make, tmp_path: Path) -> None:
@@ -496,6 +515,8 @@ def test_a_template_that_writes_nothing_is_named(make: Make) -> None:
         ("{{ messages | tojson }}", '[{"role": "user", "content": "hello world"}]'),
         ("{{ {'b': '<ü>', 'a': 1} | tojson }}", '{"b": "<ü>", "a": 1}'),  # not escaped for HTML, not sorted
         ("{{ [1] | tojson(indent=2) }}", "[\n  1\n]"),
+        ("{{ ['ü'] | tojson(4) }}", '["\\u00fc"]'),  # its first argument is ensure_ascii
+        ("{{ ['ü'] | tojson(false, 1) }}", '[\n "ü"\n]'),
         ("{{ 'ü' | tojson(ensure_ascii=True) }}", '"\\u00fc"'),
         ("{{ {'b': 1, 'a': 2} | tojson(sort_keys=True, separators=(',', ':')) }}", '{"a":2,"b":1}'),
         ("{% for i in range(9) %}{% if i == 1 %}{% continue %}{% endif %}{% if i == 3 %}{% break %}{% endif %}{{ i }}"
@@ -532,8 +553,9 @@ def test_a_chat_is_as_transformers_renders_it(
 )
 def test_a_broken_template_is_named(make: Make, tmp_path: Path, behind: str) -> None:
     (tmp_path / "chat_template.jinja").write_text("fine so far\n" + behind)
+    tokenizer = make()
     with pytest.raises(FastKVError, match=r"chat_template\.jinja.*broken"):
-        make()
+        tokenizer.encode_chat(HELLO)
 
 
 NESTED = "{% for a in [1] %}" * 30 + "{% endfor %}" * 30
@@ -555,6 +577,9 @@ NESTED = "{% for a in [1] %}" * 30 + "{% endfor %}" * 30
         NESTED,  # SyntaxError: Python allows twenty nested blocks
         "{{ 'a' * 10 ** 18 }}",  # MemoryError
         "{{ 10 ** 5000 }}",  # ValueError while compiling: constants are worked out there
+        "{{ 'a' * 10 ** 9 }}",  # of memory, while compiling
+        "{% for i in range(99999) %}{{ 'a' * 999 }}{% endfor %}",  # too long a text
+        "{% set ns = namespace(s='ab') %}{% for i in range(60) %}{% set ns.s = ns.s ~ ns.s %}{% endfor %}x",
     ],
     ids=lambda template: template[:40],
 )

@@ -1,0 +1,56 @@
+"""How much longer the steps of a tokenizer.json may make a text. One that answers a letter with a novel is refused."""
+
+from __future__ import annotations
+
+import base64
+import math
+from typing import Any
+
+MOST = 1000  # characters for each one that goes in; published tokenizers stay below 700, all bounds multiplied
+
+
+def growth(tokenizer: dict[str, Any]) -> float:
+    """A bound on the characters that come out of a tokenizer.json for each one that goes in, on the way to tokens or
+    back from them. inf where that cannot be said.
+    """
+    steps_in = _growth(tokenizer.get("normalizer")) * _growth(tokenizer.get("pre_tokenizer"))
+    return max(steps_in, _growth(tokenizer.get("decoder")))
+
+
+def _growth(step: Any) -> float:
+    """Of one normalizer, pre-tokenizer or decoder; of those inside a Sequence one after another."""
+    if not isinstance(step, dict):
+        return 1.0
+    kind = step.get("type")
+    if kind == "Sequence":
+        inside = (value for value in step.values() if isinstance(value, list))
+        return math.prod(_growth(each) for steps in inside for each in steps)
+    if kind == "Replace":
+        return _of_replace(step)
+    if kind == "Prepend":
+        return 1.0 + _length(step.get("prepend"))  # a text has one character at the least
+    if kind == "Precompiled":
+        return _of_charsmap(step.get("precompiled_charsmap"))
+    # Bytes as characters: two for one that is not ASCII. A space before each word. A space on both sides of a letter.
+    return {"ByteLevel": 2.0, "Metaspace": 2.0, "BertNormalizer": 3.0, "NFKC": 18.0, "NFKD": 18.0}.get(str(kind), 1.0)
+
+
+def _of_replace(step: dict[str, Any]) -> float:
+    pattern, content = step.get("pattern"), _length(step.get("content"))
+    if isinstance(pattern, dict) and isinstance(pattern.get("String"), str):
+        return max(1.0, content / max(1, len(pattern["String"])))
+    return 1.0 + content  # an expression may match nothing at all, before every character
+
+
+def _of_charsmap(encoded: Any) -> float:
+    """sentencepiece's table of characters: a trie, of whose size the first four bytes tell, and the texts to put."""
+    try:
+        table = base64.b64decode(encoded)
+    except (TypeError, ValueError):
+        return 1.0 if not encoded else math.inf
+    texts = table[4 + int.from_bytes(table[:4], "little") :]
+    return 1.0 + max(len(text.decode(errors="replace")) for text in texts.split(b"\0"))
+
+
+def _length(text: Any) -> int:
+    return len(text) if isinstance(text, str) else 1
