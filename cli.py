@@ -7,6 +7,7 @@ arguments and the prompt are known to be good.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import os
 import sys
@@ -16,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from fastkv.cache.catalogue import SETTINGS
 from fastkv.cli_flags import NAMED_SETTINGS, SAMPLING_FLAGS, build_parser
+from fastkv.console.chat_flags import chat_arguments, stop_token_ids
 from fastkv.console.files import check_writable
 from fastkv.console.job import run_jobs
 from fastkv.console.jsonl import check_output
@@ -42,15 +44,13 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _run(args: argparse.Namespace) -> int:
-    if args.system is not None and not args.chat:
-        raise FastKVError("--system is for --chat: add --chat, or leave it out")
+    args.chat_arg = chat_arguments(args.chat_arg)
+    for flag in ("system", "chat_arg"):
+        if getattr(args, flag) not in (None, {}) and not args.chat:
+            raise FastKVError(f"{flag_of(flag)} is for --chat: add --chat, or leave it out")
     if args.threads is not None:
         check_integer("threads", args.threads, 1, 4096)
-    for flag, texts in (
-        ("--system", [args.system or ""]),
-        ("--stop", args.stop),
-        ("--revision", [args.revision or ""]),
-    ):
+    for flag, texts in _texts_of(args).items():
         if any(map(is_broken, texts)):
             raise FastKVError(f"{flag}: is not UTF-8")
     check_stdout()
@@ -73,11 +73,23 @@ def _run(args: argparse.Namespace) -> int:
         llm = _load(args, policy)
     except FastKVError as error:
         raise error if tuned is None else tuned.blamed(error, given) from None
+    params = dataclasses.replace(params, stop_token_ids=stop_token_ids(llm, args.stop_token))
     many = args.output is not None
     status = _run_many(args, llm, jobs, params, source) if many else _run_one(args, llm, jobs[0], params, source)
     if args.verbose:
         _print_figures(kernels())
     return status
+
+
+def _texts_of(args: argparse.Namespace) -> dict[str, list[str]]:
+    """The flags that are texts, for the model or the hub."""
+    return {
+        "--revision": [args.revision or ""],
+        "--system": [args.system or ""],
+        "--stop": args.stop,
+        "--stop-token": args.stop_token,
+        "--chat-arg": [json.dumps(args.chat_arg, ensure_ascii=False)],
+    }
 
 
 def _tuned(args: argparse.Namespace, named: PolicyFile | None) -> PolicyFile | None:
@@ -171,7 +183,7 @@ def _run_many(args: argparse.Namespace, llm: LLM, jobs: list[Job], params: Sampl
     limits: dict[str, Any] = {} if args.batch_size is None else {"batch_size": args.batch_size}
     if args.kv_memory is not None:
         limits["kv_memory"] = args.kv_memory * 2**20
-    about = {"model": writable(args.model), "chat": args.chat, "system": args.system}
+    about = {"model": writable(args.model), "chat": args.chat, "system": args.system, "chat_arg": args.chat_arg}
     try:
         line = run_jobs(llm, jobs, lambda job: _prompt(args, llm, job), params, args.output, about, limits)
     except KeyboardInterrupt:
@@ -194,7 +206,7 @@ def _prompt(args: argparse.Namespace, llm: LLM, job: Job) -> str | list[int]:
     if not args.chat:
         return job.prompt
     messages = [] if args.system is None else [{"role": "system", "content": args.system}]
-    return llm.chat([*messages, {"role": "user", "content": job.prompt}])
+    return llm.chat([*messages, {"role": "user", "content": job.prompt}], **args.chat_arg)
 
 
 def _print_text(stream: Generation) -> int:

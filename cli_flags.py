@@ -34,7 +34,7 @@ SAMPLING_FLAGS = {
 NAMED_SETTINGS = {
     *SETTINGS,
     *SAMPLING_FLAGS,
-    *("prompt", "chat", "stop", "policy", "policy_file", "device", "dtype", "weights"),
+    *("prompt", "chat", "chat_arg", "stop", "stop_token", "policy", "policy_file", "device", "dtype", "weights"),
     *("threads", "revision", "compile", "attention", "report"),
     *("prompts", "output", "batch_size", "kv_memory"),
 }
@@ -72,9 +72,15 @@ def build_parser() -> Parser:
     sampling = parser.add_argument_group("generation")
     _add_flags(sampling, SAMPLING_FLAGS)
     sampling.add_argument("--stop", action="append", default=[], metavar="STR", help="end before this (repeatable)")
+    sampling.add_argument(
+        "--stop-token", action="append", default=[], metavar="TOKEN", help="end before this token, or id (repeatable)"
+    )
     sampling.add_argument("--ignore-eos", action="store_true", help="continue after an end-of-text token")
     sampling.add_argument("--chat", action="store_true", help="wrap the prompt in the model's chat template")
     sampling.add_argument("--system", metavar="TEXT", help="system message for --chat")
+    sampling.add_argument(
+        "--chat-arg", action="append", default=[], metavar="KEY=VALUE", help="variable of the template (repeatable)"
+    )
     machine = parser.add_argument_group("machine and output")
     add_machine_flags(machine)
     machine.add_argument("--no-cuda-graph", action="store_true", help="on a GPU, decode without captured graphs")

@@ -254,14 +254,16 @@ class LLM:
         request = self._request(prompt, params, policy)
         return Generation(self._runtime, self.tokenizer, request, called_at, keep_selection)
 
-    def chat(self, messages: list[dict[str, str]]) -> ChatIds:
+    def chat(self, messages: list[dict[str, str]], **arguments: Any) -> ChatIds:
         """Token ids of a conversation, ready for the model's answer, by the model's own chat template.
 
         The list knows which of its last tokens are the template's, so that a policy's observation window covers the end
-        of the last message, too; a list made from it (ids + more) does not.
-        messages: dicts with `role` and `content`. Raises FastKVError where the model has no tokenizer or no template.
+        of the last message, too, and which special token the template writes after an answer, so that it ends the
+        answer; a list made from it (ids + more) does not.
+        messages: dicts with `role` and `content`. arguments: variables of the template, such as enable_thinking=False.
+        Raises FastKVError where the model has no tokenizer or no template, or the template does not use an argument.
         """
-        encoded = self._required_tokenizer().encode_chat(messages)
+        encoded = self._required_tokenizer().encode_chat(messages, arguments, self.config.context_length)
         self._checked_encoding(encoded)
         return encoded
 
@@ -341,7 +343,7 @@ class LLM:
         max_tokens = answer_length(self.config, params, ids.shape[1], limit)
         plan = plan_request(self.config, policy, ids.shape[1], max_tokens, self.dtype, limit)
         check_cache_fits(plan, self.device, reusable=self._runtime.buffers.idle_bytes)
-        return Request(ids, params, plan, self._eos_ids(params))
+        return Request(ids, params, plan, self._eos_ids(params, getattr(prompt, "ends", frozenset())))
 
     def _request_of(self, index: int, prompt: Any, params: Any, policy: Policy) -> Request:
         """A request of a list: what is wrong with it is told with its place there."""
@@ -354,7 +356,8 @@ class LLM:
     def _token_ids(self, prompt: str | list[int] | Tensor) -> Tensor:
         """int64 [1, N], on the host."""
         if isinstance(prompt, str):
-            encoded = self._required_tokenizer().encode(prompt) if prompt else []
+            limit = self.config.context_length
+            encoded = self._required_tokenizer().encode(prompt, limit) if prompt else []
             return torch.tensor([self._checked_encoding(encoded)])
         ids = id_tensor(prompt, self.config.vocab_size)
         if ids.shape[0] != 1:
@@ -383,10 +386,15 @@ class LLM:
         policy.validate(self.config.n_layers, self.config.n_kv_heads)
         return policy
 
-    def _eos_ids(self, params: SamplingParams) -> frozenset[int]:
+    def _eos_ids(self, params: SamplingParams, ends: frozenset[int] = frozenset()) -> frozenset[int]:
+        """The ids that end an answer. ends: those of its chat."""
+        asked = {*params.stop_token_ids}
+        if self.tokenizer is not None:  # a special token is no part of the text, where its string could be found
+            asked.update(i for i in map(self.tokenizer.special_id, params.stop) if i is not None)
         if params.ignore_eos:
-            return frozenset()
-        return self.tokenizer.eos_ids if self.tokenizer else frozenset(self.config.eos_token_ids)
+            return frozenset(asked)
+        own = self.tokenizer.eos_ids if self.tokenizer else frozenset(self.config.eos_token_ids)
+        return own | ends | asked
 
 
 def _finish(generation: Generation) -> Output:

@@ -36,7 +36,8 @@ class SamplingParams:
     repetition_penalty: 1e-6 to 1e6, 1 is off; applies to every token of the prompt and every one generated so far
     (arXiv 1909.05858).
     seed: the same seed gives the same tokens, alone or in any batch; None draws a new one.
-    stop: strings that end the text and are not part of it. ignore_eos: continue after an EOS token.
+    stop: strings that end the text and are not part of it; one that is a special token of the model ends it, too.
+    stop_token_ids: ids that end the text, as an EOS token does. ignore_eos: continue after an EOS token.
 
     Raises FastKVError for a value out of range.
     """
@@ -50,6 +51,7 @@ class SamplingParams:
     seed: int | None = None
     stop: Sequence[str] = ()
     ignore_eos: bool = False
+    stop_token_ids: Sequence[int] = ()
 
     def __post_init__(self) -> None:
         if self.max_tokens is not None:
@@ -66,6 +68,11 @@ class SamplingParams:
         if not isinstance(stop, Sequence) or not all(isinstance(text, str) and text for text in stop):
             raise FastKVError(f"stop must be strings that are not empty, not {brief(self.stop)}", setting="stop")
         object.__setattr__(self, "stop", tuple(stop))
+        if not isinstance(self.stop_token_ids, Sequence) or isinstance(self.stop_token_ids, (str, bytes)):
+            raise FastKVError(f"stop_token_ids must be a list of token ids, not {self.stop_token_ids!r}")
+        for token_id in self.stop_token_ids:
+            check_integer("stop_token_ids", token_id, 0)
+        object.__setattr__(self, "stop_token_ids", tuple(map(int, self.stop_token_ids)))
 
 
 class Features(NamedTuple):

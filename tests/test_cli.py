@@ -236,6 +236,10 @@ def test_json_of_another_policy(run: Run) -> None:
         (["--stop", "日"], ALPHABET[1:28]),
         (["--stop", "-", "--max-tokens", "2"], "bc"),
         (["--stop", "b"], ""),
+        (["--stop-token", "e"], "bcd"),
+        (["--stop-token", str(FIRST + 4), "--stop-token", "f"], "bcd"),
+        (["--stop-token", "e", "--ignore-eos"], "bcd"),
+        (["--stop", "</s>", "--ignore-eos", "--max-tokens", "99"], ALPHABET[1:]),  # a special token, which has no text
         ([], ALPHABET[1:]),
         (["--ignore-eos", "--max-tokens", str(HIDDEN)], ALPHABET[1:] + ALPHABET[:2]),
         (["--temperature", "0.001", "--seed", "3", "--max-tokens", "5"], "bcdef"),
@@ -319,6 +323,17 @@ def test_chat_and_system(run: Run) -> None:
     assert printed["text"] == after("z")
     assert printed["metrics"]["prompt_tokens"] == 1 + 3 + 3
     assert json.loads(run("xyz", "--chat", "--json").out)["metrics"]["prompt_tokens"] == 1 + 3
+
+
+def test_arguments_of_the_chat_template(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A value that is JSON is what it says, and anything else a text. One that is not used is a mistake."""
+    template = "{{ a is sameas false }}{{ b }}{% for m in messages %}{{ m.content }}{% endfor %}"
+    monkeypatch.setattr("fastkv.models.chat._stated", lambda fields: template)
+    given = json.loads(run("xyz", "--chat", "--chat-arg", "a=false", "--chat-arg", "b=cd", "--json").out)
+    assert given["metrics"]["prompt_tokens"] == len("Truecdxyz")
+    refused = run("xyz", "--chat", "--chat-arg", "enable_thinking=false", status=2)
+    assert refused.err.startswith("fastkv-run: error: --chat-arg: ")
+    assert "enable_thinking" in refused.err
 
 
 def test_help_names_every_flag(capsys: pytest.CaptureFixture[str]) -> None:

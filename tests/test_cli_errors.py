@@ -479,6 +479,7 @@ def test_a_chat_template_that_fails(
 
 def test_system_without_chat(complaint: Complaint, prompt: str) -> None:
     complaint("--model", str(ARCHIVE), "--prompt", prompt, "--system", "be brief", names=["--system", "--chat"])
+    complaint("--model", str(ARCHIVE), "--prompt", prompt, "--chat-arg", "a=b", names=["--chat-arg", "--chat"])
 
 
 def test_a_system_message_that_is_not_utf8(complaint: Complaint, prompt: str, make: Make) -> None:
@@ -600,6 +601,8 @@ WRONG = {
         *("", "gpu", "mps", "xpu", "cpu:1", "cuda:x", "cuda:-1", "cuda:99", "meta", "CPU", "9"),
         *("cuda:" + "9" * 5000, "cuda:²", "cuda:٣"),
     ],
+    "--stop-token": ["", "no such token", "1000000", "9" * 5000],
+    "--chat-arg": ["", "x", "=x", "a b=1", "1=1"],
     "--dtype": ["", "int8", "fp16", "float64", "float8_e4m3fn", "torch.float32"],
     "--weights": ("int4", "INT8", ""),
     "--attention": ["", "cudnn", "efficient", "sdpa", "AUTO"],
