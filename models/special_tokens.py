@@ -92,7 +92,7 @@ def _table(config: Fields) -> list[AddedToken] | None:
     table = config.section("added_tokens_decoder")
     if table is None:
         return None
-    tokens = [_token(table, key, value, _id(table, key, key)) for key, value in table.values.items()]
+    tokens = [_token(table, key, value, _id(table, key, _digits(key))) for key, value in table.values.items()]
     return sorted(tokens, key=lambda token: token.token_id or 0)
 
 
@@ -144,10 +144,12 @@ def _text(fields: Fields, key: str, text: str) -> str:
     return text
 
 
+def _digits(key: str) -> int | None:
+    """A token id that is the key of an object. None for what is no number, or a very long one."""
+    return int(key) if key.isascii() and key.isdecimal() and len(key) <= 10 else None
+
+
 def _id(fields: Fields, key: str, value: Any) -> int:
-    """A token id, as a number or, where it is a key, as its digits."""
-    if isinstance(value, str) and value.isascii() and value.isdecimal() and len(value) <= 10:
-        value = int(value)
     if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= _LARGEST_ID:
         raise fields.complain(key, f"a token id, at most {_LARGEST_ID}, with its text")
     return value
