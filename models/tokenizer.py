@@ -11,10 +11,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
-from fastkv.errors import FastKVError
+from fastkv.errors import FastKVError, FaultError
 from fastkv.models.chat import Chat, ChatIds
 from fastkv.models.config import ModelConfig
 from fastkv.models.fields import Fields
+from fastkv.models.native import LibraryError
 from fastkv.models.special_tokens import SpecialTokens
 
 _log = logging.getLogger(__name__)
@@ -96,7 +97,10 @@ class Tokenizer:
 
     def decode(self, ids: list[int]) -> str:
         """The text of `ids`; special tokens and unknown ids give nothing."""
-        return self._vocabulary.decode(ids)
+        try:
+            return self._vocabulary.decode(ids)
+        except LibraryError as error:
+            raise FaultError(f"{self._vocabulary.path}: cannot decode these tokens ({error})") from None
 
     def bytes_of(self, token_id: int) -> bytes:
         """The bytes of a token that may hold a part of a character; b"" of one that holds whole ones only."""

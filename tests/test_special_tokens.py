@@ -78,7 +78,9 @@ WAYS: dict[str, dict[str, dict[str, Any]]] = {
     "in the older table": {"tokenizer_config": {}, "added_tokens": {TURN: NEXT}},
     "in the older table, with a name": {"tokenizer_config": {"pad_token": TURN}, "added_tokens": {TURN: NEXT}},
     "with a name": {"tokenizer_config": {"eos_token": TURN}},
-    "with a name, as an object": {"tokenizer_config": {"eos_token": {"__type": "AddedToken", "content": TURN, **RULES, "lstrip": True}}},
+    "with a name, as an object": {
+        "tokenizer_config": {"eos_token": {"__type": "AddedToken", "content": TURN, **RULES, "lstrip": True}}
+    },
     "with a name of its own": {"tokenizer_config": {"image_token": TURN}},
     "in a list": {"tokenizer_config": {"additional_special_tokens": [TURN]}},
     "in an object": {"tokenizer_config": {"extra_special_tokens": {"turn_token": TURN}}},

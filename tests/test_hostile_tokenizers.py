@@ -1,0 +1,164 @@
+"""A tokenizer.json that is broken, hostile or new ends in one line, and says nothing else on stderr."""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+from fastkv.errors import FastKVError
+from fastkv.models.growth import MOST, growth
+from fastkv.models.native import LibraryError, guarded_call
+from fastkv.models.tokenizer_json import JsonVocabulary
+
+Change = dict[str, Any]
+
+
+def replaced(content: str, **pattern: str) -> Change:
+    return {"type": "Replace", "pattern": pattern, "content": content}
+
+
+def several(*steps: Change, name: str = "normalizers") -> Change:
+    return {"type": "Sequence", name: list(steps)}
+
+
+def charsmap(*texts: bytes) -> Change:
+    table = (8).to_bytes(4, "little") + b"\1" * 8 + b"\0".join(texts)
+    return {"type": "Precompiled", "precompiled_charsmap": base64.b64encode(table).decode()}
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    library = Tokenizer(models.BPE({letter: place for place, letter in enumerate(letters)}, []))
+    library.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    library.decoder = decoders.ByteLevel()
+    library.save(str(tmp_path / "tokenizer.json"))
+    return tmp_path / "tokenizer.json"
+
+
+def change(path: Path, **values: Any) -> Path:
+    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+    return path
+
+
+PRE = "pretokenizers"
+LONG, DOUBLE = "x" * 10**6, replaced("aa", String="a")
+BYTES = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+BOMBS: dict[str, Change] = {
+    "a novel for a letter": {"normalizer": replaced(LONG, String="a")},
+    "a novel for nothing": {"normalizer": replaced(LONG, Regex="")},
+    "a novel in front": {"normalizer": {"type": "Prepend", "prepend": LONG}},
+    "twice, and again": {"normalizer": several(*[DOUBLE] * 30)},
+    "sequences inside": {"normalizer": several(several(*[DOUBLE] * 6), several(*[DOUBLE] * 6))},
+    "bytes of bytes": {"normalizer": several(*[{"type": "ByteLevel"}] * 30)},
+    "before the words": {"pre_tokenizer": several(*[BYTES] * 30, name=PRE)},
+    "both together": {"normalizer": several(*[DOUBLE] * 5), "pre_tokenizer": several(*[BYTES] * 9, name=PRE)},
+    "a table": {"normalizer": charsmap(b"short", LONG.encode())},
+    "on the way back": {"decoder": replaced(LONG, String="a")},
+    "on the way back, again": {"decoder": several(*[DOUBLE] * 30, name="decoders")},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("bomb", BOMBS)
+def test_a_tokenizer_that_blows_texts_up_is_refused(path: Path, bomb: str) -> None:
+    """It used to hang at the first prompt, or while loading where it has a normalised token."""
+    with pytest.raises(FastKVError, match=r"tokenizer\.json.*longer"):
+        JsonVocabulary(change(path, **BOMBS[bomb]))
+
+
+@pytest.mark.parametrize(
+    "step",
+    [
+        several({"type": "Prepend", "prepend": "▁"}, replaced("▁", String=" ")),
+        several(replaced(" ", Regex=" {2,}"), replaced('"', String="``"), {"type": "NFKD"}, {"type": "Lowercase"}),
+        several(charsmap("ﷺ".encode(), "صلى الله عليه وسلم".encode()), replaced(" ", Regex=" {2,}"), {"type": "NFKD"}),
+        replaced("", Regex="a novel that is taken out"),
+    ],
+)
+def test_published_steps_stay_far_below_the_bound(step: Change) -> None:
+    assert growth({"normalizer": step, "pre_tokenizer": {"type": "Metaspace"}}) < MOST
+
+
+def test_steps_inside_steps_without_end(path: Path) -> None:
+    nested = '{"type":"Sequence","normalizers":[' * 900 + "]}" * 900
+    text = path.read_text()
+    assert '"normalizer":null' in text.replace(" ", "")
+    path.write_text(json.dumps(json.loads(text) | {"normalizer": "@"}).replace('"@"', nested))
+    with pytest.raises(FastKVError, match=r"tokenizer\.json"):
+        JsonVocabulary(path)
+
+
+UNLISTED = {"type": "TemplateProcessing", "single": [{"SpecialToken": {"id": "<no>", "type_id": 0}}], "pair": []}
+PANICS: dict[str, Change] = {
+    "pieces of length 0": {"pre_tokenizer": {"type": "FixedLength", "length": 0}},
+    "an expression that never ends": {"normalizer": replaced("b", Regex="(a+)+$")},
+    "an unlisted token": {"post_processor": {**UNLISTED, "special_tokens": {}}},
+}
+
+
+@pytest.mark.parametrize("panic", PANICS)
+def test_a_panic_is_an_error_and_prints_nothing(path: Path, capfd: pytest.CaptureFixture[str], panic: str) -> None:
+    """It is no Exception to Python, and has printed its text on stderr by the time that it is caught."""
+    change(path, **PANICS[panic])
+
+    def use() -> None:
+        vocabulary = JsonVocabulary(path)
+        vocabulary.frame(None)
+        vocabulary.encode("a" * 36 + "!")
+
+    with pytest.raises((FastKVError, LibraryError)):
+        use()
+    assert capfd.readouterr() == ("", "")
+
+
+def test_what_others_write_to_stderr_meanwhile_is_not_lost(capfd: pytest.CaptureFixture[str]) -> None:
+    with guarded_call():
+        os.write(2, b"one\n")
+    panic = b"\nthread '<unnamed>' (7) panicked at src/lib.rs:1:1:\nsaid\nnote: run with `RUST_BACKTRACE=1` to see\n"
+
+    def fail() -> None:
+        os.write(2, b"two\n" + panic + b"three\n")
+        raise ValueError("said")
+
+    with pytest.raises(LibraryError, match="said"), guarded_call():
+        fail()
+    print("four", file=sys.stderr)
+    assert capfd.readouterr().err == "one\ntwo\nthree\nfour\n"
+
+
+def test_a_closed_stderr_is_no_matter(path: Path) -> None:
+    vocabulary = JsonVocabulary(path)
+    kept = os.dup(2)
+    os.close(2)
+    try:
+        assert vocabulary.decode(vocabulary.encode("hello")) == "hello"
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+
+
+@pytest.mark.parametrize("leaves", [KeyboardInterrupt, SystemExit, MemoryError])
+def test_what_is_no_fault_of_the_library_passes(leaves: type[BaseException]) -> None:
+    with pytest.raises(leaves), guarded_call():
+        raise leaves
+
+
+@pytest.mark.parametrize(
+    ("values", "says"),
+    [
+        ({"pre_tokenizer": {"type": "OfNextYear"}}, "upgrade tokenizers"),
+        ({"model": {"type": "OfNextYear"}}, "upgrade tokenizers"),
+        ({"model": None}, "download it again"),
+    ],
+)
+def test_a_tokenizer_of_a_newer_release_is_told_from_a_broken_one(path: Path, values: Change, says: str) -> None:
+    with pytest.raises(FastKVError, match=r"tokenizer\.json") as caught:
+        JsonVocabulary(change(path, **values))
+    assert says in str(caught.value)
