@@ -6,6 +6,7 @@ import base64
 import json
 import os
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -131,6 +132,23 @@ def test_what_others_write_to_stderr_meanwhile_is_not_lost(capfd: pytest.Capture
         fail()
     print("four", file=sys.stderr)
     assert capfd.readouterr().err == "one\ntwo\nthree\nfour\n"
+
+
+def test_calls_of_several_threads_do_not_wait_for_one_another(capfd: pytest.CaptureFixture[str]) -> None:
+    """A long prompt that one thread encodes must not stop the answers of the others."""
+    inside = threading.Barrier(2, timeout=20)
+
+    def call() -> None:
+        with guarded_call():
+            inside.wait()
+            os.write(2, b"said\n")
+
+    threads = [threading.Thread(target=call) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert capfd.readouterr().err == "said\nsaid\n"
 
 
 def test_a_closed_stderr_is_no_matter(path: Path) -> None:
