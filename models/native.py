@@ -67,6 +67,14 @@ class _Stderr:
             if size := os.lseek(self._held, 0, os.SEEK_CUR):
                 self._forward(self._held, size)
 
+    def begin_anew(self) -> None:
+        """In a fork, which has none of the other threads: what these hold back is let go."""
+        real = self._real
+        self.__init__()  # type: ignore[misc]
+        if real is not None:
+            os.dup2(real, _STDERR)
+            os.close(real)
+
     @staticmethod
     def _forward(held: int, size: int) -> None:
         """Write to stderr what was held back, but for panics, and empty the file."""
@@ -79,3 +87,5 @@ class _Stderr:
 
 
 _stderr = _Stderr()
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_stderr.begin_anew)

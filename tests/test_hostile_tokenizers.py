@@ -151,6 +151,19 @@ def test_calls_of_several_threads_do_not_wait_for_one_another(capfd: pytest.Capt
     assert capfd.readouterr().err == "said\nsaid\n"
 
 
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
+def test_a_fork_during_a_call_has_its_stderr(capfd: pytest.CaptureFixture[str]) -> None:
+    with guarded_call():
+        child = os.fork()
+        if not child:
+            os.write(2, b"the child's\n")
+            os._exit(0)
+        os.waitpid(child, 0)
+        os.write(2, b"the parent's\n")
+        assert "child" in capfd.readouterr().err
+    assert capfd.readouterr().err == "the parent's\n"
+
+
 def test_a_closed_stderr_is_no_matter(path: Path) -> None:
     vocabulary = JsonVocabulary(path)
     kept = os.dup(2)
