@@ -10,6 +10,7 @@ import torch
 
 from fastkv import __version__
 from fastkv.engine.llm import LLM
+from fastkv.models.files import check_ordinary
 
 _SAMPLE = 1 << 16  # bytes of a large file that are read, at each of its ends
 
@@ -30,6 +31,7 @@ def fingerprint(folder: Path) -> str:
     for path in sorted(folder.glob("*")):
         if path.suffix not in (".json", ".jinja", ".model", ".safetensors"):
             continue
+        check_ordinary(path)
         size = path.stat().st_size
         digest.update(f"{path.name} {size}\n".encode())
         with path.open("rb") as file:

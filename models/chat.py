@@ -9,6 +9,7 @@ from typing import Any
 
 from fastkv.errors import FastKVError
 from fastkv.models.fields import Fields
+from fastkv.models.files import check_ordinary
 from fastkv.models.template_process import TemplateProcess
 
 _ANSWER = "fastkv"  # a word that stands for an answer
@@ -113,6 +114,7 @@ class Chat:
 
 
 def _read(file: Path) -> str:
+    check_ordinary(file)
     try:
         return file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:

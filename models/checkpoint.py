@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fastkv.errors import FastKVError
 from fastkv.models.fields import Fields, shown
+from fastkv.models.files import check_ordinary
 from fastkv.models.lacking import no_shard, no_weights
 
 SINGLE = "model.safetensors"
@@ -64,6 +65,7 @@ class Checkpoint:
         return checkpoint
 
     def _open(self, file: Path) -> None:
+        check_ordinary(file)
         try:
             handle = self._stack.enter_context(safe_open(file, framework="pt"))
         except FileNotFoundError:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from fastkv.errors import FastKVError, brief
+from fastkv.models.files import check_ordinary
 from fastkv.models.lacking import no_file
 
 _REQUIRED = object()
@@ -27,6 +28,7 @@ class Fields:
     @classmethod
     def read(cls, path: Path) -> Fields:
         """Read `path`; FastKVError if it is not there, not JSON, or not an object."""
+        check_ordinary(path)
         try:
             values = json.loads(path.read_text(encoding="utf-8"), parse_int=_integer)
         except FileNotFoundError:

@@ -9,6 +9,7 @@ from typing import Any
 
 from fastkv.errors import FastKVError
 from fastkv.models.fields import Fields
+from fastkv.models.files import check_ordinary
 from fastkv.models.growth import MOST, growth
 from fastkv.models.native import LibraryError, guarded_call
 from fastkv.models.special_tokens import AddedToken, SpecialTokens
@@ -90,6 +91,7 @@ def _read(path: Path) -> tuple[Any, set[str]]:
     """The library's tokenizer, and the kinds of its decoder's steps. Raises FastKVError for a file it cannot read."""
     from tokenizers import Tokenizer
 
+    check_ordinary(path)
     try:
         data = path.read_bytes()
         stated = json.loads(data)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fastkv.errors import FastKVError
+from fastkv.models.files import check_ordinary
 from fastkv.models.native import guarded_call
 from fastkv.models.special_tokens import AddedToken, SpecialTokens
 from fastkv.models.token_bytes import bytes_of_fallback
@@ -28,6 +29,7 @@ class SentencePieceVocabulary:
         self.path = path
         import sentencepiece
 
+        check_ordinary(path)
         try:
             self._pieces = sentencepiece.SentencePieceProcessor(model_file=str(path))
         except Exception as error:  # OSError or RuntimeError, by what is broken
