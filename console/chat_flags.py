@@ -6,7 +6,7 @@ import json
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from fastkv.errors import FastKVError
+from fastkv.errors import FastKVError, brief
 
 if TYPE_CHECKING:
     from fastkv.engine.llm import LLM
@@ -18,7 +18,7 @@ def chat_arguments(texts: Sequence[str]) -> dict[str, Any]:
     for text in texts:
         key, sign, value = text.partition("=")
         if not sign or not key.isidentifier() or key in arguments:
-            raise FastKVError(f"is KEY=VALUE, each key once, not {text!r}", setting="chat_arg")
+            raise FastKVError(f"is KEY=VALUE, each key once, not {brief(text)}", setting="chat_arg")
         arguments[key] = _value(value)
     return arguments
 
@@ -43,9 +43,9 @@ def _token_id(llm: LLM, token: str) -> int:
         found = None if llm.tokenizer is None else llm.tokenizer.id_of(token)
         if found is None:
             raise FastKVError(
-                f"{token!r} is no token of this model; --stop ends an answer before any text", setting="stop_token"
+                f"{brief(token)} is no token of this model; --stop ends an answer before any text", setting="stop_token"
             )
         token_id = found
     if token_id >= size:
-        raise FastKVError(f"token {token!r} is outside the model's vocabulary of {size}", setting="stop_token")
+        raise FastKVError(f"token {brief(token)} is outside the model's vocabulary of {size}", setting="stop_token")
     return token_id

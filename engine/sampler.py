@@ -69,7 +69,7 @@ class SamplingParams:
             raise FastKVError(f"stop must be strings that are not empty, not {brief(self.stop)}", setting="stop")
         object.__setattr__(self, "stop", tuple(stop))
         if not isinstance(self.stop_token_ids, Sequence) or isinstance(self.stop_token_ids, (str, bytes)):
-            raise FastKVError(f"stop_token_ids must be a list of token ids, not {self.stop_token_ids!r}")
+            raise FastKVError(f"stop_token_ids must be a list of token ids, not {brief(self.stop_token_ids)}")
         for token_id in self.stop_token_ids:
             check_integer("stop_token_ids", token_id, 0)
         object.__setattr__(self, "stop_token_ids", tuple(map(int, self.stop_token_ids)))

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from fastkv.errors import FastKVError
+from fastkv.errors import FastKVError, brief
 from fastkv.models.family import Family
-from fastkv.models.fields import Fields, shown
+from fastkv.models.fields import Fields
 from fastkv.models.granite import Granite
 from fastkv.models.mistral import Mistral
 from fastkv.models.olmo2 import Olmo2
@@ -35,7 +35,7 @@ def find_family(fields: Fields) -> tuple[Family, str]:
             if stated & _spellings(name) or (not names and fields.get("model_type", None) == model_type):
                 return family, name
     named = names[:8] or [fields.get("model_type", "none stated")]
-    listed = ", ".join(shown(name).strip("'") for name in named)
+    listed = ", ".join(brief(name).strip("'") for name in named)
     raise FastKVError(f"{fields.source}: architecture {listed} is not supported; supported are {_supported()}")
 
 

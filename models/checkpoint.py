@@ -11,8 +11,8 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from fastkv.errors import FastKVError
-from fastkv.models.fields import Fields, shown
+from fastkv.errors import FastKVError, brief
+from fastkv.models.fields import Fields
 from fastkv.models.files import check_ordinary
 from fastkv.models.lacking import no_shard, no_weights
 
@@ -150,7 +150,7 @@ def _shards(index: Path) -> dict[str, str]:
     for shard in weight_map.values.values():
         plain = isinstance(shard, str) and shard == Path(shard).name and "\\" not in shard and shard.isprintable()
         if not plain or not shard.endswith(".safetensors"):
-            raise FastKVError(f"{index}: shard {shown(shard)} is not a .safetensors file of the model's own folder")
+            raise FastKVError(f"{index}: shard {brief(shard)} is not a .safetensors file of the model's own folder")
     return weight_map.values
 
 

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fastkv.errors import FastKVError
+from fastkv.errors import FastKVError, brief
 from fastkv.models.catalogue import find_family
 from fastkv.models.family import Family
-from fastkv.models.fields import Fields, shown
+from fastkv.models.fields import Fields
 from fastkv.models.network_config import NetworkConfig
 from fastkv.models.rope_config import RopeConfig
 from fastkv.models.rope_frequencies import is_finite
@@ -129,7 +129,7 @@ def _dtype(fields: Fields) -> str | None:
     name = dtype.removeprefix("torch.") if isinstance(dtype, str) else dtype
     if name not in STORED_DTYPES:
         raise FastKVError(
-            f"{fields.source}: dtype {shown(name)} is not supported; known are {', '.join(STORED_DTYPES)}"
+            f"{fields.source}: dtype {brief(name)} is not supported; known are {', '.join(STORED_DTYPES)}"
         )
     return name
 

@@ -11,9 +11,9 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from fastkv.errors import FastKVError
+from fastkv.errors import FastKVError, brief
 from fastkv.models.block import Block, PreNormBlock
-from fastkv.models.fields import Fields, shown
+from fastkv.models.fields import Fields
 from fastkv.models.layers import RMSNorm
 from fastkv.models.network_config import NetworkConfig
 from fastkv.models.rope_config import RopeConfig, read_rope
@@ -43,7 +43,7 @@ class Family:
         activation = fields.get("hidden_act", self.activations[0])
         if activation not in self.activations:
             raise FastKVError(
-                f"{fields.source}: hidden_act {shown(activation)} is not supported (only {self.activations[0]})"
+                f"{fields.source}: hidden_act {brief(activation)} is not supported (only {self.activations[0]})"
             )
 
     def rope(self, fields: Fields, context_length: int) -> RopeConfig:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import reprlib
 import sys
 from pathlib import Path
 from typing import Any
@@ -102,17 +101,6 @@ class Fields:
         if any(isinstance(i, bool) or not isinstance(i, int) or not 0 <= i <= _MOST for i in ids):
             raise self.complain(key, "a token id or a list of them")
         return tuple(ids)
-
-
-_short = reprlib.Repr()
-_short.maxstring = _short.maxlong = _short.maxother = 100
-_short.maxlist = _short.maxdict = 8
-_short.maxlevel = 3
-
-
-def shown(value: Any) -> str:
-    """A value of a file as a complaint repeats it: however large and nested it is, no more than a line."""
-    return _short.repr(value)
 
 
 def _integer(digits: str) -> int:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from fastkv.errors import FastKVError
-from fastkv.models.fields import Fields, shown
+from fastkv.errors import FastKVError, brief
+from fastkv.models.fields import Fields
 
 SCALINGS = ("default", "linear", "llama3", "yarn")
 
@@ -48,7 +48,7 @@ def read_rope_section(section: Fields, fields: Fields, context_length: int) -> R
     scaling = section.get("rope_type", section.get("type", "default"))
     if scaling not in SCALINGS:
         raise FastKVError(
-            f"{section.source}: rotary scaling {shown(scaling)} is not supported; known are {', '.join(SCALINGS)}"
+            f"{section.source}: rotary scaling {brief(scaling)} is not supported; known are {', '.join(SCALINGS)}"
         )
     if scaling == "default":
         return RopeConfig(theta)

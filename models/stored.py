@@ -9,10 +9,9 @@ import re
 from collections.abc import Iterable
 from itertools import takewhile
 
-from fastkv.errors import FastKVError
+from fastkv.errors import FastKVError, brief
 from fastkv.models.checkpoint import Checkpoint, is_left_over
 from fastkv.models.config import ModelConfig
-from fastkv.models.fields import shown
 from fastkv.models.sources import EMBEDDING, HEAD, Source, first_layer, table
 
 _BASE = "model."  # what the tensors of the network without its head begin with
@@ -106,8 +105,8 @@ def _difference(missing: list[str], extra: list[str], stored: set[str]) -> str:
         return f"{said}; the weights do not belong to this config.json"
     prefix = next(twin.removesuffix(each) for each in _spellings(missing[0]) if twin.endswith(each))
     if all(name.startswith(prefix) for name in stored):
-        return f"{said}; every name begins with {shown(prefix)}: save the model without what it was wrapped in"
-    return f"{said}; the model is a part of another one, under {shown(prefix)}: save that part alone"
+        return f"{said}; every name begins with {brief(prefix)}: save the model without what it was wrapped in"
+    return f"{said}; the model is a part of another one, under {brief(prefix)}: save that part alone"
 
 
 def _twin(name: str, extra: list[str]) -> str | None:
