@@ -1,4 +1,4 @@
-"""Small pools of two KV heads, for the tests of what layers, pools and caches do; and sequences that overflow."""
+"""Small pools of two KV heads, for the tests of layers, pools and caches; sequences that overflow; and a slow twin."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastkv import LLM, SamplingParams
+from fastkv import LLM, FullKV, SamplingParams
 from fastkv.cache.dense import DenseLayer
 from fastkv.cache.kv_cache import KVCache
 from fastkv.cache.layer import EntryShape, KVLayer
@@ -87,6 +87,53 @@ def let_overflow(llm: LLM, prompts: list[list[int]], policy: Policy) -> KVPool:
     pool = idle_pool(llm)
     assert all(rows.isfinite().all() for layer in pool.layers for rows in layer.flat() or ())
     return pool
+
+
+class FullByHead(FullKV):
+    """The full cache in the other layout."""
+
+    layout = PerHeadLayer
+
+
+class SlowTwin:
+    """Goes on from what a cache of one sequence holds, and attends from scratch to lists of entries, head by head.
+
+    A sliding window counts these entries: it means what it should where none was dropped, or all are within it.
+    """
+
+    def __init__(self, llm: LLM, cache: KVCache, position: int) -> None:
+        self.model, self.position = llm.model, position
+        config = llm.config
+        self.group = config.n_heads // config.n_kv_heads
+        self.entries: list[list[tuple[Tensor, Tensor]]] = []
+        for layer in range(config.n_layers):
+            heads: list[tuple[Tensor, Tensor]] = []
+            for part in cache.read(layer):
+                heads += [(part.k[0, head].clone(), part.v[0, head].clone()) for head in range(part.k.shape[1])]
+            self.entries.append(heads)
+
+    @torch.inference_mode()
+    def run(self, ids: Tensor) -> Tensor:
+        """ids [1, T] -> logits [1, T, V], token by token."""
+        self.model.reserve(self.position + ids.shape[1])
+        logits = []
+        for index in range(ids.shape[1]):
+            hidden = self.model.embed(ids[:, index : index + 1])
+            rope = self.model.rope(torch.tensor([[self.position]]))
+            for layer, block in enumerate(self.model.blocks):
+                q, k, v = block.project(hidden, rope)
+                attended = []
+                for head, (keys, values) in enumerate(self.entries[layer]):
+                    keys, values = torch.cat((keys, k[0, head])), torch.cat((values, v[0, head]))
+                    self.entries[layer][head] = (keys, values)
+                    queries = q[0, head * self.group : (head + 1) * self.group, 0]
+                    window = self.model.config.windows[layer] or len(keys)
+                    keys, values = keys[-window:], values[-window:]
+                    attended.append((queries @ keys.T / q.shape[-1] ** 0.5).softmax(-1) @ values)
+                block.finish_(hidden, torch.cat(attended)[None, :, None])
+            logits.append(self.model.head(hidden[:, -1]))
+            self.position += 1
+        return torch.stack(logits, dim=1)
 
 
 def _overflowing(store: Callable[..., None]) -> Callable[..., None]:

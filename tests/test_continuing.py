@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
+from caches import FullByHead, SlowTwin
 from torch import Tensor
 
 from fastkv import (
@@ -56,12 +57,6 @@ def tokens(count: int, batch: int = 1, seed: int = 0) -> Tensor:
 # --- the full cache: any pieces are the whole ---
 
 
-class FullByHead(FullKV):
-    """The full cache in the other layout."""
-
-    layout = PerHeadLayer
-
-
 @pytest.mark.parametrize("policy", [FullKV(), FullByHead()], ids=["dense", "per head"])
 @pytest.mark.parametrize("batch", [1, 3])
 @pytest.mark.parametrize("pieces", [(100, 77), (1, 176), (150, 1, 1, 25), (40, 40, 40, 57)], ids=str)
@@ -98,42 +93,6 @@ def test_heads_of_different_lengths_keep_new_tokens_whole(tiny_llm: LLM) -> None
     torch.testing.assert_close(again.logits, slow.run(more)[:, -1], **CLOSE)
     step = tokens(1, seed=2)
     torch.testing.assert_close(tiny_llm.decode(again.cache, step), slow.run(step), **CLOSE)
-
-
-class SlowTwin:
-    """Attends from scratch to lists of entries, head by head, with an explicit causal loop."""
-
-    def __init__(self, llm: LLM, cache: Any, position: int) -> None:
-        self.model, self.position = llm.model, position
-        config = llm.config
-        self.group = config.n_heads // config.n_kv_heads
-        self.entries: list[list[tuple[Tensor, Tensor]]] = []
-        for layer in range(config.n_layers):
-            heads: list[tuple[Tensor, Tensor]] = []
-            for part in cache.read(layer):
-                heads += [(part.k[0, head].clone(), part.v[0, head].clone()) for head in range(part.k.shape[1])]
-            self.entries.append(heads)
-
-    @torch.inference_mode()
-    def run(self, ids: Tensor) -> Tensor:
-        """ids [1, T] -> logits [1, T, V], token by token."""
-        self.model.reserve(self.position + ids.shape[1])
-        logits = []
-        for index in range(ids.shape[1]):
-            hidden = self.model.embed(ids[:, index : index + 1])
-            rope = self.model.rope(torch.tensor([[self.position]]))
-            for layer, block in enumerate(self.model.blocks):
-                q, k, v = block.project(hidden, rope)
-                attended = []
-                for head, (keys, values) in enumerate(self.entries[layer]):
-                    keys, values = torch.cat((keys, k[0, head])), torch.cat((values, v[0, head]))
-                    self.entries[layer][head] = (keys, values)
-                    queries = q[0, head * self.group : (head + 1) * self.group, 0]
-                    attended.append((queries @ keys.T / q.shape[-1] ** 0.5).softmax(-1) @ values)
-                block.finish_(hidden, torch.cat(attended)[None, :, None])
-            logits.append(self.model.head(hidden[:, -1]))
-            self.position += 1
-        return torch.stack(logits, dim=1)
 
 
 FAMILIES: list[dict[str, Any]] = [

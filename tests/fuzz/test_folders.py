@@ -1,0 +1,18 @@
+"""Whatever a model folder holds: it loads and answers, or one line says what is wrong with it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pytest
+
+pytest.importorskip("hypothesis")
+from fuzz.running_folders import run_folder
+from fuzz.strategies_folders import folders
+
+if TYPE_CHECKING:
+    from fuzz.recording import Fuzz
+
+
+def test_a_hostile_folder_answers_or_is_refused(fuzz: Fuzz) -> None:
+    fuzz(folders(), run_folder, ordinary=400, share=0.4)
