@@ -1,15 +1,17 @@
 # make run    install, then run the bundled example through FastKV and through a full cache
 # make test   install with the test extra, then run the tests
+# make fuzz   the fuzz tests with EXAMPLES random examples; what they find is written to .fuzz
 # make lint   ruff (lint and format) and mypy
 
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 EXAMPLE := examples/archive
+EXAMPLES ?= 100000
 PACKAGE := -m fastkv -m fastkv.cli -m fastkv.cli_flags -m fastkv.__main__ -m fastkv.errors -m fastkv.storage -p fastkv.cache \
 	-p fastkv.console -p fastkv.engine -p fastkv.eval -p fastkv.kernels -p fastkv.models -p fastkv.report
 
-.PHONY: run test lint clean
+.PHONY: run test fuzz lint clean
 
 run: $(VENV)/run.stamp
 	@echo "== FastKV, 10 % of the KV cache kept" >&2
@@ -19,6 +21,11 @@ run: $(VENV)/run.stamp
 
 test: $(VENV)/test.stamp
 	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
+
+fuzz: $(VENV)/test.stamp
+	rm -rf .fuzz
+	FASTKV_FUZZ_EXAMPLES=$(EXAMPLES) FASTKV_FUZZ_FOLDER=.fuzz \
+		$(BIN)/python -m pytest tests/fuzz --numprocesses 2 --dist worksteal -p no:cacheprovider
 
 lint: $(VENV)/test.stamp
 	$(BIN)/ruff check .
@@ -37,4 +44,4 @@ $(VENV)/test.stamp: $(VENV)/run.stamp
 	@touch $@
 
 clean:
-	rm -rf $(VENV) .checked .pytest_cache .ruff_cache .mypy_cache *.egg-info
+	rm -rf $(VENV) .checked .pytest_cache .ruff_cache .mypy_cache .fuzz *.egg-info

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -32,7 +33,9 @@ def fuzz(request: pytest.FixtureRequest, watched: watchdog.Watchdog) -> Iterator
 
     made = Fuzz(request.node.name.removeprefix("test_"), watched)
     yield made
-    request.node.user_properties.append(("fuzz", [made.name, dict(made.counts)]))
+    by_policy = "policy" in getattr(request.node, "callspec", SimpleNamespace(params={})).params
+    row = request.node.originalname.removeprefix("test_") if by_policy else made.name
+    request.node.user_properties.append(("fuzz", [row, dict(made.counts)]))
 
 
 def pytest_runtest_logreport(report: Any) -> None:

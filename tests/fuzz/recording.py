@@ -104,5 +104,5 @@ def _write(name: str, number: int, run: Run, example: Any, outcome: Outcome) -> 
     program = (
         f"{told}\n# PYTHONPATH=FOLDER_OF_THE_PACKAGE:tests python THIS_FILE\n{names}\n\n{run.__name__}({example!r})\n"
     )
-    path = folder() / f"{name}-{number}.py"
+    path = folder() / f"{re.sub('[^a-z]+', '-', name)}-{number}.py"
     path.write_text(program, encoding="utf-8", errors="backslashreplace")

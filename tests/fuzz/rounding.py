@@ -14,7 +14,7 @@ from fastkv import LLM
 
 
 def require_same(llm: LLM, one: Callable[[], Any], other: Callable[[], Any], promise: str) -> None:
-    """BrokenPromiseError if they differ; UndecidedError if what one of them gives hangs on the rounding: if noise changes it."""
+    """BrokenPromiseError if they differ; UndecidedError where rounding decides it: if a little noise changes one."""
     found, expected = one(), other()
     if found == expected:
         return

@@ -12,13 +12,14 @@ import torch
 from caches import FullByHead, SlowTwin, live_entries
 from fuzz.outcomes import require
 from fuzz.rounding import require_close, require_same
-from fuzz.slow_prefill import slow_prefill
+from fuzz.slow_prefill import Entries, slow_prefill
 from fuzz.tiny_models import *  # noqa: F403 (a program that shows a fault again needs them)
 from fuzz.tiny_models import CONTEXT, Model, load, prompt
 from torch import Tensor
 
 from fastkv import LLM, FullKV, Prefill, SamplingParams
 from fastkv.cache.catalogue import POLICIES
+from fastkv.cache.kv_cache import KVCache
 from fastkv.cache.policy import Policy, plan_layers
 from fastkv.cache.setting import settings_of
 
@@ -117,52 +118,63 @@ def run_recomputed(case: Case) -> None:
     llm, (ids, *_), policy = load(case.model), case.prompts(), case.made()
     pre = llm.prefill(ids, policy, case.new)
     _check_selection(case, policy, pre)
-    tokens = [of_layer[0] for of_layer in pre.tokens]
-    positions = torch.arange(len(ids))
-    if len(tokens[0]) < len(ids):  # a first pass has chosen a prompt of its own
-        positions[tokens[0]] = torch.arange(len(tokens[0]))
-    logits, keys, values = slow_prefill(llm, torch.tensor([ids]), tokens, positions)
+    seen, new = [of_layer[0] for of_layer in pre.tokens], torch.tensor([ids])
+    if len(seen[0]) < len(ids):  # a first pass has chosen a prompt of its own
+        new, seen = new[:, seen[0]], [torch.searchsorted(seen[0], of_layer) for of_layer in seen]
+    logits, entries = slow_prefill(llm, new, seen)
     require_close(pre.logits, logits, "the logits are those of the tokens that each layer saw")
-    for layer in range(case.model.n_layers):
-        for head in range(case.model.n_kv_heads):
-            kept = torch.tensor(_kept(pre)[layer][head])
-            places = torch.searchsorted(tokens[layer], kept)
-            for found, everything in zip(live_entries(pre.cache.pool, layer, 0, head), (keys, values), strict=True):
-                require_close(found, everything[layer][head, places], "the cache holds the entries that were kept")
-    _check_decoding(llm, pre, case)
-
-
-def _check_decoding(llm: LLM, pre: Prefill, case: Case) -> None:
-    slow = SlowTwin(llm, pre.cache, pre.cache.position)
-    for token in prompt(case.new, case.seed + 99):
-        ids = torch.tensor([[token]])
-        require_close(llm.decode(pre.cache, ids[0]), slow.run(ids)[:, -1], "decoding attends to what was kept")
+    _check_entries(pre, entries, [[of_layer[0].tolist()] * case.model.n_kv_heads for of_layer in pre.tokens], pre.kept)
+    _check_decoding(llm, pre.cache, case)
 
 
 def run_continued(case: Case) -> None:
-    """New tokens after a cache, no more than the window: all are kept, and attend to all that there is."""
+    """The same for new tokens after a cache, from which a policy may choose again."""
     llm, (ids, *_), policy = load(case.model), case.prompts(), case.made()
-    pre = llm.prefill(ids, policy, 0)
-    slow = SlowTwin(llm, pre.cache, pre.cache.position)
-    new = torch.tensor([prompt(max(1, min(policy.window, case.new)), case.seed + 99)])
-    again = llm.prefill(new, policy, case.new, cache=pre.cache)
-    require_close(again.logits, slow.run(new)[:, -1], "a sequence goes on from what was kept")
-    several = torch.tensor([prompt(case.new, case.seed + 98)])
-    require_close(llm.decode(again.cache, several), slow.run(several), "a step of several tokens is as many steps")
+    cache = llm.prefill(ids, policy, 0).cache
+    start, new = cache.position, torch.tensor([prompt(case.pieces, case.seed + 99)])
+    heads = range(case.model.n_kv_heads)
+    earlier = [[live_entries(cache.pool, layer, 0, head) for head in heads] for layer in range(case.model.n_layers)]
+    positions = [_places(cache.positions(layer)) for layer in range(case.model.n_layers)]
+    again = llm.prefill(new, policy, case.new, cache=cache)
+    logits, entries = slow_prefill(llm, new, [of_layer[0] - start for of_layer in again.tokens], start, earlier)
+    require_close(again.logits, logits, "new tokens attend to what was kept, and to one another")
+    for of_layer, tokens in zip(positions, again.tokens, strict=True):
+        for of_head in of_layer:
+            of_head += tokens[0].tolist()
+    _check_entries(again, entries, positions, [cache.positions(layer) for layer in range(case.model.n_layers)])
+    _check_decoding(llm, cache, case)
 
 
-def run_in_pieces(case: Case) -> None:
-    """A full cache, in whichever layout, filled piece by piece."""
+def run_full(case: Case) -> None:
+    """A full cache, in whichever layout, at once or piece by piece, whatever the sliding window."""
     llm, (ids, *_) = load(case.model), case.prompts()
     policy = FullByHead() if case.narrow else FullKV()
-    whole, cut = llm.prefill(ids, FullKV(), 2), max(1, len(ids) * case.pieces // 400)
-    pre = llm.prefill(ids[:cut], policy, 2)
+    whole, cut = llm.prefill(ids, FullKV(), case.new), max(1, len(ids) * case.pieces // 60)
+    logits, _ = slow_prefill(llm, torch.tensor([ids]), [torch.arange(len(ids))] * case.model.n_layers)
+    require_close(whole.logits, logits, "the logits of a full cache are those of plain loops")
+    pre = llm.prefill(ids[:cut], policy, case.new)
     if cut < len(ids):
-        pre = llm.prefill(ids[cut:], policy, 2, cache=pre.cache)
-    require_close(pre.logits, whole.logits, "a prompt in pieces is the prompt")
-    for token in (3, 5):
-        found, expected = (llm.decode(one.cache, torch.tensor([token])) for one in (pre, whole))
-        require_close(found, expected, "after a prompt in pieces, decoding is that of the prompt")
+        pre = llm.prefill(ids[cut:], policy, case.new, cache=pre.cache)
+    require_close(pre.logits, logits, "a prompt in pieces is the prompt")
+    for cache in (pre.cache, whole.cache):
+        _check_decoding(llm, cache, case)
+
+
+def _check_entries(pre: Prefill, entries: list[Entries], positions: Kept, kept: list[Tensor]) -> None:
+    """The cache holds, of all entries at these positions, those that were kept."""
+    for layer, of_layer in enumerate(entries):
+        for head, (keys, values) in enumerate(of_layer):
+            places = [positions[layer][head].index(place) for place in _places(kept[layer])[head]]
+            found = live_entries(pre.cache.pool, layer, 0, head)
+            require_close(found[0], keys[places], "the cache holds the keys that were kept")
+            require_close(found[1], values[places], "the cache holds the values that were kept")
+
+
+def _check_decoding(llm: LLM, cache: KVCache, case: Case) -> None:
+    """A token at a time, then the last two of them at once."""
+    slow, new = SlowTwin(llm, cache, cache.position), torch.tensor([prompt(case.new, case.seed + 98)])
+    for step in new.split([*[1] * max(0, case.new - 2), min(2, case.new)], dim=1):
+        require_close(llm.decode(cache, step), slow.run(step), "decoding attends to what was kept")
 
 
 def _check_selection(case: Case, policy: Policy, pre: Prefill) -> None:
@@ -237,4 +249,9 @@ def run_chunks(case: Case) -> None:
 
 def _kept(pre: Prefill) -> Kept:
     """Positions of each layer and head of the first sequence."""
-    return [[[place for place in head if place >= 0] for head in layer[0].tolist()] for layer in pre.kept]
+    return [_places(layer) for layer in pre.kept]
+
+
+def _places(positions: Tensor) -> list[list[int]]:
+    """int64 [B, Hkv, n], -1 after the last of a short head -> those of each head of the first sequence."""
+    return [[place for place in head if place >= 0] for head in positions[0].tolist()]

@@ -83,9 +83,9 @@ def _model(family: str, *drawn: Any) -> Model:
 
 
 @st.composite
-def cases(draw: st.DrawFn, *, whole_window: bool = True) -> Case:
-    """whole_window: half of the models with a sliding window get one that the prompt is within."""
-    model, name = draw(models()), draw(st.sampled_from(list(POLICIES)))
+def cases(draw: st.DrawFn, policy: str | None = None) -> Case:
+    """A case of this policy, or of any. Half of the prompts are within the model's sliding window."""
+    model, name = draw(models()), draw(st.sampled_from(list(POLICIES))) if policy is None else policy
     known = [setting for setting in settings_of(POLICIES[name]) if setting in VALUES]
     chosen = draw(st.lists(st.sampled_from(known), max_size=6, unique=True)) if known else []
     settings = {setting: draw(VALUES[setting]) for setting in chosen}
@@ -95,7 +95,7 @@ def cases(draw: st.DrawFn, *, whole_window: bool = True) -> Case:
         settings.pop("tsp_len", None)
         settings |= {"tsp_layer": (0, model.n_layers - 2), "tsp_rate": (0.7, 0.4)}
     lengths = draw(st.lists(st.integers(1, 120), min_size=1, max_size=4).map(tuple))
-    if model.window is not None and whole_window and draw(st.booleans()):
+    if model.window is not None and draw(st.booleans()):
         lengths = tuple(max(1, min(length, model.window - 4)) for length in lengths)
     return Case(
         model,

@@ -95,23 +95,27 @@ def messages() -> st.SearchStrategy[tuple[dict[str, Any], ...]]:
     return st.lists(message, max_size=3).map(tuple)
 
 
-def folders() -> st.SearchStrategy[Folder]:
-    """Most with one change; the tokenizer and the template, where libraries do the work, more often than others."""
-    edit = st.one_of(
-        config_edits(),
-        tokenizer_edits(),
-        tokenizer_edits(),
-        beside_edits(),
-        template_edits(),
-        weight_edits(),
-        file_edits(),
-    )
-    edits = st.lists(edit, min_size=1, max_size=1).map(tuple) | st.lists(edit, min_size=1, max_size=3).map(tuple)
+# What is changed, by the name that it has in the table of `make fuzz`.
+EDITS: dict[str, st.SearchStrategy[Edit]] = {
+    "config": config_edits(),
+    "weights": weight_edits(),
+    "tokenizer": tokenizer_edits(),
+    "beside the tokenizer": beside_edits(),
+    "template": template_edits(),
+    "files": file_edits(),
+}
+EDITS["anything"] = st.one_of(*EDITS.values())
+
+
+def folders(what: str) -> st.SearchStrategy[Folder]:
+    """Folders with one change of this kind, or up to three."""
+    edit = EDITS[what]
+    edits = st.lists(edit, min_size=1, max_size=1) | st.lists(edit, min_size=1, max_size=3)
     return st.builds(
         Folder,
         st.sampled_from(["LlamaForCausalLM", *FAMILIES]),
         st.sampled_from(["json", *KINDS]),
-        edits,
+        edits.map(tuple),
         prompts(),
         messages(),
         st.sampled_from([None, None, None, "int8"]),

@@ -8,11 +8,12 @@ import pytest
 
 pytest.importorskip("hypothesis")
 from fuzz.running_folders import run_folder
-from fuzz.strategies_folders import folders
+from fuzz.strategies_folders import EDITS, folders
 
 if TYPE_CHECKING:
     from fuzz.recording import Fuzz
 
 
-def test_a_hostile_folder_answers_or_is_refused(fuzz: Fuzz) -> None:
-    fuzz(folders(), run_folder, ordinary=400, share=0.4)
+@pytest.mark.parametrize("what", EDITS)
+def test_a_hostile_folder_answers_or_is_refused(fuzz: Fuzz, what: str) -> None:
+    fuzz(folders(what), run_folder, ordinary=60, share=0.06)

@@ -24,6 +24,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub.constants
 from fuzz.outcomes import FAULT, Outcome, outcome_of, shortened
 
 Run = Callable[[Any], None]
@@ -83,7 +84,8 @@ class Watchdog:
         stack = _told_stack(self._process.pid, self.folder)
         self._end()
         functions = re.findall(r'File "(?!<).*/(\w+\.py)", line \d+, in (\w+)', stack)
-        return Outcome(FAULT, f"{what}{' in '.join(('', ':'.join(functions[-1]))) if functions else ''}", stack)
+        place = f" in {':'.join(functions[-1])}" if functions else ""
+        return Outcome(FAULT, f"{what}{place}", stack)
 
     def _end(self) -> None:
         if self._connection is None:
@@ -189,7 +191,7 @@ def _prepare(folder: Path) -> None:
     fresh_streams()
     logging.getLogger().handlers.clear()
     os.environ["RUST_BACKTRACE"] = "0"
-    os.environ["HF_HUB_OFFLINE"] = "1"
+    huggingface_hub.constants.HF_HUB_OFFLINE = True
     warnings.resetwarnings()
     warnings.simplefilter("ignore", DeprecationWarning)
     warnings.showwarning = _show_warning
