@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable
 from typing import Any
 
 from fuzz.edits import Bytes
 from fuzz.running_command import OUTPUT, Command
+from fuzz.strategies_values import mostly
 from hypothesis import strategies as st
 
 from fastkv.cache.catalogue import POLICIES, SETTINGS
+from fastkv.cache.setting import settings_of
 from fastkv.cli_flags import build_parser
 
 PROMPT, PROMPTS, POLICY = "prompt.txt", "prompts.jsonl", "policy.json"
@@ -162,63 +163,61 @@ FITTING: dict[str, list[str]] = {
     "head_scores": ["scores.json"],
 }
 _SMALL = ["0", "1", "2", "4", "0.1", "0.5", "1.0"]  # what is tried for any other setting
-Mixed = st.SearchStrategy[list[str]]
+_JUNK = ["--help", "--version", "-h", "extra", "--nothing", f"--promp={PROMPT}", "--prompt", "@x", "--", "-x", ""]
+# What decides where prompts come from and answers go; it is drawn apart from the rest.
+_ENDS = ("model", "prompt", "prompts", "policy", "policy_file", "output", "batch_size", "kv_memory", "help", "version")
+Arguments = st.SearchStrategy[list[str]]
 
 
-def _options() -> list[argparse.Action]:
-    return [action for action in build_parser()._actions if action.option_strings]
-
-
-def _flag(action: argparse.Action) -> Mixed:
-    """A flag with its value, if it takes one: seven in eight fit."""
+def _flag(action: argparse.Action, values: st.SearchStrategy[str]) -> Arguments:
+    """A flag, with a value if it takes one."""
     name = action.option_strings[-1]
     if action.nargs == 0:
         return st.just([name])
-    fitting = st.sampled_from(FITTING.get(action.dest, _SMALL))
-    hostile = st.sampled_from(HOSTILE) | st.text(
-        st.characters(exclude_characters="\0", exclude_categories=()), max_size=6
-    )
-    value = st.one_of(*[fitting] * 7, hostile)
-    return st.builds(lambda text, joined: [f"{name}={text}"] if joined else [name, text], value, st.booleans())
+    return st.builds(lambda text, joined: [f"{name}={text}"] if joined else [name, text], values, st.booleans())
 
 
-def _fitting(dest: str) -> Callable[[str], list[str]]:
-    return lambda text: ["--" + dest.replace("_", "-"), text]
+def _sound(action: argparse.Action) -> Arguments:
+    tried = FITTING.get(action.dest) or [text for text in _SMALL if _reads(action, text)]
+    return _flag(action, st.sampled_from(tried))
 
 
-def arguments() -> st.SearchStrategy[tuple[str, ...]]:
-    actions = [action for action in _options() if action.dest not in ("help", "version")]
-    any_flag = st.sampled_from(actions).flatmap(_flag)
-    junk = st.sampled_from(
-        [
-            ["--help"],
-            ["--version"],
-            ["-h"],
-            ["extra"],
-            ["--nothing"],
-            ["--promp", PROMPT],
-            ["--prompt"],
-            ["@x"],
-            ["--"],
-            ["-x"],
-        ]
-    )
+def _reads(action: argparse.Action, text: str) -> bool:
+    read: Any = action.type or str
+    try:
+        read(text)
+    except ValueError:
+        return False
+    return True
+
+
+def _wild(action: argparse.Action) -> Arguments:
+    characters = st.characters(exclude_characters="\0", exclude_categories=())  # which no argument can hold
+    return _flag(action, st.sampled_from(HOSTILE) | st.text(characters, max_size=6))
+
+
+@st.composite
+def arguments(draw: st.DrawFn) -> tuple[str, ...]:
+    """A command that fits, with none, one or two arguments that do not."""
+    actions = [action for action in build_parser()._actions if action.option_strings]
+    name = draw(st.sampled_from(sorted(POLICIES)))
+    own = [action for action in actions if action.dest in settings_of(POLICIES[name])]
+    others = [action for action in actions if action.dest not in (*SETTINGS, *_ENDS)]
     one, many = ["--prompt", PROMPT], ["--prompts", PROMPTS, "--output", OUTPUT]
-    usual = st.sampled_from([one, one, one, many, many, ["--prompt", "-"], []])
-    model = st.sampled_from([["--model", "model"]] * 19 + [[]])
-    short = st.sampled_from([["--max-tokens", "3"]] * 9 + [[]])
-    policy_settings = [action for action in actions if action.dest in SETTINGS]
-    policy = st.sampled_from(sorted(POLICIES)).map(_fitting("policy"))
-    of_policy = st.lists(st.sampled_from(policy_settings).flatmap(_flag), max_size=2)
-    flags = st.lists(st.one_of(any_flag, any_flag, any_flag, any_flag, any_flag, any_flag, any_flag, junk), max_size=4)
-    with_policy = st.builds(lambda name, settings: [name, *settings], policy, of_policy)
-    parts = st.builds(lambda *parts: [part for group in parts for part in group], flags, with_policy | st.just([]))
-    whole = st.tuples(model, usual, short, parts, st.booleans())
-    return whole.map(lambda drawn: tuple(_flat([*drawn[:3], *drawn[3]], drawn[4])))
-
-
-def _flat(parts: list[list[str]], backwards: bool) -> list[str]:
-    return [text for part in (reversed(parts) if backwards else parts) for text in part]
+    parts = [
+        draw(st.sampled_from([["--model", "model"]] * 29 + [[]])),
+        draw(st.sampled_from([one] * 4 + [many, [*many, "--batch-size", "2"], ["--prompt", "-"]] * 2 + [[]])),
+        draw(st.sampled_from([["--max-tokens", "3"]] * 9 + [[]])),
+        *draw(st.lists(st.sampled_from(others).flatmap(_sound), max_size=2)),
+    ]
+    if own and draw(st.booleans()):
+        parts += [["--policy", name], *draw(st.lists(st.sampled_from(own).flatmap(_sound), max_size=2))]
+    wild = mostly(st.sampled_from(actions).flatmap(_wild), st.sampled_from(_JUNK).map(lambda text: [text]), 5)
+    for _ in range(draw(st.sampled_from([0, 0, 1, 1, 2]))):
+        parts.append(draw(wild))
+    if draw(st.booleans()):
+        parts.reverse()
+    return tuple(text for part in parts for text in part)
 
 
 def commands() -> st.SearchStrategy[Command]:
@@ -246,7 +245,7 @@ def prompt_bytes() -> st.SearchStrategy[Bytes]:
     ]
     exact = st.sampled_from(odd) | st.binary(max_size=60)
     long = st.builds(Bytes, st.just(b""), st.sampled_from([b"hello ", b"x", b"\xf0\x9f\x98\x80"]), st.integers(1, 150))
-    return st.one_of(*[st.sampled_from([text.encode() for text in sound]).map(Bytes)] * 3, exact.map(Bytes), long)
+    return mostly(st.sampled_from([text.encode() for text in sound]).map(Bytes), exact.map(Bytes) | long)
 
 
 def files() -> st.SearchStrategy[dict[str, Bytes]]:
@@ -265,7 +264,7 @@ def prompt_lines() -> st.SearchStrategy[Bytes]:
     prompt = st.fixed_dictionaries({"prompt": text}, optional={"id": name})
     odd = st.fixed_dictionaries({}, optional={"prompt": text | st.none() | st.integers(), "id": name, "x": st.none()})
     sound = st.just({"prompt": "hello again"}) | prompt
-    written = st.one_of(*[sound] * 8, odd).map(lambda value: json.dumps(value).encode())
+    written = mostly(sound, odd, 8).map(lambda value: json.dumps(value).encode())
     raw = st.sampled_from(
         [
             b"",
@@ -285,7 +284,7 @@ def prompt_lines() -> st.SearchStrategy[Bytes]:
             b"\x0c",
         ]
     )
-    line = st.one_of(*[written] * 8, raw, st.binary(max_size=20))
+    line = mostly(written, raw | st.binary(max_size=20), 8)
     return st.builds(
         lambda lines, end: Bytes(end.join(lines) + end),
         st.lists(line, min_size=1, max_size=4),
@@ -305,7 +304,7 @@ def _policy_file() -> st.SearchStrategy[Bytes]:
             "settings": settings | value,
         }
     )
-    return whole.map(lambda values: Bytes(json.dumps(values).encode())) | st.binary(max_size=20).map(Bytes)
+    return mostly(whole.map(lambda values: Bytes(json.dumps(values).encode())), _noise(), 5)
 
 
 def _head_scores() -> st.SearchStrategy[Bytes]:
@@ -333,4 +332,8 @@ def _earlier() -> st.SearchStrategy[Bytes]:
         b"[" * 100_000 + b"\n",
         b"[" * 100_000,
     ]
-    return st.sampled_from(some).map(Bytes) | st.binary(max_size=20).map(Bytes)
+    return st.sampled_from(some).map(Bytes) | _noise()
+
+
+def _noise() -> st.SearchStrategy[Bytes]:
+    return st.binary(max_size=20).map(Bytes)

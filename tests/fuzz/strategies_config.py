@@ -6,7 +6,7 @@ from typing import Any
 
 from fuzz.base_folders import FAMILIES
 from fuzz.edits import Edit, Put, PutSomewhere
-from fuzz.strategies_values import integers, numbers, scalars, values
+from fuzz.strategies_values import integers, mostly, numbers, scalars, values
 from hypothesis import strategies as st
 
 KEYS = [
@@ -86,7 +86,7 @@ def _kinds() -> st.SearchStrategy[Any]:
 def _rope() -> st.SearchStrategy[Any]:
     """A section of rotary settings, of every form, with numbers of every size."""
     sane = st.sampled_from([0.5, 1.0, 2.0, 8.0, 32, 128, 10_000.0])
-    number = sane | sane | numbers() | integers() | scalars()
+    number = mostly(sane, numbers() | integers() | scalars())
     kind = st.sampled_from(SCALINGS)
     key = st.sampled_from(["rope_type", "type"])
     whole = st.builds(
@@ -97,7 +97,7 @@ def _rope() -> st.SearchStrategy[Any]:
         st.just({}) | st.builds(lambda value: {"truncate": value}, scalars()),
     )
     by_layer = st.dictionaries(st.sampled_from(["full_attention", "sliding_attention"]), whole, max_size=2)
-    return whole | whole | by_layer | values()
+    return mostly(whole, by_layer | values())
 
 
 def _ends() -> st.SearchStrategy[Edit]:

@@ -86,7 +86,7 @@ def prompts() -> st.SearchStrategy[str]:
         "▁",
         "1234",
     ]
-    return st.sampled_from(some) | st.text(max_size=20)
+    return st.sampled_from(some) | st.text(min_size=1, max_size=20)
 
 
 def messages() -> st.SearchStrategy[tuple[dict[str, Any], ...]]:
@@ -114,7 +114,7 @@ def folders(what: str) -> st.SearchStrategy[Folder]:
     return st.builds(
         Folder,
         st.sampled_from(["LlamaForCausalLM", *FAMILIES]),
-        st.sampled_from(["json", *KINDS]),
+        st.sampled_from(["json", "shards"] if what == "tokenizer" else ["json", *KINDS]),
         edits.map(tuple),
         prompts(),
         messages(),

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from fuzz.edits import Bytes, Content, Edit, Put
+from fuzz.strategies_values import mostly
 from hypothesis import strategies as st
 
 HOSTILE = [
     "{{ 'a' * 10**9 }}",
     "{{ ('a' * 10**5) * 10**5 }}",
     "{{ 9 ** 9 ** 9 }}",
+    "{{ 9 ** 99999999 }}",
     "{{ 10 ** 10000 }}",
     "{{ 7 ** 7 ** 7 % 3 }}",
     "{{ 2 << 10**9 }}",
@@ -271,7 +273,7 @@ def _deep() -> st.SearchStrategy[Bytes]:
 
 def template_edits() -> st.SearchStrategy[Edit]:
     file = st.just("chat_template.jinja")
-    source = st.sampled_from(HOSTILE) | programs() | programs()
+    source = mostly(programs(), st.sampled_from(HOSTILE), 2)
     as_bytes = source.map(lambda text: Bytes(text.encode("utf-8", "replace")))
     config, key = st.just("tokenizer_config.json"), st.just(("chat_template",))
     named = st.lists(

@@ -8,7 +8,7 @@ from typing import Any
 
 from fuzz.base_folders import VOCABULARY
 from fuzz.running_text import Answer, Call
-from fuzz.strategies_values import scalars, values
+from fuzz.strategies_values import mostly, scalars, values
 from hypothesis import strategies as st
 
 SETTINGS: dict[str, st.SearchStrategy[Any]] = {
@@ -68,8 +68,8 @@ def answers() -> st.SearchStrategy[Answer]:
 def calls() -> st.SearchStrategy[Call]:
     anything = scalars() | st.sampled_from(ODD) | values()
     setting = st.sampled_from([*SETTINGS, "stop"]).flatmap(
-        lambda name: st.tuples(st.just(name), st.one_of(*[SETTINGS.get(name, st.just("a"))] * 4, anything))
+        lambda name: st.tuples(st.just(name), mostly(SETTINGS.get(name, st.just("a")), anything, 4))
     )
     settings = st.lists(setting, max_size=3, unique_by=lambda drawn: drawn[0]).map(tuple)
-    prompt = st.one_of(*[st.sampled_from(["hello", [5, 6, 7], ["a", "b"]])] * 3, anything)
+    prompt = mostly(st.sampled_from(["hello", [5, 6, 7], ["a", "b"]]), anything)
     return st.builds(Call, prompt, settings)

@@ -6,7 +6,7 @@ from __future__ import annotations
 from typing import Any
 
 from fuzz.edits import Edit, Flip, Put, PutSomewhere
-from fuzz.strategies_values import integers, numbers, scalars, texts, values
+from fuzz.strategies_values import integers, mostly, numbers, scalars, texts, values
 from hypothesis import strategies as st
 
 FILE = "tokenizer.json"
@@ -57,7 +57,7 @@ BEHAVIOURS = ["Removed", "Isolated", "MergedWithPrevious", "MergedWithNext", "Co
 
 
 def words() -> st.SearchStrategy[Any]:
-    return st.sampled_from(WORDS) | st.sampled_from(WORDS) | texts()
+    return mostly(st.sampled_from(WORDS), texts(), 5)
 
 
 def _pattern() -> st.SearchStrategy[Any]:
@@ -72,13 +72,13 @@ def _part(kind: str, **parameters: st.SearchStrategy[Any]) -> st.SearchStrategy[
     odd = st.fixed_dictionaries(
         {"type": st.just(kind)}, optional={name: value | scalars() for name, value in parameters.items()}
     )
-    return sound | sound | sound | odd if parameters else sound
+    return mostly(sound, odd) if parameters else sound
 
 
 def _several(parts: st.SearchStrategy[Any], name: str) -> st.SearchStrategy[Any]:
     sequence = st.fixed_dictionaries({"type": st.just("Sequence"), name: st.lists(parts, max_size=4)})
     nested = st.fixed_dictionaries({"type": st.just("Sequence"), name: st.lists(sequence, max_size=2)})
-    return parts | parts | sequence | nested
+    return mostly(parts, sequence | nested, 1)
 
 
 def _counts() -> st.SearchStrategy[int]:
@@ -201,9 +201,9 @@ def models() -> st.SearchStrategy[Any]:
 
 def added_tokens() -> st.SearchStrategy[Any]:
     yes = st.booleans()
+    flags = ("single_word", "lstrip", "rstrip", "normalized", "special")
     token = st.fixed_dictionaries(
-        {"id": _counts() | st.integers(300, 345), "content": words()},
-        optional=dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized", "special"), yes),
+        {"id": _counts() | st.integers(300, 345), "content": words(), **dict.fromkeys(flags, yes)}
     )
     return st.lists(token, max_size=4)
 

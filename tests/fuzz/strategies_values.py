@@ -53,6 +53,11 @@ TEXTS = [
 ]
 
 
+def mostly(usual: st.SearchStrategy[Any], other: st.SearchStrategy[Any], times: int = 3) -> st.SearchStrategy[Any]:
+    """The usual ones so many times as often as the others, of however many kinds these are."""
+    return st.integers(0, times).flatmap(lambda number: usual if number else other)
+
+
 def integers() -> st.SearchStrategy[int]:
     return st.sampled_from(INTEGERS) | st.integers(-10, 400)
 

@@ -41,7 +41,7 @@ def weight_edits() -> st.SearchStrategy[Edit]:
     )
     flips = st.builds(Flip, FILES, st.integers(0, 3000) | st.integers(-3000, -1), st.integers(1, 255))
     cuts = st.builds(Cut, FILES, st.floats(0, 1))
-    return headers | headers | flips | cuts | _index() | st.builds(Renamed, FILES, FILES)
+    return headers | flips | cuts | _index() | st.builds(Renamed, FILES, FILES)
 
 
 def _index() -> st.SearchStrategy[Edit]:
