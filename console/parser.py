@@ -11,6 +11,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
+from fastkv.console.warnings_told import warnings_told
 from fastkv.errors import FastKVError, FaultError, brief, cut, one_line, writable
 
 DONE, FAULT, USER_ERROR, INTERRUPTED = 0, 1, 2, 130
@@ -73,7 +74,8 @@ def guarded(name: str, work: Callable[[], int | None], settings: Collection[str]
     _occupy_closed_streams()
     write_utf8()  # typographic signs, whatever the locale says
     try:
-        return _flushed(work) or DONE
+        with warnings_told(name, say):
+            return _flushed(work) or DONE
     except FastKVError as error:
         flag = f"{flag_of(error.setting)}: " if error.setting is not None and error.setting in settings else ""
         say(f"{name}: error: {flag}{error}")

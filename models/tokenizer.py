@@ -64,6 +64,7 @@ class Tokenizer:
         eos = self._id_of("eos_token")
         self.eos_ids = frozenset([*config.eos_token_ids, *([] if eos is None else [eos])])
         self._prefix, self._suffix = self._frame(tokens.config, eos)
+        self._told = False  # of a second BOS: of many prompts the first one says it for all
 
     @classmethod
     def from_pretrained(cls, folder: Path, config: ModelConfig) -> Tokenizer | None:
@@ -91,7 +92,8 @@ class Tokenizer:
         limit: tokens that can be used. FastKVError, before all of the text is encoded, where it has far more.
         """
         ids = self._encode(text, limit)
-        if self._prefix and ids[: len(self._prefix)] == self._prefix:
+        if self._prefix and ids[: len(self._prefix)] == self._prefix and not self._told:
+            self._told = True
             _log.warning("the prompt begins with a BOS token, and gets another one: leave it out of the prompt")
         return [*self._prefix, *ids, *self._suffix]
 

@@ -325,6 +325,13 @@ def test_chat_and_system(run: Run) -> None:
     assert json.loads(run("xyz", "--chat", "--json").out)["metrics"]["prompt_tokens"] == 1 + 3
 
 
+def test_a_warning_is_a_line_of_the_command(run: Run) -> None:
+    said = run("<s>a", "--max-tokens", "1", "--quiet").err
+    assert said.startswith("fastkv-run: warning: the prompt begins with a BOS token")
+    assert len(said.splitlines()) == 1
+    assert run("a", "--max-tokens", "1", "--quiet").err == ""
+
+
 def test_arguments_of_the_chat_template(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     """A value that is JSON is what it says, and anything else a text. One that is not used is a mistake."""
     template = "{{ a is sameas false }}{{ b }}{% for m in messages %}{{ m.content }}{% endfor %}"

@@ -190,6 +190,7 @@ def _prepare(folder: Path) -> None:
     _captured[:] = [folder / "stdout", folder / "stderr"]
     fresh_streams()
     logging.getLogger().handlers.clear()
+    logging.getLogger("fastkv").addHandler(logging.NullHandler())  # a warning that is logged is no fault
     os.environ["RUST_BACKTRACE"] = "0"
     huggingface_hub.constants.HF_HUB_OFFLINE = True
     warnings.resetwarnings()
