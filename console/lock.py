@@ -6,6 +6,8 @@ import os
 from pathlib import Path
 from typing import IO
 
+from fastkv.errors import cut
+
 try:
     import fcntl
 except ImportError:  # Windows
@@ -43,7 +45,7 @@ def holder(file: IO[bytes]) -> str:
     except (OSError, AttributeError, StopIteration, IndexError):
         return "another process"
     command = " ".join(filter(None, words))
-    return f"process {pid} ({command if len(command) <= 60 else command[:57] + '...'})"
+    return f"process {pid} ({cut(command, 60)})"
 
 
 def _lock_on_windows(file: IO[bytes]) -> None:

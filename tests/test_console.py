@@ -110,11 +110,13 @@ def test_a_tail_stays_until_it_is_dropped(tmp_path: Path) -> None:
         assert path.read_text("utf-8") == '{"id": "1"}\n{"id": "é"}\n'  # before it is closed
 
 
-def test_a_look_at_the_output_disturbs_nobody(tmp_path: Path) -> None:
+def test_a_look_at_the_output_disturbs_nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It neither makes the file, which another process may make meanwhile, nor keeps the one that writes from it."""
-    path = tmp_path / "out.jsonl"
+    path, gone, real = tmp_path / "out.jsonl", [], Path.unlink
+    monkeypatch.setattr(Path, "unlink", lambda file, **how: (gone.append(file.name), real(file, **how)))
     check_output(path)
     assert list(tmp_path.iterdir()) == []
+    assert path.name not in gone
     path.touch()
     with path.open("rb") as one, path.open("rb") as other:
         assert lock(one, shared=True)
