@@ -32,6 +32,7 @@ class KVCache:
         self.position = self.whole_from = 0
         self._chosen: list[Tensor | None] = [None] * len(pool.layers)  # int64 [B, Hkv, n], before whole_from
         self.unfinished, self._whole = False, True
+        self._row: tuple[tuple[int, int], Tensor] | None = None  # of which positions, and these
 
     @property
     def layers(self) -> Sequence[KVLayer]:
@@ -68,10 +69,21 @@ class KVCache:
         Where heads keep different numbers, -1 stands after the chosen ones of a shorter head. end: as if the sequence
         continued whole up to this position (None: as it is).
         """
-        heads, end = self.pool.shape.n_kv_heads, self.position if end is None else end
-        whole = torch.arange(self.whole_from, end, device=self.pool.device).expand(self.batch, heads, -1)
+        whole = self._positions_of_whole(self.position if end is None else end)
         chosen = self._chosen[layer]
         return whole if chosen is None else torch.cat((chosen, whole), dim=2)
+
+    def _positions_of_whole(self, end: int) -> Tensor:
+        """Those from `whole_from` up to `end`: int64 [B, Hkv, n], made once for all layers that ask.
+
+        One for each layer would not take much, but lie between the large tensors of the layers, and keep the allocator
+        from using their memory again.
+        """
+        known = self._row
+        if known is None or known[0] != (self.whole_from, end):
+            row = torch.arange(self.whole_from, end, device=self.pool.device)
+            known = self._row = ((self.whole_from, end), row)
+        return known[1].expand(self.batch, self.pool.shape.n_kv_heads, -1)
 
     def read(self, layer: int) -> list[Part]:
         """The live entries of a layer: see KVLayer.read."""
