@@ -54,11 +54,18 @@ class HostMemory:
         count = math.prod(shape)
         taken = -(-count * dtype.itemsize // _ALIGNMENT) * _ALIGNMENT
         if self._memory is None or self._next_byte + taken > self._end:
-            self._memory, self._next_byte, self._end = _region(max(taken, self._region))
+            self._memory, self._next_byte, self._end = self._more(taken)
         offset, self._next_byte = self._next_byte, self._next_byte + taken
         with torch.inference_mode(False):  # what is made while generating may be written to later
             # Each tensor has a storage of its own, which keeps the mapping alive: saving one saves no other.
             return torch.frombuffer(self._memory, dtype=dtype, count=count, offset=offset).view(shape)
+
+    def _more(self, nbytes: int) -> tuple[mmap.mmap, int, int]:
+        """A region, or, where memory is short, what is needed now and no more."""
+        try:
+            return _region(max(nbytes, self._region))
+        except RuntimeError:
+            return _region(nbytes)
 
 
 def _region(nbytes: int) -> tuple[mmap.mmap, int, int]:
