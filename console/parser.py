@@ -13,6 +13,9 @@ from typing import Any, NoReturn
 
 from fastkv.console.warnings_told import warnings_told
 from fastkv.errors import FastKVError, FaultError, brief, cut, one_line, writable
+from fastkv.kernels.out_of_memory import COMMAND, is_out_of_memory, told
+
+_RESERVE = 4 << 20  # bytes that are kept for telling that there are no more
 
 DONE, FAULT, USER_ERROR, INTERRUPTED = 0, 1, 2, 130
 _LONGEST_NAME = 4096  # of a file, on any system of today
@@ -73,7 +76,9 @@ def guarded(name: str, work: Callable[[], int | None], settings: Collection[str]
     """
     _occupy_closed_streams()
     write_utf8()  # typographic signs, whatever the locale says
+    reserve: list[bytearray] = []
     try:
+        reserve.append(bytearray(_RESERVE))  # never touched: it takes address space, and no memory
         with warnings_told(name, say):
             return _flushed(work) or DONE
     except FastKVError as error:
@@ -85,10 +90,17 @@ def guarded(name: str, work: Callable[[], int | None], settings: Collection[str]
     except BrokenPipeError:
         _drop_stdout()  # the reader has gone: nothing is left to say
         return DONE
-    except OSError as error:
+    except Exception as error:
+        reserve.clear()
+        if is_out_of_memory(error):
+            line, status = told(error, COMMAND), USER_ERROR
+        elif isinstance(error, OSError):
+            line, status = str(error), FAULT
+        else:
+            raise
         _drop_stdout()
-        say(f"{name}: error: {one_line(str(error), _LONGEST)}")
-        return FAULT
+        say(f"{name}: error: {one_line(line, _LONGEST)}")
+        return status
 
 
 def say(line: str) -> None:
