@@ -21,6 +21,7 @@ from fastkv.cache.catalogue import POLICIES
 from fastkv.cache.policy import Policy
 from fastkv.engine.memory import explain_out_of_memory, peak_bytes, start_peak
 from fastkv.engine.output import Metrics
+from fastkv.kernels.out_of_memory import REQUEST
 
 State = TypeVar("State")
 
@@ -70,7 +71,7 @@ def transformers(llm: LLM) -> Runner:
     start, step = transformers_peer(llm)
 
     def run(ids: Tensor, new_tokens: int) -> Sample:
-        with explain_out_of_memory():
+        with explain_out_of_memory(REQUEST):
             return greedy(lambda: start(ids), step, llm.device, len(ids), new_tokens)
 
     return run

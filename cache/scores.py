@@ -91,7 +91,7 @@ def received_attention(q: Tensor, k: Tensor) -> Tensor:
     batch, n_kv_heads, n_tokens, head_dim = k.shape
     keys = k.contiguous() if has_float32_products(k.dtype, k.device) else k.float()  # once for all blocks
     received = torch.zeros(batch, n_kv_heads, n_tokens, device=k.device)
-    block = max(_LEAST_QUERIES, _BLOCK_VALUES[q.device.type] // (batch * q.shape[1] * n_tokens))
+    block = queries_at_a_time(batch, q.shape[1], n_tokens, q.device)
     for start in range(0, n_tokens, block):
         end = min(start + block, n_tokens)
         grouped = q[:, :, start:end].unflatten(1, (n_kv_heads, -1)).flatten(2, 3)  # [B, Hkv, G * n, D]
@@ -100,6 +100,11 @@ def received_attention(q: Tensor, k: Tensor) -> Tensor:
         logits[..., start:].masked_fill_(ahead, float("-inf"))
         received[..., :end] += logits.softmax(dim=-1).sum(dim=(2, 3))
     return received
+
+
+def queries_at_a_time(batch: int, n_heads: int, n_tokens: int, device: torch.device) -> int:
+    """Queries whose attention to all tokens is held at a time, where all of them score."""
+    return max(_LEAST_QUERIES, _BLOCK_VALUES[device.type] // (batch * n_heads * n_tokens))
 
 
 def last_query_scores(q: Tensor, k: Tensor, kernel: int) -> Tensor:

@@ -42,7 +42,7 @@ _cudnn_works = True  # until it raises
 
 _log = logging.getLogger(__name__)
 
-_QUERY_BLOCK = 512  # queries whose mask is held at a time, where attention needs one
+QUERY_BLOCK = 512  # queries whose mask is held at a time, where attention needs one
 
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor, window: int | None = None, backend: str = AUTO) -> Tensor:
@@ -175,18 +175,18 @@ def attend_from(indices: Tensor, q: Tensor, k: Tensor, v: Tensor, window: int | 
         keys = slice(None) if window is None else slice(-window, None)
         return decode_attention(q, k[:, :, keys], v[:, :, keys])
     blocks = []
-    for start in range(0, indices.shape[1], _QUERY_BLOCK):
-        part = indices[:, start : start + _QUERY_BLOCK]
+    for start in range(0, indices.shape[1], QUERY_BLOCK):
+        part = indices[:, start : start + QUERY_BLOCK]
         end = int(part[:, -1].max()) + 1
-        blocks.append(_masked(part, q[:, :, start : start + _QUERY_BLOCK], k, v, 0, end, window))
+        blocks.append(_masked(part, q[:, :, start : start + QUERY_BLOCK], k, v, 0, end, window))
     return torch.cat(blocks, dim=2)
 
 
 def _in_blocks(first: int | None, q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
     """Queries that follow one another, from entry `first` on (None: the first), a block at a time under a mask."""
     blocks, offset = [], first or 0
-    for start in range(0, q.shape[2], _QUERY_BLOCK):
-        part = q[:, :, start : start + _QUERY_BLOCK]
+    for start in range(0, q.shape[2], QUERY_BLOCK):
+        part = q[:, :, start : start + QUERY_BLOCK]
         begin, end = offset + start, offset + start + part.shape[2]
         indices = torch.arange(begin, end, device=q.device).unsqueeze(0)
         blocks.append(_masked(indices, part, k, v, 0 if window is None else max(0, begin - window + 1), end, window))

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections import deque
 from collections.abc import Generator, Sequence
 
 from fastkv.cache.pool import bytes_of
 from fastkv.engine.answer import Answer
 from fastkv.engine.decode_batch import DecodeBatch, capacities_of, layout_of
+from fastkv.engine.footprint import Footprint, footprint
 from fastkv.engine.memory import available_bytes, explain_out_of_memory, peak_bytes
 from fastkv.engine.one_reader import OneReader
 from fastkv.engine.output import Output
 from fastkv.engine.request import Request
 from fastkv.engine.runtime import Runtime
 from fastkv.errors import FastKVError
+from fastkv.kernels.out_of_memory import REQUEST
 from fastkv.models.tokenizer import Tokenizer
 
 DEFAULT_BATCH_SIZE = 8
@@ -47,12 +50,12 @@ def run_batch(
     for it. kv_memory: bytes that all slots may take. Leaving the iterator early ends all of them.
     """
     answers = [Answer(runtime.model, tokenizer, request, called_at) for request in requests]
-    with explain_out_of_memory():
+    with explain_out_of_memory(REQUEST):
         batch = DecodeBatch(runtime, requests, n_slots, kv_memory)
     waiting, at_work = deque(range(len(requests))), dict[int, int]()
     try:
         while waiting or at_work:
-            with explain_out_of_memory():
+            with explain_out_of_memory(REQUEST):
                 while waiting and batch.has_room:
                     index = waiting.popleft()
                     slot, result = batch.admit(requests[index])
@@ -74,20 +77,33 @@ def run_batch(
 def slots_that_fit(runtime: Runtime, requests: Sequence[Request], batch_size: int, kv_memory: int | None = None) -> int:
     """How many of the requests can be at work at a time: at most `batch_size`, in `kv_memory` bytes of KV cache.
 
-    kv_memory: None means what the device has left, less what the largest look-ahead holds. A slot has room for the
+    kv_memory: None means what the device has left, less what the largest prefill takes. A slot has room for the
     largest request. Raises FastKVError if not even one fits.
     """
-    plan = requests[0].plan
-    one = bytes_of(layout_of(requests), capacities_of(requests), plan.shape)
+    most = min(batch_size, len(requests))
+    one = bytes_of(layout_of(requests), capacities_of(requests), requests[0].plan.shape)
     if kv_memory is None:
         available = available_bytes(runtime.model.device)
-        held = max(request.plan.held_nbytes for request in requests)  # one prompt at a time is prefilled
-        limit = batch_size if available is None else (available + runtime.buffers.idle_bytes - held) // one
-        return max(1, min(batch_size, len(requests), limit))
+        return most if available is None else max(1, _slots_in(available, runtime, requests, most, one))
     if one > kv_memory:
         raise FastKVError(
             f"kv_memory must be at least {one:,} bytes ({-(-one // 2**20):,} MiB) for the largest of these prompts and "
             f"its answer, not {kv_memory:,}",
             setting="kv_memory",
         )
-    return min(batch_size, len(requests), kv_memory // one)
+    return min(most, kv_memory // one)
+
+
+def _slots_in(available: int, runtime: Runtime, requests: Sequence[Request], most: int, one: int) -> int:
+    """How many slots of `one` bytes fit, of `most`, besides what the largest prefill takes: one runs at a time."""
+
+    def of(request: Request, slots: int) -> Footprint:
+        return footprint(runtime.model, request.plan, slots * one, slots=slots, draws=request.params.temperature > 0)
+
+    largest = max(requests, key=lambda request: of(request, 1).total)
+
+    def lacks(slots: int) -> bool:
+        needed = of(largest, slots)
+        return needed.total > available + runtime.buffers.reusable(needed.cache, needed.workspace)
+
+    return bisect_left(range(1, most + 1), True, key=lacks)

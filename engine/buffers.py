@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from fastkv.cache.layer import EntryShape, KVLayer
 from fastkv.cache.pool import KVPool, bytes_of
@@ -59,6 +59,14 @@ class BufferPool:
         """What the next request can use without asking the system for it."""
         idle = self._idle
         return idle.nbytes if idle is not None else 0
+
+    def reusable(self, cache: int, workspace: Mapping[str, int]) -> int:
+        """Bytes that it need not ask for, of a cache and of a workspace of these sizes by name."""
+        idle = self._idle
+        if idle is None:
+            return 0
+        pool = 0 if idle.state is None else idle.state.pool.nbytes
+        return min(pool, cache) + idle.workspace.reusable(workspace)
 
     def lease(self) -> Buffers:
         """Buffers for one caller alone. A second one at the same time gets new ones."""

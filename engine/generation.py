@@ -14,6 +14,7 @@ from fastkv.engine.output import Output, Piece
 from fastkv.engine.request import Request
 from fastkv.engine.runtime import Runtime
 from fastkv.errors import FaultError
+from fastkv.kernels.out_of_memory import REQUEST
 from fastkv.models.tokenizer import Tokenizer
 
 
@@ -62,7 +63,7 @@ class Generation(OneReader[Piece]):
         return piece
 
     def _next_token(self) -> int:
-        with explain_out_of_memory():
+        with explain_out_of_memory(REQUEST):
             if self._batch is None:
                 self._batch = self._begin()  # the first token is handed over before anything else is begun
             else:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from os import PathLike
@@ -17,21 +18,25 @@ from fastkv.cache.kv_cache import KVCache, check_cache
 from fastkv.cache.layer import EntryShape
 from fastkv.cache.policies import FastKV
 from fastkv.cache.policy import Policy
+from fastkv.cache.pool import bytes_of
 from fastkv.engine.attention import check_backend
 from fastkv.engine.batch import DEFAULT_BATCH_SIZE, Batch, run_batch, slots_that_fit
 from fastkv.engine.compile import compile_layers
 from fastkv.engine.decode import decode_step
+from fastkv.engine.decode_batch import capacities_of, layout_of
 from fastkv.engine.device import resolve_device, resolve_dtype
+from fastkv.engine.footprint import Footprint, footprint
 from fastkv.engine.generation import Generation
-from fastkv.engine.memory import check_fits, explain_out_of_memory
+from fastkv.engine.loading import load_parts
+from fastkv.engine.memory import check_fits, explain_out_of_memory, raise_if_out_of_memory
 from fastkv.engine.output import Output
-from fastkv.engine.plan import plan_request, position_limit
+from fastkv.engine.plan import RequestPlan, plan_request, position_limit
 from fastkv.engine.prefill import Prefill, prefill
 from fastkv.engine.process import check_process, process_for_model
 from fastkv.engine.request import (
     Request,
     answer_length,
-    check_cache_fits,
+    check_request_fits,
     id_tensor,
     is_batch,
     params_of_each,
@@ -40,6 +45,7 @@ from fastkv.engine.request import (
 from fastkv.engine.runtime import Runtime
 from fastkv.engine.sampler import SamplingParams
 from fastkv.errors import FastKVError, brief, check_choice, check_integer, check_switch, writable
+from fastkv.kernels.out_of_memory import LOADING, REQUEST
 from fastkv.kernels.threads import as_many, step_threads
 from fastkv.models.chat import ChatIds
 from fastkv.models.checkpoint import stored_dtype
@@ -49,7 +55,7 @@ from fastkv.models.llama import Llama
 from fastkv.models.presets import PRESETS
 from fastkv.models.tokenizer import Tokenizer
 from fastkv.models.tying import settled_config
-from fastkv.models.weights import load_weights, model_bytes, random_weights
+from fastkv.models.weights import load_weights, random_weights
 
 LOAD_FORMATS = ("auto", "dummy")
 WEIGHTS = ("int8",)
@@ -78,6 +84,7 @@ class LLM:
     config: ModelConfig
     tokenizer: Tokenizer | None
 
+    @explain_out_of_memory(LOADING)
     def __init__(
         self,
         model: str | Path,
@@ -115,17 +122,17 @@ class LLM:
         torch_dtype = resolve_dtype(dtype, self.config.dtype or ("float32" if dummy else stored_dtype(folder)), target)
         if not dummy:
             self.config = settled_config(self.config, folder, torch_dtype)
+        parts = load_parts(self.config, None if dummy else folder, torch_dtype, weights, target)
         advice = "take a smaller model, a device with more memory, --dtype bfloat16 or --weights int8"
-        check_fits(f"the model {folder.name}", model_bytes(self.config, torch_dtype, weights), target, advice)
+        check_fits(f"the model {folder.name}", parts, target, advice)
         # Only now are the sizes known to be those of a model that there is room for.
         heads = (self.config.n_heads, self.config.n_kv_heads)
         check_backend(attention, heads, self.config.head_dim, torch_dtype, target)
         self.tokenizer = Tokenizer.from_pretrained(folder, self.config)
-        with explain_out_of_memory():
-            if dummy:
-                self._model = random_weights(self.config, torch_dtype, target, weights=weights)
-            else:
-                self._model = load_weights(self.config, folder, torch_dtype, target, progress, weights, settled=True)
+        if dummy:
+            self._model = random_weights(self.config, torch_dtype, target, weights=weights)
+        else:
+            self._model = load_weights(self.config, folder, torch_dtype, target, progress, weights, settled=True)
         if compile:
             compile_layers(self._model)
         self._device = self._model.device
@@ -254,6 +261,7 @@ class LLM:
         request = self._request(prompt, params, policy)
         return Generation(self._runtime, self.tokenizer, request, called_at, keep_selection)
 
+    @explain_out_of_memory(REQUEST)
     def chat(self, messages: list[dict[str, str]], **arguments: Any) -> ChatIds:
         """Token ids of a conversation, ready for the model's answer, by the model's own chat template.
 
@@ -267,6 +275,7 @@ class LLM:
         self._checked_encoding(encoded)
         return encoded
 
+    @explain_out_of_memory(REQUEST)
     def prefill(
         self,
         token_ids: list[int] | Tensor,
@@ -301,16 +310,16 @@ class LLM:
         plan = plan_request(self.config, policy, ids.shape[1], max_tokens, self.dtype, limit, cache)
         new = 0 if plan.compresses else plan.n_tokens + max_tokens
         fits = cache is not None and cache.has_room(plan.capacities, new)
-        check_cache_fits(plan, self.device, ids.shape[0], cache.nbytes if cache is not None and fits else 0)
-        with explain_out_of_memory():
-            if cache is None:
-                cache = plan.new_cache(ids.shape[0], self.device)
-            elif not fits:
-                cache.make_room(plan.capacities, new)
-            buffers = self._runtime.buffers.lease()
-            eos_ids = self._eos_ids(SamplingParams())
-            result = prefill(self._model, ids, plan, cache, buffers.workspace, self._runtime.attention, eos_ids)
-            self._runtime.buffers.give_back(buffers)
+        new_cache = 0 if cache is not None and fits else ids.shape[0] * plan.nbytes
+        self._check_fits(plan, footprint(self._model, plan, new_cache, ids.shape[0]), pool=False)
+        if cache is None:
+            cache = plan.new_cache(ids.shape[0], self.device)
+        elif not fits:
+            cache.make_room(plan.capacities, new)
+        buffers = self._runtime.buffers.lease()
+        eos_ids = self._eos_ids(SamplingParams())
+        result = prefill(self._model, ids, plan, cache, buffers.workspace, self._runtime.attention, eos_ids)
+        self._runtime.buffers.give_back(buffers)
         return dataclasses.replace(result, logits=result.logits.clone())  # a tensor like any other: writable
 
     def decode(self, cache: KVCache, token_ids: Tensor) -> Tensor:
@@ -324,12 +333,18 @@ class LLM:
             self._check_process()
         check_cache(cache, self.config.n_layers, self._entry, self._device)
         ids = step_tensor(token_ids, cache.batch, self.config.vocab_size).to(self._device)
-        logits = decode_step(self._model, cache, ids).clone()
+        handled = sys.exc_info()[1]
+        try:
+            logits = decode_step(self._model, cache, ids).clone()
+        except Exception as error:  # not explain_out_of_memory: a step is to be quick
+            raise_if_out_of_memory(error, REQUEST, handled)
+            raise
         return logits if torch.as_tensor(token_ids).dim() == 2 else logits[:, 0]
 
     def _check_process(self) -> None:
         check_process(self._process, self._device, self._runtime.step_threads)
 
+    @explain_out_of_memory(REQUEST)
     def _request(self, prompt: str | list[int], params: SamplingParams | None, policy: Policy | None) -> Request:
         if os.getpid() != self._process:
             self._check_process()
@@ -342,8 +357,18 @@ class LLM:
         limit = position_limit(self.config, policy, ids.shape[1])
         max_tokens = answer_length(self.config, params, ids.shape[1], limit)
         plan = plan_request(self.config, policy, ids.shape[1], max_tokens, self.dtype, limit)
-        check_cache_fits(plan, self.device, reusable=self._runtime.buffers.idle_bytes)
-        return Request(ids, params, plan, self._eos_ids(params, getattr(prompt, "ends", frozenset())))
+        request = Request(ids, params, plan, self._eos_ids(params, getattr(prompt, "ends", frozenset())))
+        self._check_fits(plan, footprint(self._model, plan, self._slot_bytes(request), draws=params.temperature > 0))
+        return request
+
+    def _slot_bytes(self, request: Request) -> int:
+        """Bytes of the slot that a request is given if it is alone."""
+        return bytes_of(layout_of([request]), capacities_of([request]), request.plan.shape)
+
+    def _check_fits(self, plan: RequestPlan, needed: Footprint, pool: bool = True) -> None:
+        """FastKVError where memory is too little. pool: whether the slots of earlier requests can be used again."""
+        reusable = self._runtime.buffers.reusable(needed.cache if pool else 0, needed.workspace)
+        check_request_fits(self._model, plan, needed, reusable)
 
     def _request_of(self, index: int, prompt: Any, params: Any, policy: Policy) -> Request:
         """A request of a list: what is wrong with it is told with its place there."""

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
 
 from fastkv.errors import FastKVError
+from fastkv.kernels import limits
+from fastkv.kernels.out_of_memory import Work, is_out_of_memory, told
 
-CONTAINER = Path("/sys/fs/cgroup")
 STATUS = Path("/proc/self/status")
 CLEAR_REFS = Path("/proc/self/clear_refs")
 
@@ -22,8 +23,8 @@ def available_bytes(device: torch.device) -> int | None:
         # What torch holds without using it is not free to others, but it is to us.
         held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + held
-    limits = [limit for limit in (_host_available(), _container_available()) if limit is not None]
-    return min(limits) if limits else None
+    left = limits.left()
+    return None if left is None else left.nbytes + limits.heap_free()
 
 
 def start_peak(device: torch.device) -> None:
@@ -74,47 +75,54 @@ def size_text(count: int) -> str:
     return f"{count / 2**30:,.1f} GiB" if count >= 2**30 else f"{count / 2**20:,.1f} MiB"
 
 
-def _host_available() -> int | None:
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-    except OSError:
-        return None
-    fields = dict(line.split(":", 1) for line in lines)
-    return int(fields["MemAvailable"].split()[0]) * 1024 if "MemAvailable" in fields else None
-
-
-def _container_available() -> int | None:
-    """What a container's limit (cgroup v2) leaves, counting what the system can take back from file caches."""
-    try:
-        limit = (CONTAINER / "memory.max").read_text().strip()
-        used = int((CONTAINER / "memory.current").read_text())
-        figures = dict(line.split() for line in (CONTAINER / "memory.stat").read_text().splitlines())
-        cached = int(figures["active_file"]) + int(figures["inactive_file"])
-        return None if limit == "max" else int(limit) - used + cached
-    except (OSError, ValueError, KeyError):
-        return None
-
-
 @contextmanager
-def explain_out_of_memory() -> Iterator[None]:
-    """Turn torch's complaint about memory into one line that says what helps."""
+def explain_out_of_memory(work: Work) -> Iterator[None]:
+    """Turn whatever says that memory ran out during `work` into a FastKVError of one line that says what helps.
+
+    A complaint of our own that was raised because memory ran out is no other: it blames what it was looking at.
+    """
+    handled = sys.exc_info()[1]
     try:
         yield
-    except RuntimeError as error:
-        lines = str(error).splitlines()
-        if not isinstance(error, torch.OutOfMemoryError) and not any("allocate memory" in line for line in lines[:1]):
-            raise
-        raise FastKVError(
-            f"out of memory ({lines[0]}); take a shorter prompt, a lower kv_retention or fewer max_tokens"
-        ) from None
+    except Exception as error:
+        raise_if_out_of_memory(error, work, handled)
+        raise
 
 
-def check_fits(what: str, needed: int, device: torch.device, advice: str, reusable: int = 0) -> None:
-    """Raise FastKVError if `needed` bytes are more than `device` has left: said before anything is allocated.
+def raise_if_out_of_memory(error: Exception, work: Work, handled: BaseException | None = None) -> None:
+    """The same for an error that has been caught; handled: what was being handled when the work began."""
+    if is_out_of_memory(error, handled):
+        raise FastKVError(told(error, work)) from None
 
-    reusable: bytes that are taken but will be used again for this.
+
+def check_fits(
+    what: str,
+    parts: Mapping[str, int],
+    device: torch.device,
+    advice: str,
+    reusable: int = 0,
+) -> None:
+    """Raise FastKVError if the bytes of all `parts` are more than `device` has left: said before anything is allocated.
+
+    parts: by what they are for, in words; the large ones are told. reusable: bytes that are taken but will be used
+    again for this.
     """
-    available = available_bytes(device)
-    if available is not None and needed > available + reusable:
-        left = size_text(available + reusable)
-        raise FastKVError(f"{what} needs {size_text(needed)} of memory, but {device} has {left} left; {advice}")
+    available, needed = available_bytes(device), sum(parts.values())
+    if available is None or needed <= available + reusable:
+        return
+    left = f"{size_text(available + reusable)} {_why(device, available)}"
+    raise FastKVError(f"{what} needs {size_text(needed)} of memory{_told(parts)}, but {device} has {left}; {advice}")
+
+
+def _told(parts: Mapping[str, int]) -> str:
+    """The largest parts; what is less than a hundredth of all goes without saying."""
+    large = [(name, size) for name, size in parts.items() if size > sum(parts.values()) / 100]
+    if len(large) < 2:
+        return "".join(f" ({name})" for name, _ in large)
+    return " (" + ", ".join(f"{size_text(size)} of {name}" for name, size in large) + ")"
+
+
+def _why(device: torch.device, available: int) -> str:
+    """What says that no more is left."""
+    found = limits.left() if device.type == "cpu" else None
+    return "left" if found is None or found.nbytes > available else found.why

@@ -20,8 +20,13 @@ def output_norms(attention: Attention, x: Tensor, norm: str) -> Tensor:
     chunk = _length_by_gram if norm == "l2" else _sum_of_outputs
     n_heads, _, _ = attention.heads
     width = attention.head_dim if norm == "l2" else attention.o_proj.out_features
-    at_a_time = max(1, _CHUNK_VALUES[x.device.type] // (x.shape[0] * n_heads * width))
+    at_a_time = tokens_at_a_time(x.shape[0] * n_heads * width, x.device)
     return torch.cat([chunk(attention, part) for part in x.split(at_a_time, dim=3)], dim=-1)
+
+
+def tokens_at_a_time(width: int, device: torch.device) -> int:
+    """How many tokens are held, each of so many values."""
+    return max(1, _CHUNK_VALUES[device.type] // width)
 
 
 def _length_by_gram(attention: Attention, x: Tensor) -> Tensor:

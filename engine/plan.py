@@ -63,6 +63,13 @@ class RequestPlan:
         return bytes_of(DenseLayer, [count + self.lookahead for count in seen], self.shape)
 
     @property
+    def decides_online(self) -> bool:
+        """Whether it shows only during the prefill after which layer tokens are dropped: at the latest where `layers`
+        says."""
+        reduces = any(layer.propagated is not None for layer in self.layers)
+        return reduces and self.policy.online_selector(len(self.layers), self.n_tokens) is not None
+
+    @property
     def positions(self) -> int:
         """Positions that prompt and answer (or draft) take at most, from those of this prefill on."""
         return self.layers[0].seen + max(self.max_tokens, self.lookahead)

@@ -10,11 +10,13 @@ import torch
 from torch import Tensor
 
 from fastkv.cache.policy import Policy
+from fastkv.engine.footprint import Footprint
 from fastkv.engine.memory import check_fits
 from fastkv.engine.plan import RequestPlan
 from fastkv.engine.sampler import SamplingParams
 from fastkv.errors import FastKVError, brief
 from fastkv.models.config import ModelConfig
+from fastkv.models.llama import Llama
 
 DEFAULT_MAX_TOKENS = 256
 _SHOWN = 60  # characters of what is no prompt
@@ -108,21 +110,31 @@ def answer_length(config: ModelConfig, params: SamplingParams, n_tokens: int, li
     return int(params.max_tokens)
 
 
-def check_cache_fits(plan: RequestPlan, device: torch.device, batch: int = 1, reusable: int = 0) -> None:
-    """FastKVError if `batch` sequences need more than the device's memory has left: their KV cache, and for a moment
-    what a look-ahead holds besides it.
+def check_request_fits(model: Llama, plan: RequestPlan, needed: Footprint, reusable: int = 0) -> None:
+    """FastKVError if a request needs more than the device's memory has left, at its worst moment.
 
-    reusable: bytes that are allocated but idle, which the cache can use.
+    reusable: bytes that are allocated but idle, which it can use.
     """
-    cache, held = batch * plan.nbytes, batch * plan.held_nbytes
-    what, advice = "the KV cache", "lower kv_retention or max_tokens, or shorten the prompt"
-    if plan.policy.over_layers and held:
-        what = "the KV cache, with the whole K and V that this policy holds until the last layer,"
+    parts = {
+        "KV cache": needed.cache,
+        _whose(plan.policy): needed.held,
+        "buffers for all layers": needed.buffers,
+        "lists of positions": needed.lists,
+        "scratch for one layer": needed.step,
+    }
+    advice = "lower kv_retention or max_tokens, or shorten the prompt"
+    if plan.policy.over_layers and needed.held:
         advice = "take another policy, lower max_tokens, or shorten the prompt"
-    elif held:
-        what = "the KV cache, with the whole K and V that lookahead holds until its draft ends,"
+    elif needed.held:
         advice = "set lookahead to 0, lower kv_retention or max_tokens, or shorten the prompt"
-    check_fits(what, cache + held, device, advice, min(reusable, cache))
+    check_fits("the request", parts, model.device, advice, reusable)
+
+
+def _whose(policy: Policy) -> str:
+    """What K and V of all tokens are held for."""
+    if policy.over_layers:
+        return "whole K and V that this policy holds until the last layer"
+    return "whole K and V that lookahead holds until its draft ends"
 
 
 def is_batch(prompt: Any) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 from torch import Tensor
 
@@ -19,6 +20,10 @@ class Workspace:
     @property
     def nbytes(self) -> int:
         return sum(buffer.nbytes for buffer in self._buffers.values())
+
+    def reusable(self, wanted: Mapping[str, int]) -> int:
+        """Bytes that are there already, of buffers of these sizes by name."""
+        return sum(min(size, self._buffers[name].nbytes) for name, size in wanted.items() if name in self._buffers)
 
     def take(self, name: str, shape: tuple[int, ...], like: Tensor | Llama) -> Tensor:
         """A tensor of that shape with the dtype and device of `like`; what it holds is left over from before."""

@@ -27,6 +27,11 @@ _AT_A_TIME = 2**22  # weights that are floats at a time: 16 MiB of float32
 _chosen: dict[tuple[int, torch.Size, torch.dtype, str, int], Int8Product] = {}
 
 
+def floats_at_a_time() -> int:
+    """Weights that are floats at a time, where the integers are not multiplied as they are."""
+    return _AT_A_TIME
+
+
 def quantise_(values: Tensor, scale: Tensor, matrix: Tensor) -> None:
     """Fill values int8 [O, E] and scale float32 [O] from a float matrix [O, E], some rows at a time."""
     rows = max(1, _AT_A_TIME // max(1, matrix.shape[1]))

@@ -107,6 +107,11 @@ class Rope:
         return Rope(tuple(rotation.at(start, end) for rotation in self.rotations))
 
 
+def table_size(n_positions: int) -> int:
+    """Positions of the table that is made for so many: doubling, so that few are made."""
+    return max(_SMALLEST_TABLE, 1 << (n_positions - 1).bit_length())
+
+
 class RotaryEmbedding(nn.Module):
     """Positions -> Rotation (arXiv 2104.09864), looked up in a table that is computed once.
 
@@ -141,7 +146,7 @@ class RotaryEmbedding(nn.Module):
         return known is not None and known[0].shape[0] >= n_positions and known[0].dtype == dtype
 
     def _grow(self, n_positions: int, dtype: torch.dtype) -> None:
-        count = max(_SMALLEST_TABLE, 1 << (n_positions - 1).bit_length())  # doubling: few are made
+        count = table_size(n_positions)
         with torch.inference_mode(False):  # a table made while generating can be trained with later
             positions = torch.arange(count, device=self.inv_freq.device)
             angles = positions[:, None].float() * self.inv_freq  # [P, D // 2]

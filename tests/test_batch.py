@@ -12,6 +12,7 @@ from fastkv import LLM, AdaKV, FastKV, FastKVError, FullKV, SamplingParams
 from fastkv.cache.policy import Policy
 from fastkv.engine import graph
 from fastkv.engine.decode_batch import DecodeBatch
+from fastkv.engine.footprint import footprint
 from fastkv.engine.graph import Replay
 from fastkv.engine.step import Caches, EagerStepper
 
@@ -142,8 +143,10 @@ def test_the_memory_allowed_limits_how_many_are_at_work(tiny_llm: LLM, monkeypat
         FastKVError, match=rf"kv_memory must be at least {slot:,} bytes \({-(-slot // 2**20)} MiB\) for the"
     ):
         tiny_llm.generate(PROMPTS, params, FullKV(), kv_memory=slot - 1)
-    monkeypatch.setattr("fastkv.engine.batch.available_bytes", lambda device: 2 * slot + 5)
     tiny_llm.free_buffers()
+    requests = [tiny_llm._request(prompt, params, FullKV()) for prompt in PROMPTS]
+    besides = max(footprint(tiny_llm.model, each.plan, 0).total for each in requests)
+    monkeypatch.setattr("fastkv.engine.batch.available_bytes", lambda device: besides + 2 * slot + 5)
     tiny_llm.generate(PROMPTS, params, FullKV())
     assert made.pop() == 2
 

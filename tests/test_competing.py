@@ -15,6 +15,8 @@ from torch import Tensor
 from fastkv import LLM, DefensiveKV, DefensiveKVLayer, FastKVError, SamplingParams
 from fastkv.cache.model_wide import ModelWideLayer
 from fastkv.cache.selection import PerHead
+from fastkv.engine.footprint import footprint
+from fastkv.engine.plan import plan_request, position_limit
 
 IDS = torch.randint(3, 256, (2, 300), generator=torch.Generator().manual_seed(11))
 BUDGET = 40
@@ -103,9 +105,14 @@ def test_the_cache_takes_no_more_than_that_of_equal_layers(tiny_llm: LLM) -> Non
 def test_what_is_held_until_the_last_layer_counts(tiny_llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
     config = tiny_llm.config
     whole = 2 * 300 * config.n_layers * config.n_kv_heads * config.head_dim * 4
-    monkeypatch.setattr("fastkv.engine.memory.available_bytes", lambda device: whole)
+    tiny_llm.free_buffers()
+    policy = DefensiveKV(kv_len=BUDGET)
+    plan = plan_request(config, policy, 300, 1, tiny_llm.dtype, position_limit(config, policy, 300))
+    others = footprint(tiny_llm.model, plan, plan.nbytes).total
+    monkeypatch.setattr("fastkv.engine.memory.available_bytes", lambda device: others + whole // 2)
     assert tiny_llm.generate(IDS[0].tolist(), SamplingParams(max_tokens=1), DefensiveKV(kv_len=BUDGET))
-    with pytest.raises(FastKVError, match=r"until the last layer, needs .* take another policy"):
+    tiny_llm.free_buffers()
+    with pytest.raises(FastKVError, match=r"until the last layer.* take another policy"):
         tiny_llm.prefill(IDS[:1], DefensiveKVLayer(kv_len=BUDGET), 1)
 
 

@@ -12,6 +12,7 @@ import torch
 from fastkv.engine.memory import explain_out_of_memory
 from fastkv.errors import FastKVError
 from fastkv.kernels.memory import HostMemory, zeros
+from fastkv.kernels.out_of_memory import REQUEST
 
 CPU = torch.device("cpu")
 needs_advice = pytest.mark.skipif(not hasattr(mmap, "MADV_HUGEPAGE"), reason="a system without advice on pages")
@@ -74,7 +75,7 @@ def test_memory_is_freed_with_the_last_tensor() -> None:
 
 @needs_advice
 def test_memory_that_is_not_there_is_told_in_one_line() -> None:
-    with pytest.raises(FastKVError, match=r"out of memory .*take a shorter prompt"), explain_out_of_memory():
+    with pytest.raises(FastKVError, match=r"out of memory .*take a shorter prompt"), explain_out_of_memory(REQUEST):
         zeros((2**55,), torch.float32, CPU)
 
 

@@ -21,12 +21,19 @@ N_TOKENS = 1500
 HIDDEN, HEADS, KV_HEADS, HEAD_DIM, WIDE = 32, 4, 2, 8, 512
 
 
+def rotary_tables(model: torch.nn.Module) -> list[Tensor]:
+    """Tables that are the model's, and not in its parameters."""
+    found = (getattr(each, "_table", None) for each in model.modules())
+    return [tensor for table in found if table is not None for tensor in table]
+
+
 class Alive(TorchDispatchMode):
     """Bytes of all tensors made inside, while something holds them or a view of them. `model` was there before."""
 
     def __init__(self, model: torch.nn.Module) -> None:
         super().__init__()
-        self.before = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
+        there = [*model.parameters(), *rotary_tables(model)]
+        self.before = {tensor.untyped_storage()._cdata for tensor in there}
         self.holders: Counter[int] = Counter()
         self.bytes = self.peak = 0
 

@@ -1,0 +1,311 @@
+"""How much memory a request takes at its worst moment, worked out from its plan and the model's shapes before it runs.
+
+A request holds its KV cache, the buffers that its layers share (engine/workspace.py), and some lists of positions. On
+top comes what one step of one layer makes and lets go again: the largest such step counts. Each function here is one
+step, and says of which tensors it is the sum; tests/test_footprint.py compares the sums with what is alive in a run.
+
+Not counted is what torch's products take for themselves (`within_products`), and what the allocator keeps of blocks
+that were freed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+
+from fastkv.cache.scores import queries_at_a_time
+from fastkv.engine.attention import QUERY_BLOCK
+from fastkv.engine.output_norms import tokens_at_a_time
+from fastkv.engine.plan import RequestPlan
+from fastkv.engine.projection import chunks
+from fastkv.kernels.int8 import floats_at_a_time
+from fastkv.models.config import ModelConfig
+from fastkv.models.layers import table_size
+from fastkv.models.llama import Llama
+
+_INDEX = 8  # bytes of an int64: positions and indices
+_FLOAT = 4  # bytes of a float32: scores and logits
+_BLOCKS = 4 << 20  # bytes of a thread's blocks in a product (measured by benchmarks/footprint.py)
+_DRAWING = 60  # bytes for each logit while a token is drawn: sorted, with their places, and float64 probabilities
+
+
+def within_attention(n_rows: int, mask: int, itemsize: int) -> int:
+    """What torch's attention holds besides its result, and no one sees: a sum for each row, and a mask as values."""
+    return n_rows * _FLOAT + mask * itemsize
+
+
+def within_products(config: ModelConfig, threads: int) -> int:
+    """What torch's products take for themselves: blocks of both matrices in another order, by each thread.
+
+    A few MiB, and no more than the largest matrix has. Not counted where a request is refused.
+    """
+    largest = 2 * config.hidden_size * config.intermediate_size * _FLOAT
+    return threads * min(_BLOCKS, _BLOCKS // 4 + largest)
+
+
+class Footprint(NamedTuple):
+    """Bytes of a request at its worst moment.
+
+    cache: its slots. held: K and V of all tokens, where a policy holds them until all layers have run. workspace: by
+    the names of the buffers. lists: positions, indices and rotations. step: what the largest step makes besides.
+    """
+
+    cache: int
+    held: int
+    workspace: dict[str, int]
+    lists: int
+    step: int
+
+    @property
+    def buffers(self) -> int:
+        """Bytes of the workspace."""
+        return sum(self.workspace.values())
+
+    @property
+    def total(self) -> int:
+        return self.cache + self.held + self.buffers + self.lists + self.step
+
+
+def footprint(
+    model: Llama, plan: RequestPlan, cache: int, batch: int = 1, slots: int = 1, draws: bool = False
+) -> Footprint:
+    """Of a prefill of `batch` sequences and of the steps of `slots` that decode together, whose caches are `cache`.
+
+    draws: whether any token is drawn at random.
+    """
+    shapes = _Shapes.of(model, plan, batch)
+    seen = plan.n_tokens
+    workspace: dict[str, int] = {}
+    steps = [shapes.decoding(slots, draws)]
+    if plan.first_pass is not None:  # all tokens, but only the layers up to the one that chooses
+        whole = _Way(seen, seen, seen, 0, 0, keys_first=plan.first_pass.layer == 0, online=False)
+        _grow(workspace, shapes.buffers(whole))
+        steps += [] if whole.keys_first else [shapes.of_layer(whole)]
+        steps.append(max(shapes.projecting(seen, keys_only=True), shapes.scoring(seen, 1)))
+    for index in range(len(plan.layers)):
+        way = _Way.of(plan, index, shapes.on_cpu)
+        _grow(workspace, shapes.buffers(way))
+        steps.append(shapes.of_layer(way))
+    return Footprint(cache, batch * plan.held_nbytes, workspace, shapes.lists(model), max(steps))
+
+
+def _grow(workspace: dict[str, int], needs: dict[str, int]) -> None:
+    """Buffers only ever grow."""
+    for name, size in needs.items():
+        workspace[name] = max(size, workspace.get(name, 0))
+
+
+class _Way(NamedTuple):
+    """How a layer is computed (engine/prefill.py: LayerRun.layer).
+
+    seen, kept, out: tokens that it sees, entries that it keeps, tokens whose attention and MLP it computes. past:
+    entries that its cache holds already. queries: of its last tokens, how many score (0: nothing is scored).
+    keys_first: queries only of the tokens that leave it. online: which these are shows then; perhaps all.
+    """
+
+    seen: int
+    kept: int
+    out: int
+    past: int
+    queries: int
+    keys_first: bool
+    online: bool
+
+    @classmethod
+    def of(cls, plan: RequestPlan, index: int, on_cpu: bool) -> _Way:
+        """Of a layer of a plan."""
+        layer, past, last = plan.layers[index], plan.past[index], index == len(plan.layers) - 1
+        until = next((at for at, each in enumerate(plan.layers) if each.propagated is not None), -1)
+        online = plan.decides_online and index <= until
+        drops = layer.propagated is not None or online
+        keys_first = last or (drops and on_cpu)
+        out = 1 if last else layer.propagated if keys_first and layer.propagated and not online else layer.seen
+        scores = drops or layer.kept < past + layer.seen
+        queries = (plan.policy.n_queries if drops else plan.policy.window) if scores else 0
+        return cls(layer.seen, layer.kept, out, past, queries, keys_first, online)
+
+    @property
+    def entries(self) -> int:
+        return self.past + self.seen
+
+
+@dataclass(frozen=True)
+class _Shapes:
+    """What the sizes of tensors are made of. All methods give bytes; T tokens of each of `batch` sequences."""
+
+    plan: RequestPlan
+    batch: int
+    hidden: int
+    inner: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    vocab: int
+    item: int
+    norms: bool
+    int8: bool
+    rotations: int
+    device: torch.device
+
+    @classmethod
+    def of(cls, model: Llama, plan: RequestPlan, batch: int) -> _Shapes:
+        config = model.config
+        return cls(
+            plan=plan,
+            batch=batch,
+            hidden=config.hidden_size,
+            inner=config.intermediate_size,
+            heads=config.n_heads,
+            kv_heads=config.n_kv_heads,
+            head_dim=config.head_dim,
+            vocab=config.vocab_size,
+            item=model.dtype.itemsize,
+            norms=model.blocks[0].self_attn.has_norms,
+            int8=model.lm_head.scale is not None,
+            rotations=len(model.rotary.embeddings),
+            device=model.device,
+        )
+
+    @property
+    def on_cpu(self) -> bool:
+        return self.device.type == "cpu"
+
+    def values(self, n_tokens: int, width: int) -> int:
+        """[B, T, width] in the model's dtype."""
+        return self.batch * n_tokens * width * self.item
+
+    def of_heads(self, n_tokens: int, n_heads: int) -> int:
+        """[B, n_heads, T, D] in the model's dtype."""
+        return self.values(n_tokens, n_heads * self.head_dim)
+
+    # --- what stays ---
+
+    def buffers(self, way: _Way) -> dict[str, int]:
+        """The workspace of a layer: hidden states, those that leave it, q, k and v; with those of its cache, too."""
+        heads = 2 * self.kv_heads + (0 if way.keys_first else self.heads)
+        sizes = {"hidden": self.values(way.seen, self.hidden), "heads": self.of_heads(way.seen, heads)}
+        if way.out < way.seen or way.online:
+            sizes["other hidden"] = self.values(way.out if way.out < way.seen else 1, self.hidden)
+        if way.online:
+            sizes["queries"] = self.of_heads(way.seen, self.heads)
+        if way.past and way.queries:
+            sizes |= dict.fromkeys(("keys", "values"), self.of_heads(way.entries, self.kv_heads))
+        return sizes
+
+    def lists(self, model: Llama) -> int:
+        """int64: ids and positions, of the tokens that layers see and of what they keep; and the rotation tables."""
+        plan, n_tokens = self.plan, self.plan.n_tokens
+        count = 2 * n_tokens  # ids and positions
+        if not plan.compresses:
+            count += max(plan.past) + n_tokens  # one row for all layers and heads
+        for layer, past in zip(plan.layers, plan.past, strict=True):
+            whole = past + layer.seen
+            if layer.propagated is not None:
+                count += 3 * layer.propagated  # ids, positions, and which they are
+            if plan.compresses and (past or layer.kept < whole):
+                count += self.kv_heads * (layer.kept if not past else layer.kept + whole)
+        return self.batch * count * _INDEX + self.table_growth(model)
+
+    def table_growth(self, model: Llama) -> int:
+        """cos and sin [P, D] for more positions than the model's tables have now."""
+        wanted = table_size(max(self.plan.past) + self.plan.positions)
+        return 0 if wanted <= model.rotary.reserved else self.rotations * 2 * wanted * self.head_dim * self.item
+
+    # --- what a step makes and lets go ---
+
+    def of_layer(self, way: _Way) -> int:
+        """The largest step of a layer."""
+        steps = [self.projecting(way.seen, way.keys_first)]
+        if way.queries or self.plan.policy.needs_all_queries:
+            steps.append(self.scoring(way.entries, way.queries))
+        if way.kept < way.entries or self.plan.layout.per_head:
+            steps.append(self.storing(way.entries, way.kept))
+        attended, few = self.of_heads(way.out, self.heads), way.out < way.seen
+        if few:  # q of these alone, and where they stand
+            steps.append(self.querying(way.out))
+            attended += attended + 2 * self.rotations * self.values(way.out, self.head_dim)
+        steps.append(attended + self.attending(way.out, way.entries, masked=few or way.past > 0))
+        steps.append(attended + self.finishing(way.out))
+        return max(steps)
+
+    def projecting(self, n_tokens: int, keys_only: bool) -> int:
+        """A chunk's normed hidden states, their projection, and a copy that is turned (with norms two more)."""
+        chunk = self.chunk(n_tokens)
+        turned = self.kv_heads + (0 if keys_only else self.heads)
+        made = self.of_heads(chunk, turned + self.kv_heads)
+        return (
+            self.values(chunk, self.hidden)
+            + self.product(made)
+            + (2 if self.norms else 1) * self.of_heads(chunk, turned)
+        )
+
+    def querying(self, n_tokens: int) -> int:
+        """The queries of some tokens: normed hidden states, their projection, and it turned, by way of a copy."""
+        q = self.of_heads(n_tokens, self.heads)
+        return self.values(n_tokens, self.hidden) + self.product(q) + (3 if self.norms else 2) * q
+
+    def scoring(self, n_entries: int, n_queries: int) -> int:
+        """Attention of the last queries, float32 [B, Hq, n, T]: logits and weights; keys in float32, if need be."""
+        if self.plan.policy.needs_all_queries:
+            n_queries = queries_at_a_time(self.batch, self.heads, n_entries, self.device)
+        n_queries = max(1, min(n_queries, n_entries))
+        keys = self.batch * self.kv_heads * n_entries * self.head_dim * _FLOAT if self.copies_keys else 0
+        one = self.batch * self.heads * n_entries * _FLOAT  # of one query of each head
+        made = n_queries * one + self.norming(n_entries)  # of the weights, when the logits are gone
+        return max(keys + (2 * n_queries + 1) * one, made)
+
+    def norming(self, n_entries: int) -> int:
+        """Values through the output projection, some tokens at a time, for policies that ask for that."""
+        norm = getattr(self.plan.policy, "norm", None)
+        if norm not in ("l1", "l2"):
+            return 0
+        width, nbytes = (self.head_dim, 4 * _FLOAT) if norm == "l2" else (self.hidden, 2 * self.item)  # of each value
+        one = self.batch * self.heads * width
+        return nbytes * one * min(n_entries, tokens_at_a_time(one, self.device))
+
+    @property
+    def copies_keys(self) -> bool:
+        """Whether scores need the keys in float32: on a CPU of a short dtype."""
+        return self.on_cpu and self.item < _FLOAT
+
+    def storing(self, n_entries: int, kept: int) -> int:
+        """K and V that are kept, gathered, and which they are; sorted by head where heads keep different numbers."""
+        index = self.batch * self.kv_heads * kept * _INDEX
+        if self.plan.layout.per_head:
+            index = 5 * index + 2 * self.batch * self.kv_heads * n_entries * _INDEX
+        return 2 * self.of_heads(kept, self.kv_heads) + index
+
+    def attending(self, n_queries: int, n_entries: int, masked: bool) -> int:
+        """Under a mask: blocks of queries, which are then joined, and the mask of one."""
+        if not masked or n_queries == 1:
+            return within_attention(self.batch * self.heads * n_queries, 0, self.item)
+        mask = self.batch * min(QUERY_BLOCK, n_queries) * n_entries  # bools
+        return 2 * self.of_heads(n_queries, self.heads) + mask + within_attention(0, mask, self.item)
+
+    def finishing(self, n_tokens: int) -> int:
+        """A chunk's MLP: normed hidden states, gate and up, their product by way of the activation.
+
+        Or the output projection: what is attended, in rows, and its product.
+        """
+        chunk = self.chunk(n_tokens)
+        gate_up, half = (self.values(chunk, width * self.inner) for width in (2, 1))
+        hidden = self.values(chunk, self.hidden)
+        mlp = hidden + max(self.product(gate_up), gate_up + 2 * half, gate_up + half + self.product(hidden))
+        return max(mlp, self.of_heads(chunk, self.heads) + self.product(hidden))
+
+    def product(self, result: int) -> int:
+        """The result of a product; with int8 weights also its parts, and the weights of one as floats."""
+        if not self.int8:
+            return result
+        return 2 * result + floats_at_a_time() * (_FLOAT + (self.item if self.item < _FLOAT else 0))
+
+    def chunk(self, n_tokens: int) -> int:
+        """Tokens of the largest chunk."""
+        return max(end - start for start, end in chunks(torch.empty(1, n_tokens, 0, device=self.device)))
+
+    def decoding(self, slots: int, draws: bool) -> int:
+        """A step of `slots` sequences: its MLP, or its logits, and what is drawn from them."""
+        one = (self.hidden + 4 * self.inner) * self.item
+        return slots * max(one, self.vocab * (self.item + _FLOAT + (_DRAWING if draws else 0)))
