@@ -13,8 +13,11 @@ from contextlib import suppress
 import torch
 from torch import Tensor
 
+from fastkv.kernels.limits import address_space_left
+
 _PAGE = 2 << 20  # bytes of a huge page on x86-64, and on ARM with base pages of 4 KiB
 _ALIGNMENT = 64  # bytes: where vectors are loaded from
+_SHARE = 16  # a region takes no more than this part of the addresses that a limit leaves
 _REGION = 64 << 20  # bytes that are asked of the system at a time; what is never touched takes no memory
 
 
@@ -61,9 +64,11 @@ class HostMemory:
             return torch.frombuffer(self._memory, dtype=dtype, count=count, offset=offset).view(shape)
 
     def _more(self, nbytes: int) -> tuple[mmap.mmap, int, int]:
-        """A region, or, where memory is short, what is needed now and no more."""
+        """A region of the usual size, or a smaller one where addresses are few: what is not needed is lost there."""
+        left = address_space_left()
+        region = self._region if left is None else min(self._region, max(2 * _PAGE, left // _SHARE))
         try:
-            return _region(max(nbytes, self._region))
+            return _region(max(nbytes, region))
         except RuntimeError:
             return _region(nbytes)
 

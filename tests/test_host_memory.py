@@ -11,6 +11,7 @@ import torch
 
 from fastkv.engine.memory import explain_out_of_memory
 from fastkv.errors import FastKVError
+from fastkv.kernels import memory as module
 from fastkv.kernels.memory import HostMemory, zeros
 from fastkv.kernels.out_of_memory import REQUEST
 
@@ -71,6 +72,25 @@ def test_memory_is_freed_with_the_last_tensor() -> None:
     del part
     gc.collect()
     assert mapped() - before < 100_000
+
+
+@needs_advice
+def test_few_addresses_are_not_wasted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Under `ulimit -v` a small model takes no region of the usual size; where even a small one fails, its tensor's."""
+    asked: list[int] = []
+    real = module._region
+
+    def watched(nbytes: int) -> tuple[mmap.mmap, int, int]:
+        asked.append(nbytes)
+        if nbytes > 2**22:
+            raise RuntimeError("the system cannot allocate memory")
+        return real(nbytes)
+
+    monkeypatch.setattr(module, "_region", watched)
+    for left in (None, 2**28, 2**20):
+        monkeypatch.setattr(module, "address_space_left", lambda left=left: left)
+        HostMemory().empty((1000,), torch.float32, CPU).fill_(1)
+    assert asked == [2**26, 4032, 2**24, 4032, 2**22]
 
 
 @needs_advice
