@@ -25,6 +25,7 @@ from typing import Any
 
 import torch
 
+from fastkv.kernels.out_of_memory import is_out_of_memory
 from fastkv.storage import cache_folder, write_atomically
 
 VARIABLE = "FASTKV_CALIBRATION"
@@ -65,7 +66,10 @@ class Calibration:
         with self._lock:
             known = self._choices.get(what)
             if known is None or known.way not in names:
-                self._choices[what] = _measured(default, ways())
+                measured = _if_there_is_memory(lambda: _measured(default, ways()))
+                if measured is None:
+                    return default
+                self._choices[what] = measured
                 self._save(what, names)
             self._asked[what] = self._choices[what]
             return self._asked[what].way
@@ -169,6 +173,16 @@ def _measured(default: str, ways: Mapping[str, Way]) -> Choice:
     best = min(seconds, key=lambda name: seconds[name])
     stays = default in seconds and seconds[best] >= _MARGIN * seconds[default]
     return Choice(default if stays else best, seconds)
+
+
+def _if_there_is_memory(measure: Callable[[], Choice]) -> Choice | None:
+    """What is measured; None where there is too little memory for it: that is no reason to fail, nor to remember."""
+    try:
+        return measure()
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        return None
 
 
 def _read(file: Path) -> dict[str, Choice]:

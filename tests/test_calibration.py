@@ -73,6 +73,23 @@ def test_the_first_run_of_a_way_does_not_count(clock: Clock) -> None:
     assert Calibration(None).choose("x", "plain", WAYS, lambda: {"plain": clock(0.05), "other": slow_start}) == "other"
 
 
+def test_too_little_memory_to_measure_is_no_reason_to_fail(tmp_path: Path, clock: Clock) -> None:
+    """It is the default then, and is measured another time."""
+    made = Calibration(tmp_path / "choices.json")
+
+    def no_room() -> dict[str, Callable[[], object]]:
+        raise RuntimeError("the system cannot allocate memory: 67108864 bytes")
+
+    assert made.choose("this", "slow", ("slow", "fast"), no_room) == "slow"
+    assert made.choose("this", "slow", ("slow", "fast"), lambda: {"slow": clock(2), "fast": clock(1)}) == "fast"
+
+    def wrong() -> dict[str, Callable[[], object]]:
+        raise RuntimeError("no such operator")
+
+    with pytest.raises(RuntimeError, match="no such operator"):
+        made.choose("that", "slow", ("slow", "fast"), wrong)
+
+
 def test_a_choice_stays(tmp_path: Path, clock: Clock) -> None:
     """In the process and on the disk; what another process wrote meanwhile stays, too."""
     file = tmp_path / "new" / "choices.json"
