@@ -839,3 +839,36 @@ def test_random_caches_are_as_long_as_a_prefill_leaves_them(benchmarks: Any, dum
                 assert part.k[:, :, :-1].std() > 0.8
     out = dummy.generate(list(range(3, 403)), SamplingParams(max_tokens=2), FullKV())  # the engine is as it was
     assert out.metrics.kv_entries == out.metrics.kv_full_entries
+
+
+# --- footprint ---
+
+
+def test_footprint_prints_what_children_measure(
+    benchmarks: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cases: list[dict[str, Any]] = []
+
+    def child(case: dict[str, Any], exact: bool) -> dict[str, Any]:
+        cases.append({**case, "exact": exact})
+        sizes = dict.fromkeys(("cache", "buffers", "scratch", "estimate"), 3 * 2**20)
+        return {"dtype": "float32", **sizes, "measured": 2 * 2**20}
+
+    monkeypatch.setattr(benchmarks.footprint, "child", child)
+    argv = ["--model", "a/model", "--model", "b", "--tokens", "8,16", "--policies", "full"]
+    assert benchmarks.footprint.main(argv) == 0
+    assert [(case["model"], case["tokens"], case["exact"]) for case in cases[:3]] == [
+        ("a/model", 8, True),
+        ("a/model", 8, False),
+        ("a/model", 16, True),
+    ]
+    out = capsys.readouterr().out
+    assert "| a/model | float32 | full | 8 | 3.0 | 3.0 | 3.0 | 3.0 | 2.0 | 1.50 | 2.0 |" in out
+    assert "| b | float32 | 3.0 | 2.0 | 1.50 |" in out
+    assert benchmarks.footprint.main(["--model", "a", "--policies", "none"]) == 2
+    assert benchmarks.footprint.main([]) == 2
+
+
+def test_footprint_measures_without_a_tokenizer(benchmarks: Any, archive_folder: Path, tmp_path: Path) -> None:
+    bare = benchmarks.footprint.without_tokenizer(archive_folder, tmp_path)
+    assert sorted(file.name for file in bare.iterdir()) == ["config.json", "model.safetensors"]
