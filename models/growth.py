@@ -8,6 +8,8 @@ from typing import Any
 
 MOST = 2000  # characters for each one that goes in; published tokenizers stay below 1400, all bounds multiplied
 
+PARTS = ("normalizer", "pre_tokenizer", "decoder", "post_processor")  # of a tokenizer.json, with steps that are run
+
 
 def growth(tokenizer: dict[str, Any]) -> float:
     """A bound on the characters that come out of a tokenizer.json for each one that goes in, on the way to tokens or
@@ -15,6 +17,19 @@ def growth(tokenizer: dict[str, Any]) -> float:
     """
     steps_in = _growth(tokenizer.get("normalizer")) * _growth(tokenizer.get("pre_tokenizer"))
     return max(steps_in, _growth(tokenizer.get("decoder")))
+
+
+def frame_length(step: Any) -> int:
+    """How many tokens a post-processor may put around a text."""
+    if not isinstance(step, dict):
+        return 0
+    inside = [each for steps in step.values() if isinstance(steps, list) for each in steps]
+    if step.get("type") == "Sequence":
+        return sum(map(frame_length, inside))
+    tokens = step.get("special_tokens")
+    sizes = {name: len(each.get("ids", ())) for name, each in tokens.items()} if isinstance(tokens, dict) else {}
+    named = (each.get("SpecialToken", {}).get("id") for each in inside if isinstance(each, dict))
+    return sum(sizes.get(name, 1) for name in named)
 
 
 def _growth(step: Any) -> float:

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 from pathlib import Path
 from typing import Any
 
 from fastkv.errors import FastKVError
 from fastkv.models.fields import Fields
 from fastkv.models.files import check_ordinary
-from fastkv.models.growth import MOST, growth
+from fastkv.models.growth import MOST, PARTS, frame_length, growth
 from fastkv.models.native import LibraryError, guarded_call
 from fastkv.models.special_tokens import AddedToken, SpecialTokens
 from fastkv.models.token_bytes import bytes_of_fallback, bytes_of_text
 
 _log = logging.getLogger(__name__)
+# Where the library may run the normalizer while it loads, on tokens; or it is written so that this cannot be told.
+_NORMALISED = re.compile(rb'"normalized"\s*:\s*true|\\u00')
 _LARGEST_ID = 2**32 - 1  # of the library
 _PREFIXED = ("GPT2Tokenizer", "Qwen2Tokenizer", "LlamaTokenizer")  # classes that follow add_prefix_space
 
@@ -26,7 +29,7 @@ class JsonVocabulary:
     def __init__(self, path: Path, tokens: SpecialTokens | None = None) -> None:
         self.path = path
         tokens = SpecialTokens.of(Fields({}, str(path))) if tokens is None else tokens
-        self._tokenizer, kinds = _read(path)
+        self._tokenizer = _read(path)
         # Limits stored in the file are for training batches; a prompt is never cut.
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
@@ -36,6 +39,7 @@ class JsonVocabulary:
             added = self._tokenizer.get_added_tokens_decoder()
         self._special = {token.content: i for i, token in added.items() if token.special}
         self._added = set(added)
+        kinds = _kinds(_state(self._tokenizer.decoder))
         self._byte_level, self._byte_fallback = "ByteLevel" in kinds, "ByteFallback" in kinds
 
     def encode(self, text: str) -> list[int]:
@@ -87,38 +91,46 @@ class JsonVocabulary:
                 )
 
 
-def _read(path: Path) -> tuple[Any, set[str]]:
-    """The library's tokenizer, and the kinds of its decoder's steps. Raises FastKVError for a file it cannot read."""
+def _read(path: Path) -> Any:
+    """The library's tokenizer. Raises FastKVError for a file that it cannot read, and for one that must not be run."""
     from tokenizers import Tokenizer
 
     check_ordinary(path)
     try:
         data = path.read_bytes()
-        stated = json.loads(data)
+        stated = json.loads(data) if _NORMALISED.search(data) else None
     except OSError as error:
         raise FastKVError(f"{path}: cannot be read ({error.strerror})") from None
     except (ValueError, RecursionError) as error:
         raise FastKVError(f"{path}: not valid JSON ({error}); download it again") from None
-    if not isinstance(stated, dict) or not isinstance(stated.get("model"), dict):
-        raise FastKVError(f"{path}: not a tokenizer: it has no model; download it again")
-    _check_growth(path, stated)
+    if isinstance(stated, dict):  # what the library would run while it loads
+        _check_growth(path, stated)
     try:
         with guarded_call():
-            return Tokenizer.from_buffer(data), _kinds(stated.get("decoder"))
+            tokenizer = Tokenizer.from_buffer(data)
     except LibraryError as error:
         raise FastKVError(
             f"{path}: the tokenizers library cannot read it ({error}); it may be of a newer release: "
             "pip install --upgrade tokenizers; or download it again"
         ) from None
+    _check_growth(path, {part: _state(getattr(tokenizer, part)) for part in PARTS})
+    return tokenizer
 
 
 def _check_growth(path: Path, stated: dict[str, Any]) -> None:
     try:
-        factor = growth(stated)
+        factor, around = growth(stated), frame_length(stated.get("post_processor"))
     except RecursionError:
         raise FastKVError(f"{path}: has steps inside steps inside steps; download it again") from None
     if factor > MOST:
         raise FastKVError(f"{path}: its steps can make a text {factor:.3g} times longer; take another tokenizer")
+    if around > MOST:
+        raise FastKVError(f"{path}: its post-processor puts {around:,} tokens around a text; take another tokenizer")
+
+
+def _state(part: Any) -> Any:
+    """A step of the library's, as tokenizer.json has it."""
+    return None if part is None else json.loads(part.__getstate__())
 
 
 def _kinds(step: Any) -> set[str]:

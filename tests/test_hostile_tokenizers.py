@@ -74,6 +74,27 @@ def test_a_tokenizer_that_blows_texts_up_is_refused(path: Path, bomb: str) -> No
         JsonVocabulary(change(path, **BOMBS[bomb]))
 
 
+def test_a_bomb_does_not_go_off_while_loading(path: Path) -> None:
+    """The library runs the normalizer on a normalised token as soon as it reads it."""
+    token = {"id": 256, "content": "a" * 10**5, "special": False, **dict.fromkeys(("lstrip", "rstrip"), False)}
+    tokens = [{**token, "single_word": False, "normalized": True}]
+    with pytest.raises(FastKVError, match=r"tokenizer\.json.*longer"):
+        JsonVocabulary(change(path, normalizer=replaced(LONG, String="a"), added_tokens=tokens))
+    path.write_text(path.read_text().replace('"normalized"', '"normalize\\u0064"'))
+    with pytest.raises(FastKVError, match=r"tokenizer\.json.*longer"):
+        JsonVocabulary(path)
+
+
+@pytest.mark.parametrize("one_inside", [True, False])
+def test_a_frame_of_a_million_tokens_is_refused(path: Path, one_inside: bool) -> None:
+    tokens = {"<s>": {"id": "<s>", "ids": [0] * 2000, "tokens": ["a"] * 2000}}
+    single = [{"SpecialToken": {"id": "<s>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]
+    step = {"type": "TemplateProcessing", "single": single, "pair": single, "special_tokens": tokens}
+    step = {"type": "Sequence", "processors": [step]} if one_inside else step
+    with pytest.raises(FastKVError, match=r"tokenizer\.json.*post-processor"):
+        JsonVocabulary(change(path, post_processor=step))
+
+
 @pytest.mark.parametrize(
     "step",
     [
