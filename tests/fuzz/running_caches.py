@@ -27,7 +27,7 @@ Kept = list[list[list[int]]]
 # What says how much is held at a time, with the sizes in which it never matters for the short prompts of other tests.
 PIECES = {
     "fastkv.engine.projection.CHUNK": 4096,
-    "fastkv.engine.attention._QUERY_BLOCK": 512,
+    "fastkv.engine.attention.QUERY_BLOCK": 512,
     "fastkv.cache.scores._LEAST_QUERIES": 32,
     "fastkv.engine.merged_attention._BLOCK": 1024,
 }
