@@ -237,14 +237,18 @@ class _Shapes:
         made = self.of_heads(chunk, turned + self.kv_heads)
         return (
             self.values(chunk, self.hidden)
-            + self.product(made)
+            + self.product(made, self.hidden, (turned + self.kv_heads) * self.head_dim)
             + (2 if self.norms else 1) * self.of_heads(chunk, turned)
         )
 
     def querying(self, n_tokens: int) -> int:
         """The queries of some tokens: normed hidden states, their projection, and it turned, by way of a copy."""
         q = self.of_heads(n_tokens, self.heads)
-        return self.values(n_tokens, self.hidden) + self.product(q) + (3 if self.norms else 2) * q
+        return (
+            self.values(n_tokens, self.hidden)
+            + self.product(q, self.hidden, self.heads * self.head_dim)
+            + (3 if self.norms else 2) * q
+        )
 
     def scoring(self, n_entries: int, n_queries: int) -> int:
         """Attention of the last queries, float32 [B, Hq, n, T]: logits and weights; keys in float32, if need be."""
@@ -292,14 +296,18 @@ class _Shapes:
         chunk = self.chunk(n_tokens)
         gate_up, half = (self.values(chunk, width * self.inner) for width in (2, 1))
         hidden = self.values(chunk, self.hidden)
-        mlp = hidden + max(self.product(gate_up), gate_up + 2 * half, gate_up + half + self.product(hidden))
-        return max(mlp, self.of_heads(chunk, self.heads) + self.product(hidden))
+        first = self.product(gate_up, self.hidden, 2 * self.inner)
+        last = gate_up + half + self.product(hidden, self.inner, self.hidden)
+        attended = self.of_heads(chunk, self.heads) + self.product(hidden, self.heads * self.head_dim, self.hidden)
+        return max(hidden + max(first, gate_up + 2 * half, last), attended)
 
-    def product(self, result: int) -> int:
-        """The result of a product; with int8 weights also its parts, and the weights of one as floats."""
+    def product(self, result: int, n_in: int, n_out: int) -> int:
+        """The result of a product with a matrix; of an int8 one also its parts, and the weights of one as floats."""
         if not self.int8:
             return result
-        return 2 * result + floats_at_a_time() * (_FLOAT + (self.item if self.item < _FLOAT else 0))
+        floats = min(n_in * n_out, floats_at_a_time())
+        parts = result if n_in * n_out > floats else 0
+        return result + parts + floats * (_FLOAT + (self.item if self.item < _FLOAT else 0))
 
     def chunk(self, n_tokens: int) -> int:
         """Tokens of the largest chunk."""
