@@ -62,7 +62,9 @@ def told(error: BaseException, work: Work) -> str:
 def _says_so(error: BaseException) -> bool:
     if isinstance(error, FastKVError):
         return False
-    if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM):
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":  # Python's own, and torch's
+        return True
+    if isinstance(error, OSError) and error.errno == errno.ENOMEM:
         return True
     return any(_WORDS.search(line) for line in str(error).splitlines()[:1])
 

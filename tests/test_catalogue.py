@@ -53,7 +53,7 @@ class Firsts(Compressed):
 def test_a_new_policy_is_a_file_and_a_line(tmp_path: Path) -> None:
     """In a copy of the package: flag, help, export and policy are there, and so are the tables."""
     package = tmp_path / "fastkv"
-    for folder in ("cache", "console"):
+    for folder in ("cache", "console", "kernels"):
         shutil.copytree(ROOT / folder, package / folder, ignore=shutil.ignore_patterns("__pycache__"))
     for path in ROOT.glob("*.py"):
         shutil.copy(path, package)
