@@ -168,7 +168,7 @@ def _assign_int8(
 ) -> None:
     """Let a weight be int8, quantised from the float pieces that it is stacked of."""
     values = memory.empty(shape, torch.int8, device)
-    scale = torch.empty(shape[0], dtype=torch.float32, device=device)
+    scale = memory.empty((shape[0],), torch.float32, device)  # not between the large tensors that come and go
     first = 0
     for piece in pieces:
         end = first + len(piece)
