@@ -9,9 +9,9 @@ from fastkv.engine.output import Metrics, Output, Piece, RunInfo
 from fastkv.engine.prefill import Prefill
 from fastkv.engine.request import Request
 from fastkv.engine.stopping import StopStrings
-from fastkv.models.detokenizer import Detokenizer
 from fastkv.models.llama import Llama
-from fastkv.models.tokenizer import Tokenizer
+from fastkv.models.text.detokenizer import Detokenizer
+from fastkv.models.text.tokenizer import Tokenizer
 
 _CONTEXT = 16  # tokens of the prompt's end: more than the text of the next token can depend on
 

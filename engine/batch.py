@@ -17,7 +17,7 @@ from fastkv.engine.request import Request
 from fastkv.engine.runtime import Runtime
 from fastkv.errors import FastKVError
 from fastkv.kernels.out_of_memory import REQUEST
-from fastkv.models.tokenizer import Tokenizer
+from fastkv.models.text.tokenizer import Tokenizer
 
 DEFAULT_BATCH_SIZE = 8
 

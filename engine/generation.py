@@ -15,7 +15,7 @@ from fastkv.engine.request import Request
 from fastkv.engine.runtime import Runtime
 from fastkv.errors import FaultError
 from fastkv.kernels.out_of_memory import REQUEST
-from fastkv.models.tokenizer import Tokenizer
+from fastkv.models.text.tokenizer import Tokenizer
 
 
 class Generation(OneReader[Piece]):

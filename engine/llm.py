@@ -47,13 +47,13 @@ from fastkv.engine.sampler import SamplingParams
 from fastkv.errors import FastKVError, brief, check_choice, check_integer, check_switch, writable
 from fastkv.kernels.out_of_memory import LOADING, REQUEST
 from fastkv.kernels.threads import as_many, step_threads
-from fastkv.models.chat import ChatIds
 from fastkv.models.checkpoint import stored_dtype
 from fastkv.models.config import ModelConfig
 from fastkv.models.hub import model_folder
 from fastkv.models.llama import Llama
 from fastkv.models.presets import PRESETS
-from fastkv.models.tokenizer import Tokenizer
+from fastkv.models.text.chat import ChatIds
+from fastkv.models.text.tokenizer import Tokenizer
 from fastkv.models.tying import settled_config
 from fastkv.models.weights import load_weights, random_weights
 

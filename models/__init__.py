@@ -1,1 +1,1 @@
-"""The networks: reading a model folder, the layers, the weights and the tokenizer. Knows no cache and no policy."""
+"""The networks: reading a model folder, the layers and the weights. Knows no cache and no policy."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from fastkv.models.detokenizer import Decoder, Detokenizer
+from fastkv.models.text.detokenizer import Decoder, Detokenizer
 
 TEXT, PIECE, SPECIAL = "t", "p", "s"  # kinds of token: has a text, is a part of a character, decodes to nothing
 

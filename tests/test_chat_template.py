@@ -15,9 +15,9 @@ from places import ROOT
 
 from fastkv import LLM, SamplingParams
 from fastkv.errors import FastKVError, FaultError
-from fastkv.models import template_process
-from fastkv.models.native import guarded_call
-from fastkv.models.template_process import TemplateProcess
+from fastkv.models.text import template_process
+from fastkv.models.text.native import guarded_call
+from fastkv.models.text.template_process import TemplateProcess
 
 HELLO = [{"role": "user", "content": "hello"}]
 Template = Callable[[str], TemplateProcess]
@@ -226,7 +226,7 @@ def test_a_long_prompt_of_few_tokens_is_encoded(chat_llm: Callable[..., LLM], mo
     """Characters alone tell nothing: a token may be long."""
     llm = chat_llm("x")
     assert llm.tokenizer is not None
-    monkeypatch.setattr("fastkv.models.tokenizer._SHORT", 10)
+    monkeypatch.setattr("fastkv.models.text.tokenizer._SHORT", 10)
     plain = llm.tokenizer.encode("<|end|>" * 60)
     assert llm.tokenizer.encode("<|end|>" * 60, limit=30 + 1) == plain
     with pytest.raises(FastKVError):

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from fastkv import CLAA, LLM, FastKV, FullKV, SamplingParams, SnapKV, StructKV
-from fastkv.models.chat import ChatIds, written_after
+from fastkv.models.text.chat import ChatIds, written_after
 
 TEMPLATE = "{% for m in messages %}{{ m.content }}. {% endfor %}Answer of the assistant:"
 LONG = {"role": "user", "content": "the letters of the alphabet are many " * 12}

@@ -335,7 +335,7 @@ def test_a_warning_is_a_line_of_the_command(run: Run) -> None:
 def test_arguments_of_the_chat_template(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     """A value that is JSON is what it says, and anything else a text. One that is not used is a mistake."""
     template = "{{ a is sameas false }}{{ b }}{% for m in messages %}{{ m.content }}{% endfor %}"
-    monkeypatch.setattr("fastkv.models.chat._stated", lambda fields: template)
+    monkeypatch.setattr("fastkv.models.text.chat._stated", lambda fields: template)
     given = json.loads(run("xyz", "--chat", "--chat-arg", "a=false", "--chat-arg", "b=cd", "--json").out)
     assert given["metrics"]["prompt_tokens"] == len("Truecdxyz")
     refused = run("xyz", "--chat", "--chat-arg", "enable_thinking=false", status=2)

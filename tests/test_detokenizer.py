@@ -12,12 +12,12 @@ import sentencepiece
 from places import OUTSIDE_MODELS
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
-from fastkv.models.detokenizer import Detokenizer
 from fastkv.models.fields import Fields
-from fastkv.models.special_tokens import SpecialTokens
-from fastkv.models.tokenizer import Vocabulary
-from fastkv.models.tokenizer_json import JsonVocabulary
-from fastkv.models.tokenizer_sentencepiece import SentencePieceVocabulary
+from fastkv.models.text.detokenizer import Detokenizer
+from fastkv.models.text.special_tokens import SpecialTokens
+from fastkv.models.text.tokenizer import Vocabulary
+from fastkv.models.text.tokenizer_json import JsonVocabulary
+from fastkv.models.text.tokenizer_sentencepiece import SentencePieceVocabulary
 
 BROKEN = "\ufffd"
 FAMILY = "\U0001f469\u200d\U0001f469\u200d\U0001f467\u200d\U0001f466"

@@ -14,9 +14,9 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from fastkv.errors import FastKVError
-from fastkv.models.growth import MOST, growth
-from fastkv.models.native import LibraryError, guarded_call
-from fastkv.models.tokenizer_json import JsonVocabulary
+from fastkv.models.text.growth import MOST, growth
+from fastkv.models.text.native import LibraryError, guarded_call
+from fastkv.models.text.tokenizer_json import JsonVocabulary
 
 Change = dict[str, Any]
 

@@ -16,7 +16,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from fastkv import LLM, FastKV, FastKVError, SamplingParams
 from fastkv.console.files import check_writable
-from fastkv.models.tokenizer_json import JsonVocabulary
+from fastkv.models.text.tokenizer_json import JsonVocabulary
 from fastkv.report.data import Report, report_of
 from fastkv.report.echoes import MOST, echoes
 from fastkv.report.page import as_script_data, render, write_report

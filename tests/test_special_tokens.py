@@ -13,10 +13,10 @@ from places import ROOT
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 from fastkv.errors import FastKVError
-from fastkv.models import tokenizer as tokenizer_module
 from fastkv.models.config import ModelConfig
 from fastkv.models.fields import Fields
-from fastkv.models.special_tokens import SpecialTokens
+from fastkv.models.text import tokenizer as tokenizer_module
+from fastkv.models.text.special_tokens import SpecialTokens
 
 TURN = "<|turn|>"
 NEXT = 258  # the id that a token gets which the vocabulary does not have yet

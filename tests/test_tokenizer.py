@@ -17,7 +17,7 @@ from tokenizers import Tokenizer as LibraryTokenizer
 
 from fastkv.errors import FastKVError
 from fastkv.models.config import ModelConfig
-from fastkv.models.tokenizer import Tokenizer
+from fastkv.models.text.tokenizer import Tokenizer
 
 BOS, EOS, END_OF_TURN = 0, 1, 2  # of the small tokenizer.json
 CORPUS = ["hello world and hello again", "the quick brown fox jumps over the lazy dog", "two  spaces\n\nand lines"] * 20

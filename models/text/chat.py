@@ -10,7 +10,7 @@ from typing import Any
 from fastkv.errors import FastKVError
 from fastkv.models.fields import Fields
 from fastkv.models.files import check_ordinary
-from fastkv.models.template_process import TemplateProcess
+from fastkv.models.text.template_process import TemplateProcess
 
 _ANSWER = "fastkv"  # a word that stands for an answer
 _OWN = ("messages", "add_generation_prompt")  # variables that only we give

@@ -11,10 +11,10 @@ from typing import Any
 from fastkv.errors import FastKVError
 from fastkv.models.fields import Fields
 from fastkv.models.files import check_ordinary
-from fastkv.models.growth import MOST, PARTS, frame_length, growth
-from fastkv.models.native import LibraryError, guarded_call
-from fastkv.models.special_tokens import AddedToken, SpecialTokens
-from fastkv.models.token_bytes import bytes_of_fallback, bytes_of_text
+from fastkv.models.text.growth import MOST, PARTS, frame_length, growth
+from fastkv.models.text.native import LibraryError, guarded_call
+from fastkv.models.text.special_tokens import AddedToken, SpecialTokens
+from fastkv.models.text.token_bytes import bytes_of_fallback, bytes_of_text
 
 _log = logging.getLogger(__name__)
 # Where the library may run the normalizer while it loads, on tokens; or it is written so that this cannot be told.

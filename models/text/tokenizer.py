@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from fastkv.errors import FastKVError, FaultError
-from fastkv.models.chat import Chat, ChatIds
 from fastkv.models.config import ModelConfig
 from fastkv.models.fields import Fields
-from fastkv.models.native import LibraryError
-from fastkv.models.special_tokens import SpecialTokens
+from fastkv.models.text.chat import Chat, ChatIds
+from fastkv.models.text.native import LibraryError
+from fastkv.models.text.special_tokens import SpecialTokens
 
 _log = logging.getLogger(__name__)
 _SHORT = 2**16  # characters that are encoded without a thought
@@ -75,11 +75,11 @@ class Tokenizer:
         tokens = SpecialTokens.read(folder)
         # lexists: a folder or a link that leads nowhere is broken too, and no reason to take the other file
         if os.path.lexists(folder / "tokenizer.json"):
-            from fastkv.models.tokenizer_json import JsonVocabulary
+            from fastkv.models.text.tokenizer_json import JsonVocabulary
 
             vocabulary: Vocabulary = JsonVocabulary(folder / "tokenizer.json", tokens)
         elif os.path.lexists(folder / "tokenizer.model"):
-            from fastkv.models.tokenizer_sentencepiece import SentencePieceVocabulary
+            from fastkv.models.text.tokenizer_sentencepiece import SentencePieceVocabulary
 
             vocabulary = SentencePieceVocabulary(folder / "tokenizer.model", tokens)
         else:

@@ -9,9 +9,9 @@ from typing import Any
 
 from fastkv.errors import FastKVError
 from fastkv.models.files import check_ordinary
-from fastkv.models.native import guarded_call
-from fastkv.models.special_tokens import AddedToken, SpecialTokens
-from fastkv.models.token_bytes import bytes_of_fallback
+from fastkv.models.text.native import guarded_call
+from fastkv.models.text.special_tokens import AddedToken, SpecialTokens
+from fastkv.models.text.token_bytes import bytes_of_fallback
 
 _OTHER = "\0"  # the token that stands for any text between added tokens
 _GUARD = "<unk>"  # spelled out by sentencepiece, in pieces that hardly any text joins
