@@ -20,7 +20,7 @@ from fastkv.errors import FastKVError
 _PROGRAM = Path(__file__).with_name("template_program.py")
 _PATIENCE = 60.0  # seconds on the clock, where the system cannot count those of the processor, or is very busy
 
-SECONDS = 5.0  # of the processor, for one conversation; real templates take milliseconds
+SECONDS = 2.0  # of the processor, for one conversation; real templates take milliseconds
 
 
 class TemplateProcess:

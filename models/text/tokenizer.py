@@ -141,7 +141,7 @@ class Tokenizer:
         """The special token that the template writes after an answer, if it writes one."""
         after = self._chat.after_answer(named, arguments)
         first = self._encode(after.lstrip())[:1] if after else []
-        special = [i for i in first if not self._vocabulary.decode([i])]
+        special = [i for i in first if not self.decode([i])]
         return frozenset(special)
 
     def _encode(self, text: str, limit: int | None = None) -> list[int]:

@@ -101,8 +101,8 @@ def _write(name: str, number: int, run: Run, example: Any, outcome: Outcome) -> 
     folder().mkdir(parents=True, exist_ok=True)
     told = "\n".join(f"# {line}".rstrip() for line in f"{outcome.what}\n{outcome.detail}".splitlines())
     names = f"from {type(example).__module__} import *\nfrom {run.__module__} import {run.__name__}"
-    program = (
-        f"{told}\n# PYTHONPATH=FOLDER_OF_THE_PACKAGE:tests python THIS_FILE\n{names}\n\n{run.__name__}({example!r})\n"
-    )
+    names += "\nfrom fuzz.watchdog import Watchdog"
+    shown = f"print(Watchdog().run({run.__name__}, {example!r}))"
+    program = f"{told}\n# PYTHONPATH=FOLDER_OF_THE_PACKAGE:tests python THIS_FILE\n{names}\n\n{shown}\n"
     path = folder() / f"{re.sub('[^a-z]+', '-', name)}-{number}.py"
     path.write_text(program, encoding="utf-8", errors="backslashreplace")
