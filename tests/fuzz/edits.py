@@ -180,6 +180,8 @@ class Special:
         if self.kind == "unreadable":
             path.touch()
             path.chmod(0)
+        elif self.kind != "missing" and path.is_dir() and not path.is_symlink():  # by an edit before this one
+            path.rmdir()
         elif self.kind != "missing":
             path.unlink(missing_ok=True)
         if self.kind == "folder":
