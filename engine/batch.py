@@ -100,7 +100,8 @@ def _slots_in(available: int, runtime: Runtime, requests: Sequence[Request], mos
     def of(request: Request, slots: int) -> Footprint:
         return footprint(runtime.model, request.plan, slots * one, slots=slots, draws=request.params.temperature > 0)
 
-    largest = max(requests, key=lambda request: of(request, 1).total)
+    distinct = {request.sizes: request for request in requests}.values()
+    largest = max(distinct, key=lambda request: of(request, 1).total)
 
     def lacks(slots: int) -> bool:
         needed = of(largest, slots)

@@ -32,9 +32,10 @@ from fastkv.engine.memory import check_fits, explain_out_of_memory, raise_if_out
 from fastkv.engine.output import Output
 from fastkv.engine.plan import RequestPlan, plan_request, position_limit
 from fastkv.engine.prefill import Prefill, prefill
-from fastkv.engine.process import check_process, process_for_model
+from fastkv.engine.process import check_process, has_model, process_for_model
 from fastkv.engine.request import (
     Request,
+    Sizes,
     answer_length,
     check_request_fits,
     id_tensor,
@@ -133,6 +134,7 @@ class LLM:
             self._model = random_weights(self.config, torch_dtype, target, weights=weights)
         else:
             self._model = load_weights(self.config, folder, torch_dtype, target, progress, weights, settled=True)
+        has_model()
         if compile:
             compile_layers(self._model)
         self._device = self._model.device
@@ -236,7 +238,8 @@ class LLM:
             check_integer("kv_memory", kv_memory, 1)
         policy = self.policy if policy is None else self._checked_policy(policy)
         each = zip(prompts, params_of_each(params, len(prompts)), strict=True)
-        requests = [self._request_of(index, prompt, chosen, policy) for index, (prompt, chosen) in enumerate(each)]
+        fitting: set[Sizes] = set()
+        requests = [self._request_of(i, prompt, chosen, policy, fitting) for i, (prompt, chosen) in enumerate(each)]
         if not requests:
             return iter(())
         n_slots = slots_that_fit(self._runtime, requests, batch_size, kv_memory)
@@ -262,7 +265,7 @@ class LLM:
         return Generation(self._runtime, self.tokenizer, request, called_at, keep_selection)
 
     @explain_out_of_memory(REQUEST)
-    def chat(self, messages: list[dict[str, str]], **arguments: Any) -> ChatIds:
+    def chat(self, messages: list[dict[str, str]], /, **arguments: Any) -> ChatIds:
         """Token ids of a conversation, ready for the model's answer, by the model's own chat template.
 
         The list knows which of its last tokens are the template's, so that a policy's observation window covers the end
@@ -345,7 +348,14 @@ class LLM:
         check_process(self._process, self._device, self._runtime.step_threads)
 
     @explain_out_of_memory(REQUEST)
-    def _request(self, prompt: str | list[int], params: SamplingParams | None, policy: Policy | None) -> Request:
+    def _request(
+        self,
+        prompt: str | list[int],
+        params: SamplingParams | None,
+        policy: Policy | None,
+        fitting: set[Sizes] | None = None,
+    ) -> Request:
+        """A checked request. fitting: sizes of requests of the same list for which memory is known to suffice."""
         if os.getpid() != self._process:
             self._check_process()
         params = SamplingParams() if params is None else params
@@ -358,7 +368,11 @@ class LLM:
         max_tokens = answer_length(self.config, params, ids.shape[1], limit)
         plan = plan_request(self.config, policy, ids.shape[1], max_tokens, self.dtype, limit)
         request = Request(ids, params, plan, self._eos_ids(params, getattr(prompt, "ends", frozenset())))
-        self._check_fits(plan, footprint(self._model, plan, self._slot_bytes(request), draws=params.temperature > 0))
+        if fitting is None or request.sizes not in fitting:
+            slot, draws = self._slot_bytes(request), params.temperature > 0
+            self._check_fits(plan, footprint(self._model, plan, slot, draws=draws))
+        if fitting is not None:
+            fitting.add(request.sizes)
         return request
 
     def _slot_bytes(self, request: Request) -> int:
@@ -370,10 +384,10 @@ class LLM:
         reusable = self._runtime.buffers.reusable(needed.cache if pool else 0, needed.workspace)
         check_request_fits(self._model, plan, needed, reusable)
 
-    def _request_of(self, index: int, prompt: Any, params: Any, policy: Policy) -> Request:
+    def _request_of(self, index: int, prompt: Any, params: Any, policy: Policy, fitting: set[Sizes]) -> Request:
         """A request of a list: what is wrong with it is told with its place there."""
         try:
-            return self._request(prompt, params, policy)
+            return self._request(prompt, params, policy, fitting)
         except FastKVError as error:
             message = f"prompt {index} of the list: {error}"
             raise FastKVError(message, setting=error.setting, prompt=index) from error

@@ -19,13 +19,15 @@ def process_for_model(device: torch.device) -> int:
 
     Raises FastKVError where it was forked from one that has used torch's threads, or the GPU, for a model.
     """
-    global _first
-    here = os.getpid()
-    if _first is None:
-        _first = here
-    elif _first != here:
+    if _first is not None:
         check_process(_first, device)
-    return here
+    return os.getpid()
+
+
+def has_model() -> None:
+    """Note that this process has loaded a model."""
+    global _first
+    _first = os.getpid() if _first is None else _first
 
 
 def check_process(process: int, device: torch.device, threads: int | None = None) -> None:
@@ -34,7 +36,7 @@ def check_process(process: int, device: torch.device, threads: int | None = None
         return
     way_out = "start processes by multiprocessing's spawn, and load the model in each of them"
     if device.type == "cuda":
-        raise FastKVError(f"process {process} has used the GPU for a model, and a fork takes none along; {way_out}")
+        raise FastKVError(f"process {process} has loaded a model, and a fork cannot use the GPU after that; {way_out}")
     if max(torch.get_num_threads(), threads or 1) > 1:
         raise FastKVError(
             f"process {process} has used its threads for a model, and a fork takes none along; {way_out}, or call "

@@ -22,6 +22,8 @@ DEFAULT_MAX_TOKENS = 256
 _SHOWN = 60  # characters of what is no prompt
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.uint16, torch.uint32, torch.uint64)
 
+Sizes = tuple[int, int, bool]  # tokens of the prompt, and of the answer at most; whether they are drawn at random
+
 
 @dataclass(frozen=True)
 class Request:
@@ -38,6 +40,11 @@ class Request:
     @property
     def policy(self) -> Policy:
         return self.plan.policy
+
+    @property
+    def sizes(self) -> Sizes:
+        """What decides, under one policy and model, how much memory it takes."""
+        return self.plan.n_tokens, self.max_tokens, self.params.temperature > 0
 
     @property
     def max_tokens(self) -> int:

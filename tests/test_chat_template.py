@@ -44,7 +44,7 @@ def test_a_template_that_does_not_end_is_ended(
     render: Callable[..., str], monkeypatch: pytest.MonkeyPatch, template: str
 ) -> None:
     monkeypatch.setattr(template_process, "SECONDS", 0.1)
-    with pytest.raises(FastKVError, match=r"chat_template\.jinja.*takes more"):
+    with pytest.raises(FastKVError, match=r"chat_template\.jinja.*has ended"):
         render(template)
 
 
@@ -79,9 +79,44 @@ def test_the_process_is_used_again_and_replaced_when_it_is_gone(tmp_path: Path) 
     assert first is not None
     first.kill()
     first.wait()
-    with pytest.raises(FastKVError):
-        process.render({"x": 3}, [])
-    assert process.render({"x": 4}, []) == "4"
+    assert process.render({"x": 3}, []) == "3"
+
+
+def test_an_interrupt_leaves_no_answer_to_the_next_conversation(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The reply that nobody waited for used to be taken for that to the next messages, of another user perhaps."""
+    process = TemplateProcess("{{ x }}", tmp_path / "t")
+    asked = template_process._asked
+
+    def interrupted(child: Any, line: bytes) -> bytes:
+        child.stdin.write(line + b"\n")
+        child.stdin.flush()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(template_process, "_asked", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        process.render({"x": "first"}, [])
+    monkeypatch.setattr(template_process, "_asked", asked)
+    assert process.render({"x": "second"}, []) == "second"
+
+
+@pytest.mark.parametrize("python", ["/bin/cat", "/bin/true", "", None])
+def test_what_is_no_python_is_told(
+    render: Callable[..., str], monkeypatch: pytest.MonkeyPatch, python: str | None
+) -> None:
+    monkeypatch.setattr(template_process.sys, "executable", python)
+    with pytest.raises(FastKVError, match="template"):
+        render("x")
+
+
+@pytest.mark.parametrize("variable", ["PYTHONIOENCODING", "PYTHONPATH", "PYTHONSTARTUP", "PYTHONHOME"])
+def test_variables_of_python_change_nothing(
+    render: Callable[..., str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, variable: str
+) -> None:
+    (tmp_path / "json.py").write_text("raise SystemExit")
+    monkeypatch.setenv(variable, "utf-16" if variable == "PYTHONIOENCODING" else str(tmp_path))
+    assert render("é{{ x }}", x=1) == "é1"
 
 
 def test_the_process_ends_with_its_model(tmp_path: Path) -> None:
@@ -114,7 +149,7 @@ def test_a_system_that_lets_no_process_start(
     render: Callable[..., str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(template_process.sys, "executable", str(tmp_path / "no-python"))
-    with pytest.raises(FastKVError, match="process"):
+    with pytest.raises(FastKVError, match="could not be started"):
         render("x")
 
 
@@ -147,6 +182,8 @@ def chat_llm(tmp_path: Path) -> Callable[..., LLM]:
         (TURNS.replace("END", " <|end|>"), True),
         (TURNS.replace("END", ""), True),  # the next turn's first token
         (TURNS.replace("END", "."), False),
+        (TURNS.replace("END", "\n\n "), True),
+        (TURNS.replace("END", "\n### Next"), False),
         (ONE_SIDED, False),
     ],
 )
@@ -191,8 +228,29 @@ def test_arguments_reach_the_template_and_unused_ones_are_refused(chat_llm: Call
     with pytest.raises(FastKVError, match="enable_thought") as caught:
         llm.chat(HELLO, enable_thought=False)
     assert caught.value.setting == "chat_arg"
-    with pytest.raises(FastKVError, match="add_generation_prompt"):
-        llm.chat(HELLO, add_generation_prompt=False)
+    for name in ("add_generation_prompt", "messages", "self"):
+        with pytest.raises(FastKVError, match=name) as caught:
+            llm.chat(HELLO, **{name: False})
+        assert caught.value.setting == "chat_arg"
+
+
+def test_a_piece_that_decodes_to_nothing_does_not_end_an_answer(stories_folder: Path, tmp_path: Path) -> None:
+    """sentencepiece's mark of a space is no text at the beginning, and no special token."""
+    for path in stories_folder.iterdir():
+        shutil.copyfile(path, tmp_path / path.name)
+    (tmp_path / "chat_template.jinja").write_text("{% for m in messages %}{{ m.content }}\n### Next\n{% endfor %}")
+    llm = LLM(tmp_path, device="cpu")
+    assert llm.tokenizer is not None
+    assert "" in [llm.tokenizer.decode([token_id]) for token_id in llm.tokenizer.encode("### Next")[1:]]
+    assert not llm.chat(HELLO).ends
+
+
+@pytest.mark.parametrize("message", ["hello", "assistant", "a", "turn", "user"])
+def test_a_message_that_is_a_word_of_the_template(chat_llm: Callable[..., LLM], message: str) -> None:
+    """Its last place in the text is the template's: what the template wrote after it was found too short."""
+    llm = chat_llm(TURNS.replace("END", "<|end|>"))
+    usual = llm.chat([{"role": "user", "content": "unusual"}]).tail
+    assert llm.chat([{"role": "user", "content": message}]).tail == usual > 1
 
 
 def test_a_broken_template_does_not_stop_plain_prompts(chat_llm: Callable[..., LLM]) -> None:

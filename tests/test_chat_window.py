@@ -40,7 +40,7 @@ def chat_llm(archive_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> 
 def test_what_the_template_writes_after_the_last_message(
     text: str, messages: list[dict[str, str]], expected: str
 ) -> None:
-    assert written_after(text, messages) == expected
+    assert written_after(text, messages[-1]["content"] if messages else None) == expected
 
 
 @pytest.mark.parametrize(

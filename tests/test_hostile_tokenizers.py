@@ -14,6 +14,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from fastkv.errors import FastKVError
+from fastkv.models.text import native
 from fastkv.models.text.growth import MOST, growth
 from fastkv.models.text.native import LibraryError, guarded_call
 from fastkv.models.text.tokenizer_json import JsonVocabulary
@@ -183,6 +184,39 @@ def test_a_fork_during_a_call_has_its_stderr(capfd: pytest.CaptureFixture[str]) 
         os.write(2, b"the parent's\n")
         assert "child" in capfd.readouterr().err
     assert capfd.readouterr().err == "the parent's\n"
+
+
+@pytest.mark.parametrize("fails", ["_file", "os.dup"])
+def test_a_system_that_has_no_file_to_hold_stderr_back(monkeypatch: pytest.MonkeyPatch, fails: str) -> None:
+    """No folder for temporary files, or no file descriptor left: the call goes on, and so does the next one."""
+
+    def full(*_: Any) -> int:
+        raise OSError("no file")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(native._stderr, "_held", None)
+        patch.setattr(f"fastkv.models.text.native.{fails}", full)
+        for _ in range(2):
+            with pytest.raises(LibraryError), guarded_call():
+                raise BaseException("a panic")
+    assert native._stderr._calls == 0
+
+
+@pytest.mark.parametrize(
+    ("part", "step", "expected"),
+    [
+        ("pre_tokenizer", {"type": "FixedLength", "length": 7}, True),
+        ("pre_tokenizer", several({"type": "FixedLength", "length": 7}, BYTES, name=PRE), True),
+        ("normalizer", replaced("b", Regex="(a+)+$"), True),
+        ("normalizer", replaced("b", Regex=" {2,}"), False),
+        ("pre_tokenizer", BYTES, False),
+    ],
+)
+def test_stderr_is_held_back_for_steps_that_may_panic_alone(
+    path: Path, part: str, step: Change, expected: bool
+) -> None:
+    """A program that another thread starts meanwhile would have the wrong stderr."""
+    assert JsonVocabulary(change(path, **{part: step}))._quiet == expected
 
 
 def test_a_closed_stderr_is_no_matter(path: Path) -> None:

@@ -264,8 +264,10 @@ def test_a_model_of_another_process(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
     check_process(here + 1, CPU)
     for device, threads in ((CPU, 2), (torch.device("cuda", 0), None)):
-        with pytest.raises(FastKVError, match=f"process {here + 1} has used"):
+        with pytest.raises(FastKVError, match=f"process {here + 1} has"):
             check_process(here + 1, device, threads)
     monkeypatch.setattr(process, "_first", None)
     assert process_for_model(CPU) == here
+    assert process._first is None  # a model that could not be loaded has used nothing
+    process.has_model()
     assert process._first == here

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,9 +11,9 @@ from typing import Any
 from fastkv.errors import FastKVError
 from fastkv.models.fields import Fields
 from fastkv.models.files import check_ordinary
-from fastkv.models.text.template_process import TemplateProcess
+from fastkv.models.text.template_process import TemplateEndedError, TemplateProcess
 
-_ANSWER = "fastkv"  # a word that stands for an answer
+_WORD = "fastkv-9e2c"  # that no template writes: it stands for a message
 _OWN = ("messages", "add_generation_prompt")  # variables that only we give
 
 
@@ -35,10 +36,9 @@ class Turn:
     after: str
 
 
-def written_after(text: str, messages: list[dict[str, str]]) -> str:
-    """The end of a rendered conversation that is the template's alone; "" if the last message is not found in it."""
-    last = messages[-1].get("content") if messages else None
-    words = last.strip() if isinstance(last, str) else ""
+def written_after(text: str, message: object) -> str:
+    """The end of a rendered conversation that is the template's alone; "" if its last message is not found in it."""
+    words = message.strip() if isinstance(message, str) else ""
     place = text.rfind(words) if words else -1
     return "" if place < 0 else text[place + len(words) :]
 
@@ -53,7 +53,7 @@ class Chat:
         self._path = path
         self._trouble = trouble
         self._process = None if source is None else TemplateProcess(source, path)
-        self._after_answer: dict[str, str] = {}
+        self._after_answer: tuple[str, str] | None = None  # for which arguments, and what it was
 
     @classmethod
     def of(cls, folder: Path, config: Fields) -> Chat:
@@ -84,19 +84,34 @@ class Chat:
         text = self._text(messages, named, arguments, answer=True)
         if not text:
             raise FastKVError(f"{self._path}: the chat template writes nothing for these messages")
-        return Turn(text, written_after(text, messages))
+        return Turn(text, self._after_last(text, messages, named, arguments))
+
+    def _after_last(
+        self, text: str, messages: list[dict[str, str]], named: dict[str, str], arguments: dict[str, Any]
+    ) -> str:
+        """The end of `text` that is the template's alone; "" if that cannot be told."""
+        last = messages[-1].get("content") if messages else None
+        if not isinstance(last, str) or not last.strip() or text.count(last.strip()) == 1:
+            return written_after(text, last)
+        # A short message may also be a word of the template's: a word that is not stands in for it.
+        with suppress(FastKVError):
+            stood_in = [*messages[:-1], {**messages[-1], "content": _WORD}]
+            return written_after(self._text(stood_in, named, arguments, answer=True), _WORD)
+        return ""
 
     def after_answer(self, named: dict[str, str], arguments: dict[str, Any]) -> str:
         """What the template writes after an answer of the model; "" where it takes none."""
         key = repr(sorted(arguments.items()))
-        if key not in self._after_answer:
-            messages = [{"role": "user", "content": "?"}, {"role": "assistant", "content": _ANSWER}]
+        if self._after_answer is None or self._after_answer[0] != key:
+            messages = [{"role": "user", "content": "?"}, {"role": "assistant", "content": _WORD}]
             try:
                 text = self._text(messages, named, arguments, answer=False)
-            except FastKVError:
+            except TemplateEndedError:
+                raise
+            except FastKVError:  # some templates take a user's messages alone
                 text = ""
-            self._after_answer[key] = written_after(text, messages)
-        return self._after_answer[key]
+            self._after_answer = key, written_after(text, _WORD)
+        return self._after_answer[1]
 
     def _text(
         self, messages: list[dict[str, str]], named: dict[str, str], arguments: dict[str, Any], answer: bool

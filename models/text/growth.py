@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import base64
 import math
+import re
 from typing import Any
 
 MOST = 2000  # characters for each one that goes in; published tokenizers stay below 1400, all bounds multiplied
 
+_REPEATED_GROUP = re.compile(r"\)[*+{]")  # an expression with one may go back and forth without end
 PARTS = ("normalizer", "pre_tokenizer", "decoder", "post_processor")  # of a tokenizer.json, with steps that are run
 
 
@@ -17,6 +19,18 @@ def growth(tokenizer: dict[str, Any]) -> float:
     """
     steps_in = _growth(tokenizer.get("normalizer")) * _growth(tokenizer.get("pre_tokenizer"))
     return max(steps_in, _growth(tokenizer.get("decoder")))
+
+
+def may_panic(step: Any) -> bool:
+    """Whether a step is of a kind whose parameters can make the library panic at some text."""
+    if not isinstance(step, dict):
+        return False
+    kind, pattern = step.get("type"), step.get("pattern")
+    if kind == "FixedLength" or (kind == "Strip" and step.get("stop")):
+        return True
+    if isinstance(pattern, dict) and _REPEATED_GROUP.search(str(pattern.get("Regex", ""))):
+        return True
+    return any(may_panic(each) for steps in step.values() if isinstance(steps, list) for each in steps)
 
 
 def frame_length(step: Any) -> int:

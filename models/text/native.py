@@ -18,13 +18,15 @@ class LibraryError(Exception):
 
 
 @contextmanager
-def guarded_call() -> Iterator[None]:
+def guarded_call(quiet: bool = True) -> Iterator[None]:
     """Raise LibraryError for whatever the calls inside raise.
 
-    A panic is no Exception to Python, and has printed its message by the time it gets here. So what is written to
-    stderr meanwhile, by other threads, too, is held back, and then written without such messages.
+    A panic is no Exception to Python, and has printed its message by the time it gets here. quiet: hold back what is
+    written to stderr meanwhile, by other threads, too, and then write it without such messages. That is for calls that
+    are likely to panic: a program that another thread starts meanwhile has the wrong stderr.
     """
-    _stderr.hold()
+    if quiet:
+        _stderr.hold()
     try:
         yield
     except (KeyboardInterrupt, SystemExit, GeneratorExit, MemoryError):
@@ -32,7 +34,8 @@ def guarded_call() -> Iterator[None]:
     except BaseException as error:
         raise LibraryError(str(error) or type(error).__name__) from None
     finally:
-        _stderr.let_go()
+        if quiet:
+            _stderr.let_go()
 
 
 class _Stderr:
@@ -49,10 +52,8 @@ class _Stderr:
             self._calls += 1
             if self._calls > 1:
                 return
-            if self._held is None:
-                with tempfile.TemporaryFile() as file:
-                    self._held = os.dup(file.fileno())
-            with suppress(OSError):  # it is closed: nothing can be printed
+            with suppress(OSError):  # stderr is closed, or no file can be made: panics print what they print
+                self._held = _file() if self._held is None else self._held
                 self._real = os.dup(_STDERR)
                 os.dup2(self._held, _STDERR)
 
@@ -64,26 +65,38 @@ class _Stderr:
             os.dup2(self._real, _STDERR)
             os.close(self._real)
             self._real = None
-            if size := os.lseek(self._held, 0, os.SEEK_CUR):
-                self._forward(self._held, size)
+            if os.lseek(self._held, 0, os.SEEK_CUR):
+                self._forward(self._held)
 
     def begin_anew(self) -> None:
         """In a fork, which has none of the other threads: what these hold back is let go."""
-        real = self._real
-        self.__init__()  # type: ignore[misc]
-        if real is not None:
-            os.dup2(real, _STDERR)
-            os.close(real)
+        self._lock, self._calls = threading.Lock(), 0
+        if self._real is not None:
+            os.dup2(self._real, _STDERR)
+            os.close(self._real)
+        if self._held is not None:  # the parent writes to it, too
+            os.close(self._held)
+        self._real = self._held = None
 
     @staticmethod
-    def _forward(held: int, size: int) -> None:
+    def _forward(held: int) -> None:
         """Write to stderr what was held back, but for panics, and empty the file."""
         os.lseek(held, 0, os.SEEK_SET)
-        text = _PANIC.sub(b"", os.read(held, size))
+        with os.fdopen(os.dup(held), "rb") as file:
+            text = _PANIC.sub(b"", file.read())
         os.ftruncate(held, 0)
         os.lseek(held, 0, os.SEEK_SET)
         with suppress(OSError):
-            os.write(_STDERR, text)
+            while text:
+                text = text[os.write(_STDERR, text) :]
+
+
+def _file() -> int:
+    """A file without a name: in memory, where the system has such files."""
+    if hasattr(os, "memfd_create"):
+        return os.memfd_create("held-back")
+    with tempfile.TemporaryFile() as file:
+        return os.dup(file.fileno())
 
 
 _stderr = _Stderr()

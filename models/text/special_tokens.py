@@ -109,9 +109,10 @@ def _named(fields: Fields) -> Iterator[tuple[str, AddedToken | None]]:
             yield key, None
         elif key in NAMES or (key.endswith("_token") and isinstance(value, str)):
             yield key, replace(_token(fields, key, value), special=True)
-    more = fields.values.get("extra_special_tokens")
-    if isinstance(more, dict):
-        yield from ((key, replace(_token(fields, key, value), special=True)) for key, value in more.items())
+    for listed in ("extra_special_tokens", "model_specific_special_tokens"):
+        more = fields.values.get(listed)
+        if isinstance(more, dict):
+            yield from ((key, replace(_token(fields, key, value), special=True)) for key, value in more.items())
 
 
 def _listed(fields: Fields) -> Iterator[AddedToken]:

@@ -15,7 +15,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from fastkv.errors import FastKVError
+from fastkv.errors import FastKVError, FaultError
 
 _PROGRAM = Path(__file__).with_name("template_program.py")
 _PATIENCE = 60.0  # seconds on the clock, where the system cannot count those of the processor, or is very busy
@@ -23,31 +23,39 @@ _PATIENCE = 60.0  # seconds on the clock, where the system cannot count those of
 SECONDS = 2.0  # of the processor, for one conversation; real templates take milliseconds
 
 
+class TemplateEndedError(FaultError):
+    """The process has not answered: it took too long or too much, or something else has ended it."""
+
+
 class TemplateProcess:
     """source: the template. path: the file that it stands in, for messages."""
 
     def __init__(self, source: str, path: Path) -> None:
         self._source, self._path = source, path
-        self._process: subprocess.Popen[bytes] | None = None
-        self._owner = 0  # the process that started it: a fork would share its pipes
+        self._begin_anew()
+
+    def _begin_anew(self) -> None:
+        """Here, or in a fork, which must not use the pipes of its parent, nor wait for its threads."""
+        self._owner = os.getpid()
         self._turn = threading.Lock()
+        self._process: subprocess.Popen[bytes] | None = None
 
     def render(self, variables: dict[str, Any], arguments: list[str]) -> str:
         """The text that the template writes. arguments: names among the variables that it has to use.
 
-        Raises FastKVError where it is broken, refuses, takes too long or too much, or does not use an argument.
+        Raises FastKVError where it is broken, refuses, or does not use an argument, and TemplateEndedError.
         """
         try:
             line = json.dumps({"variables": variables, "arguments": arguments}).encode()
         except (TypeError, ValueError, RecursionError) as error:
-            raise FastKVError(f"the messages of a chat are texts in dicts, and what else JSON has ({error})") from None
+            raise FastKVError(
+                f"messages and arguments of a chat can hold what JSON can, and no more ({error})"
+            ) from None
+        if self._owner != os.getpid():
+            self._begin_anew()
         with self._turn:
             reply = self._reply(line)
-        if not reply:
-            raise FastKVError(
-                f"{self._path}: the chat template takes more than {SECONDS:g} s or too much memory for these messages"
-            )
-        return self._text(json.loads(reply))
+        return self._text(reply)
 
     def _text(self, answer: dict[str, str]) -> str:
         if "broken" in answer:
@@ -58,47 +66,57 @@ class TemplateProcess:
             raise FastKVError(f"{self._path}: the chat template uses no {answer['unused']}", setting="chat_arg")
         return answer["text"]
 
-    def _reply(self, line: bytes) -> bytes:
-        """The process's answer to a line; nothing where it has ended."""
+    def _reply(self, line: bytes) -> dict[str, str]:
+        """The process's answer to a line. Where it does not come whole, whatever the reason, the process is ended."""
+        if self._process is None or self._process.poll() is not None:
+            self._process = self._start()
         process = self._process
-        if process is None or self._owner != os.getpid():
-            process = self._process = self._start()
-            self._owner = os.getpid()
-        assert process.stdin is not None
-        assert process.stdout is not None
         overtime = threading.Timer(_PATIENCE, process.kill)
-        overtime.start()
+        reply: Any = None
+        with suppress(RuntimeError):  # no thread can be started: the process still has its own limit
+            overtime.start()
         try:
-            process.stdin.write(line + b"\n")
-            process.stdin.flush()
-            reply = process.stdout.readline()
-        except OSError:  # it ended while it read
-            reply = b""
+            reply = json.loads(_asked(process, line))
+        except (OSError, ValueError):  # it ended while it read, or while it wrote
+            pass
         finally:
             overtime.cancel()
-        if not reply.endswith(b"\n"):
-            _end(process)
-            self._process = None
-            return b""
+            if not isinstance(reply, dict) or not {"text", "broken", "refused", "unused"} & set(reply):
+                self._ending()  # also where we are interrupted: the answer would be taken for that to the next line
+                self._process = reply = None
+        if reply is None:
+            raise TemplateEndedError(
+                f"{self._path}: the process that renders the chat template has ended; it may take {SECONDS:g} s and "
+                "some hundred MiB for a conversation"
+            )
         return reply
 
     def _start(self) -> subprocess.Popen[bytes]:
         try:
             process = subprocess.Popen(
-                [sys.executable, str(_PROGRAM)],
+                [sys.executable or "", "-I", str(_PROGRAM)],  # -I: nobody's variables change what it is
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.DEVNULL,
                 start_new_session=True,  # Ctrl-C is for us: we end it
             )
         except OSError as error:
-            raise FastKVError(f"{self._path}: the chat template needs a process of its own ({error})") from None
-        weakref.finalize(self, _end, process)
-        first = {"path": sys.path, "template": self._source, "seconds": SECONDS}
+            python = sys.executable or "no Python"
+            raise FaultError(f"{self._path}: {python} could not be started for the chat template ({error})") from None
+        self._ending = weakref.finalize(self, _end, process)
+        first = {"path": [place for place in sys.path if place], "template": self._source, "seconds": SECONDS}
         assert process.stdin is not None
         with suppress(OSError):
             process.stdin.write(json.dumps(first).encode() + b"\n")
         return process
+
+
+def _asked(process: subprocess.Popen[bytes], line: bytes) -> bytes:
+    assert process.stdin is not None
+    assert process.stdout is not None
+    process.stdin.write(line + b"\n")
+    process.stdin.flush()
+    return process.stdout.readline()
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:

@@ -20,12 +20,14 @@ _LONGEST = 2**22  # characters of text, besides as many as the conversation has,
 
 def main() -> None:
     """First the search path, the template's text and its limits, then requests until there are none."""
-    first = json.loads(sys.stdin.readline())
+    asked, answers = sys.stdin.buffer, sys.stdout.buffer
+    first = json.loads(asked.readline())
     sys.path[:] = first["path"]
     program = _Program(first["template"])
-    for line in sys.stdin:
+    for line in asked:
         _limit(len(line), first["seconds"])
-        print(json.dumps(program.answer(json.loads(line), len(line))), flush=True)
+        answers.write(json.dumps(program.answer(json.loads(line), len(line))).encode() + b"\n")
+        answers.flush()
 
 
 class _Program:

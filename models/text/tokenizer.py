@@ -39,6 +39,10 @@ class Vocabulary(Protocol):
         """The id of a token that decodes to nothing; None where there is none of this text."""
         ...
 
+    def is_special(self, token_id: int) -> bool:
+        """Whether a token is no part of any text."""
+        ...
+
     def bytes_of(self, token_id: int) -> bytes:
         """The bytes of a token that may hold a part of a character; b"" of one that holds whole ones only."""
         ...
@@ -141,7 +145,7 @@ class Tokenizer:
         """The special token that the template writes after an answer, if it writes one."""
         after = self._chat.after_answer(named, arguments)
         first = self._encode(after.lstrip())[:1] if after else []
-        special = [i for i in first if not self.decode([i])]
+        special = [i for i in first if self._vocabulary.is_special(i)]
         return frozenset(special)
 
     def _encode(self, text: str, limit: int | None = None) -> list[int]:

@@ -11,7 +11,7 @@ from typing import Any
 from fastkv.errors import FastKVError
 from fastkv.models.fields import Fields
 from fastkv.models.files import check_ordinary
-from fastkv.models.text.growth import MOST, PARTS, frame_length, growth
+from fastkv.models.text.growth import MOST, PARTS, frame_length, growth, may_panic
 from fastkv.models.text.native import LibraryError, guarded_call
 from fastkv.models.text.special_tokens import AddedToken, SpecialTokens
 from fastkv.models.text.token_bytes import bytes_of_fallback, bytes_of_text
@@ -30,6 +30,7 @@ class JsonVocabulary:
         self.path = path
         tokens = SpecialTokens.of(Fields({}, str(path))) if tokens is None else tokens
         self._tokenizer = _read(path)
+        self._quiet = any(may_panic(_state(getattr(self._tokenizer, part))) for part in PARTS)
         # Limits stored in the file are for training batches; a prompt is never cut.
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
@@ -38,16 +39,17 @@ class JsonVocabulary:
             self._add(tokens.added)
             added = self._tokenizer.get_added_tokens_decoder()
         self._special = {token.content: i for i, token in added.items() if token.special}
+        self._special_ids = frozenset(self._special.values())
         self._added = set(added)
         kinds = _kinds(_state(self._tokenizer.decoder))
         self._byte_level, self._byte_fallback = "ByteLevel" in kinds, "ByteFallback" in kinds
 
     def encode(self, text: str) -> list[int]:
-        with guarded_call():
+        with guarded_call(self._quiet):
             return self._tokenizer.encode(text, add_special_tokens=False).ids
 
     def decode(self, ids: list[int]) -> str:
-        with guarded_call():
+        with guarded_call(self._quiet):
             known = [i for i in ids if 0 <= i <= _LARGEST_ID and self._tokenizer.id_to_token(i) is not None]
             return self._tokenizer.decode(known, skip_special_tokens=True)
 
@@ -56,6 +58,9 @@ class JsonVocabulary:
 
     def special_id(self, token: str) -> int | None:
         return self._special.get(token)
+
+    def is_special(self, token_id: int) -> bool:
+        return token_id in self._special_ids
 
     def bytes_of(self, token_id: int) -> bytes:
         if not (self._byte_level or self._byte_fallback) or not 0 <= token_id <= _LARGEST_ID:

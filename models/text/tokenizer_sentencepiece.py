@@ -55,7 +55,7 @@ class SentencePieceVocabulary:
 
     def _parts(self, text: str) -> Iterator[tuple[int, int, str | None]]:
         """Where each part of a text begins and ends, and the added token that it is, if it is one."""
-        with guarded_call():
+        with guarded_call(quiet=False):
             found = self._cutter.encode(text, add_special_tokens=False)
         for number, (start, end) in zip(found.ids, found.offsets, strict=True):
             yield start, end, self._cutter.id_to_token(number) if number else None
@@ -87,6 +87,9 @@ class SentencePieceVocabulary:
 
     def special_id(self, token: str) -> int | None:
         return self._special.get(token)
+
+    def is_special(self, token_id: int) -> bool:
+        return token_id in self._hidden
 
     def bytes_of(self, token_id: int) -> bytes:
         if not 0 <= token_id < self._size or not self._pieces.is_byte(token_id):
