@@ -12,13 +12,14 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from fastkv.console.warnings_told import warnings_told
-from fastkv.errors import FastKVError, FaultError, brief, cut, one_line, writable
+from fastkv.errors import FastKVError, FaultError, brief, cut, one_line
 from fastkv.kernels.out_of_memory import COMMAND, is_out_of_memory, told
 
 _RESERVE = 4 << 20  # bytes that are kept for telling that there are no more
 
 DONE, FAULT, USER_ERROR, INTERRUPTED = 0, 1, 2, 130
 _LONGEST_NAME = 4096  # of a file, on any system of today
+_LONGEST_LINE = 10_000  # characters of whatever is said
 _LONGEST = 300  # characters of a complaint about the command line, which quotes what it did not understand
 
 
@@ -107,7 +108,7 @@ def say(line: str) -> None:
     """One line on stderr, unless it is closed: then print would turn to stdout. Without a reader, nobody is told."""
     if sys.stderr is not None:
         with suppress(OSError, ValueError):
-            print(writable(line), file=sys.stderr)
+            print(one_line(line, _LONGEST_LINE), file=sys.stderr)  # a file's name cannot move the cursor
 
 
 def check_stdout() -> None:

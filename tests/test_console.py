@@ -23,7 +23,7 @@ from fastkv.console import progress as progress_module
 from fastkv.console.files import check_replaceable, write_whole
 from fastkv.console.jsonl import RecordFile, check_output, difference
 from fastkv.console.lock import holder, lock
-from fastkv.console.parser import Parser, file_name, file_path, guarded
+from fastkv.console.parser import Parser, file_name, file_path, guarded, say
 from fastkv.console.picture import style
 from fastkv.console.progress import ProgressLine, clock
 from fastkv.errors import FaultError
@@ -341,3 +341,9 @@ def test_a_complaint_about_the_command_line_is_short() -> None:
         with pytest.raises(FastKVError) as refused:
             parser.parse_args(words)
         assert len(str(refused.value)) <= 300
+
+
+def test_what_is_said_cannot_move_the_cursor(capsys: pytest.CaptureFixture[str]) -> None:
+    """A name of the user's may hold any character; figures used to print it as it is."""
+    say("1 answer to \x1b[2J\x96.jsonl")
+    assert capsys.readouterr().err == "1 answer to  [2J .jsonl\n"

@@ -142,8 +142,8 @@ class Letters:
         self.longest = max(self.longest, len(ids))
         return "".join(chr(i) for i in ids if i)
 
-    def bytes_of(self, token_id: int) -> bytes:
-        return b""
+    def bytes_of(self, token_id: int) -> bytes | None:
+        return b"" if token_id else None
 
 
 def stream(vocabulary: Vocabulary, prompt: list[int], ids: list[int]) -> tuple[list[str], str]:
@@ -292,6 +292,16 @@ def test_a_replacement_character_that_the_model_means_is_text(vocabulary: Vocabu
     pieces, _ = stream(vocabulary, prompt, run)
     assert "".join(pieces) == BROKEN * 40
     assert len("".join(pieces[: len(run) // 2])) >= 18
+
+
+def test_what_says_nothing_may_stand_inside_a_character(vocabulary: Vocabulary) -> None:
+    """A special token between the bytes of a character leaves it whole, as it does for the tokenizer."""
+    nothing = 10**6
+    ids = vocabulary.encode("hello 日 world")
+    for place in range(len(ids) + 1):
+        mixed = [*ids[:place], nothing, nothing, *ids[place:]]
+        pieces, rest = stream(vocabulary, [], mixed)
+        assert "".join(pieces) + rest == vocabulary.decode(ids), place
 
 
 def test_only_an_unfinished_character_is_held_back(vocabulary: Vocabulary) -> None:

@@ -18,8 +18,10 @@ class Decoder(Protocol):
     def decode(self, ids: list[int]) -> str:
         """Their text. What says nothing, special tokens for example, decodes to nothing."""
 
-    def bytes_of(self, token_id: int) -> bytes:
-        """The bytes of a token that may hold a part of a character; b"" of one that holds whole ones only."""
+    def bytes_of(self, token_id: int) -> bytes | None:
+        """The bytes of a token that may hold a part of a character; b"" of one that holds whole ones only, None of one
+        that says nothing.
+        """
 
 
 class Detokenizer:
@@ -67,12 +69,14 @@ class Detokenizer:
 
     def _unfinished(self, ids: list[int]) -> int:
         """How many of the last ids share in a character whose last byte is not there yet."""
+        if self._tokenizer is None:
+            return 0
         pieces: list[bytes] = []
-        for token_id in reversed(ids[1 - _BYTES :]):
-            piece = b"" if self._tokenizer is None else self._tokenizer.bytes_of(token_id)
-            if not piece:
+        for token_id in reversed(ids[-_SILENT:]):
+            piece = self._tokenizer.bytes_of(token_id)
+            if piece == b"" or sum(map(len, pieces)) >= _BYTES - 1:
                 break
-            pieces.append(piece)
+            pieces.append(piece or b"")  # what says nothing stands between the bytes of a character as well
         left, count = _unfinished_bytes(b"".join(reversed(pieces))), 0
         while left > 0:
             left -= len(pieces[count])

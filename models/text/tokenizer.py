@@ -43,8 +43,8 @@ class Vocabulary(Protocol):
         """Whether a token is no part of any text."""
         ...
 
-    def bytes_of(self, token_id: int) -> bytes:
-        """The bytes of a token that may hold a part of a character; b"" of one that holds whole ones only."""
+    def bytes_of(self, token_id: int) -> bytes | None:
+        """As a Decoder's (detokenizer.py)."""
         ...
 
     def frame(self, bos: int | None) -> tuple[list[int], list[int]]:
@@ -108,8 +108,10 @@ class Tokenizer:
         except LibraryError as error:
             raise FaultError(f"{self._vocabulary.path}: cannot decode these tokens ({error})") from None
 
-    def bytes_of(self, token_id: int) -> bytes:
-        """The bytes of a token that may hold a part of a character; b"" of one that holds whole ones only."""
+    def bytes_of(self, token_id: int) -> bytes | None:
+        """The bytes of a token that may hold a part of a character; b"" of one that holds whole ones only, None of one
+        that says nothing.
+        """
         return self._vocabulary.bytes_of(token_id)
 
     def id_of(self, token: str) -> int | None:

@@ -62,11 +62,11 @@ class JsonVocabulary:
     def is_special(self, token_id: int) -> bool:
         return token_id in self._special_ids
 
-    def bytes_of(self, token_id: int) -> bytes:
-        if not (self._byte_level or self._byte_fallback) or not 0 <= token_id <= _LARGEST_ID:
-            return b""
-        text = self._tokenizer.id_to_token(token_id)
-        if text is None or token_id in self._added:
+    def bytes_of(self, token_id: int) -> bytes | None:
+        text = self._tokenizer.id_to_token(token_id) if 0 <= token_id <= _LARGEST_ID else None
+        if text is None or token_id in self._special_ids:
+            return None
+        if token_id in self._added or not (self._byte_level or self._byte_fallback):
             return b""
         return bytes_of_text(text) if self._byte_level else bytes_of_fallback(text)
 

@@ -91,8 +91,10 @@ class SentencePieceVocabulary:
     def is_special(self, token_id: int) -> bool:
         return token_id in self._hidden
 
-    def bytes_of(self, token_id: int) -> bytes:
-        if not 0 <= token_id < self._size or not self._pieces.is_byte(token_id):
+    def bytes_of(self, token_id: int) -> bytes | None:
+        if token_id in self._hidden or not (0 <= token_id < self._size or token_id in self._text_of):
+            return None
+        if token_id in self._text_of or not self._pieces.is_byte(token_id):
             return b""
         return bytes_of_fallback(self._pieces.id_to_piece(token_id))
 
