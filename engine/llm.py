@@ -101,19 +101,11 @@ class LLM:
         attention: str = "auto",
         progress: Callable[[int, int], None] | None = None,
     ) -> None:
-        if not isinstance(model, (str, PathLike)):
-            raise FastKVError(f"model must be a folder or a hub id like org/name, not {brief(model)}")
-        if revision is not None and not isinstance(revision, str):
-            raise FastKVError(f"revision must be a text, not {brief(revision)}", setting="revision")
+        _check_arguments(model, revision, load_format, weights, progress)
         for name, switch in (("cuda_graph", cuda_graph), ("compile", compile)):
             check_switch(name, switch)
-        if progress is not None and not callable(progress):
-            raise FastKVError(f"progress must be a function, not {brief(progress)}")
         target = resolve_device(device)
         self._process = process_for_model(target)
-        check_choice("load_format", load_format, LOAD_FORMATS)
-        if weights is not None:
-            check_choice("weights", weights, WEIGHTS)
         dummy = load_format == "dummy"
         folder = self._folder = Path(model) if dummy and model in PRESETS else model_folder(model, revision)
         if writable(str(folder)) != str(folder):
@@ -135,12 +127,17 @@ class LLM:
         else:
             self._model = load_weights(self.config, folder, torch_dtype, target, progress, weights, settled=True)
         has_model()
+        self._prepare(cuda_graph, compile, attention)
+
+    def _prepare(self, cuda_graph: bool, compile: bool, attention: str) -> None:
+        """Make what requests share."""
         if compile:
             compile_layers(self._model)
         self._device = self._model.device
         self._entry = EntryShape(self.config.n_kv_heads, self.config.head_dim, self._model.dtype)
         largest = max(self._model.blocks[0].parameters(), key=Tensor.numel)
-        self._runtime = Runtime(self._model, cuda_graph and target.type == "cuda", attention, step_threads(largest))
+        cuda_graph = cuda_graph and self._device.type == "cuda"
+        self._runtime = Runtime(self._model, cuda_graph, attention, step_threads(largest))
         if self._model.row is not None:
             with as_many(self._runtime.step_threads):
                 self._model.row.prepare()
@@ -434,6 +431,19 @@ class LLM:
             return frozenset(asked)
         own = self.tokenizer.eos_ids if self.tokenizer else frozenset(self.config.eos_token_ids)
         return own | ends | asked
+
+
+def _check_arguments(model: Any, revision: Any, load_format: Any, weights: Any, progress: Any) -> None:
+    """FastKVError for an argument of LLM that is of no use, before anything is looked up."""
+    if not isinstance(model, (str, PathLike)):
+        raise FastKVError(f"model must be a folder or a hub id like org/name, not {brief(model)}")
+    if revision is not None and not isinstance(revision, str):
+        raise FastKVError(f"revision must be a text, not {brief(revision)}", setting="revision")
+    if progress is not None and not callable(progress):
+        raise FastKVError(f"progress must be a function, not {brief(progress)}")
+    check_choice("load_format", load_format, LOAD_FORMATS)
+    if weights is not None:
+        check_choice("weights", weights, WEIGHTS)
 
 
 def _finish(generation: Generation) -> Output:

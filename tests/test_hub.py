@@ -371,7 +371,7 @@ def said_offline(request: pytest.FixtureRequest, find: Find, complaint: Complain
     """said_offline(model, revision): of a model in the cache that is not whole.
 
     The hub's library refuses it where it has kept the list of the model's files; else it gives what there is, as its
-    older versions do, and what is missing is noticed by whoever reads it.
+    older versions do, and what is missing is noticed when it is read.
     """
 
     def call(*argv: str) -> str:

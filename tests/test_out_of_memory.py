@@ -1,4 +1,4 @@
-"""Running out of memory is told in one line, with advice that fits, whoever says it and however."""
+"""Running out of memory is told in one line, with advice that fits, whichever library says it and however."""
 
 from __future__ import annotations
 
