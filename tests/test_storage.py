@@ -1,4 +1,4 @@
-"""Files are written in one step: whatever fails, and whatever other process writes, there is the old content or the new one."""
+"""Files are written in one step: whatever fails, and whatever else writes, there is the old content or the new one."""
 
 from __future__ import annotations
 
