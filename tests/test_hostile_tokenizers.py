@@ -208,6 +208,9 @@ def test_a_system_that_has_no_file_to_hold_stderr_back(monkeypatch: pytest.Monke
         ("pre_tokenizer", {"type": "FixedLength", "length": 7}, True),
         ("pre_tokenizer", several({"type": "FixedLength", "length": 7}, BYTES, name=PRE), True),
         ("normalizer", replaced("b", Regex="(a+)+$"), True),
+        ("normalizer", replaced("b", String=""), True),
+        ("normalizer", {"type": "Nmt"}, True),  # a kind that is not known to be tame
+        ("normalizer", replaced("b", String="a"), False),
         ("normalizer", replaced("b", Regex=" {2,}"), False),
         ("pre_tokenizer", BYTES, False),
     ],

@@ -178,6 +178,8 @@ class Special:
         """When the files are written."""
         path = folder / self.file
         if self.kind == "unreadable":
+            if path.is_symlink():
+                path.unlink()
             path.touch()
             path.chmod(0)
         elif self.kind != "missing" and path.is_dir() and not path.is_symlink():  # by an edit before this one
