@@ -86,6 +86,15 @@ def test_a_bomb_does_not_go_off_while_loading(path: Path) -> None:
         JsonVocabulary(path)
 
 
+@pytest.mark.parametrize("key", ["vocab", "v\\u006fcab"])
+def test_a_piece_that_would_crash_the_library_is_refused(path: Path, key: str) -> None:
+    """The library takes a list of pieces apart by recursion: a long one ended the process."""
+    change(path, model={"type": "Unigram", "unk_id": 0, "vocab": [["é" * 300_000, 0.0]]})
+    path.write_text(path.read_text().replace('"vocab"', f'"{key}"'))
+    with pytest.raises(FastKVError, match=r"tokenizer\.json.*300,000 characters"):
+        JsonVocabulary(path)
+
+
 @pytest.mark.parametrize("one_inside", [True, False])
 def test_a_frame_of_a_million_tokens_is_refused(path: Path, one_inside: bool) -> None:
     tokens = {"<s>": {"id": "<s>", "ids": [0] * 2000, "tokens": ["a"] * 2000}}

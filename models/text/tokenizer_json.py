@@ -17,8 +17,10 @@ from fastkv.models.text.special_tokens import AddedToken, SpecialTokens
 from fastkv.models.text.token_bytes import bytes_of_fallback, bytes_of_text
 
 _log = logging.getLogger(__name__)
-# Where the library may run the normalizer while it loads, on tokens; or it is written so that this cannot be told.
-_NORMALISED = re.compile(rb'"normalized"\s*:\s*true|\\u00')
+# Where a file is looked at before the library reads it: it may run the normalizer on tokens while it loads, or crash on
+# a list of pieces; or the file is written so that this cannot be told.
+_LOOKED_AT = re.compile(rb'"normalized"\s*:\s*true|"vocab"\s*:\s*\[|\\u00')
+_LONGEST_PIECE = 10_000  # characters; the library takes a list of pieces apart by recursion, one level for each byte
 _LARGEST_ID = 2**32 - 1  # of the library
 _PREFIXED = ("GPT2Tokenizer", "Qwen2Tokenizer", "LlamaTokenizer")  # classes that follow add_prefix_space
 
@@ -103,13 +105,14 @@ def _read(path: Path) -> Any:
     check_ordinary(path)
     try:
         data = path.read_bytes()
-        stated = json.loads(data) if _NORMALISED.search(data) else None
+        stated = json.loads(data) if _LOOKED_AT.search(data) else None
     except OSError as error:
         raise FastKVError(f"{path}: cannot be read ({error.strerror})") from None
     except (ValueError, RecursionError) as error:
         raise FastKVError(f"{path}: not valid JSON ({error}); download it again") from None
-    if isinstance(stated, dict):  # what the library would run while it loads
+    if isinstance(stated, dict):
         _check_growth(path, stated)
+        _check_pieces(path, stated.get("model"))
     try:
         with guarded_call():
             tokenizer = Tokenizer.from_buffer(data)
@@ -131,6 +134,14 @@ def _check_growth(path: Path, stated: dict[str, Any]) -> None:
         raise FastKVError(f"{path}: its steps can make a text {factor:.3g} times longer; take another tokenizer")
     if around > MOST:
         raise FastKVError(f"{path}: its post-processor puts {around:,} tokens around a text; take another tokenizer")
+
+
+def _check_pieces(path: Path, model: Any) -> None:
+    vocab = model.get("vocab") if isinstance(model, dict) else None
+    pieces = [each[0] for each in vocab if isinstance(each, list) and each] if isinstance(vocab, list) else []
+    longest = max((len(piece) for piece in pieces if isinstance(piece, str)), default=0)
+    if longest > _LONGEST_PIECE:
+        raise FastKVError(f"{path}: has a token of {longest:,} characters; take another tokenizer")
 
 
 def _state(part: Any) -> Any:
