@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from fastkv.engine.output import RunInfo as RunInfo
     from fastkv.engine.prefill import Prefill as Prefill
     from fastkv.engine.sampler import SamplingParams as SamplingParams
+    from fastkv.engine.session import Session as Session
 
 __version__ = "0.1.0"
 
@@ -34,6 +35,7 @@ _LAZY = {
     "Prefill": "fastkv.engine.prefill",
     "RunInfo": "fastkv.engine.output",
     "SamplingParams": "fastkv.engine.sampler",
+    "Session": "fastkv.engine.session",
 }
 
 if not TYPE_CHECKING:  # type checkers read the imports above

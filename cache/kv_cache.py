@@ -11,6 +11,7 @@ from torch import Tensor
 from fastkv.cache.layer import EntryShape, Kept, KVLayer, Part
 from fastkv.cache.pool import KVPool, round_up
 from fastkv.cache.selection import PerHead
+from fastkv.cache.snapshot import Snapshot
 from fastkv.errors import FastKVError, check_integer
 
 
@@ -40,6 +41,11 @@ class KVCache:
         return self.pool.layers
 
     @property
+    def layout(self) -> type[KVLayer]:
+        """How they are stored."""
+        return self.pool.layout
+
+    @property
     def nbytes(self) -> int:
         """Bytes of its slots for keys and values."""
         return self.pool.nbytes // self.pool.n_slots * self.batch
@@ -57,6 +63,10 @@ class KVCache:
     def count(self, layer: int) -> int:
         """Live entries of the longest head of a layer."""
         return self.layers[layer].count(self.slots[0])
+
+    def mean(self, layer: int) -> int:
+        """Live entries of a head of a layer on average, rounded up."""
+        return -(-self.layers[layer].entries(self.slots[0]) // self.pool.shape.n_kv_heads)
 
     @property
     def entries(self) -> int:
@@ -172,7 +182,7 @@ class KVCache:
         The entries move to a new pool, which is this cache's alone; see `has_room` for whether that is needed.
         """
         old = self.pool
-        counts = [layer.count(self.slots[0]) for layer in old.layers]
+        counts = map(self.mean if old.layout.per_head else self.count, range(len(old.layers)))
         sizes = [max(wanted, round_up(count)) for wanted, count in zip(capacities, counts, strict=True)]
         pool = KVPool(old.layout, sizes, self.batch, old.shape, old.device)
         slots = pool.take_all()
@@ -181,6 +191,45 @@ class KVCache:
                 layer.restore(slot, before.state(old_slot), new)
         self.pool, self.slots = pool, slots  # only now: where memory runs out meanwhile, nothing has changed
         self.next_position.fill_(self.position)
+
+    # --- one sequence, kept apart from its slot ---
+
+    def snapshot(self) -> Snapshot:
+        """What the cache of one sequence holds now, in memory of its own on the same device."""
+        slot = self.slots[0]
+        return Snapshot(
+            self.layout,
+            self.pool.shape,
+            tuple(layer.state(slot) for layer in self.layers),
+            tuple(self._chosen),
+            tuple(layer.count(slot) for layer in self.layers),
+            tuple(layer.entries(slot) for layer in self.layers),
+            self.position,
+            self.whole_from,
+        )
+
+    def restore(self, snapshot: Snapshot, room: int) -> None:
+        """Hold what a snapshot holds, with room for that many tokens after it: of an empty cache of one sequence.
+
+        Raises FastKVError for entries that this layout cannot take.
+        """
+        snapshot = snapshot.for_layout(self.layout)
+        slot, device = self.slots[0], self.pool.device
+        for layer, state in zip(self.layers, snapshot.layers, strict=True):
+            layer.restore(slot, {name: each.to(device) for name, each in state.items()}, room)
+        self._chosen = [None if each is None else each.to(device) for each in snapshot.chosen]
+        self.position, self.whole_from, self.room = snapshot.position, snapshot.whole_from, room
+        self.next_position.fill_(self.position)
+
+
+def shortened(snapshot: Snapshot, count: int) -> Snapshot:
+    """A snapshot without its last `count` tokens. Raises FastKVError where a policy has chosen among them."""
+    sizes = map(snapshot.mean if snapshot.layout.per_head else snapshot.count, range(len(snapshot.layers)))
+    pool = KVPool(snapshot.layout, [round_up(size) for size in sizes], 1, snapshot.shape, snapshot.device)
+    cache = KVCache(pool, pool.take_all(), 0, snapshot.position)
+    cache.restore(snapshot, 0)
+    cache.truncate(count)
+    return cache.snapshot()
 
 
 def check_cache(cache: Any, n_layers: int, shape: EntryShape, device: torch.device) -> None:

@@ -39,7 +39,8 @@ class PerHeadLayer(DenseLayer):
 
     def store(self, slots: range, k: Tensor, v: Tensor, kept: Kept, room: int) -> None:
         chosen = PerHead.everything(k) if kept is None else kept
-        assert isinstance(chosen, PerHead), "one index for all heads belongs into a DenseLayer"
+        if isinstance(chosen, Tensor):
+            chosen = PerHead.evenly(chosen, k.shape[2])
         source = chosen.index.unsqueeze(2).expand(-1, -1, k.shape[-1])
         rows_k, rows_v = (new.flatten(1, 2).gather(1, source) for new in (k, v))
         n_entries, n_heads = chosen.index.shape[1], k.shape[1]

@@ -72,6 +72,14 @@ class PerHead:
         counts = torch.full((batch, n_heads), n_tokens, dtype=torch.int64, device=k.device)
         return cls(counts, torch.arange(n_heads * n_tokens, device=k.device).expand(batch, -1), n_tokens)
 
+    @classmethod
+    def evenly(cls, kept: Tensor, n_tokens: int) -> PerHead:
+        """Heads that keep equally many of `n_tokens`: kept int64 [B, Hkv, n], ascending."""
+        batch, n_heads, count = kept.shape
+        first = torch.arange(n_heads, device=kept.device).view(1, -1, 1) * n_tokens
+        counts = torch.full((batch, n_heads), count, dtype=torch.int64, device=kept.device)
+        return cls(counts, (kept + first).flatten(1), n_tokens)
+
     @property
     def heads(self) -> Tensor:
         """int64 [B, M]: the head of each entry."""

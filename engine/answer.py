@@ -19,22 +19,23 @@ _CONTEXT = 16  # tokens of the prompt's end: more than the text of the next toke
 class Answer:
     """Books the tokens of a request as they come, until `take` says that one was the last.
 
-    called_at: time.perf_counter() when the user asked. peak: bytes, set when the request has run.
+    called_at: time.perf_counter() when the user asked. token_ids: those that came. peak: bytes, set when the request
+    has run.
     """
 
     peak: int | None = None
 
     def __init__(self, model: Llama, tokenizer: Tokenizer | None, request: Request, called_at: float) -> None:
         self.request = request
-        self._config, self._called_at = model.config, called_at
+        self._config, self.called_at = model.config, called_at
         self._device, self._dtype = str(model.device), model.precision
-        last_ids = request.ids[0, -_CONTEXT:].tolist()
+        last_ids = request.all_ids[0, -_CONTEXT:].tolist()
         self._detokenizer = Detokenizer(tokenizer, last_ids)
         self._stops = StopStrings(request.params.stop)
         self._kv_bytes = self._kv_entries = 0
         self._layer_tokens: tuple[int, ...] = ()
         self._mass: list[LayerMass | None] = []
-        self._token_ids: list[int] = []
+        self.token_ids: list[int] = []
         self._text: list[str] = []
         self._times: list[float] = []
         self._finish_reason = "interrupted"
@@ -44,16 +45,19 @@ class Answer:
         self._kv_bytes, self._kv_entries = self.request.plan.nbytes, result.cache.entries
         self._layer_tokens = tuple(result.layer_tokens)
         self._mass = result.mass  # stays on the device: reading it would wait for the prefill
+        turn = self.request.turn
+        if turn is not None and turn.held.snapshot is not None and turn.held.snapshot.whole_from:
+            self._mass = [None] * len(result.mass)  # what was dropped of the session earlier is not in it
 
     def take(self, token_id: int) -> tuple[Piece, bool]:
         """Book a new token; the piece to emit, and whether it is the last one."""
         self._times.append(time.perf_counter())
-        self._token_ids.append(token_id)
+        self.token_ids.append(token_id)
         text = "" if token_id in self.request.eos_ids else self._detokenizer.push(token_id)
         text, stopped = self._stops.push(text)
         if stopped or token_id in self.request.eos_ids:
             self._finish_reason = "stop"
-        elif len(self._token_ids) == self.request.max_tokens:
+        elif len(self.token_ids) == self.request.max_tokens:
             self._finish_reason = "length"
         finished = self._finish_reason != "interrupted"
         if finished and not stopped:
@@ -69,10 +73,14 @@ class Answer:
             return text
         return text + self._stops.flush()
 
+    @property
+    def text(self) -> str:
+        """The text so far."""
+        return "".join(self._text)
+
     def output(self) -> Output:
         """Text, tokens and figures so far."""
-        text, token_ids = "".join(self._text), list(self._token_ids)
-        return Output(text, token_ids, self._finish_reason, self._metrics(), self._run())
+        return Output(self.text, list(self.token_ids), self._finish_reason, self._metrics(), self._run())
 
     def _run(self) -> RunInfo:
         policy, first = self.request.policy, self.request.plan.first_pass
@@ -86,17 +94,18 @@ class Answer:
 
     def _metrics(self) -> Metrics:
         plan, times = self.request.plan, self._times
-        n_prompt, n_new = plan.n_tokens, len(self._token_ids)
+        n_prompt, n_new = plan.n_tokens, len(self.token_ids)
         together, each = shares(self._mass)
         heads = self._config.n_layers * self._config.n_kv_heads
+        whole = plan.start + n_prompt
         return Metrics(
             prompt_tokens=n_prompt,
             new_tokens=n_new,
-            ttft_s=times[0] - self._called_at if times else 0.0,
+            ttft_s=times[0] - self.called_at if times else 0.0,
             decode_tokens_per_s=(n_new - 1) / (times[-1] - times[0]) if n_new > 1 else None,
             kv_tokens=round(self._kv_entries / heads),
             kv_entries=self._kv_entries,
-            kv_full_entries=n_prompt * heads,
+            kv_full_entries=whole * heads,
             kv_bytes=self._kv_bytes,
             kv_full_bytes=plan.full_nbytes,
             tsp_tokens=self._layer_tokens[-1] if self._layer_tokens else n_prompt,
@@ -104,4 +113,5 @@ class Answer:
             peak_bytes=self.peak,
             attention_kept=together,
             layer_attention=each,
+            reused_tokens=plan.start,
         )

@@ -67,6 +67,7 @@ def run_batch(
                 index = at_work[slot]
                 if answers[index].take(token_id)[1]:
                     answers[index].peak = peak_bytes(runtime.model.device)
+                    batch.finish(slot, answers[index].token_ids, answers[index].text)
                     batch.release(slot)
                     del at_work[slot]
                     yield index, answers[index].output()

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from fastkv.cache.kv_cache import KVCache
 from fastkv.cache.layer import KVLayer
+from fastkv.cache.model_wide import ModelWideLayer
 from fastkv.cache.pool import bucket
 from fastkv.engine.graph import GraphError
 from fastkv.engine.memory import start_peak
@@ -24,14 +25,20 @@ from fastkv.engine.prefill import Prefill, prefill
 from fastkv.engine.request import Request
 from fastkv.engine.runtime import Runtime
 from fastkv.engine.sampler import NOT_FINITE, not_finite_error
+from fastkv.engine.turn import Held
 
 
 @dataclass
 class _Sequence:
-    """A request at work. launched: tokens that have been asked of the device, read or not."""
+    """A request at work.
+
+    begins: the position after its prompt, 0 until that is read. launched: tokens that have been asked of the device,
+    read or not.
+    """
 
     request: Request
     cache: KVCache
+    begins: int = 0
     launched: int = 1
 
 
@@ -62,22 +69,49 @@ class DecodeBatch:
         return len(self._at_work) < self._n_slots
 
     def admit(self, request: Request) -> tuple[int, Prefill]:
-        """Prefill a request into a free slot, and launch its first token: the slot, and what the prefill left."""
-        model, state = self._runtime.model, self._state
+        """Prefill a request into a free slot, and launch its first token: the slot, and what the prefill left.
+
+        Raises FastKVError for a turn that its session cannot run now.
+        """
+        model, state, turn = self._runtime.model, self._state, request.turn
+        if turn is not None:
+            turn.owner.begin(turn)
         slot = state.pool.take()
         cache = request.plan.cache_in(state.pool, range(slot, slot + 1))
-        self._at_work[slot] = _Sequence(request, cache)  # from here on `close` ends it, too
+        self._at_work[slot] = sequence = _Sequence(request, cache)  # from here on `close` ends it, too
+        if turn is not None and turn.held.snapshot is not None:
+            cache.restore(turn.held.snapshot, request.plan.n_tokens + request.max_tokens)
         prompt = request.ids.to(model.device)
-        state.sampler.start(slot, request.params, prompt)
+        state.sampler.start(slot, request.params, request.all_ids.to(model.device))
         workspace, attention = self._buffers.workspace, self._runtime.attention
         result = prefill(model, prompt, request.plan, cache, workspace, attention, request.eos_ids)
+        sequence.begins = cache.position
         state.first(slot, result.logits)
         self._unread.append(({slot: self._at_work[slot]}, _read_later(state.tokens)))
         return slot, result
 
+    def finish(self, slot: int, token_ids: Sequence[int], text: str) -> None:
+        """A request is done, as far as these tokens of its answer: if it is a turn, its session has them."""
+        sequence = self._at_work.get(slot)
+        if sequence is None or not sequence.begins:
+            return
+        turn, cache = sequence.request.turn, sequence.cache
+        if turn is None:
+            return
+        fed = max(0, len(token_ids) - 1)  # nothing has read the last one; what was launched beyond it is forgotten
+        cache.truncate(cache.position - sequence.begins - fed)
+        before = sequence.request.all_ids[0].tolist()
+        after = Held((*before, *token_ids), len(before) + fed, cache.snapshot())
+        turn.owner.end(turn, after, text)
+
     def release(self, slot: int) -> None:
-        """A request is done: its slot is free for another one, and what was launched for it is never read."""
-        del self._at_work[slot]
+        """A request is over: its slot is free for another one, and what was launched for it is never read.
+
+        A turn that was not finished has changed nothing.
+        """
+        turn = self._at_work.pop(slot).request.turn
+        if turn is not None:
+            turn.owner.end(turn, None, "")
         self._state.sampler.stop(slot)
         self._state.pool.release(range(slot, slot + 1))
 
@@ -125,9 +159,14 @@ class DecodeBatch:
 
 
 def layout_of(requests: Sequence[Request]) -> type[KVLayer]:
-    """The layout that any of the requests of one policy can be stored in."""
-    # A policy may store a prompt that it leaves whole in a simpler layout.
-    return next((request.plan.layout for request in requests if request.plan.compresses), requests[0].plan.layout)
+    """The layout that any of the requests can be stored in.
+
+    One for heads of different lengths takes plain ones, too: a policy may store what it leaves whole in a simpler one,
+    and sessions have policies of their own.
+    """
+    layouts = list(dict.fromkeys(request.plan.layout for request in requests))
+    by_head = [layout for layout in layouts if layout.per_head]
+    return ModelWideLayer if ModelWideLayer in by_head else by_head[0] if by_head else layouts[0]
 
 
 def capacities_of(requests: Sequence[Request]) -> list[int]:

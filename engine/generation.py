@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 
 from torch import Tensor
@@ -10,7 +11,7 @@ from fastkv.engine.answer import Answer
 from fastkv.engine.decode_batch import DecodeBatch
 from fastkv.engine.memory import explain_out_of_memory, peak_bytes
 from fastkv.engine.one_reader import OneReader
-from fastkv.engine.output import Output, Piece
+from fastkv.engine.output import Metrics, Output, Piece
 from fastkv.engine.request import Request
 from fastkv.engine.runtime import Runtime
 from fastkv.errors import FaultError
@@ -21,7 +22,8 @@ from fastkv.models.text.tokenizer import Tokenizer
 class Generation(OneReader[Piece]):
     """Runs a request as it is iterated. `output()` tells what came of it, at the end or wherever it was left.
 
-    `close()` ends it early and hands its memory on; so does its last token. Forgetting it lets the memory go. One
+    `close()` ends it early and hands its memory on; so does its last token. Forgetting it lets the memory go. Of a turn
+    of a session, the session has what was read and answered so far once the stream has ended, or was closed. One
     thread reads it at a time: FastKVError for a second one at the same moment. Any thread may close it.
 
     selection: where that was asked for, and from the first token on, what `LLM.prefill` returns as (tokens, kept).
@@ -43,18 +45,31 @@ class Generation(OneReader[Piece]):
         self._runtime = runtime
         self._answer = Answer(runtime.model, tokenizer, request, asked)
         self._batch: DecodeBatch | None = None
+        self._slot = 0
+        self._failed = False
         self._keep_selection = keep_selection
 
     @property
     def prompt_ids(self) -> list[int]:
-        """The token ids of the prompt."""
-        return self._answer.request.ids[0].tolist()
+        """The token ids of the prompt, and of what a session had before it."""
+        return self._answer.request.all_ids[0].tolist()
+
+    def read_only(self) -> Metrics:
+        """Read the prompt, make no token, and end. ttft_s: how long that took, from the call."""
+        with explain_out_of_memory(REQUEST):
+            self._batch = self._begin()
+        self.close()
+        return dataclasses.replace(self._answer.output().metrics, ttft_s=time.perf_counter() - self._answer.called_at)
 
     def _next(self) -> Piece:
         try:
             token_id = self._next_token()
         except FaultError:
-            self._ended = True  # what would come after a token that is none means nothing
+            self._failed = self._ended = True  # what would come after a token that is none means nothing
+            raise
+        except Exception:
+            self._failed = True
+            self._ended = self._ended or self._answer.request.turn is not None  # its session is free again
             raise
         piece, finished = self._answer.take(token_id)
         if finished:
@@ -73,16 +88,25 @@ class Generation(OneReader[Piece]):
 
     def _begin(self) -> DecodeBatch:
         batch = DecodeBatch(self._runtime, [self._answer.request])
-        _, result = batch.admit(self._answer.request)
+        try:
+            self._slot, result = batch.admit(self._answer.request)
+        except BaseException:
+            batch.close()
+            raise
         self._answer.prefilled(result)
         if self._keep_selection:
             self.selection = (result.tokens, result.kept)
         return batch
 
     def _let_go(self) -> None:
-        if self._batch is not None:
-            self._batch.close()
-            self._batch = None
+        batch, self._batch = self._batch, None
+        if batch is None:
+            return
+        try:
+            if not self._failed:
+                batch.finish(self._slot, self._answer.token_ids, self._answer.text)
+        finally:
+            batch.close()
 
     def output(self) -> Output:
         """Text, tokens and figures so far."""

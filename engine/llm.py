@@ -38,6 +38,7 @@ from fastkv.engine.request import (
     Sizes,
     answer_length,
     check_request_fits,
+    check_sessions,
     id_tensor,
     is_batch,
     params_of_each,
@@ -45,6 +46,8 @@ from fastkv.engine.request import (
 )
 from fastkv.engine.runtime import Runtime
 from fastkv.engine.sampler import SamplingParams
+from fastkv.engine.session import DEFAULT_POLICY, Session
+from fastkv.engine.turn import Turn
 from fastkv.errors import FastKVError, brief, check_choice, check_integer, check_switch, writable
 from fastkv.kernels.out_of_memory import LOADING, REQUEST
 from fastkv.kernels.threads import as_many, step_threads
@@ -170,13 +173,13 @@ class LLM:
 
     @overload
     def generate(
-        self, prompt: str | list[int], params: SamplingParams | None = None, policy: Policy | None = None
+        self, prompt: str | list[int] | Turn, params: SamplingParams | None = None, policy: Policy | None = None
     ) -> Output: ...
 
     @overload
     def generate(
         self,
-        prompt: list[str] | list[list[int]],
+        prompt: list[str] | list[list[int]] | list[str | list[int] | Turn],
         params: SamplingParams | Sequence[SamplingParams] | None = None,
         policy: Policy | None = None,
         *,
@@ -196,7 +199,8 @@ class LLM:
         """Continue a prompt (text or token ids), or each of a list of prompts, several of them together.
 
         params: None means SamplingParams(); for a list of prompts also a list of as many. policy: None means
-        self.policy. A text gets the tokenizer's BOS, ids are taken as they are. Every prompt is checked before the
+        self.policy. A text gets the tokenizer's BOS, ids are taken as they are. What continues a session is
+        `session.turn(prompt)`, alone or in a list, and goes by its session's policy. Every prompt is checked before the
         first one runs. A list is worked on as `generate_each` says, and returned in its order.
 
         Raises FastKVError for an empty prompt, ids outside the vocabulary, a prompt or max_tokens beyond the context,
@@ -212,7 +216,7 @@ class LLM:
 
     def generate_each(
         self,
-        prompts: Sequence[str | list[int]],
+        prompts: Sequence[str | list[int] | Turn],
         params: SamplingParams | Sequence[SamplingParams] | None = None,
         policy: Policy | None = None,
         *,
@@ -237,6 +241,7 @@ class LLM:
         each = zip(prompts, params_of_each(params, len(prompts)), strict=True)
         fitting: set[Sizes] = set()
         requests = [self._request_of(i, prompt, chosen, policy, fitting) for i, (prompt, chosen) in enumerate(each)]
+        check_sessions(requests)
         if not requests:
             return iter(())
         n_slots = slots_that_fit(self._runtime, requests, batch_size, kv_memory)
@@ -244,7 +249,7 @@ class LLM:
 
     def stream(
         self,
-        prompt: str | list[int],
+        prompt: str | list[int] | Turn,
         params: SamplingParams | None = None,
         policy: Policy | None = None,
         *,
@@ -258,8 +263,26 @@ class LLM:
         """
         called_at = time.perf_counter()
         check_switch("keep_selection", keep_selection)
+        if isinstance(prompt, Turn) and policy is not None:
+            raise FastKVError("a turn goes by its session's policy: leave policy out")
         request = self._request(prompt, params, policy)
         return Generation(self._runtime, self.tokenizer, request, called_at, keep_selection)
+
+    def session(self, policy: Policy | None = None, *, system: str | None = None) -> Session:
+        """A conversation, or a document to ask many things of: see Session.
+
+        policy: what is kept of that; None means DEFAULT_POLICY of engine/session.py, which needs no question to choose
+        by. system: a message that `Session.chat` puts before all others. Raises FastKVError for a policy that does not
+        fit the model, or reads a part of a prompt at other positions than its own (Policy.first_pass).
+        """
+        chosen = self._checked_policy(DEFAULT_POLICY if policy is None else policy)
+        if chosen.first_pass(self.config.n_layers, self.config.context_length) is not None:
+            raise FastKVError(
+                f"policy {chosen.name} reads what it chooses as a prompt of its own, at other positions, so that "
+                "nothing can go on after it; take another policy for a session",
+                setting="policy",
+            )
+        return Session(self, chosen, system)
 
     @explain_out_of_memory(REQUEST)
     def chat(self, messages: list[dict[str, str]], /, **arguments: Any) -> ChatIds:
@@ -347,7 +370,7 @@ class LLM:
     @explain_out_of_memory(REQUEST)
     def _request(
         self,
-        prompt: str | list[int],
+        prompt: str | list[int] | Turn,
         params: SamplingParams | None,
         policy: Policy | None,
         fitting: set[Sizes] | None = None,
@@ -358,16 +381,21 @@ class LLM:
         params = SamplingParams() if params is None else params
         if not isinstance(params, SamplingParams):
             raise FastKVError(f"params must be SamplingParams, not {type(params).__name__}")
-        ids = self._token_ids(prompt)
+        turn = prompt if isinstance(prompt, Turn) else None
+        ids = self._turn_ids(prompt) if isinstance(prompt, Turn) else self._token_ids(prompt)
+        policy = turn.working_policy if turn is not None else policy
         policy = self.policy if policy is None else self._checked_policy(policy)
         policy = policy.covering(getattr(prompt, "tail", 0), ids.shape[1])
-        limit = position_limit(self.config, policy, ids.shape[1])
-        max_tokens = answer_length(self.config, params, ids.shape[1], limit)
-        plan = plan_request(self.config, policy, ids.shape[1], max_tokens, self.dtype, limit)
-        request = Request(ids, params, plan, self._eos_ids(params, getattr(prompt, "ends", frozenset())))
+        past = None if turn is None else turn.held.snapshot
+        n_before = 0 if past is None else past.position
+        limit = position_limit(self.config, policy, ids.shape[1], past)
+        max_tokens = answer_length(self.config, params, ids.shape[1], limit, n_before)
+        plan = plan_request(self.config, policy, ids.shape[1], max_tokens, self.dtype, limit, past)
+        request = Request(ids, params, plan, self._eos_ids(params, getattr(prompt, "ends", frozenset())), turn)
         if fitting is None or request.sizes not in fitting:
             slot, draws = self._slot_bytes(request), params.temperature > 0
-            self._check_fits(plan, footprint(self._model, plan, slot, draws=draws))
+            kept = 0 if turn is None else plan.nbytes  # what the session then holds, beside the slot
+            self._check_fits(plan, footprint(self._model, plan, slot + kept, draws=draws))
         if fitting is not None:
             fitting.add(request.sizes)
         return request
@@ -389,16 +417,25 @@ class LLM:
             message = f"prompt {index} of the list: {error}"
             raise FastKVError(message, setting=error.setting, prompt=index) from error
 
-    def _token_ids(self, prompt: str | list[int] | Tensor) -> Tensor:
+    def _token_ids(self, prompt: str | Sequence[int] | Tensor) -> Tensor:
         """int64 [1, N], on the host."""
         if isinstance(prompt, str):
-            limit = self.config.context_length
-            encoded = self._required_tokenizer().encode(prompt, limit) if prompt else []
+            encoded = self._required_tokenizer().encode(prompt, self.config.context_length) if prompt else []
             return torch.tensor([self._checked_encoding(encoded)])
         ids = id_tensor(prompt, self.config.vocab_size)
         if ids.shape[0] != 1:
             raise FastKVError("generate and stream take a list of prompts, not a tensor of several; prefill does")
         return ids.cpu()
+
+    def _turn_ids(self, turn: Turn) -> Tensor:
+        """int64 [1, N], on the host: what a turn's session has not read yet, and the prompt."""
+        prompt, waiting = turn.prompt, turn.held.waiting
+        if isinstance(prompt, str) and prompt and turn.held.ids:
+            encoded = self._required_tokenizer().encode(prompt, self.config.context_length, begins=False)
+            ids = torch.tensor([self._checked_encoding(encoded)])
+        else:
+            ids = self._token_ids(prompt)
+        return torch.cat((torch.tensor([waiting], dtype=torch.int64), ids), dim=1) if waiting else ids
 
     def _required_tokenizer(self) -> Tokenizer:
         if self.tokenizer is None:
@@ -447,6 +484,9 @@ def _check_arguments(model: Any, revision: Any, load_format: Any, weights: Any, 
 
 
 def _finish(generation: Generation) -> Output:
-    for _ in generation:
-        pass
+    try:
+        for _ in generation:
+            pass
+    finally:
+        generation.close()  # what is interrupted hands its memory on, and a session can go on
     return generation.output()

@@ -32,6 +32,8 @@ class Metrics:
     attention_kept: the share of the attention mass that all layers keep together, in [0, 1], which tells how far the
     answer can be trusted; layer_attention: that of each layer, what was dropped before it counted as dropped. None
     where that was not measured (cache/mass.py).
+    reused_tokens: tokens before the prompt whose entries were there already: of a session, or of a shared beginning.
+    kv_tokens, kv_entries and kv_full_entries count them, too.
     """
 
     prompt_tokens: int
@@ -48,6 +50,7 @@ class Metrics:
     peak_bytes: int | None
     attention_kept: float | None = None
     layer_attention: tuple[float | None, ...] = ()
+    reused_tokens: int = 0
 
 
 @dataclass(frozen=True)

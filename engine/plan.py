@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 
@@ -18,20 +19,43 @@ from fastkv.errors import FastKVError
 from fastkv.models.config import ModelConfig
 
 
+class Past(Protocol):
+    """What a sequence that continues already has: a cache (cache/kv_cache.py), or a snapshot of one."""
+
+    @property
+    def position(self) -> int:
+        """The next token's."""
+
+    @property
+    def whole_from(self) -> int:
+        """From here on every layer holds every token."""
+
+    @property
+    def layout(self) -> type[KVLayer]:
+        """How its entries are stored."""
+
+    def count(self, layer: int) -> int:
+        """Entries of the longest head of a layer."""
+
+    def mean(self, layer: int) -> int:
+        """Entries of a head of a layer on average, rounded up."""
+
+
 @dataclass(frozen=True)
 class RequestPlan:
     """The sizes of a prefill and of what comes after it, for each sequence.
 
-    n_tokens: new tokens. past: entries that each layer already holds (0 where a sequence begins). layers: what each
-    layer sees of the new tokens, keeps in all, and propagates. compresses: whether the policy chooses anything; else
-    every layer keeps every new token. max_tokens: the answer's, for which there is room. position_limit: positions that
-    the sequence may take. lookahead: tokens that are drafted when the layers are done, and forgotten; fewer than the
-    policy says where the positions end, 0 where no layer drops an entry. capacities: entries of each layer's KV heads.
-    layout, shape: how they are stored.
+    n_tokens: new tokens. start: the position of the first one. past: entries that each layer already holds (0 where a
+    sequence begins). layers: what each layer sees of the new tokens, keeps in all, and propagates. compresses: whether
+    the policy chooses anything; else every layer keeps every new token. max_tokens: the answer's, for which there is
+    room. position_limit: positions that the sequence may take. lookahead: tokens that are drafted when the layers are
+    done, and forgotten; fewer than the policy says where the positions end, 0 where no layer drops an entry.
+    capacities: entries of each layer's KV heads. layout, shape: how they are stored.
     """
 
     policy: Policy
     n_tokens: int
+    start: int
     past: tuple[int, ...]
     layers: tuple[LayerPlan, ...]
     first_pass: FirstPass | None
@@ -51,7 +75,7 @@ class RequestPlan:
     @property
     def full_nbytes(self) -> int:
         """Bytes of a full cache for the same sequence."""
-        capacity = round_up(self.n_tokens + max(self.past) + self.max_tokens)
+        capacity = round_up(self.start + self.n_tokens + self.max_tokens)
         return bytes_of(DenseLayer, [capacity] * len(self.layers), self.shape)
 
     @property
@@ -91,7 +115,7 @@ def plan_request(
     max_tokens: int,
     dtype: torch.dtype,
     limit: int,
-    cache: KVCache | None = None,
+    cache: Past | None = None,
 ) -> RequestPlan:
     """The plan of a prefill of `n_tokens`, from the beginning or from what `cache` holds.
 
@@ -111,14 +135,18 @@ def plan_request(
     compresses = first_pass is not None or any(
         plan.kept < most or plan.propagated is not None for plan, most in zip(layers, seen_at_most, strict=True)
     )
-    layout = _layout(policy, compresses) if cache is None else cache.pool.layout
+    layout = _layout(policy, compresses) if cache is None else cache.layout
     drops = any(plan.kept < most for plan, most in zip(layers, seen_at_most, strict=True))
     end = n_tokens + (0 if cache is None else cache.position)
     lookahead = max(0, min(policy.lookahead, limit - end)) if drops else 0
-    capacities = tuple(round_up(plan.kept + max_tokens) for plan in layers)
+    kept = [plan.kept for plan in layers]
+    if cache is not None and layout.per_head:  # a head's memory is not its own: what counts is all of them together
+        kept = [cache.mean(layer) + n_tokens for layer in range(n_layers)]
+    capacities = tuple(round_up(count + max_tokens) for count in kept)
     return RequestPlan(
         policy,
         n_tokens,
+        0 if cache is None else cache.position,
         past,
         tuple(layers),
         first_pass,
@@ -132,13 +160,13 @@ def plan_request(
     )
 
 
-def chooses_again(policy: Policy, n_layers: int, n_tokens: int, cache: KVCache) -> bool:
+def chooses_again(policy: Policy, n_layers: int, n_tokens: int, cache: Past) -> bool:
     """Whether a sequence is compressed again when `n_tokens` new ones continue it.
 
     By a policy that can (Policy.compresses_again), if there are more new tokens than its observation window. Heads of
     different lengths are chosen once only, and a first pass reads a prompt from its beginning only.
     """
-    by_head = policy.per_head or cache.pool.layout.per_head
+    by_head = policy.per_head or cache.layout.per_head
     can = policy.compresses_again and not by_head and policy.first_pass(n_layers, n_tokens) is None
     return can and n_tokens > policy.window
 
@@ -161,7 +189,7 @@ def _layout(policy: Policy, compresses: bool) -> type[KVLayer]:
     return ModelWideLayer if policy.over_layers else PerHeadLayer
 
 
-def position_limit(config: ModelConfig, policy: Policy, n_tokens: int, cache: KVCache | None = None) -> int:
+def position_limit(config: ModelConfig, policy: Policy, n_tokens: int, cache: Past | None = None) -> int:
     """The positions that the sequence may take, in tokens; FastKVError if the prompt alone takes more.
 
     Where a policy drops tokens of a model with a sliding window, that window is the limit: which of the kept entries

@@ -14,6 +14,7 @@ from fastkv.engine.footprint import Footprint
 from fastkv.engine.memory import check_fits
 from fastkv.engine.plan import RequestPlan
 from fastkv.engine.sampler import SamplingParams
+from fastkv.engine.turn import Turn
 from fastkv.errors import FastKVError, brief
 from fastkv.models.config import ModelConfig
 from fastkv.models.llama import Llama
@@ -22,29 +23,39 @@ DEFAULT_MAX_TOKENS = 256
 _SHOWN = 60  # characters of what is no prompt
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.uint16, torch.uint32, torch.uint64)
 
-Sizes = tuple[int, int, bool]  # tokens of the prompt, and of the answer at most; whether they are drawn at random
+# Tokens of the prompt, and of the answer at most; whether they are drawn at random; entries that are there already
+Sizes = tuple[int, int, bool, tuple[int, ...]]
 
 
 @dataclass(frozen=True)
 class Request:
     """A checked request: prompt and answer fit the model, as `plan` says. `eos_ids` is empty if ignored.
 
-    ids: int64 [1, N], the prompt, on the host.
+    ids: int64 [1, N], the prompt, on the host: of a turn what has no entries yet. turn: of a session.
     """
 
     ids: Tensor
     params: SamplingParams
     plan: RequestPlan
     eos_ids: frozenset[int]
+    turn: Turn | None = None
 
     @property
     def policy(self) -> Policy:
-        return self.plan.policy
+        """Whose choices the answer depends on: of a turn the session's."""
+        return self.plan.policy if self.turn is None else self.turn.policy
+
+    @property
+    def all_ids(self) -> Tensor:
+        """int64 [1, P + N]: what the sequence has before the answer, on the host."""
+        if self.turn is None or not self.turn.held.fed:
+            return self.ids
+        return torch.cat((torch.tensor([self.turn.held.ids[: self.turn.held.fed]]), self.ids), dim=1)
 
     @property
     def sizes(self) -> Sizes:
         """What decides, under one policy and model, how much memory it takes."""
-        return self.plan.n_tokens, self.max_tokens, self.params.temperature > 0
+        return self.plan.n_tokens, self.max_tokens, self.params.temperature > 0, self.plan.past
 
     @property
     def max_tokens(self) -> int:
@@ -95,23 +106,27 @@ def checked_ids(ids: Tensor, vocab_size: int) -> Tensor:
     return ids
 
 
-def answer_length(config: ModelConfig, params: SamplingParams, n_tokens: int, limit: int) -> int:
-    """The `max_tokens` that holds; FastKVError if an explicit one does not fit after the prompt."""
-    room = limit - n_tokens
+def answer_length(config: ModelConfig, params: SamplingParams, n_tokens: int, limit: int, n_before: int = 0) -> int:
+    """The `max_tokens` that holds; FastKVError if an explicit one does not fit after the prompt.
+
+    n_before: tokens of the sequence before the prompt.
+    """
+    room = limit - n_before - n_tokens
+    after = f" after the {n_before} before them" if n_before else ""
     windowed = limit < config.context_length
     what = f"sliding_window of {limit}, where tokens are dropped" if windowed else f"context of {limit}"
     advice = "use policy full, or shorten it" if windowed else "shorten it"
     if room < 1:
         raise FastKVError(
-            f"the prompt has {n_tokens} tokens and fills the model's {what}; {advice}",
+            f"the prompt has {n_tokens} tokens{after} and fills the model's {what}; {advice}",
             setting="prompt",
         )
     if params.max_tokens is None:
         return min(DEFAULT_MAX_TOKENS, room)
     if params.max_tokens > room:
         raise FastKVError(
-            f"max_tokens must be at most {room}, not {params.max_tokens}: the prompt has {n_tokens} tokens, in the "
-            f"model's {what}" + ("; use policy full for more" if windowed else ""),
+            f"max_tokens must be at most {room}, not {params.max_tokens}: the prompt has {n_tokens} tokens{after}, "
+            f"in the model's {what}" + ("; use policy full for more" if windowed else ""),
             setting="max_tokens",
         )
     return int(params.max_tokens)
@@ -148,7 +163,20 @@ def is_batch(prompt: Any) -> bool:
     """Whether this is a list of prompts rather than one prompt, by its first element; looks no further."""
     if not isinstance(prompt, Sequence) or isinstance(prompt, (str, bytes)) or not prompt:
         return False
-    return isinstance(prompt[0], (str, Sequence)) or getattr(prompt[0], "ndim", 0) > 0
+    return isinstance(prompt[0], (str, Sequence, Turn)) or getattr(prompt[0], "ndim", 0) > 0
+
+
+def check_sessions(requests: Sequence[Request]) -> None:
+    """FastKVError where a list has two turns of one session, which can only run one after another."""
+    seen: dict[int, int] = {}
+    for index, request in enumerate(requests):
+        if request.turn is not None and seen.setdefault(id(request.turn.owner), index) != index:
+            first = seen[id(request.turn.owner)]
+            raise FastKVError(
+                f"prompt {index} of the list: prompt {first} is a turn of the same session; fork it, or ask again "
+                "after this list",
+                prompt=index,
+            )
 
 
 def params_of_each(params: Any, count: int) -> Sequence[Any]:

@@ -90,12 +90,15 @@ class Tokenizer:
             return None
         return cls(vocabulary, tokens, config, Chat.of(folder, tokens.config))
 
-    def encode(self, text: str, limit: int | None = None) -> list[int]:
+    def encode(self, text: str, limit: int | None = None, *, begins: bool = True) -> list[int]:
         """Token ids of a prompt, with BOS and EOS where the model's files ask for them.
 
-        limit: tokens that can be used. FastKVError, before all of the text is encoded, where it has far more.
+        limit: tokens that can be used. FastKVError, before all of the text is encoded, where it has far more. begins:
+        False of a text that goes on after others, which gets neither BOS nor EOS.
         """
         ids = self._encode(text, limit)
+        if not begins:
+            return ids
         if self._prefix and ids[: len(self._prefix)] == self._prefix and not self._told:
             self._told = True
             _log.warning("the prompt begins with a BOS token, and gets another one: leave it out of the prompt")

@@ -1,0 +1,260 @@
+"""Session: a sequence that its user holds. Read a document once, ask many things of it, go back, branch off.
+
+Between its turns a session is a snapshot of the compressed cache and a list of token ids. A turn copies the entries
+into a slot of the engine's memory, reads its prompt after them, decodes as any request does, and takes a new snapshot.
+So sessions take no more than their entries while they wait, many decode together, a fork shares what it begins with,
+and a turn that fails leaves everything as it was.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+from fastkv.cache.kv_cache import shortened
+from fastkv.cache.policies import FastKV
+from fastkv.cache.policy import Policy
+from fastkv.engine.generation import Generation
+from fastkv.engine.output import Metrics, Output
+from fastkv.engine.sampler import SamplingParams
+from fastkv.engine.turn import Held, Turn
+from fastkv.errors import FastKVError, check_integer, check_switch
+from fastkv.models.text.chat import ChatIds
+
+# Which policy keeps what later questions need, with none there to choose by: docs/accuracy.md
+DEFAULT_POLICY: Policy = FastKV()
+
+
+class Engine(Protocol):
+    """What a session asks of its LLM."""
+
+    def generate(self, prompt: Any, params: SamplingParams | None = None) -> Output: ...
+
+    def stream(self, prompt: Any, params: SamplingParams | None = None) -> Generation: ...
+
+    def chat(self, messages: list[dict[str, str]], /, **arguments: Any) -> ChatIds: ...
+
+
+@dataclass(frozen=True)
+class _Mark:
+    """Where a turn began. held: what there was; its snapshot is None where forgetting tokens brings it back."""
+
+    held: Held
+    n_messages: int
+
+
+class Session:
+    """A conversation with a model, or a document that questions are asked of. Made by LLM.session.
+
+    What is added, and what begins the session, is compressed by its policy. What is asked later is kept whole, with its
+    answer: it takes nothing from what was kept of the document. compress=True lets the policy choose anew there, too,
+    if it can (Policy.compresses_again; the others keep all of what comes later).
+
+    One turn runs at a time; several sessions run together: LLM.generate takes `session.turn(prompt)` in its list of
+    prompts. A turn that fails, or does not fit, changes nothing. messages: those of `chat`, dicts of role and content.
+    """
+
+    def __init__(self, llm: Engine, policy: Policy, system: str | None = None) -> None:
+        self._llm, self.policy = llm, policy
+        self.messages: list[dict[str, str]] = [] if system is None else [{"role": "system", "content": system}]
+        self._held = Held()
+        self._marks: list[_Mark] = []
+        self._running: Turn | None = None
+        self._lock = threading.Lock()
+
+    # --- what it holds ---
+
+    @property
+    def ids(self) -> list[int]:
+        """All token ids so far: what was added and asked, and the answers."""
+        return list(self._held.ids)
+
+    @property
+    def kv_bytes(self) -> int:
+        """Bytes of the keys and values that it holds; forks that have not gone on hold the same ones."""
+        return 0 if self._held.snapshot is None else self._held.snapshot.nbytes
+
+    @property
+    def kv_entries(self) -> int:
+        """Entries that it holds, over all layers and KV heads."""
+        return 0 if self._held.snapshot is None else sum(self._held.snapshot.entries)
+
+    # --- turns ---
+
+    def turn(self, prompt: str | Sequence[int], *, compress: bool | None = None) -> Turn:
+        """A prompt for this session, to be run beside others: LLM.generate([session.turn("Why?"), other.turn("Who?")]).
+
+        prompt: a text, or token ids; only a text that begins the session gets the tokenizer's BOS. compress: whether
+        the policy chooses anew what is kept; None: only where this begins the session.
+        """
+        held = self._held
+        return Turn(self, held, held, prompt, self.policy, self._compresses(held, compress))
+
+    def add(self, prompt: str | Sequence[int]) -> Metrics:
+        """Read a text or token ids, and answer nothing: the policy chooses what is kept. ttft_s: how long it took.
+
+        Raises FastKVError as LLM.generate does; nothing has changed then.
+        """
+        return self._llm.stream(self.turn(prompt, compress=True), SamplingParams(max_tokens=1)).read_only()
+
+    def generate(
+        self, prompt: str | Sequence[int], params: SamplingParams | None = None, *, compress: bool | None = None
+    ) -> Output:
+        """Continue after a prompt. See `turn`. Raises FastKVError as LLM.generate does; nothing has changed then."""
+        return self._llm.generate(self.turn(prompt, compress=compress), params)
+
+    def stream(
+        self, prompt: str | Sequence[int], params: SamplingParams | None = None, *, compress: bool | None = None
+    ) -> Generation:
+        """The same as an iterator. Closed early, or interrupted and closed, it keeps the answer so far."""
+        return self._llm.stream(self.turn(prompt, compress=compress), params)
+
+    def chat(
+        self, message: str, params: SamplingParams | None = None, *, compress: bool | None = None, **arguments: Any
+    ) -> Output:
+        """Send a user's message by the model's chat template, and return the answer; both go into `messages`.
+
+        arguments: variables of the template. Raises FastKVError as LLM.chat and LLM.generate do; nothing has changed
+        then.
+        """
+        return self._llm.generate(self.chat_turn(message, compress=compress, **arguments), params)
+
+    def chat_turn(self, message: str, *, compress: bool | None = None, **arguments: Any) -> Turn:
+        """A user's message as a turn. The session's tokens are always those of one rendering of all its messages.
+
+        What that renders otherwise than it was (an answer that the template cuts, say) is forgotten and read again; of
+        a session whose compressed part would change, everything is.
+        """
+        asked = {"role": "user", "content": message}
+        rendered = self._llm.chat([*self.messages, asked], **arguments)
+        before = self._held
+        held = self._held_until(_common(before.ids, rendered[:-1]))
+
+        def note(answer: str) -> None:
+            self.messages += [asked, {"role": "assistant", "content": answer}]
+
+        return Turn(
+            owner=self,
+            before=before,
+            held=held,
+            prompt=rendered[len(held.ids) :],
+            policy=self.policy,
+            compress=self._compresses(held, compress),
+            tail=rendered.tail,
+            ends=rendered.ends,
+            note=note,
+        )
+
+    # --- other ways on ---
+
+    def fork(self) -> Session:
+        """Another session that begins with all that this one holds. They share it: the copy takes no memory."""
+        other = Session(self._llm, self.policy)
+        other.messages, other._held, other._marks = [*map(dict, self.messages)], self._held, [*self._marks]
+        return other
+
+    def rewind(self, count: int) -> None:
+        """Forget the last `count` tokens, as if they had never been, and the messages that they belong to.
+
+        Raises FastKVError for what is no such number, where a policy has chosen among them (a fork from before keeps a
+        way back), and while a turn runs.
+        """
+        check_integer("count", count, 0, len(self._held.ids))
+        with self._lock:
+            self._check_idle()
+            until = len(self._held.ids) - count
+            held = self._held_until(until)
+            if len(held.ids) < until:
+                raise FastKVError(
+                    f"the session can forget its last {self._n_whole} tokens, or all of them, not {count}: what stands "
+                    "before them was compressed; undo() goes back to before a turn, and so does a fork from before it"
+                )
+            self._forget_turns(until)
+            self._held = held
+
+    def undo(self) -> None:
+        """Go back to before the last turn (or `add`). Raises FastKVError where there was none, and while one runs."""
+        with self._lock:
+            self._check_idle()
+            if not self._marks:
+                raise FastKVError("there is no turn to undo")
+            mark = self._marks[-1]
+            begins = mark.held.snapshot is not None or not mark.held.ids
+            self._held = mark.held if begins else self._held_until(len(mark.held.ids))
+            self.messages = self.messages[: mark.n_messages]
+            self._marks.pop()
+
+    # --- what the engine tells (see Owner) ---
+
+    def begin(self, turn: Turn) -> None:
+        """See Owner."""
+        with self._lock:
+            self._check_idle()
+            if turn.before is not self._held:
+                raise FastKVError("the session has gone on since this turn was made; make it anew")
+            self._running = turn
+
+    def end(self, turn: Turn, after: Held | None, text: str) -> None:
+        """See Owner."""
+        with self._lock:
+            if self._running is not turn:
+                return
+            self._running = None
+            if after is None:
+                return
+            self._marks.append(_Mark(_kept_for_undo(turn.before, after), len(self.messages)))
+            self._held = after
+            if turn.note is not None:
+                turn.note(text)
+
+    # --- inside ---
+
+    @property
+    def _n_whole(self) -> int:
+        """Tokens at the end that can be forgotten."""
+        held = self._held
+        return len(held.waiting) + (0 if held.snapshot is None else held.snapshot.position - held.snapshot.whole_from)
+
+    def _compresses(self, held: Held, asked: bool | None) -> bool:
+        if asked is None:
+            return held.snapshot is None
+        check_switch("compress", asked)
+        return asked
+
+    def _held_until(self, until: int) -> Held:
+        """What there was when the session had that many tokens; nothing, where a policy has chosen among the others."""
+        held, lost = self._held, len(self._held.ids) - until
+        if lost == 0:
+            return held
+        if held.snapshot is None or lost > self._n_whole or until == 0:
+            return Held()
+        fed = min(held.fed, until)
+        forgotten = held.fed - fed
+        return Held(held.ids[:until], fed, shortened(held.snapshot, forgotten) if forgotten else held.snapshot)
+
+    def _forget_turns(self, until: int) -> None:
+        """Forget the turns that begin at this token or later, and the messages of one that ends later."""
+        ends = [*(len(mark.held.ids) for mark in self._marks[1:]), len(self._held.ids)]
+        cut = [mark for mark, end in zip(self._marks, ends, strict=False) if end > until]
+        if cut:
+            self.messages = self.messages[: cut[0].n_messages]
+        self._marks = [mark for mark in self._marks if len(mark.held.ids) < until]
+
+    def _check_idle(self) -> None:
+        if self._running is not None:
+            raise FastKVError("a turn of this session is running: finish or close it first, or fork the session")
+
+
+def _kept_for_undo(before: Held, after: Held) -> Held:
+    """What has to be kept of what there was before a turn: no entries that forgetting tokens brings back."""
+    old, new = before.snapshot, after.snapshot
+    whole = old is not None and new is not None and old.whole_from == new.whole_from
+    return replace(before, snapshot=None) if whole and after.ids[: len(before.ids)] == before.ids else before
+
+
+def _common(one: Sequence[int], other: Sequence[int]) -> int:
+    """How many tokens two sequences begin alike with."""
+    pairs = enumerate(zip(one, other, strict=False))
+    return next((index for index, (a, b) in pairs if a != b), min(len(one), len(other)))
