@@ -184,6 +184,66 @@ def million(result: Figure) -> str:
     return table(("prompt, tokens", "first token, s", "decode, tokens/s", "KV, GiB", "peak, GiB"), rows)
 
 
+def tsp_layer(result: Figure) -> str:
+    """Attention of the propagated tokens alone at the TSP layer: of the layer, and what the first token gains."""
+    header = ("prompt, tokens", "", "all tokens attend, ms", "the propagated alone, ms", "× as fast")
+    figures = done(result, "tsp-layer")
+    all_tokens = {each["context"]: each for each in figures if str(each["case"]).endswith("all tokens")}
+    rows = []
+    for each in figures:
+        if "alone_s" in each:
+            name, pair = f"attention, {' '.join(words(each)[2:])}", (each["all_s"], each["alone_s"])
+        elif str(each["case"]).endswith("alone") and each["context"] in all_tokens:
+            name, pair = "first token", (all_tokens[each["context"]]["ttft_s"], each["ttft_s"])
+        else:
+            continue
+        rows.append([f"{each['context']:,}", name, *(f"{1e3 * s:,.1f}" for s in pair), f"{pair[0] / pair[1]:.2f}"])
+    return table(header, rows)
+
+
+def padding(result: Figure) -> str:
+    """What a length costs that cuDNN has not seen, by kernels: of one attention, and of a whole prefill."""
+    figures = {each["case"]: each for each in done(result, "padding")}
+    rows = []
+    for size in dict.fromkeys(words(each)[1] for each in figures.values()):
+        layer = figures.get(f"cudnn {size} attention")
+        if layer:
+            for name, key in (("a new length", "first"), ("the same again", "again")):
+                pair = (layer[f"as_it_is_{key}_ms"], layer[f"padded_{key}_ms"])
+                rows.append([size, f"one attention, {name}", "–", *(f"{ms:.2f}" for ms in pair)])
+        prefills = [figures.get(f"fastkv {size} {kernels}") for kernels in ("flash", "cudnn", "cudnn padded")]
+        for name, key in (("first token, a new length", "ttft_s"), ("first token, the first prompt", "warm_up_s")):
+            cells = ["–" if each is None else f"{1e3 * each[key]:,.1f}" for each in prefills]
+            rows.extend([[size, name, *cells]] if any(prefills) else [])
+    return table(("prompt, about", "ms", "flash", "cuDNN", "cuDNN, padded"), rows)
+
+
+def scores(result: Figure) -> str:
+    """Scores of a window, from a float32 copy of the keys and without one."""
+    rows = (
+        [
+            f"{each['context']:,}",
+            *(f"{1e3 * each[key]:.2f}" for key in ("copied_s", "direct_s")),
+            *(gib(each[key]) for key in ("copied_peak_bytes", "direct_peak_bytes")),
+        ]
+        for each in done(result, "scores")
+    )
+    header = ("prompt, tokens", "with a copy, ms", "without, ms", "with a copy, peak, GiB", "without, peak, GiB")
+    return table(header, rows)
+
+
+def regions(result: Figure) -> str:
+    """Compiled decoding, with what lies between two attentions as two regions and as one."""
+    one = {each["case"]: each for each in done(result, "compiled") if "step_ms" in each}
+    rows = (
+        [f"{each['context']:,}", words(each)[0]]
+        + [f"{regions['tokens_per_s']:.1f}" for regions in (each, one[each["case"]])]
+        for each in done(result, "compiled-apart")
+        if each["case"] in one
+    )
+    return table(("prompt, tokens", "", "two regions: tokens/s", "one: tokens/s"), rows)
+
+
 TABLES: dict[str, Callable[[Figure], str]] = {
     "decode": decode,
     "first": first,
@@ -192,6 +252,10 @@ TABLES: dict[str, Callable[[Figure], str]] = {
     "selection": selection,
     "million": million,
     "ceilings": ceilings,
+    "tsp-layer": tsp_layer,
+    "padding": padding,
+    "scores": scores,
+    "regions": regions,
 }
 
 
