@@ -194,10 +194,10 @@ def test_a_gpu_takes_it_for_long_prompts_without_a_window(monkeypatch: pytest.Mo
 
     asked: list[tuple[object, ...]] = []
     monkeypatch.setattr(prefill, "why_not_merged", lambda *about: asked.append(about))
-    assert pays("cuda", 32_768)
+    assert pays("cuda", 65_536)
     assert asked == [(4, 128, torch.bfloat16, torch.device("cuda"))]
-    assert not pays("cuda", 32_767)
-    assert not pays("cuda", 50_000, window=4096)
+    assert not pays("cuda", 65_535)
+    assert not pays("cuda", 100_000, window=4096)
     assert pays("cpu", 10, window=4)
     monkeypatch.setattr(prefill, "why_not_merged", lambda *_: "it does not work")
     assert not pays("cuda", 1_000_000)
