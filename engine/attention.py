@@ -29,12 +29,14 @@ BACKENDS = {
 }
 AUTO = "auto"
 # On a GPU, cuDNN is the faster one (on an H200 1.9 times at 8K and 32K, 1.7 times at 128K), but prepares itself for
-# every new length: 0.03 to 0.2 s a prompt, which is more than it saves at 8K and less at 32K
-# (benchmarks/results/2026-11-27-gpu-h200-before.txt).
-_CUDNN_FROM = 16_384  # tokens
-# So cuDNN gets lengths that come again: multiples of _LENGTHS. At 16K that is at most an eighth of the attention more,
-# at 32K a sixteenth. Longer prompts keep their length: their attention takes many times as long as the preparation, and
-# the copy takes memory. Not measured yet (the step padding of benchmarks/gpu_suite.py).
+# every new length, which takes 0.05 s at 8K and 0.07 s at 32K. So it gets lengths that come again, multiples of
+# _LENGTHS: a first token of new lengths then takes 0.152 s in place of 0.160 s with flash attention and 0.240 s with
+# cuDNN as it is, at 32K 0.76 s in place of 0.91 and 0.80. For that the first prompt of such a length waits, at 8K 0.02
+# to 0.05 s; the first one of a process for cuDNN itself, too, 0.1 to 0.7 s. Measured in the steps padding, first and
+# ceilings of benchmarks/results/2026-11-2*-gpu-h200*.txt, nothing shorter than 8K.
+_CUDNN_FROM = 8192  # tokens
+# At 8K the padding is at most a quarter of the attention more, at 32K a sixteenth. Longer prompts keep their length:
+# their attention takes many times as long as the preparation, and the copy takes memory.
 _LENGTHS, _PADDED_BELOW = 1024, 65_536  # tokens
 _WITHOUT_CUDNN = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 

@@ -66,10 +66,10 @@ def test_what_has_its_length_or_is_long_is_not_copied(monkeypatch: pytest.Monkey
 
 def test_padding_is_for_cudnn_alone() -> None:
     asked = [
-        (AUTO, 16_384, torch.bfloat16, GPU),
-        (AUTO, 16_384, torch.float16, GPU),
+        (AUTO, 8192, torch.bfloat16, GPU),
+        (AUTO, 8192, torch.float16, GPU),
         ("cudnn", 5, torch.bfloat16, GPU),
-        (AUTO, 16_383, torch.bfloat16, GPU),
+        (AUTO, 8191, torch.bfloat16, GPU),
         (AUTO, 50_000, torch.float32, GPU),
         ("flash", 50_000, torch.bfloat16, GPU),
         (AUTO, 50_000, torch.bfloat16, CPU),
