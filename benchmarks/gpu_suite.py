@@ -4,7 +4,7 @@
     python3 benchmarks/gpu_suite.py --out FOLDER --steps million       a prompt of 1,000,000 tokens
     python3 benchmarks/gpu_suite.py --out FOLDER --steps variants      8K without graphs, and with other attention
     python3 benchmarks/gpu_suite.py --out FOLDER --steps tests model tsp-layer padding scores compiled compiled-apart
-        what is new and not measured yet, beside what it replaces; compiled-tuned lets the compiler try for longer
+        ways of the engine beside those that they replace; compiled-tuned lets the compiler try for longer
 
 Needs python3 with torch (2.11 or later), safetensors, tokenizers, huggingface-hub and pytest; no network, and nothing
 is installed: the package is found through a link to this checkout, into which nothing is written. What does not fit

@@ -707,7 +707,9 @@ def test_the_suite_for_a_gpu_runs_anywhere(
     assert (layer["context"], layer["merged"]) == (131, "a mask is as fast on a CPU")
     assert layer["propagated"] in (26, 27)  # the last token is one of them, or comes to them
     assert 0 < layer["difference"] < 0.02
+    assert figures["tsp-layer", "attention 64K in passages"]["context"] == 66
     assert figures["tsp-layer", "fastkv 128K all tokens"]["status"] == "done"
+    assert figures["padding", "fastkv 4K cudnn padded"]["status"] == "failed"
     assert (figures["padding", "fastkv 32K flash"]["status"], figures["padding", "cudnn 8K attention"]["status"]) == (
         "done",
         "failed",
@@ -759,7 +761,7 @@ def test_what_is_new_is_measured_beside_what_it_replaces(
     assert (len(found["as_it_is_firsts_ms"]), len(found["padded_firsts_ms"])) == (3, 3)
 
 
-@pytest.mark.parametrize("n_tokens", [8192, 32_768])
+@pytest.mark.parametrize("n_tokens", [4096, 8192, 32_768])
 def test_new_lengths_are_one_length_for_cudnn(benchmarks: Any, n_tokens: int) -> None:
     lengths = benchmarks.layer_pairs.lengths_below(n_tokens, 14)
     assert len(set(lengths)) == 14
