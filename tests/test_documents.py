@@ -115,7 +115,7 @@ def test_the_tables_of_the_speed_page_are_those_of_the_results(
     monkeypatch.chdir(ROOT)
     page = PAGES["docs/speed.md"].read_text(encoding="utf-8")
     blocks = re.findall(r"<!-- python benchmarks/gpu_table.py (.+?) -->\n\n(.*?)\n\n<!-- end -->", page, re.DOTALL)
-    assert len(blocks) == 2
+    assert len(blocks) == 3
     for arguments, table in blocks:
         assert scripts["gpu_table"].main(arguments.split()) == 0
         assert capsys.readouterr().out == table + "\n", f"print it anew: benchmarks/gpu_table.py {arguments}"
@@ -171,6 +171,12 @@ def test_tables_leave_out_what_was_not_measured(
     assert re.search(r"^\| 8,192 \| 1 \| fastkv \| 177.9 \| – \|", tables, re.MULTILINE)
     assert "transformers" not in tables
     assert "512K" not in tables
+    result = json.loads((RESULTS / "2026-11-28-gpu-h200.json").read_text())
+    lost = ("full 1,024", "cudnn 8K attention", "fastkv 8K flash", "fastkv 32K all tokens")
+    result["figures"] = [each for each in result["figures"] if each["case"] not in lost]
+    tables = scripts["gpu_table"].markdown(result, ["tsp-layer", "padding", "regions"])
+    assert "| 8K | first token, a new length | – | 240.4 | 152.2 |" in tables
+    assert not re.search(r"8K \| one attention|32,768 \| first token|1,024 \| full", tables)
     for text, complaint in (("no", "is no JSON file"), ("[]", "is no result of gpu_suite.py")):
         (tmp_path / "other.json").write_text(text)
         assert scripts["gpu_table"].main([str(tmp_path / "other.json")]) == 2
