@@ -391,6 +391,32 @@ def long_prompt(suite: Suite, context: int) -> dict[str, Any]:
     }
 
 
+def sessions(suite: Suite) -> Iterator[Case]:
+    """A document read once, then questions of 64 tokens, each asked of a fork."""
+    for name, context, seconds in (("fastkv", 128, 14), ("keydiff", 128, 25), ("full", 32, 5), ("kvzip", 8, 10)):
+        yield Case(f"{name} {context}K", seconds, partial(ask_forks, suite, name, context * K))
+
+
+def ask_forks(suite: Suite, name: str, context: int) -> dict[str, Any]:
+    """Seconds until a document is read, and from each question to its first token; one question does not count."""
+    suite.clean()
+    llm, n_tokens = suite.llm, suite.tokens(context)
+    prompts = random_prompts(llm.config.vocab_size, n_tokens, 1)
+    session = llm.session(POLICIES[name]())
+    read = session.add(next(prompts)[0].tolist())
+    params, questions = SamplingParams(max_tokens=33, ignore_eos=True), random_prompts(llm.config.vocab_size, 64, 1)
+    answers = [session.fork().generate(next(questions)[0].tolist(), params).metrics for _ in range(4)]
+    return {
+        "context": n_tokens,
+        "read_s": read.ttft_s,
+        "session_bytes": session.kv_bytes,
+        "first_question_ttft_s": answers[0].ttft_s,
+        "ttft_s": statistics.median(each.ttft_s for each in answers[1:]),
+        "tokens_per_s": statistics.median(each.decode_tokens_per_s or 0 for each in answers[1:]),
+        "peak_bytes": answers[-1].peak_bytes,
+    }
+
+
 def variants(suite: Suite) -> Iterator[Case]:
     """8K in other ways: decoding without graphs, prefill with each attention."""
     for name in ("full", "fastkv"):
@@ -490,6 +516,7 @@ STEPS: dict[str, Callable[[Suite], Iterator[Case]]] = {
     "peer": end_to_end,
     "compiled": compiling,
     "compiled-apart": partial(compiling, step="compiled-apart", more=("--apart",)),
+    "sessions": sessions,
     "selection": selections,
     "million": million,
     "variants": variants,
