@@ -44,6 +44,7 @@ FLAGS: dict[str, dict[str, Any]] = {
     "longbench_tokens": {**_NUMBER, "help": "cut its longer prompts to N tokens (what the model reads)"},
     "chat": {"action": "store_true", "help": "put prompts into the model's chat template"},
     "no_lead": {"action": "store_true", "help": "end prompts with the question, not with the beginning of its answer"},
+    "question_after": {"action": "store_true", "help": "let the policy read the text alone: the question comes later"},
     "output": {**_FILE, "help": "keep every answer there, and continue from it"},
     "plots": {**_FOLDER, "help": "draw PNG pictures there (extra: eval)"},
     "plot": {"type": file_path, "metavar": "FILE.png", "help": "draw how importance settles (extra: eval)"},
@@ -110,7 +111,7 @@ def build_parser() -> Parser:
     _add(parser, "max_tokens", "qa_file", "longbench", "longbench_tokens")
     chat = "put prompts into the model's chat template, but for LongBench's few-shot and code datasets"
     _add(parser, "chat", help=chat)
-    _add(parser, "no_lead", "output", "plots")
+    _add(parser, "no_lead", "question_after", "output", "plots")
     add_machine_flags(parser.add_argument_group("machine"), quiet="nothing but the tables")
     parser.add_argument("--version", action="version", version=f"fastkv-eval {__version__}")
     return parser
@@ -160,7 +161,7 @@ def _compare() -> Parser:
     parser.add_argument("--head-scores", type=file_path, metavar="FILE", help="of headkv, by fastkv-eval head-scores")
     tasks = parser.add_argument_group("questions")
     _add(tasks, "task", default=["niah_single"], help="of fastkv-eval --list (niah_single)")
-    _add(tasks, *TEXTS, "max_tokens", "qa_file", "chat", "no_lead")
+    _add(tasks, *TEXTS, "max_tokens", "qa_file", "chat", "no_lead", "question_after")
     _add(parser.add_argument_group("files"), "output", "plots", "page")
     add_machine_flags(parser.add_argument_group("machine"), quiet="nothing but the tables")
     return parser

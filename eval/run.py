@@ -78,8 +78,9 @@ def ask(
 
     notes: what to say once nothing can be wrong any more.
     """
-    runner = Runner(llm, plan, specs, args.chat, not args.no_lead)
+    runner = Runner(llm, plan, specs, args.chat, not args.no_lead, args.question_after)
     about = {"model": writable(args.model), "revision": args.revision, "chat": args.chat, "no_lead": args.no_lead}
+    about |= {"question_after": True} if args.question_after else {}  # files of before know the other mode alone
     results = Results({**about, **describe(llm, folder, plan, specs)}, args.output)
     resumed = (
         f"{args.output}: continues after {results.resumed} records" + " (the last line was cut off)" * results.torn
