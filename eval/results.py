@@ -28,7 +28,8 @@ class Record:
     bytes. kv_bytes is what was allocated, room for the answer included; kv_entries are the prompt entries kept (a
     token's K and V in one KV head), kv_full_entries those of a full cache. attention_kept: of Metrics; None in older
     files, too. Where the question came later, context_tokens of the prompt's were read before it, in context_s, and
-    ttft_s counts from the question.
+    ttft_s counts from the question. turn: which of several questions about one text, from 1 on; kv_bytes then has room
+    for all of them.
     """
 
     id: str
@@ -53,10 +54,11 @@ class Record:
     attention_kept: float | None = None
     context_tokens: int | None = None
     context_s: float | None = None
+    turn: int | None = None
 
 
 _FIELDS = {field.name for field in fields(Record)}
-_LATER = {"attention_kept", "context_tokens", "context_s"}  # fields that older files lack
+_LATER = {"attention_kept", "context_tokens", "context_s", "turn"}  # fields that older files lack
 MEASURED = sorted(_FIELDS & {field.name for field in fields(Metrics)})  # as the engine measures them
 
 
