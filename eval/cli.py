@@ -20,6 +20,7 @@ COMMANDS = {
     "head-scores": "fastkv.eval.head_scores.command",
     "compare": "fastkv.eval.compare.command",
     "tune": "fastkv.eval.tune.command",
+    "turns": "fastkv.eval.turns.command",
 }
 
 

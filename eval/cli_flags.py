@@ -26,6 +26,7 @@ from fastkv.console.picture import check_picture
 from fastkv.console.policy_file import KIND as POLICY_KIND
 from fastkv.errors import FastKVError, check_choice, check_integer, check_number
 from fastkv.eval.tasks import COPYING, GENERATED, NAMES, build_tasks
+from fastkv.eval.turns.families import FAMILIES
 
 _NUMBER, _NUMBERS = {"type": int, "metavar": "N"}, {"type": int, "nargs": "+", "metavar": "N"}
 _FILE, _FOLDER = {"type": file_path, "metavar": "FILE"}, {"type": file_path, "metavar": "FOLDER"}
@@ -44,12 +45,16 @@ FLAGS: dict[str, dict[str, Any]] = {
     "longbench_tokens": {**_NUMBER, "help": "cut its longer prompts to N tokens (what the model reads)"},
     "chat": {"action": "store_true", "help": "put prompts into the model's chat template"},
     "no_lead": {"action": "store_true", "help": "end prompts with the question, not with the beginning of its answer"},
+    "question_after": {"action": "store_true", "help": "let the policy read the text alone: the question comes later"},
+    "questions": {**_NUMBER, "help": "about each text, 1 to 20 (5)"},
+    "mode": {"metavar": "M", "help": "turns: one conversation, the right answers in it (default); requests: see below"},
     "output": {**_FILE, "help": "keep every answer there, and continue from it"},
     "plots": {**_FOLDER, "help": "draw PNG pictures there (extra: eval)"},
     "plot": {"type": file_path, "metavar": "FILE.png", "help": "draw how importance settles (extra: eval)"},
     "json": {**_FILE, "help": "write every figure there"},
     "page": {"type": file_path, "metavar": "FILE.md", "help": _PAGE},
 }
+MODES, MOST_QUESTIONS = ("turns", "requests"), 20
 TEXTS = ("length", "depth", "seed", "examples")  # which texts are drawn
 # What a complaint names the flag of; the settings of policies are named in its message already.
 SETTINGS = {*FLAGS, "model", "loss", "device", "dtype", "weights", "threads", "revision"} - {"policy"}
@@ -83,6 +88,7 @@ another command: fastkv-eval tsp-layers --help
 another command: fastkv-eval head-scores --help
 another command: fastkv-eval compare --help
 another command: fastkv-eval tune --help
+another command: fastkv-eval turns --help
 """
 COMPARE_EPILOG = f"""\
 policies:
@@ -90,6 +96,18 @@ policies:
   A name, or a name and settings of its own; several values of one setting stand between slashes. The full cache is
   always there, and the baseline of the differences. What makes the policies keep the same is set for all of them:
   kv_retention and min_tokens, and the decay of pyramidinfer, which has no budget.
+
+{CONTINUES}
+"""
+FAMILY_LIST = "".join(f"  {family.name:<17}{family.summary}\n" for family in FAMILIES.values())
+TURNS_EPILOG = f"""\
+tasks:
+{FAMILY_LIST}
+modes:
+  turns     The questions follow on each other in one conversation. After each one the right answer is put there,
+            whatever the model said.
+  requests  Every question finds the text alone in the cache, as it was left there.
+  Either way a text is read once, under the policy. Questions and right answers are kept whole.
 
 {CONTINUES}
 """
@@ -110,7 +128,7 @@ def build_parser() -> Parser:
     _add(parser, "max_tokens", "qa_file", "longbench", "longbench_tokens")
     chat = "put prompts into the model's chat template, but for LongBench's few-shot and code datasets"
     _add(parser, "chat", help=chat)
-    _add(parser, "no_lead", "output", "plots")
+    _add(parser, "no_lead", "question_after", "output", "plots")
     add_machine_flags(parser.add_argument_group("machine"), quiet="nothing but the tables")
     parser.add_argument("--version", action="version", version=f"fastkv-eval {__version__}")
     return parser
@@ -160,7 +178,7 @@ def _compare() -> Parser:
     parser.add_argument("--head-scores", type=file_path, metavar="FILE", help="of headkv, by fastkv-eval head-scores")
     tasks = parser.add_argument_group("questions")
     _add(tasks, "task", default=["niah_single"], help="of fastkv-eval --list (niah_single)")
-    _add(tasks, *TEXTS, "max_tokens", "qa_file", "chat", "no_lead")
+    _add(tasks, *TEXTS, "max_tokens", "qa_file", "chat", "no_lead", "question_after")
     _add(parser.add_argument_group("files"), "output", "plots", "page")
     add_machine_flags(parser.add_argument_group("machine"), quiet="nothing but the tables")
     return parser
@@ -192,12 +210,29 @@ def _tune() -> Parser:
     return parser
 
 
+def _turns() -> Parser:
+    parser = _parser(
+        "fastkv-eval turns",
+        "Ask a model several questions about a text that it has read once, under several policies.",
+        TURNS_EPILOG,
+    )
+    _add(parser, "task", default=["kv"], help="one or more of those below (kv)")
+    _add(parser, "mode", "questions")
+    _add(parser, "policy", help="repeatable (default: full, then fastkv)")
+    _add(parser, "length", help="texts of N tokens, questions not counted (default 1024 2048 4096, as fits)")
+    _add(parser, "examples", help="texts of each task and length (5)")
+    _add(parser, "seed", "max_tokens", "output")
+    add_machine_flags(parser.add_argument_group("machine"), quiet="nothing but the tables")
+    return parser
+
+
 PARSERS: dict[str, Callable[[], Parser]] = {
     "tasks": build_parser,
     "tsp-layers": _tsp_layers,
     "head-scores": _head_scores,
     "compare": _compare,
     "tune": _tune,
+    "turns": _turns,
 }
 
 
@@ -224,6 +259,9 @@ def check(args: argparse.Namespace) -> None:
     """
     if args.command == "tune":
         _check_tune(args)
+        return
+    if args.command == "turns":
+        _check_turns(args)
         return
     if args.command == "tsp-layers":
         _check_prompts(args)
@@ -261,6 +299,18 @@ def _check_tune(args: argparse.Namespace) -> None:
         check_own_file(args.output, POLICY_KIND)
 
 
+def _check_turns(args: argparse.Namespace) -> None:
+    for name in args.task:
+        check_choice("task", name, tuple(FAMILIES))
+    if args.mode is not None:
+        check_choice("mode", args.mode, MODES)
+    if args.questions is not None:
+        check_integer("questions", args.questions, 1, MOST_QUESTIONS)
+    _check_integers(args)
+    if args.output is not None:
+        check_output(args.output)
+
+
 def _check_prompts(args: argparse.Namespace) -> None:
     if (args.prompt is None) == (args.task is None):
         raise FastKVError("give either --prompt FILE or --task NAME: what to measure on")
@@ -269,14 +319,18 @@ def _check_prompts(args: argparse.Namespace) -> None:
         raise FastKVError(f"{given[0]} is for --task: leave it out with --prompt")
 
 
-def _check_numbers(args: argparse.Namespace) -> None:
+def _check_integers(args: argparse.Namespace) -> None:
     for length in args.length or []:
         check_integer("length", length, 1)
-    for depth in args.depth or []:
-        check_number("depth", depth, 0, 1)
     for name in ("examples", "max_tokens", "longbench_tokens", "threads"):
         if getattr(args, name) is not None:
             check_integer(name, getattr(args, name), 1, 4096 if name == "threads" else None)
+
+
+def _check_numbers(args: argparse.Namespace) -> None:
+    _check_integers(args)
+    for depth in args.depth or []:
+        check_number("depth", depth, 0, 1)
     for name in ("kv_retention", "tsp_rate"):
         for share in getattr(args, name) or []:
             if not 0 < share < 1:

@@ -39,7 +39,8 @@ class Example:
 
     `lead` ends where the model's own words begin; under a chat template it is the beginning of the model's turn.
     chat: whether a chat template may be put around the prompt. classes: all that the answer could be, where it is a
-    class. cut: whether the text had a middle that is left out here.
+    class. cut: whether the text had a middle that is left out here. question: the end of `prompt` that asks, without
+    spaces around it, where it stands apart from what it asks about; "" where it does not.
     """
 
     prompt: str
@@ -48,6 +49,7 @@ class Example:
     chat: bool = True
     classes: tuple[str, ...] = ()
     cut: bool = False
+    question: str = ""
 
     @property
     def text(self) -> str:

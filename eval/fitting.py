@@ -9,6 +9,7 @@ import sys
 from bisect import bisect_right
 from collections.abc import Callable
 from functools import cache
+from typing import TypeVar
 
 from fastkv.errors import FastKVError
 from fastkv.eval.example import Draw, Example
@@ -18,8 +19,10 @@ FIRST_STEP = 32
 NEAR = 0.1  # how far a guess by the size of the first pieces may be off
 EXAMPLE_SHARE = 0.25  # of a prompt that a worked example may take
 
+E = TypeVar("E", bound=Example)
 
-def fit(draw: Draw, build: Callable[[int], Example], most: int | None = None) -> Example:
+
+def fit(draw: Draw, build: Callable[[int], E], most: int | None = None) -> E:
     """`build(n)` for the largest n at which it takes at most the slot's length; one more n would be too long.
 
     `build(n)` is a text with n pieces of filling, the same pieces each time. `most` is the largest n that it knows.
@@ -51,14 +54,14 @@ def fit(draw: Draw, build: Callable[[int], Example], most: int | None = None) ->
     return build(low + bisect_right(range(low, high), limit, key=size) - 1)
 
 
-def adjust(draw: Draw, build: Callable[[int], Example | None], room: int, slack: int | None = None) -> Example:
+def adjust(draw: Draw, build: Callable[[int], E | None], room: int, slack: int | None = None) -> E:
     """An example of at most the slot's length, if it can be less than `slack` tokens short of it.
 
     `build(n)` aims at n tokens by adding up those of parts, or gives None for an n that is too small. Where the whole
     has more tokens or fewer than that, it is asked for as many more or fewer, from `room` on. Raises FastKVError where
     none is short enough.
     """
-    best: tuple[int, Example] | None = None
+    best: tuple[int, E] | None = None
     for _ in range(ATTEMPTS):
         example = build(room)
         if example is None:

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from datetime import date
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -21,7 +21,7 @@ from fastkv.engine.llm import LLM
 from fastkv.errors import FastKVError, writable
 from fastkv.eval.policy_spec import PolicySpec, parse_policies
 from fastkv.eval.results import Record, Results
-from fastkv.eval.runner import Plan, Runner
+from fastkv.eval.runner import Plan, Report, Runner
 from fastkv.eval.table import render
 from fastkv.models.hub import model_folder
 
@@ -78,14 +78,29 @@ def ask(
 
     notes: what to say once nothing can be wrong any more.
     """
-    runner = Runner(llm, plan, specs, args.chat, not args.no_lead)
+    runner = Runner(llm, plan, specs, args.chat, not args.no_lead, args.question_after)
     about = {"model": writable(args.model), "revision": args.revision, "chat": args.chat, "no_lead": args.no_lead}
+    about |= {"question_after": True} if args.question_after else {}  # files of before know the other mode alone
     results = Results({**about, **describe(llm, folder, plan, specs)}, args.output)
+    total = len(plan.slots()) * len(specs)
+    collect(args, runner, results, total, notes)
+    return results, total - len(results.records)
+
+
+class Asker(Protocol):
+    """What puts questions to policies, and adds what `results` lacks."""
+
+    def warm_up(self) -> None: ...
+
+    def run(self, results: Results, report: Report) -> None: ...
+
+
+def collect(args: argparse.Namespace, runner: Asker, results: Results, total: int, notes: Iterable[str] = ()) -> None:
+    """Let a runner answer what is missing of `total` records, with a progress line; Ctrl-C ends it early."""
     resumed = (
         f"{args.output}: continues after {results.resumed} records" + " (the last line was cut off)" * results.torn
     )
     tell(args, *notes, *([resumed] if results.resumed else ()))
-    total = len(plan.slots()) * len(specs)
     scores: dict[str, list[float]] = {}
     with ProgressLine(None if args.quiet else sys.stderr, results.resumed) as progress:
 
@@ -102,17 +117,12 @@ def ask(
             pass
         finally:
             results.close()
-    return results, total - len(results.records)
 
 
 def describe(llm: LLM, folder: Path, plan: Plan, specs: Sequence[PolicySpec]) -> dict[str, Any]:
     """Everything that decides what a run finds: date, model files, machine, versions, examples and policies."""
     return {
-        "date": date.today().isoformat(),
-        "files": fingerprint(folder),
-        **machine(llm),
-        "threads": torch.get_num_threads(),
-        "python": platform.python_version(),
+        **surroundings(llm, folder),
         "tasks": [task.name for task in plan.tasks],
         "sources": {task.name: task.source for task in plan.tasks if task.source is not None},
         "lengths": plan.lengths,
@@ -122,10 +132,24 @@ def describe(llm: LLM, folder: Path, plan: Plan, specs: Sequence[PolicySpec]) ->
         "max_tokens": plan.max_tokens,
         "longbench_examples": plan.longbench_examples,
         "longbench_tokens": plan.longbench_tokens,
-        "policies": [
-            {"label": one.label, "name": one.policy.name, **one.policy.settings(llm.config.n_layers)} for one in specs
-        ],
+        "policies": described(llm, specs),
     }
+
+
+def surroundings(llm: LLM, folder: Path) -> dict[str, Any]:
+    """Date, model files, machine and versions."""
+    return {
+        "date": date.today().isoformat(),
+        "files": fingerprint(folder),
+        **machine(llm),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+    }
+
+
+def described(llm: LLM, specs: Sequence[PolicySpec]) -> list[dict[str, Any]]:
+    """The policies with all their settings."""
+    return [{"label": one.label, "name": one.policy.name, **one.policy.settings(llm.config.n_layers)} for one in specs]
 
 
 def conclude(args: argparse.Namespace, tables: str, missing: int) -> int:

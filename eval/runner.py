@@ -7,12 +7,16 @@ from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from itertools import product
+from typing import Any
 
 from fastkv.cache.policy import Policy, drops_tokens
 from fastkv.engine.llm import LLM
+from fastkv.engine.output import Output
 from fastkv.engine.plan import position_limit
 from fastkv.engine.sampler import SamplingParams
 from fastkv.errors import FastKVError
+from fastkv.eval.boundary import question_start
+from fastkv.eval.conversation import Conversation
 from fastkv.eval.example import Draw, Example, Slot, Task
 from fastkv.eval.policy_spec import PolicySpec
 from fastkv.eval.results import MEASURED, Record, Results
@@ -68,11 +72,15 @@ class Plan:
 
 @dataclass(frozen=True)
 class Question:
-    """An example as every policy is given it: its place in the run, its text and the token ids of that."""
+    """An example as every policy is given it: its place in the run, its text and the token ids of that.
+
+    asked_at: where in `ids` the question begins, if it is to come after the context was read.
+    """
 
     slot: Slot
     example: Example
     ids: list[int]
+    asked_at: int | None = None
 
     @property
     def checksum(self) -> str:
@@ -104,6 +112,14 @@ class Prompts:
     def count(self, example: Example) -> int:
         return len(self.ids(example))
 
+    def asked_at(self, example: Example, ids: list[int]) -> int | None:
+        """Where in these `ids` of an example its question begins; None if there is none, or no context before it."""
+        chat = self._chat and example.chat  # then the lead's ids stand after the template's, and not after the question
+        asked = example.question + (example.lead if self._lead and not chat else "")
+        as_read = self.decode(self._tokenizer.encode(asked)).strip()  # some tokenizers change what they are given
+        start = question_start(ids, as_read, self.decode) if example.question else None
+        return start if start and self.decode(ids[:start]).strip() else None
+
     def bare(self, text: str) -> list[int]:
         """Ids of a text without BOS: as many as the text takes inside a prompt."""
         return self._tokenizer.encode(text)[self._added :] if text else []
@@ -112,12 +128,21 @@ class Prompts:
 class Runner:
     """Runs a plan on a model. Everything that can be wrong with it is found here, before the first example runs.
 
-    chat, lead: see Prompts. Raises FastKVError where a prompt and its answer do not fit the
-    model under one of the policies, and where the model has no tokenizer.
+    chat, lead: see Prompts. question_after: the same tokens, but the policy reads the context alone, and the question
+    comes later (conversation.py). Raises FastKVError where a prompt and its answer do not fit the model under one of
+    the policies, where the model has no tokenizer, and where a question cannot come later.
     """
 
-    def __init__(self, llm: LLM, plan: Plan, specs: list[PolicySpec], chat: bool = False, lead: bool = True) -> None:
-        self._llm, self._plan, self._specs = llm, plan, specs
+    def __init__(
+        self,
+        llm: LLM,
+        plan: Plan,
+        specs: list[PolicySpec],
+        chat: bool = False,
+        lead: bool = True,
+        question_after: bool = False,
+    ) -> None:
+        self._llm, self._plan, self._specs, self._question_after = llm, plan, specs, question_after
         self.prompts = Prompts(llm, chat, lead)
         for task in plan.tasks:
             if task.most is not None and plan.count(task) > task.most:
@@ -129,18 +154,26 @@ class Runner:
                 self._check_room(task, length, spec.policy)
         for task in plan.tasks:
             for own_or_length in plan.lengths_of(task):
-                self._example(Slot(task.name, own_or_length, plan.depths[0] if task.has_depth else None, 0))
+                self.question(Slot(task.name, own_or_length, plan.depths[0] if task.has_depth else None, 0))
 
     def question(self, slot: Slot) -> Question:
-        """Write an example. Raises FastKVError where the slot is too short for its task."""
+        """Write an example. Raises FastKVError where the slot is too short for its task, or has no question apart."""
         example = self._example(slot)
-        return Question(slot, example, self.prompts.ids(example))
+        ids = self.prompts.ids(example)
+        if not self._question_after:
+            return Question(slot, example, ids)
+        asked_at = self.prompts.asked_at(example, ids)
+        if asked_at is None:
+            raise FastKVError(
+                f"example {slot.id} has no question that stands after its context: leave it out of --task",
+                setting="question_after",
+            )
+        return Question(slot, example, ids, asked_at)
 
     def answer(self, question: Question, spec: PolicySpec) -> Record:
         """Put a question to the model under a policy."""
         slot, example, task = question.slot, question.example, self._plan.task(question.slot.task)
-        params = SamplingParams(max_tokens=self._plan.answer_tokens(task))
-        output = self._llm.generate(question.ids, params, policy=spec.policy)
+        output, context = self._put(question, spec.policy, self._plan.answer_tokens(task))
         return Record(
             id=slot.id,
             policy=spec.label,
@@ -149,9 +182,19 @@ class Runner:
             prediction=output.text,
             score=task.score(output.text, example),
             cut=example.cut,
+            **context,
             **asdict(slot),
             **{name: getattr(output.metrics, name) for name in MEASURED},
         )
+
+    def _put(self, question: Question, policy: Policy, max_tokens: int) -> tuple[Output, dict[str, Any]]:
+        """The answer, and what the record says of a context that was read before."""
+        ids, at = question.ids, question.asked_at
+        if at is None:
+            return self._llm.generate(ids, SamplingParams(max_tokens=max_tokens), policy=policy), {}
+        talk = Conversation(self._llm, policy, list(ids[:at]), len(ids) - at + max_tokens)
+        output = talk.ask(list(ids[at:]), max_tokens, getattr(ids, "ends", ()))
+        return output, {"context_tokens": at, "context_s": talk.context_s}
 
     def warm_up(self) -> None:
         """An answer that nobody sees: the first one of a process takes longer than it would later on."""

@@ -24,6 +24,8 @@ SCORES_NOTE = (
 COST_NOTE = (
     "Medians over all examples. KV kept: entries of the prompt; KV bytes: allocated, room for the answer included."
 )
+AFTER_TITLE = "Question later: each policy read the text alone, then the question came and was kept whole."
+AFTER_NOTE = "Context: the time to read it; the first token counts from the question on."
 NO_ANSWERS = "No example has been answered by every policy yet.\n"
 
 
@@ -58,11 +60,19 @@ def render(records: Sequence[Record], labels: Sequence[str]) -> str:
     answers = answered_by_all(records, labels)
     if not answers:
         return NO_ANSWERS
+    after = question_came_after(answers)
     header = ["task", "tokens", "examples", *labels, *(f"{label} − {labels[0]}" for label in labels[1:])]
     scores = markdown(header, _score_rows(answers, labels))
-    costs = markdown(_COST_HEADER, [_cost_row(label, records_of(answers, label)) for label in labels])
+    cost_header = [_COST_HEADER[0], *["context, s"] * after, *_COST_HEADER[1:]]
+    costs = markdown(cost_header, [_cost_row(label, records_of(answers, label)) for label in labels])
     notes = SCORES_NOTE.format(first=labels[0]) + _cut_note(records_of(answers, labels[0]))
-    return f"{scores}\n{notes}\n\n{costs}\n{COST_NOTE}\n"
+    title, note = (f"{AFTER_TITLE}\n\n", f"{COST_NOTE} {AFTER_NOTE}") if after else ("", COST_NOTE)
+    return f"{title}{scores}\n{notes}\n\n{costs}\n{note}\n"
+
+
+def question_came_after(answers: Answers) -> bool:
+    """Whether the answers are those of a run where questions came after their contexts were read; all or none are."""
+    return any(record.context_s is not None for example in answers for record in example.values())
 
 
 def _cut_note(records: Sequence[Record]) -> str:
@@ -112,13 +122,20 @@ _COST_HEADER = ["policy", "first token, s", "decode, tokens/s", "KV kept", "KV b
 
 def _cost_row(label: str, records: Sequence[Record]) -> list[str]:
     allocated = sum(record.kv_bytes for record in records) / sum(record.kv_full_bytes for record in records)
-    return [label, *cost_cells(records), f"{100 * kept_share(records):.1f} %", f"{100 * allocated:.1f} %"]
+    times = [*context_cells(records), *cost_cells(records)]
+    return [label, *times, f"{100 * kept_share(records):.1f} %", f"{100 * allocated:.1f} %"]
 
 
 def cost_cells(records: Sequence[Record]) -> list[str]:
     """Median time to the first token, in s, and median decoding speed, in tokens/s, as text."""
     speed = median_speed(records)
     return [f"{median_ttft(records):.3f}", f"{speed:,.1f}" if speed == speed else "–"]
+
+
+def context_cells(records: Sequence[Record]) -> list[str]:
+    """Median time to read a context, in s, where the questions came later; else nothing."""
+    times = [record.context_s for record in records if record.context_s is not None]
+    return [f"{median(times):.3f}"] if times else []
 
 
 def median_ttft(records: Sequence[Record]) -> float:

@@ -251,7 +251,7 @@ def test_few_shot_and_code_prompts_get_no_chat_template(folder: Path, chat_folde
 
 
 def test_templates() -> None:
-    assert fill("{{{context}}} {input}{input} {n}", {"context": "{input}", "input": "I", "n": 3}) == "{{input}} II 3"
+    assert fill("{{{context}}} {input}{input} {n}", {"context": "{input}", "input": "I", "n": 3})[0] == "{{input}} II 3"
     for wrong in ("{other}", "{}", "{0}", "{input.real}", "{input!r}", "{input:>9}", "{input", "}"):
         with pytest.raises(FastKVError, match="template in dataset2prompt"):
             fill(wrong, {"input": "I"})

@@ -33,16 +33,19 @@ def render(
     answers = shared.answered_by_all(records, [spec.label for spec in specs])
     if not answers:
         return shared.NO_ANSWERS
-    full, parts = specs[0], []
+    full, after = specs[0], shared.question_came_after(answers)
+    parts = [shared.AFTER_TITLE] if after else []
     for task, of_task in shared.grouped(answers, "task").items():
         for retention in retentions_of(specs):
             compared = [spec for spec in specs if spec.retention in (None, retention)]
             count = f"{len(of_task)} example{'s' * (len(of_task) != 1)}"
             title = f"### {task}, {100 * retention:g} % of the KV cache: {count}"
-            rows = markdown(_HEADER, [_row(spec, full, of_task, entry_bytes) for spec in compared])
+            header = [*_SCORES, *(_CONTEXT if after else []), *_COSTS]
+            rows = markdown(header, [_row(spec, full, of_task, entry_bytes) for spec in compared])
             parts += [title, rows + _kept_note(of_task, compared, retention), _by_length(compared, of_task)]
     settings = ", ".join(f"`{spec.label}`" for spec in specs)
-    parts += [NOTE, f"The policies, with all that is not their default: {settings}.", *left_out]
+    policies = f"The policies, with all that is not their default: {settings}."
+    parts += [f"{NOTE}\n{shared.AFTER_NOTE}" if after else NOTE, policies, *left_out]
     return "\n\n".join(part.rstrip("\n") for part in parts) + "\n"
 
 
@@ -51,18 +54,22 @@ def retentions_of(specs: Sequence[PolicySpec]) -> list[float]:
     return list(dict.fromkeys(spec.retention for spec in specs if spec.retention is not None))
 
 
-_HEADER = ["policy", "score", "− full", "first token, s", "× full", "decode, tokens/s", "× full", "KV kept"]
-_HEADER += ["KV, MiB", "allocated, MiB"]
+_SCORES = ["policy", "score", "− full"]
+_CONTEXT = ["context, s", "× full"]  # where questions came later
+_COSTS = ["first token, s", "× full", "decode, tokens/s", "× full", "KV kept", "KV, MiB", "allocated, MiB"]
 
 
 def _row(spec: PolicySpec, full: PolicySpec, answers: shared.Answers, entry_bytes: int) -> list[str]:
     records, scores = shared.records_of(answers, spec.label), shared.scores_of(answers, spec.label)
     gap = "" if spec is full else shared.points(paired_estimate(scores, shared.scores_of(answers, full.label)))
     first, decode = shared.cost_cells(records)
+    context = shared.context_cells(records)
     return [
         spec.title,
         shared.percent(mean_estimate(scores)),
         gap,
+        *context,
+        *([_context_gain(spec, full, answers)] if context else []),
         first,
         _first_token_gain(spec, full, answers),
         decode,
@@ -76,6 +83,12 @@ def _row(spec: PolicySpec, full: PolicySpec, answers: shared.Answers, entry_byte
 def _first_token_gain(spec: PolicySpec, full: PolicySpec, answers: shared.Answers) -> str:
     """How many times as fast as the full cache the first token came, example by example; the median."""
     return f"{median(example[full.label].ttft_s / example[spec.label].ttft_s for example in answers):.2f}"
+
+
+def _context_gain(spec: PolicySpec, full: PolicySpec, answers: shared.Answers) -> str:
+    """How many times as fast as under the full cache a context was read, where the question came later."""
+    times = [(one[spec.label].context_s, one[full.label].context_s) for one in answers]
+    return f"{median(theirs / ours for ours, theirs in times if ours is not None and theirs is not None):.2f}"
 
 
 def _decode_gain(spec: PolicySpec, full: PolicySpec, answers: shared.Answers) -> str:
@@ -97,6 +110,8 @@ def _by_length(specs: Sequence[PolicySpec], answers: shared.Answers) -> str:
 
     scores = table("score", lambda spec, part: shared.percent(mean_estimate(shared.scores_of(part, spec.label))))
     gains = table("first token, × full", lambda spec, part: _first_token_gain(spec, full, part))
+    if shared.question_came_after(answers):
+        gains = f"{table('context, × full', lambda spec, part: _context_gain(spec, full, part))}\n{gains}"
     return f"{scores}\n{gains}"
 
 
@@ -108,7 +123,9 @@ def _kept_note(answers: shared.Answers, specs: Sequence[PolicySpec], retention: 
         off = [record.kv_entries / _wanted_entries(record, retention) - 1 for record in records]
         mean, low, high = (f"{100 * share:+.2f} %".replace("-", "−") for share in (fmean(off), min(off), max(off)))
         missed += [f"{spec.title} {mean} ({low} to {high})"] if any(off) else []
-    same = f"int({retention:g} · N) entries of a prompt of N tokens for each layer and KV head, in the mean"
+    after = shared.question_came_after(answers)
+    of = "context of N tokens, and all of the question," if after else "prompt of N tokens"
+    same = f"int({retention:g} · N) entries of a {of} for each layer and KV head, in the mean"
     others = f"; against that, in the mean and of single prompts: {', '.join(missed)}" if missed else ""
     which = "every policy but full" if not missed else "every policy but full and those named here"
     return f"\nCounted in every prompt: {which} kept {same} ({FLOOR} at least){others}.\n"
@@ -116,4 +133,6 @@ def _kept_note(answers: shared.Answers, specs: Sequence[PolicySpec], retention: 
 
 def _wanted_entries(record: Record, retention: float) -> int:
     """What a policy was to keep of a prompt, in all layers and heads."""
-    return record.kv_full_entries // record.prompt_tokens * wanted(retention, record.prompt_tokens)
+    chosen_from = record.prompt_tokens if record.context_tokens is None else record.context_tokens
+    count = wanted(retention, chosen_from) + record.prompt_tokens - chosen_from
+    return record.kv_full_entries // record.prompt_tokens * count

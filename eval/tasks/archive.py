@@ -57,8 +57,8 @@ def make_prompt(
     if not archive.askable:
         raise ValueError("every code of the text appears twice; take another seed")
     key = rng.choice(archive.askable)
-    text = place(archive, key, encode, depth).text
-    return Example(f"{text}\n{question(key)}", (archive.codes[key],))
+    text, asked = place(archive, key, encode, depth).text, question(key)
+    return Example(f"{text}\n{asked}", (archive.codes[key],), question=asked)
 
 
 def compose(

@@ -86,8 +86,9 @@ def write(draw: Draw, example: Example) -> Example:
 
     def shortened(keep: int) -> Example | None:
         half = keep // 2
-        text = draw.decode(ids[:half]) + draw.decode(ids[-half:]) if half else ""
-        return replace(example, prompt=text, cut=True) if text else None
+        tail = draw.decode(ids[-half:]) if half else ""
+        text = draw.decode(ids[:half]) + tail if half else ""
+        return replace(example, prompt=text, cut=True, question=_end(text, example.question, tail)) if text else None
 
     if draw.count(example) <= draw.limit:
         return example
@@ -102,26 +103,42 @@ def _example(where: str, dataset: str, template: str, fields: dict[str, Any]) ->
     if dataset in ("trec", "lsht") and not classes:
         raise FastKVError(f"{where}: all_classes must be a list of strings for {dataset}", setting=SETTING)
     try:
-        example = Example(fill(template, fields), answers, chat=dataset not in WITHOUT_CHAT, classes=classes)
+        text, asked = fill(template, fields)
+        example = Example(text, answers, chat=dataset not in WITHOUT_CHAT, classes=classes, question=asked)
         longbench_score(dataset, "", example)  # some metrics look for something in the answer
     except FastKVError as error:
         raise FastKVError(f"{where}: {error}", setting=SETTING) from None
     return example
 
 
-def fill(template: str, fields: dict[str, Any]) -> str:
-    """The template with `{name}` replaced by that field, `{{` and `}}` by a brace. Raises FastKVError for any other."""
+def fill(template: str, fields: dict[str, Any]) -> tuple[str, str]:
+    """The template with `{name}` replaced by that field, `{{` and `}}` by a brace, and its question.
+
+    That is what stands after `{context}`, and "" where there is none, or where `{input}` stands before it alone. Raises
+    FastKVError for a name that is no field.
+    """
     try:
         parts = list(Formatter().parse(template))
     except ValueError as error:
         raise FastKVError(f"its template in dataset2prompt.json cannot be read ({error})") from None
-    text = []
+    text, names, begins = list[str](), list[str | None](), 0
     for literal, name, spec, conversion in parts:
         value = fields.get(name) if name else ""
         if spec or conversion or name == "" or not isinstance(value, (str, int)):
             raise FastKVError(f"there is no text for {{{name}}} of its template in dataset2prompt.json")
         text += [literal, str(value)]
-    return "".join(text)
+        names.append(name)
+        begins = len(text) if name == "context" else begins
+    before, after = names[: begins // 2], names[begins // 2 :]
+    asks = begins > 0 and ("input" in after or "input" not in before)
+    return "".join(text), "".join(text[begins:]).strip() if asks else ""
+
+
+def _end(text: str, question: str, tail: str) -> str:
+    """What is left of a question at the end of a text of which `tail` is the second half; "" if that cannot be told."""
+    if text.rstrip().endswith(question):
+        return question
+    return tail.strip() if question.endswith(tail.strip()) else ""
 
 
 def _settings(folder: Path, name: str) -> dict[str, Any]:

@@ -58,7 +58,11 @@ def writer(
         question, lead = _ask(asked, n_numbers, what)
         answers = tuple(value for key in asked for value in found[key])
         intro = INTRO.format(what=what)
-        return fit(draw, lambda n: Example(f"{intro}{hide(hay.first(n), needles)}\n\n{question}", answers, lead))
+
+        def build(n: int) -> Example:
+            return Example(f"{intro}{hide(hay.first(n), needles)}\n\n{question}", answers, lead, question=question)
+
+        return fit(draw, build)
 
     return write
 

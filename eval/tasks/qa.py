@@ -66,7 +66,7 @@ def write(draw: Draw, questions: list[Question]) -> Example:
         for place, passage in zip(places, asked.context, strict=True):
             passages.insert(int(place * (len(passages) + 1)), passage)
         listed = "\n\n".join(f"Passage {i}: {passage}" for i, passage in enumerate(passages, start=1))
-        return Example(f"{INTRO}{listed}\n\n{tail}", asked.answers, "\nAnswer:")
+        return Example(f"{INTRO}{listed}\n\n{tail}", asked.answers, "\nAnswer:", question=tail)
 
     return fit(draw, build, most=sum(map(len, distractors)))
 

@@ -45,7 +45,8 @@ def _question(rng: random.Random, names: Iterator[str], values: Iterator[str]) -
     needles = list(zip(sorted(rng.random() for _ in chained), chain(chained, value), strict=True))
     question = f"Question: Which variables have the value {value}, directly or through other variables? Name them all."
     lead = f"\nAnswer: The {HOPS + 1} variables with the value {value} are:"
-    return lambda hay: Example(f"{INTRO}{hide(hay, needles)}\n\n{question}", tuple(chained), lead)
+    answers = tuple(chained)
+    return lambda hay: Example(f"{INTRO}{hide(hay, needles)}\n\n{question}", answers, lead, question=question)
 
 
 TASKS = (Task("vt", "variable tracking: a chain of assignments", contains_all, 48, write),)

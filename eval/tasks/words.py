@@ -61,7 +61,7 @@ def _common(rng: random.Random, words: list[str], often: int, seldom: int, other
     text = f"Some words of this numbered list come up often. Remember them.\n\n{_numbered(entries)}\n\n"
     question = f"Question: What are the {COMMON} words that come up most often in the list above?"
     lead = f"\nAnswer: The {COMMON} words that come up most often in the list are:"
-    return Example(text + question, tuple(common), lead)
+    return Example(text + question, tuple(common), lead, question=question)
 
 
 def _example(draw: Draw, often: int, seldom: int, n_others: int) -> str:
@@ -86,7 +86,8 @@ def write_frequent(draw: Draw) -> Example:
         text = [word for word, count in zip(chosen, counts, strict=True) for _ in range(count)]
         draw.rng("order").shuffle(text)
         intro = "Some words of this coded text come up more often than others. Keep count of them."
-        return Example(f"{intro}\n\n{' '.join(text)}\n\n{question}", tuple(chosen[:FREQUENT]), lead)
+        answers = tuple(chosen[:FREQUENT])
+        return Example(f"{intro}\n\n{' '.join(text)}\n\n{question}", answers, lead, question=question)
 
     return fit(draw, build)
 
