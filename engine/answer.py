@@ -97,7 +97,8 @@ class Answer:
         n_prompt, n_new = plan.n_tokens, len(self.token_ids)
         together, each = shares(self._mass)
         heads = self._config.n_layers * self._config.n_kv_heads
-        whole = plan.start + n_prompt
+        n_before = 0 if self.request.turn is None else self.request.turn.held.fed
+        whole = n_before + n_prompt
         return Metrics(
             prompt_tokens=n_prompt,
             new_tokens=n_new,
@@ -113,5 +114,5 @@ class Answer:
             peak_bytes=self.peak,
             attention_kept=together,
             layer_attention=each,
-            reused_tokens=plan.start,
+            reused_tokens=n_before,
         )

@@ -273,15 +273,9 @@ class LLM:
 
         policy: what is kept of that; None means DEFAULT_POLICY of engine/session.py, which needs no question to choose
         by. system: a message that `Session.chat` puts before all others. Raises FastKVError for a policy that does not
-        fit the model, or reads a part of a prompt at other positions than its own (Policy.first_pass).
+        fit the model.
         """
         chosen = self._checked_policy(DEFAULT_POLICY if policy is None else policy)
-        if chosen.first_pass(self.config.n_layers, self.config.context_length) is not None:
-            raise FastKVError(
-                f"policy {chosen.name} reads what it chooses as a prompt of its own, at other positions, so that "
-                "nothing can go on after it; take another policy for a session",
-                setting="policy",
-            )
         return Session(self, chosen, system)
 
     @explain_out_of_memory(REQUEST)

@@ -92,12 +92,12 @@ class Session:
         held = self._held
         return Turn(self, held, held, prompt, self.policy, self._compresses(held, compress))
 
-    def add(self, prompt: str | Sequence[int]) -> Metrics:
-        """Read a text or token ids, and answer nothing: the policy chooses what is kept. ttft_s: how long it took.
+    def add(self, prompt: str | Sequence[int], *, compress: bool = True) -> Metrics:
+        """Read a text or token ids, and answer nothing. The figures' ttft_s is how long it took. compress: see `turn`.
 
         Raises FastKVError as LLM.generate does; nothing has changed then.
         """
-        return self._llm.stream(self.turn(prompt, compress=True), SamplingParams(max_tokens=1)).read_only()
+        return self._llm.stream(self.turn(prompt, compress=compress), SamplingParams(max_tokens=1)).read_only()
 
     def generate(
         self, prompt: str | Sequence[int], params: SamplingParams | None = None, *, compress: bool | None = None

@@ -192,7 +192,7 @@ class Runner:
         ids, at = question.ids, question.asked_at
         if at is None:
             return self._llm.generate(ids, SamplingParams(max_tokens=max_tokens), policy=policy), {}
-        talk = Conversation(self._llm, policy, list(ids[:at]), len(ids) - at + max_tokens)
+        talk = Conversation(self._llm, policy, list(ids[:at]))
         output = talk.ask(list(ids[at:]), max_tokens, getattr(ids, "ends", ()))
         return output, {"context_tokens": at, "context_s": talk.context_s}
 

@@ -154,7 +154,7 @@ def prompt(archive_llm: LLM) -> tuple[list[int], list[int]]:
 def test_under_a_full_cache_nothing_changes(archive_llm: LLM, prompt: tuple[list[int], list[int]]) -> None:
     """Text, tokens, reason and every figure that is no time are those of the prompt in one piece."""
     context, question = prompt
-    later = Conversation(archive_llm, FullKV(), context, len(question) + 8).ask(question, 8)
+    later = Conversation(archive_llm, FullKV(), context).ask(question, 8)
     known = archive_llm.generate(context + question, SamplingParams(max_tokens=8), FullKV())
     assert (later.text, later.token_ids, later.finish_reason) == (known.text, known.token_ids, known.finish_reason)
     assert later.run == known.run
@@ -167,7 +167,7 @@ def test_under_a_full_cache_nothing_changes(archive_llm: LLM, prompt: tuple[list
 def test_the_context_alone_is_compressed(archive_llm: LLM, prompt: tuple[list[int], list[int]], policy: Any) -> None:
     """Under policies that would choose again, too: a tenth of the context is kept, and all of the question."""
     context, question = prompt
-    output = Conversation(archive_llm, policy, context, len(question) + 8).ask(question, 8)
+    output = Conversation(archive_llm, policy, context).ask(question, 8)
     heads = archive_llm.config.n_layers * archive_llm.config.n_kv_heads
     assert output.metrics.kv_entries == heads * (int(0.1 * len(context)) + len(question))
     assert output.metrics.kv_full_entries == heads * (len(context) + len(question))
@@ -179,10 +179,12 @@ def test_the_context_alone_is_compressed(archive_llm: LLM, prompt: tuple[list[in
 def test_taken_back_and_asked_again(archive_llm: LLM, prompt: tuple[list[int], list[int]]) -> None:
     """The cache is what it was, and so is the answer."""
     context, question = prompt
-    talk = Conversation(archive_llm, FastKV(min_tokens=8), context, len(question) + 8)
+    talk = Conversation(archive_llm, FastKV(min_tokens=8), context)
 
     def held() -> list[torch.Tensor]:
-        return [part.clone() for layer in talk._cache.layers for part in layer.state(0).values()]
+        snapshot = talk._session._held.snapshot
+        assert snapshot is not None
+        return [part.clone() for layer in snapshot.layers for part in layer.values()]
 
     before = held()
     first = talk.ask(question, 8)
@@ -195,9 +197,9 @@ def test_taken_back_and_asked_again(archive_llm: LLM, prompt: tuple[list[int], l
         talk.rewind(len(context) - 1)
 
 
-def test_more_than_was_expected(archive_llm: LLM, prompt: tuple[list[int], list[int]]) -> None:
+def test_a_question_in_two_pieces(archive_llm: LLM, prompt: tuple[list[int], list[int]]) -> None:
     context, question = prompt
-    talk = Conversation(archive_llm, FullKV(), context, 1)
+    talk = Conversation(archive_llm, FullKV(), context)
     talk.add(question[:3])
     assert (
         talk.ask(question[3:], 8).token_ids
@@ -207,8 +209,8 @@ def test_more_than_was_expected(archive_llm: LLM, prompt: tuple[list[int], list[
 
 def test_an_answer_ends_where_a_chat_s_does(archive_llm: LLM, prompt: tuple[list[int], list[int]]) -> None:
     context, question = prompt
-    first = Conversation(archive_llm, FullKV(), context, 30).ask(question, 3).token_ids
-    ended = Conversation(archive_llm, FullKV(), context, 30).ask(question, 3, ends=[first[1]])
+    first = Conversation(archive_llm, FullKV(), context).ask(question, 3).token_ids
+    ended = Conversation(archive_llm, FullKV(), context).ask(question, 3, ends=[first[1]])
     assert (ended.token_ids, ended.finish_reason) == (first[:2], "stop")
 
 

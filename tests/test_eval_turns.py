@@ -187,9 +187,13 @@ class Scripted(Conversation):
     asked: list[list[int]]
     golden: dict[str, str]
 
-    def __init__(self, llm: LLM, policy: Any, context: list[int], room: int) -> None:
+    def __init__(self, llm: LLM, policy: Any, context: list[int]) -> None:
         self._ids, self.context_s = list(context), 0.1
         self._decode = llm.tokenizer.decode  # type: ignore[union-attr]
+
+    @property
+    def position(self) -> int:
+        return len(self._ids)
 
     def add(self, ids: list[int]) -> None:
         self._ids += ids

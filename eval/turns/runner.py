@@ -118,7 +118,7 @@ class TurnsRunner:
     def warm_up(self) -> None:
         """An answer that nobody sees: the first one of a process takes longer than it would later on."""
         encoded = self.encoded(self._plan.slots()[0])
-        talk = Conversation(self._llm, self._specs[0].policy, encoded.context, encoded.room(REQUESTS))
+        talk = Conversation(self._llm, self._specs[0].policy, encoded.context)
         talk.ask(encoded.questions[0], encoded.max_tokens[0])
 
     def run(self, results: Results, report: Report = lambda record, done, total: None) -> None:
@@ -148,7 +148,7 @@ class TurnsRunner:
         In a growing conversation those before them are there with their right answers, as if they had been put, too.
         """
         growing = self._plan.mode == TURNS
-        talk = Conversation(self._llm, spec.policy, encoded.context, encoded.room(self._plan.mode)) if turns else None
+        talk = Conversation(self._llm, spec.policy, encoded.context) if turns else None
         for k in range(max(turns, default=-1) + 1):
             assert talk is not None
             begins, question = talk.position, encoded.questions[k]
