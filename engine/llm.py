@@ -307,7 +307,7 @@ class LLM:
             if ids.shape[0] != cache.batch:
                 raise FastKVError(f"the cache holds {cache.batch} sequences, but the new tokens are of {ids.shape[0]}")
         limit = position_limit(self.config, policy, ids.shape[1], cache)
-        plan = plan_request(self.config, policy, ids.shape[1], max_tokens, self.dtype, limit, cache)
+        plan = plan_request(self.config, policy, ids.shape[1], max_tokens, self.dtype, limit, cache, self._told)
         new = 0 if plan.compresses else plan.n_tokens + max_tokens
         fits = cache is not None and cache.has_room(plan.capacities, new)
         new_cache = 0 if cache is not None and fits else ids.shape[0] * plan.nbytes
@@ -363,7 +363,7 @@ class LLM:
         policy = policy.covering(getattr(prompt, "tail", 0), ids.shape[1])
         limit = position_limit(self.config, policy, ids.shape[1])
         max_tokens = answer_length(self.config, params, ids.shape[1], limit)
-        plan = plan_request(self.config, policy, ids.shape[1], max_tokens, self.dtype, limit)
+        plan = plan_request(self.config, policy, ids.shape[1], max_tokens, self.dtype, limit, encode=self._told)
         request = Request(ids, params, plan, self._eos_ids(params, getattr(prompt, "ends", frozenset())))
         if fitting is None or request.sizes not in fitting:
             slot, draws = self._slot_bytes(request), params.temperature > 0
@@ -404,6 +404,12 @@ class LLM:
         if self.tokenizer is None:
             raise FastKVError(f"{self._folder}: no tokenizer.json and no tokenizer.model, so text cannot be read")
         return self.tokenizer
+
+    def _told(self, text: str) -> list[int]:
+        """Token ids of what a policy tells the model; none where it has no tokenizer."""
+        if self.tokenizer is None or not text:
+            return []
+        return self._checked_encoding(self.tokenizer.encode_within(text))
 
     def _checked_encoding(self, ids: list[int]) -> list[int]:
         """What the tokenizer made of a text: not empty, and known to the model."""

@@ -14,6 +14,7 @@ from fastkv.cache.model_wide import ModelWideLayer
 from fastkv.cache.per_head import PerHeadLayer
 from fastkv.cache.policy import FirstPass, LayerPlan, Policy, drops_tokens, plan_layers
 from fastkv.cache.pool import KVPool, bytes_of, round_up
+from fastkv.engine.probe import Encode, ProbePlan, plan_probe
 from fastkv.errors import FastKVError
 from fastkv.models.config import ModelConfig
 
@@ -26,7 +27,8 @@ class RequestPlan:
     layer sees of the new tokens, keeps in all, and propagates. compresses: whether the policy chooses anything; else
     every layer keeps every new token. max_tokens: the answer's, for which there is room. position_limit: positions that
     the sequence may take. lookahead: tokens that are drafted when the layers are done, and forgotten; fewer than the
-    policy says where the positions end, 0 where no layer drops an entry. capacities: entries of each layer's KV heads.
+    policy says where the positions end, 0 where no layer drops an entry. probe: how the prompt is
+    repeated before its layers choose (None: not at all). capacities: entries of each layer's KV heads.
     layout, shape: how they are stored.
     """
 
@@ -39,6 +41,7 @@ class RequestPlan:
     max_tokens: int
     position_limit: int
     lookahead: int
+    probe: ProbePlan | None
     capacities: tuple[int, ...]
     layout: type[KVLayer]
     shape: EntryShape
@@ -56,11 +59,12 @@ class RequestPlan:
 
     @property
     def held_nbytes(self) -> int:
-        """Bytes of K and V that one sequence holds until its layers have chosen: of all they saw, and of a draft."""
+        """Bytes of K and V that one sequence holds until its layers have chosen: of all they saw, and of what the model
+        writes or repeats meanwhile."""
         if not (self.lookahead or (self.policy.over_layers and self.compresses)):
             return 0
         seen = [before + layer.seen for before, layer in zip(self.past, self.layers, strict=True)]
-        return bytes_of(DenseLayer, [count + self.lookahead for count in seen], self.shape)
+        return bytes_of(DenseLayer, [count + self._extra for count in seen], self.shape)
 
     @property
     def decides_online(self) -> bool:
@@ -71,8 +75,13 @@ class RequestPlan:
 
     @property
     def positions(self) -> int:
-        """Positions that prompt and answer (or draft) take at most, from those of this prefill on."""
-        return self.layers[0].seen + max(self.max_tokens, self.lookahead)
+        """Positions that prompt and answer (or draft, or probe) take at most, from those of this prefill on."""
+        return self.layers[0].seen + max(self.max_tokens, self._extra)
+
+    @property
+    def _extra(self) -> int:
+        """Tokens after the prompt that are forgotten again."""
+        return max(self.lookahead, 0 if self.probe is None else self.probe.longest)
 
     def cache_in(self, pool: KVPool, slots: range) -> KVCache:
         """An empty cache for this request in these slots of a pool."""
@@ -92,8 +101,12 @@ def plan_request(
     dtype: torch.dtype,
     limit: int,
     cache: KVCache | None = None,
+    encode: Encode = lambda text: (),
 ) -> RequestPlan:
     """The plan of a prefill of `n_tokens`, from the beginning or from what `cache` holds.
+
+    encode: makes token ids of what a policy tells the model (Policy.probe); as it stands, for a model without a
+    tokenizer, there are none.
 
     See `chooses_again` for which sequences that continue are compressed again. Of the others the earlier entries stay,
     and the new tokens are kept whole.
@@ -115,6 +128,7 @@ def plan_request(
     drops = any(plan.kept < most for plan, most in zip(layers, seen_at_most, strict=True))
     end = n_tokens + (0 if cache is None else cache.position)
     lookahead = max(0, min(policy.lookahead, limit - end)) if drops else 0
+    probe = plan_probe(policy.probe, policy.name, n_tokens, limit, encode) if drops and policy.probe else None
     capacities = tuple(round_up(plan.kept + max_tokens) for plan in layers)
     return RequestPlan(
         policy,
@@ -126,6 +140,7 @@ def plan_request(
         max_tokens,
         limit,
         lookahead,
+        probe,
         capacities,
         layout,
         shape,

@@ -101,6 +101,10 @@ class Tokenizer:
             _log.warning("the prompt begins with a BOS token, and gets another one: leave it out of the prompt")
         return [*self._prefix, *ids, *self._suffix]
 
+    def encode_within(self, text: str) -> list[int]:
+        """Token ids of a text that stands within a sequence: no BOS and no EOS."""
+        return self._encode(text)
+
     def decode(self, ids: list[int]) -> str:
         """The text of `ids`; special tokens and unknown ids give nothing."""
         try:
