@@ -80,7 +80,8 @@ def prefill(
 
     attention: the backend of causal attention. Full K/V of one layer at a time is there, in the `workspace`: a layer
     keeps its share in the cache, and the next one writes over the rest. (Look-ahead and competing layers hold it for
-    longer: engine/lookahead.py, engine/competing.py.) eos_ids: the tokens that end an answer, and the draft of a look-ahead.
+    longer: engine/lookahead.py, engine/competing.py.) eos_ids: the tokens that end an answer, and the draft of a
+    look-ahead.
     """
     run = LayerRun(model, plan, cache, workspace, attention)
     start = cache.position

@@ -201,7 +201,7 @@ def test_where_positions_end_chunks_are_shorter(llm: LLM) -> None:
     assert plan is not None
     assert plan.chunk == 60 - len(WORDS[LATER]) - NAMED
     assert limit - 60 + plan.longest <= limit
-    with pytest.raises(FastKVError, match="at least 43 positions after its .* take another policy") as caught:
+    with pytest.raises(FastKVError, match=r"at least 43 positions after its .* take another policy") as caught:
         plan_of(llm, limit - 42, KVzip(kv_len=BUDGET))
     assert caught.value.setting == "prompt"
     assert "\n" not in str(caught.value)
