@@ -41,6 +41,21 @@ class FirstPass:
 
 
 @dataclass(frozen=True)
+class Probe:
+    """How the model is made to repeat a prompt after its prefill, so that all of it is scored (engine/probe.py).
+
+    chunk: tokens that are repeated at a time, at most. sinks: the prompt's first tokens, to which every chunk attends
+    besides itself. first, later: the texts that ask for the first chunk, and for each later one, whose beginning they
+    name by the tokens before it.
+    """
+
+    chunk: int
+    sinks: int
+    first: str
+    later: str
+
+
+@dataclass(frozen=True)
 class Drafted:
     """Tokens that a look-ahead drafted after the new ones, as a layer saw them.
 
@@ -68,6 +83,8 @@ class Observation:
     n_past: entries kept earlier, before the new tokens in k and v; above 0 only where a sequence continues from a
     cache, and the policy `compresses_again`.
     drafted: what a look-ahead drafted, when the layer is scored for the second time (Policy.lookahead).
+    probed: float32 [B, Hkv, T], the most that any query attends to each token while the model repeats the prompt, of a
+    policy that has a `probe`.
     peaks: float32 [B, Hkv, n_past + T], the most that any of the window's queries, in any query head that reads it,
     attends to each entry; None until the policy has asked for `attention`.
     """
@@ -78,6 +95,7 @@ class Observation:
     v: Tensor
     n_past: int = 0
     drafted: Drafted | None = None
+    probed: Tensor | None = None
     noted: dict[str, Tensor] = field(default_factory=dict, repr=False, compare=False)
     # What the engine answers `output_norms` with; a policy asks for that.
     output: Callable[[Tensor, str], Tensor] | None = field(default=None, repr=False, compare=False)
@@ -150,6 +168,14 @@ class Policy:
     def __post_init__(self) -> None:
         """Check the settings, each by itself. Raises FastKVError for a value out of range."""
         check_settings(self)
+
+    @property
+    def probe(self) -> Probe | None:
+        """What the model repeats before the layers are scored, by Observation.probed; None: nothing.
+
+        Only for a policy that is `over_layers`. It takes positions after the prompt, which are free again afterwards.
+        """
+        return None
 
     @property
     def n_queries(self) -> int:

@@ -6,6 +6,8 @@ new tokens only: these may be fewer than the observation window, and then all of
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -88,18 +90,47 @@ def received_attention(q: Tensor, k: Tensor) -> Tensor:
     q: [B, Hq, T, D] and k: [B, Hkv, T, D], rotated; causal. Summed over the queries, and over the query heads of each
     KV head. Computed for a block of queries at a time, so that no T x T matrix is ever there.
     """
+    received = torch.zeros(k.shape[:3], device=k.device)
+
+    def take(weights: Tensor) -> None:
+        received[..., : weights.shape[-1]] += weights.sum(dim=(2, 3))
+
+    _weights_in_blocks(q, k, take)
+    return received
+
+
+def highest_attention(q: Tensor, k: Tensor, first: int, n_tokens: int) -> Tensor:
+    """The most that any query attends to each of `n_tokens` tokens from `first` on (arXiv 2505.23416).
+
+    q: [B, Hq, P, D] of the last P of the tokens of k [B, Hkv, n, D], before which all others stand; rotated. Returns
+    float32 [B, Hkv, n_tokens], the most over the query heads of each KV head, too.
+    """
+    highest = torch.zeros(*k.shape[:2], n_tokens, device=k.device)
+
+    def take(weights: Tensor) -> None:
+        torch.maximum(highest, weights[..., first : first + n_tokens].amax(dim=(2, 3)), out=highest)
+
+    _weights_in_blocks(q, k, take)
+    return highest
+
+
+def _weights_in_blocks(q: Tensor, k: Tensor, take: Callable[[Tensor], None]) -> None:
+    """Causal attention of the last P of n tokens, some queries at a time.
+
+    q: [B, Hq, P, D] and k: [B, Hkv, n, D], rotated. take: is given float32 [B, Hkv, G, some, m], where the last of the
+    queries sees m tokens. No generator, which would hold on to one block while the next is made.
+    """
     batch, n_kv_heads, n_tokens, head_dim = k.shape
     keys = k.contiguous() if has_float32_products(k.dtype, k.device) else k.float()  # once for all blocks
-    received = torch.zeros(batch, n_kv_heads, n_tokens, device=k.device)
+    n_before = n_tokens - q.shape[2]
     block = queries_at_a_time(batch, q.shape[1], n_tokens, q.device)
-    for start in range(0, n_tokens, block):
-        end = min(start + block, n_tokens)
-        grouped = q[:, :, start:end].unflatten(1, (n_kv_heads, -1)).flatten(2, 3)  # [B, Hkv, G * n, D]
-        logits = products(grouped, keys[:, :, :end]).div_(head_dim**0.5).unflatten(2, (-1, end - start))
+    for start in range(0, q.shape[2], block):
+        end = min(start + block, q.shape[2])
+        grouped = q[:, :, start:end].unflatten(1, (n_kv_heads, -1)).flatten(2, 3)  # [B, Hkv, G * some, D]
+        logits = products(grouped, keys[:, :, : n_before + end]).div_(head_dim**0.5).unflatten(2, (-1, end - start))
         ahead = torch.ones(end - start, end - start, dtype=torch.bool, device=q.device).triu(1)
-        logits[..., start:].masked_fill_(ahead, float("-inf"))
-        received[..., :end] += logits.softmax(dim=-1).sum(dim=(2, 3))
-    return received
+        logits[..., n_before + start :].masked_fill_(ahead, float("-inf"))
+        take(logits.softmax(dim=-1))
 
 
 def queries_at_a_time(batch: int, n_heads: int, n_tokens: int, device: torch.device) -> int:

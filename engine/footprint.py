@@ -19,6 +19,7 @@ from fastkv.cache.scores import queries_at_a_time
 from fastkv.engine.attention import QUERY_BLOCK
 from fastkv.engine.output_norms import tokens_at_a_time
 from fastkv.engine.plan import RequestPlan
+from fastkv.engine.probe import ProbePlan
 from fastkv.engine.projection import chunks
 from fastkv.kernels.int8 import floats_at_a_time
 from fastkv.models.config import ModelConfig
@@ -88,6 +89,9 @@ def footprint(
         way = _Way.of(plan, index, shapes.on_cpu)
         _grow(workspace, shapes.buffers(way))
         steps.append(shapes.of_layer(way))
+    if plan.probe is not None:  # all layers once more, for a part of the prompt at a time
+        _grow(workspace, shapes.probing_buffers(plan.probe.longest))
+        steps.append(shapes.probing(plan.probe))
     return Footprint(cache, batch * plan.held_nbytes, workspace, shapes.lists(model), max(steps))
 
 
@@ -194,6 +198,11 @@ class _Shapes:
             sizes |= dict.fromkeys(("keys", "values"), self.of_heads(way.entries, self.kv_heads))
         return sizes
 
+    def probing_buffers(self, n_tokens: int) -> dict[str, int]:
+        """Hidden states, q, k and v of a probe."""
+        heads = self.of_heads(n_tokens, self.heads + 2 * self.kv_heads)
+        return {"hidden": self.values(n_tokens, self.hidden), "heads": heads}
+
     def lists(self, model: Llama) -> int:
         """int64: ids and positions, of the tokens that layers see and of what they keep; and the rotation tables."""
         plan, n_tokens = self.plan, self.plan.n_tokens
@@ -230,6 +239,20 @@ class _Shapes:
         steps.append(attended + self.finishing(way.out))
         return max(steps)
 
+    def probing(self, probe: ProbePlan) -> int:
+        """The largest step of a probe, besides the scores of all layers, once as parts and once joined."""
+        n_tokens, n_entries = probe.longest, probe.n_tokens + probe.longest
+        competing = probe.sinks + probe.chunk + n_tokens
+        attended = self.of_heads(n_tokens, self.heads)
+        layer = [
+            self.projecting(n_tokens, keys_only=False),
+            self.of_heads(competing, self.kv_heads) + self.scoring(competing, n_tokens),
+            attended + self.attending(n_tokens, n_entries, masked=True),
+            attended + self.finishing(n_tokens),
+        ]
+        scores = len(self.plan.layers) * self.batch * self.kv_heads * probe.n_tokens * _FLOAT
+        return scores + max(*layer, scores)
+
     def projecting(self, n_tokens: int, keys_only: bool) -> int:
         """A chunk's normed hidden states, their projection, and a copy that is turned (with norms two more)."""
         chunk = self.chunk(n_tokens)
@@ -252,7 +275,7 @@ class _Shapes:
 
     def scoring(self, n_entries: int, n_queries: int) -> int:
         """Attention of the last queries, float32 [B, Hq, n, T]: logits and weights; keys in float32, if need be."""
-        if self.plan.policy.needs_all_queries:
+        if self.plan.policy.needs_all_queries or self.plan.probe is not None:
             n_queries = queries_at_a_time(self.batch, self.heads, n_entries, self.device)
         n_queries = max(1, min(n_queries, n_entries))
         keys = self.batch * self.kv_heads * n_entries * self.head_dim * _FLOAT if self.copies_keys else 0

@@ -324,7 +324,7 @@ class LLM:
             if ids.shape[0] != cache.batch:
                 raise FastKVError(f"the cache holds {cache.batch} sequences, but the new tokens are of {ids.shape[0]}")
         limit = position_limit(self.config, policy, ids.shape[1], cache)
-        plan = plan_request(self.config, policy, ids.shape[1], max_tokens, self.dtype, limit, cache)
+        plan = plan_request(self.config, policy, ids.shape[1], max_tokens, self.dtype, limit, cache, self._told)
         new = 0 if plan.compresses else plan.n_tokens + max_tokens
         fits = cache is not None and cache.has_room(plan.capacities, new)
         new_cache = 0 if cache is not None and fits else ids.shape[0] * plan.nbytes
@@ -384,7 +384,7 @@ class LLM:
         n_before = 0 if past is None else past.position
         limit = position_limit(self.config, policy, ids.shape[1], past)
         max_tokens = answer_length(self.config, params, ids.shape[1], limit, n_before)
-        plan = plan_request(self.config, policy, ids.shape[1], max_tokens, self.dtype, limit, past)
+        plan = plan_request(self.config, policy, ids.shape[1], max_tokens, self.dtype, limit, past, self._told)
         request = Request(ids, params, plan, self._eos_ids(params, getattr(prompt, "ends", frozenset())), turn)
         if fitting is None or request.sizes not in fitting:
             slot, draws = self._slot_bytes(request), params.temperature > 0
@@ -435,6 +435,12 @@ class LLM:
         if self.tokenizer is None:
             raise FastKVError(f"{self._folder}: no tokenizer.json and no tokenizer.model, so text cannot be read")
         return self.tokenizer
+
+    def _told(self, text: str) -> list[int]:
+        """Token ids of what a policy tells the model; none where it has no tokenizer."""
+        if self.tokenizer is None or not text:
+            return []
+        return self._checked_encoding(self.tokenizer.encode(text, begins=False))
 
     def _checked_encoding(self, ids: list[int]) -> list[int]:
         """What the tokenizer made of a text: not empty, and known to the model."""

@@ -15,6 +15,7 @@ from fastkv.cache.model_wide import ModelWideLayer
 from fastkv.cache.per_head import PerHeadLayer
 from fastkv.cache.policy import FirstPass, LayerPlan, Policy, drops_tokens, plan_layers
 from fastkv.cache.pool import KVPool, bytes_of, round_up
+from fastkv.engine.probe import Encode, ProbePlan, plan_probe
 from fastkv.errors import FastKVError
 from fastkv.models.config import ModelConfig
 
@@ -49,8 +50,9 @@ class RequestPlan:
     sequence begins). layers: what each layer sees of the new tokens, keeps in all, and propagates. compresses: whether
     the policy chooses anything; else every layer keeps every new token. max_tokens: the answer's, for which there is
     room. position_limit: positions that the sequence may take. lookahead: tokens that are drafted when the layers are
-    done, and forgotten; fewer than the policy says where the positions end, 0 where no layer drops an entry.
-    capacities: entries of each layer's KV heads. layout, shape: how they are stored.
+    done, and forgotten; fewer than the policy says where the positions end, 0 where no layer drops an entry. probe: how
+    the prompt is repeated before its layers choose (None: not at all). capacities: entries of each layer's KV heads.
+    layout, shape: how they are stored.
     """
 
     policy: Policy
@@ -63,6 +65,7 @@ class RequestPlan:
     max_tokens: int
     position_limit: int
     lookahead: int
+    probe: ProbePlan | None
     capacities: tuple[int, ...]
     layout: type[KVLayer]
     shape: EntryShape
@@ -80,11 +83,12 @@ class RequestPlan:
 
     @property
     def held_nbytes(self) -> int:
-        """Bytes of K and V that one sequence holds until its layers have chosen: of all they saw, and of a draft."""
+        """Bytes of K and V that one sequence holds until its layers have chosen: of all they saw, and of what the model
+        writes or repeats meanwhile."""
         if not (self.lookahead or (self.policy.over_layers and self.compresses)):
             return 0
         seen = [before + layer.seen for before, layer in zip(self.past, self.layers, strict=True)]
-        return bytes_of(DenseLayer, [count + self.lookahead for count in seen], self.shape)
+        return bytes_of(DenseLayer, [count + self._extra for count in seen], self.shape)
 
     @property
     def decides_online(self) -> bool:
@@ -95,8 +99,13 @@ class RequestPlan:
 
     @property
     def positions(self) -> int:
-        """Positions that prompt and answer (or draft) take at most, from those of this prefill on."""
-        return self.layers[0].seen + max(self.max_tokens, self.lookahead)
+        """Positions that prompt and answer (or draft, or probe) take at most, from those of this prefill on."""
+        return self.layers[0].seen + max(self.max_tokens, self._extra)
+
+    @property
+    def _extra(self) -> int:
+        """Tokens after the prompt that are forgotten again."""
+        return max(self.lookahead, 0 if self.probe is None else self.probe.longest)
 
     def cache_in(self, pool: KVPool, slots: range) -> KVCache:
         """An empty cache for this request in these slots of a pool."""
@@ -116,8 +125,12 @@ def plan_request(
     dtype: torch.dtype,
     limit: int,
     cache: Past | None = None,
+    encode: Encode = lambda text: (),
 ) -> RequestPlan:
     """The plan of a prefill of `n_tokens`, from the beginning or from what `cache` holds.
+
+    encode: makes token ids of what a policy tells the model (Policy.probe); as it stands, for a model without a
+    tokenizer, there are none.
 
     See `chooses_again` for which sequences that continue are compressed again. Of the others the earlier entries stay,
     and the new tokens are kept whole.
@@ -139,6 +152,7 @@ def plan_request(
     drops = any(plan.kept < most for plan, most in zip(layers, seen_at_most, strict=True))
     end = n_tokens + (0 if cache is None else cache.position)
     lookahead = max(0, min(policy.lookahead, limit - end)) if drops else 0
+    probe = plan_probe(policy.probe, policy.name, n_tokens, limit, encode) if drops and policy.probe else None
     kept = [plan.kept for plan in layers]
     if cache is not None and layout.per_head:  # a head's memory is not its own: what counts is all of them together
         kept = [cache.mean(layer) + n_tokens for layer in range(n_layers)]
@@ -154,6 +168,7 @@ def plan_request(
         max_tokens,
         limit,
         lookahead,
+        probe,
         capacities,
         layout,
         shape,

@@ -27,6 +27,7 @@ from fastkv.engine.lookahead import Lookahead
 from fastkv.engine.merged_attention import why_not_merged
 from fastkv.engine.output_norms import output_norms
 from fastkv.engine.plan import RequestPlan
+from fastkv.engine.probe import repeat_prompt
 from fastkv.engine.projection import Projection
 from fastkv.engine.tsp import TokenState
 from fastkv.engine.workspace import Workspace
@@ -81,8 +82,9 @@ def prefill(
     """Run the new tokens `ids`, int64 [B, N], through all layers, into `cache`, which may hold a sequence already.
 
     attention: the backend of causal attention. Full K/V of one layer at a time is there, in the `workspace`: a layer
-    keeps its share in the cache, and the next one writes over the rest. (A look-ahead holds it for longer:
-    engine/lookahead.py.) eos_ids: the tokens that end an answer, and the draft of a look-ahead.
+    keeps its share in the cache, and the next one writes over the rest. (Look-ahead and competing layers hold it for
+    longer: engine/lookahead.py, engine/competing.py.) eos_ids: the tokens that end an answer, and the draft of a
+    look-ahead.
     """
     run = LayerRun(model, plan, cache, workspace, attention)
     start = cache.position
@@ -97,7 +99,7 @@ def prefill(
         state, rope = run.layer(layer, state, rope)
         kept.append(run.positions)
     logits = model.head(state.hidden[:, -1])
-    for layer, positions in run.competed():
+    for layer, positions in run.competed(ids):
         kept[layer] = positions
     for layer, positions in run.looked_ahead(logits, start + plan.layers[0].seen, eos_ids):
         kept[layer] = positions
@@ -121,7 +123,8 @@ class LayerRun:
         self.projection, self.workspace = Projection(model, workspace), workspace
         self.windows = model.config.windows
         self.ahead = Lookahead(plan.lookahead) if plan.lookahead else None
-        self.competing = CompetingLayers(plan.policy) if plan.policy.over_layers else None
+        room = 0 if plan.probe is None else plan.probe.longest
+        self.competing = CompetingLayers(plan.policy, room) if plan.policy.over_layers else None
         # Nobody measures what a first pass drops.
         self.mass = MassOfLayers(cache.batch, model.device, known=plan.first_pass is None)
         self.idle_hidden = "other hidden"  # of the two buffers for hidden states the one that is not in use
@@ -198,6 +201,11 @@ class LayerRun:
         if past:
             k, v = self.projection.joined(self.cache.read(layer), k, v)
         observed = self._observed(layer, q, k, v, past)
+        if self.competing is not None:
+            scores_now = None if self.plan.probe is not None else self._score(observed)
+            self.competing.hold(observed, positions, sizes.kept, scores_now)
+            self.positions = positions
+            return [Part(k, v)], None
         scores = self.fill(observed, positions)
         if drops and self.ahead is not None:
             self.ahead.hold(observed, positions, self.policy.window)
@@ -217,10 +225,6 @@ class LayerRun:
         scores, kept = self._score(observed), None
         layer, n_entries = observed.layer, observed.k.shape[2]
         count = self.layers[layer].kept
-        if self.competing is not None:
-            self.competing.hold(observed, scores, positions, count)
-            self.positions = positions
-            return scores
         if count < n_entries:
             kept = self._best(observed, count, scores)
         self.positions = positions if kept is None else positions_of(kept, positions)
@@ -240,10 +244,17 @@ class LayerRun:
                 self.fill(observed, positions)
                 yield observed.layer, self.positions
 
-    def competed(self) -> Iterator[tuple[int, Tensor]]:
-        """Give out the budgets of all layers, where they compete: each layer, and the positions that it keeps."""
+    def competed(self, ids: Tensor) -> Iterator[tuple[int, Tensor]]:
+        """Give out the budgets of all layers, where they compete: each layer, and the positions that it keeps.
+
+        ids: of the prompt, int64 [B, N], which the model repeats first if the policy wants that.
+        """
         if self.competing is None:
             return
+        if self.plan.probe is not None:
+            layers = self.competing.layers
+            probed = repeat_prompt(self.model, self.plan.probe, ids, self.projection, self.workspace, layers)
+            self.competing.score(self._score, probed)
         for observed, kept, positions in self.competing.chosen():
             of_layer = positions_of_each(kept, positions)
             self.cache.store_each(observed.layer, observed.k, observed.v, kept, of_layer)

@@ -585,6 +585,8 @@ WRONG = {
     "--lookahead": ["-1", "1.5", "x", ""],
     "--lookahead-reach": ["-1", "1.5", "x", "", "9" * 9],
     "--values": ["", "1", "on", "maybe"],
+    "--across-layers": ["", "1", "on"],
+    "--instruct": ["", "1", "maybe"],
     "--sinks": ["-1", "1.5", "x"],
     "--share": ["-0.1", "nan", "inf", "x"],
     "--narrow": ["-0.1", "1.1", "nan", "x", ""],
@@ -647,6 +649,7 @@ OF_ONE_POLICY = {
     "--norm": ("criticalkv", ["", "l3"]),
     "--certain-mass": ("defensivekv", ["-0.1", "1.1", "x"]),
     "--alpha": ("restkv", ["0", "1.1", "x"]),
+    "--chunk": ("kvzip", ["0", "1.5", "x"]),
 }
 
 

@@ -79,10 +79,12 @@ def test_counts_and_bytes_are_as_promised(tiny_llm: LLM, name: str, batch: int) 
     for layer, (plan, tokens, kept) in enumerate(zip(plans, pre.tokens, pre.kept, strict=True)):
         assert tokens.shape[0] == kept.shape[0] == batch
         assert tokens.shape[1] <= plan.seen if name in ONLINE else tokens.shape[1] == plan.seen
-        assert counts(kept).sum(dim=1).tolist() == [config.n_kv_heads * plan.kept] * batch
+        assert policy.over_layers or counts(kept).sum(dim=1).tolist() == [config.n_kv_heads * plan.kept] * batch
         assert policy.per_head or (counts(kept) == plan.kept).all()
         assert torch.equal(pre.cache.lengths[layer], counts(kept))
         assert torch.equal(pre.cache.positions(layer), kept) or name == "gemfilter"  # which reads its choice anew
+    totals = sum(counts(kept).sum(dim=1) for kept in pre.kept)
+    assert totals.tolist() == [config.n_kv_heads * sum(plan.kept for plan in plans)] * batch  # type: ignore[union-attr]
     if name in BUDGETED:
         assert sum(plan.kept for plan in plans) == 40 * len(plans)
     assert pre.cache.entries == config.n_kv_heads * sum(plan.kept for plan in plans)
