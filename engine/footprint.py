@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 import torch
 
+from fastkv.cache.policy import ScoreSizes
 from fastkv.cache.scores import queries_at_a_time
 from fastkv.engine.attention import QUERY_BLOCK
 from fastkv.engine.output_norms import tokens_at_a_time
@@ -251,7 +252,14 @@ class _Shapes:
         )
 
     def scoring(self, n_entries: int, n_queries: int) -> int:
-        """Attention of the last queries, float32 [B, Hq, n, T]: logits and weights; keys in float32, if need be."""
+        """Attention of the last queries, float32 [B, Hq, n, T]: logits and weights; keys in float32, if need be.
+
+        Or what the policy says that it holds.
+        """
+        sizes = ScoreSizes(self.batch, self.heads, self.kv_heads, self.head_dim, n_entries, self.device)
+        told = self.plan.policy.scratch(sizes)
+        if told is not None:
+            return told * _FLOAT
         if self.plan.policy.needs_all_queries:
             n_queries = queries_at_a_time(self.batch, self.heads, n_entries, self.device)
         n_queries = max(1, min(n_queries, n_entries))

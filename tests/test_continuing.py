@@ -220,7 +220,7 @@ def window_queries(llm: LLM, slow: SlowTwin, ids: Tensor, new: Tensor, policy: S
 class ByHead(SnapKV):
     """A method of one's own that inherits `compresses_again`."""
 
-    per_head: ClassVar[bool] = True
+    per_head = True
 
     def head_budgets(self, layer: int, n_layers: int, count: int, scores: Tensor) -> Tensor:
         return torch.tensor([count + 3, count - 3]).expand(scores.shape[:2])
