@@ -56,17 +56,23 @@ def leverage(keys: Part, start: int, end: int, size: int, projection: Tensor | N
     spans = blocks(start, end, size)
     rows = torch.cat([keys(*span) if projection is None else keys(*span) @ projection for span in spans], dim=2)
     rows -= rows.mean(dim=2, keepdim=True)
-    width = rows.shape[-1]
-    # In float64, where a sum over a long prompt cannot cost the ridge.
-    gram = torch.zeros(*rows.shape[:2], width, width, dtype=torch.float64, device=rows.device)
-    for first, after in blocks(0, end - start, size):
-        part = rows[:, :, first:after].double()
-        gram += part.transpose(2, 3) @ part
-    eye = torch.eye(width, dtype=torch.float64, device=rows.device)
-    lower = torch.linalg.cholesky_ex(gram + ridge * eye).L
-    whiten = torch.linalg.solve_triangular(lower, eye.expand_as(lower), upper=False).transpose(2, 3).float()
+    whiten = _whitening(rows, size, ridge)
     found = [(rows[:, :, first:after] @ whiten).square_().sum(dim=-1) for first, after in blocks(0, end - start, size)]
     return torch.cat(found, dim=-1)
+
+
+def _whitening(rows: Tensor, size: int, ridge: float) -> Tensor:
+    """W of rows X [B, Hkv, n, w] with W W^T = (X^T X + ridge I)^-1: float32 [B, Hkv, w, w].
+
+    By way of float64, where a sum over a long prompt does not cost the ridge.
+    """
+    eye = torch.eye(rows.shape[-1], dtype=torch.float64, device=rows.device)
+    gram = (ridge * eye).repeat(*rows.shape[:2], 1, 1)
+    for first, after in blocks(0, rows.shape[2], size):
+        part = rows[:, :, first:after].double()
+        gram += part.transpose(2, 3) @ part
+    lower = torch.linalg.cholesky_ex(gram).L
+    return torch.linalg.solve_triangular(lower, eye.expand_as(lower), upper=False).transpose(2, 3).float()
 
 
 def attention_nearby(q: Tensor, k: Tensor, chunk: int) -> Tensor:
@@ -76,7 +82,7 @@ def attention_nearby(q: Tensor, k: Tensor, chunk: int) -> Tensor:
     tokens (the last chunk may be shorter); the sum over the queries, the mean over the group: float32 [B, Hkv, T].
     """
     batch, n_heads, n_tokens, _ = q.shape
-    at_a_time = max(1, tokens_at_a_time(batch * n_heads * chunk, q.device) // chunk)
+    at_a_time = chunks_at_a_time(batch * n_heads, chunk, q.device)
     whole = n_tokens // chunk * chunk
     spans = [(*span, chunk) for span in blocks(0, whole, at_a_time * chunk)]
     if whole < n_tokens:
@@ -89,6 +95,11 @@ def attention_nearby(q: Tensor, k: Tensor, chunk: int) -> Tensor:
         summed = products(rows, keys).softmax(dim=-1).sum(dim=2)  # [B, Hkv * c, w]
         received.append(summed.unflatten(1, (k.shape[1], -1)).flatten(2))
     return torch.cat(received, dim=-1) / (n_heads // k.shape[1])
+
+
+def chunks_at_a_time(n_heads: int, chunk: int, device: torch.device) -> int:
+    """Chunks whose attention is held at a time, of all sequences' query heads."""
+    return max(1, tokens_at_a_time(n_heads * chunk, device) // chunk)
 
 
 def compactor_scores(outlying: Tensor, received: Tensor, v: Tensor, weight: float) -> Tensor:

@@ -220,7 +220,11 @@ class _Shapes:
         """The largest step of a layer."""
         steps = [self.projecting(way.seen, way.keys_first)]
         if way.queries or self.plan.policy.needs_all_queries:
-            steps.append(self.scoring(way.entries, way.queries))
+            queries = 0
+            if way.keys_first and self.plan.policy.needs_all_queries:  # outside the buffers
+                queries = self.of_heads(way.seen, self.heads)
+                steps.append(self.querying(way.seen))
+            steps.append(queries + self.scoring(way.entries, way.queries))
         if way.kept < way.entries or self.plan.layout.per_head:
             steps.append(self.storing(way.entries, way.kept))
         attended, few = self.of_heads(way.out, self.heads), way.out < way.seen

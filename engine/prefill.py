@@ -206,9 +206,7 @@ class LayerRun:
         self.mass.propagate(observed, chosen, self.policy.window)
         return [Part(k, v)], chosen
 
-    def _observed(
-        self, layer: int, q: Tensor, k: Tensor, v: Tensor, positions: Tensor, past: int = 0
-    ) -> Observation:
+    def _observed(self, layer: int, q: Tensor, k: Tensor, v: Tensor, positions: Tensor, past: int = 0) -> Observation:
         """What the policy sees of a layer, whose entries stand at `positions` [B, Hkv, past + T]."""
         attention = self.model.blocks[layer].self_attn
         rotary = self.model.rotary.of(attention.rotary)

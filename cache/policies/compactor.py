@@ -37,7 +37,7 @@ class Compactor(QueryAgnostic):
     name: ClassVar[str] = "compactor"
     needs_all_queries: ClassVar[bool] = True
 
-    sketch: int = setting(48, whole(0, 4096), "random mixtures of a key's values; 0: the values themselves", metavar="N")
+    sketch: int = setting(48, whole(0, 4096), "random mixtures of a key's values; 0: these themselves", metavar="N")
     chunk: int = setting(256, whole(1, 4096), "tokens that attend to one another for the scores", metavar="N")
     attention_weight: float = setting(0.5, number(0), "weight of attention against leverage", metavar="R")
 
@@ -45,11 +45,26 @@ class Compactor(QueryAgnostic):
         from fastkv.cache.agnostic import attention_nearby, compactor_scores, leverage, sketch
         from fastkv.cache.scores import tokens_at_a_time
 
-        end = observed.k.shape[2] - self.window
-        ends = slice(self.sinks, end)
-        head_dim, device = observed.k.shape[-1], observed.k.device
-        mixtures = sketch(head_dim, self.sketch, device) if self.sketch else None
-        size = tokens_at_a_time(observed.k.shape[0] * observed.k.shape[1] * head_dim, device)
-        outlying = leverage(observed.unrotated_keys, self.sinks, end, size, mixtures, _RIDGE)
+        batch, n_heads, n_entries, head_dim = observed.k.shape
+        ends = slice(self.sinks, n_entries - self.window)
+        mixtures = sketch(head_dim, self.sketch, observed.k.device) if self.sketch else None
+        size = tokens_at_a_time(batch * n_heads * self._width(head_dim), observed.k.device)
+        outlying = leverage(observed.unrotated_keys, ends.start, ends.stop, size, mixtures, _RIDGE)
         received = attention_nearby(observed.q[:, :, ends], observed.k[:, :, ends], self.chunk)
         return compactor_scores(outlying, received, observed.v[:, :, ends], self.attention_weight)
+
+    def _width(self, head_dim: int) -> int:
+        """Values of a key that are held at a time, in float32: twice its mixtures, for float64."""
+        return max(head_dim, 2 * (self.sketch or head_dim))
+
+    def scratch(self, sizes: ScoreSizes) -> int:
+        from fastkv.cache.agnostic import chunks_at_a_time
+        from fastkv.cache.scores import tokens_at_a_time
+
+        keys, queries = sizes.batch * sizes.n_kv_heads, sizes.batch * sizes.n_heads
+        width = keys * self._width(sizes.head_dim)
+        block = width * min(sizes.n_entries, tokens_at_a_time(width, sizes.device))
+        rows = keys * sizes.n_entries * (self.sketch or sizes.head_dim)
+        near = min(sizes.n_entries, self.chunk * chunks_at_a_time(queries, self.chunk, sizes.device))
+        attention = 2 * queries * near * (min(self.chunk, sizes.n_entries) + sizes.head_dim)
+        return max(rows + max(rows, block), attention) + 3 * keys * sizes.n_entries

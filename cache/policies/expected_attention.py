@@ -48,3 +48,10 @@ class ExpectedAttention(QueryAgnostic):
         attended = expected_attention(observed.k[:, :, self.sinks :], mean @ turn.T, turn @ covariance @ turn.T)
         scores = (attended + self.epsilon) * value_norms(observed.v[:, :, self.sinks :])
         return scores[..., : -self.window]
+
+    def scratch(self, sizes: ScoreSizes) -> int:
+        from fastkv.cache.scores import tokens_at_a_time
+
+        one = sizes.batch * sizes.n_heads
+        block = one * min(sizes.n_entries, tokens_at_a_time(one * sizes.head_dim, sizes.device)) * sizes.head_dim
+        return max(3 * block, 2 * block + one * sizes.n_entries, 3 * one * sizes.n_entries)
