@@ -16,6 +16,7 @@ from fastkv.cache.setting import check_settings
 from fastkv.errors import FastKVError
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
     from fastkv.cache.layer import KVLayer
@@ -73,6 +74,28 @@ class Drafted:
         return drafted_attention(self.q, k, self.k, self.live)
 
 
+class Rotary(Protocol):
+    """The rotary embedding of a layer (arXiv 2104.09864), and what it did to queries and keys."""
+
+    def undone(self, x: Tensor, positions: Tensor) -> Tensor:
+        """x [B, H, n, D] as it was before it was turned, at positions int64 [B, H or 1, n]: float32."""
+
+    def mean(self, first: int, count: int) -> Tensor:
+        """The mean of the rotations of the positions first … first + count - 1: float32 [D, D], for column vectors."""
+
+
+@dataclass(frozen=True)
+class ScoreSizes:
+    """What `Policy.score` is to be given: B, Hq, Hkv, D, and n_past + T of which it sees the last n queries."""
+
+    batch: int
+    n_heads: int
+    n_kv_heads: int
+    head_dim: int
+    n_entries: int
+    device: torch.device
+
+
 @dataclass(frozen=True)
 class Observation:
     """What a policy sees of a layer's prefill.
@@ -85,6 +108,7 @@ class Observation:
     drafted: what a look-ahead drafted, when the layer is scored for the second time (Policy.lookahead).
     probed: float32 [B, Hkv, T], the most that any query attends to each token while the model repeats the prompt, of a
     policy that has a `probe`.
+    positions: int64 [B, Hkv, n_past + T], where they stand in the sequence. rotary: what has turned q and k.
     peaks: float32 [B, Hkv, n_past + T], the most that any of the window's queries, in any query head that reads it,
     attends to each entry; None until the policy has asked for `attention`.
     """
@@ -99,6 +123,8 @@ class Observation:
     noted: dict[str, Tensor] = field(default_factory=dict, repr=False, compare=False)
     # What the engine answers `output_norms` with; a policy asks for that.
     output: Callable[[Tensor, str], Tensor] | None = field(default=None, repr=False, compare=False)
+    positions: Tensor | None = field(default=None, repr=False, compare=False)
+    rotary: Rotary | None = field(default=None, repr=False, compare=False)
 
     @property
     def peaks(self) -> Tensor | None:
@@ -111,6 +137,38 @@ class Observation:
         attention = window_attention(self.q, self.k, window)
         self.noted["peaks"] = attention.amax(dim=(2, 3))
         return attention
+
+    def unrotated_keys(self, start: int, end: int) -> Tensor:
+        """The entries start … end - 1 of k before their rotation: float32 [B, Hkv, end - start, D].
+
+        Raises FastKVError of an observation that was made without `positions` and `rotary`.
+        """
+        rotary, positions = self._turning
+        stand = positions if self.n_past else positions[:, :1]  # new tokens stand alike in all heads
+        return rotary.undone(self.k[:, :, start:end], stand[..., start:end])
+
+    def unrotated_queries(self, start: int, end: int) -> Tensor:
+        """The queries start … end - 1 of q before their rotation: float32 [B, Hq, end - start, D].
+
+        Raises FastKVError of an observation that was made without `positions` and `rotary`.
+        """
+        rotary, positions = self._turning
+        stand = positions[:, :1, -self.q.shape[2] :]
+        return rotary.undone(self.q[:, :, start:end], stand[..., start:end])
+
+    def mean_rotation(self, count: int) -> Tensor:
+        """The mean rotation of the `count` positions after the last token: float32 [D, D], for column vectors.
+
+        Raises FastKVError of an observation that was made without `positions` and `rotary`.
+        """
+        rotary, positions = self._turning
+        return rotary.mean(int(positions[0, 0, -1]) + 1, count)
+
+    @property
+    def _turning(self) -> tuple[Rotary, Tensor]:
+        if self.rotary is None or self.positions is None:
+            raise FastKVError("this observation has no rotation: give Observation its `positions` and `rotary`")
+        return self.rotary, self.positions
 
     def output_norms(self, x: Tensor, norm: str) -> Tensor:
         """How much values change the hidden states through the layer's output projection, W_h for query head h.
@@ -150,13 +208,9 @@ class Policy:
     # (engine/lookahead.py). Only for a policy whose `score` looks at Observation.drafted.
     lookahead: int = 0
     needs_all_queries: ClassVar[bool] = False  # of a layer, for its scores; not those of the window alone
-    per_head: ClassVar[bool] = False  # the KV heads of a layer keep different numbers of entries (`head_budgets`)
-    # The layers compete for the budgets of the whole model (`model_budgets`): nothing is dropped before the last layer
-    # has been scored, so K and V of all tokens stay in memory until then. Only for a policy that is `per_head`.
-    over_layers: ClassVar[bool] = False  # without context reduction, and with one `budget` for all layers
     # When a sequence continues from a cache that already holds entries: whether this policy chooses anew among those
-    # entries and the new tokens (its budget counting from the whole sequence so far). Else the earlier entries stay and
-    # the new tokens are kept whole.
+    # entries and the new tokens (its budget counting from the whole sequence so far). Else, and where it is `per_head`,
+    # the earlier entries stay and the new tokens are kept whole.
     compresses_again: ClassVar[bool] = False
     # How a layer of the cache stores what is kept (None: the plain layout, or that for heads of different lengths).
     layout: ClassVar[type[KVLayer] | None] = None
@@ -176,6 +230,20 @@ class Policy:
         Only for a policy that is `over_layers`. It takes positions after the prompt, which are free again afterwards.
         """
         return None
+
+    @property
+    def per_head(self) -> bool:
+        """Whether the KV heads of a layer keep different numbers of entries (`head_budgets`)."""
+        return False
+
+    @property
+    def over_layers(self) -> bool:
+        """Whether the layers compete for the budgets of the whole model (`model_budgets`).
+
+        Nothing is dropped before the last layer has been scored, so K and V of all tokens stay in memory until then.
+        Only for a policy that is `per_head`, without context reduction, and with one `budget` for all layers.
+        """
+        return False
 
     @property
     def n_queries(self) -> int:
@@ -256,6 +324,13 @@ class Policy:
         Asked of a layer that drops entries or tokens. Must not change what is observed.
         """
         raise NotImplementedError(f"{type(self).__name__} drops tokens, so it must score them")
+
+    def scratch(self, sizes: ScoreSizes) -> int | None:
+        """Float32 values that `score` holds at its worst moment, to be told before a request is accepted.
+
+        None: what the attention of the queries that it looks at takes.
+        """
+        return None
 
 
 @dataclass(frozen=True)

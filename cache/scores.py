@@ -135,7 +135,12 @@ def _weights_in_blocks(q: Tensor, k: Tensor, take: Callable[[Tensor], None]) -> 
 
 def queries_at_a_time(batch: int, n_heads: int, n_tokens: int, device: torch.device) -> int:
     """Queries whose attention to all tokens is held at a time, where all of them score."""
-    return max(_LEAST_QUERIES, _BLOCK_VALUES[device.type] // (batch * n_heads * n_tokens))
+    return tokens_at_a_time(batch * n_heads * n_tokens, device)
+
+
+def tokens_at_a_time(width: int, device: torch.device) -> int:
+    """Tokens that are held at a time in float32, each of `width` values."""
+    return max(_LEAST_QUERIES, _BLOCK_VALUES[device.type] // width)
 
 
 def last_query_scores(q: Tensor, k: Tensor, kernel: int) -> Tensor:

@@ -44,6 +44,15 @@ def competed_counts(scores: Tensor, count: int, window: int, floor: float) -> Te
     return counts.scatter_add_(1, winners, winners.new_ones(winners.shape))
 
 
+def competed_counts_of_layers(scores: Sequence[Tensor], count: int, window: int, floor: float) -> list[Tensor]:
+    """As `competed_counts` where the heads of all layers compete (arXiv 2510.13334): for each layer int64 [B, Hkv].
+
+    scores: those of each layer. count: the mean over the heads of the model.
+    """
+    together = competed_counts(torch.cat(tuple(scores), dim=1), count, window, floor)
+    return list(together.chunk(len(scores), dim=1))
+
+
 def _best_and_window(scores: Tensor, count: int, window: int) -> Tensor:
     # Exactly topk over the columns before the window: pooling makes ties, and this is how they fall in the paper's
     # implementation on the same device.

@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 import torch
 
+from fastkv.cache.policy import ScoreSizes
 from fastkv.cache.scores import queries_at_a_time
 from fastkv.engine.attention import QUERY_BLOCK
 from fastkv.engine.output_norms import tokens_at_a_time
@@ -228,7 +229,11 @@ class _Shapes:
         """The largest step of a layer."""
         steps = [self.projecting(way.seen, way.keys_first)]
         if way.queries or self.plan.policy.needs_all_queries:
-            steps.append(self.scoring(way.entries, way.queries))
+            queries = 0
+            if way.keys_first and self.plan.policy.needs_all_queries:  # outside the buffers
+                queries = self.of_heads(way.seen, self.heads)
+                steps.append(self.querying(way.seen))
+            steps.append(queries + self.scoring(way.entries, way.queries))
         if way.kept < way.entries or self.plan.layout.per_head:
             steps.append(self.storing(way.entries, way.kept))
         attended, few = self.of_heads(way.out, self.heads), way.out < way.seen
@@ -274,7 +279,14 @@ class _Shapes:
         )
 
     def scoring(self, n_entries: int, n_queries: int) -> int:
-        """Attention of the last queries, float32 [B, Hq, n, T]: logits and weights; keys in float32, if need be."""
+        """Attention of the last queries, float32 [B, Hq, n, T]: logits and weights; keys in float32, if need be.
+
+        Or what the policy says that it holds.
+        """
+        sizes = ScoreSizes(self.batch, self.heads, self.kv_heads, self.head_dim, n_entries, self.device)
+        told = self.plan.policy.scratch(sizes)
+        if told is not None:
+            return told * _FLOAT
         if self.plan.policy.needs_all_queries or self.plan.probe is not None:
             n_queries = queries_at_a_time(self.batch, self.heads, n_entries, self.device)
         n_queries = max(1, min(n_queries, n_entries))

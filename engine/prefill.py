@@ -150,7 +150,9 @@ class LayerRun:
             q, k, v = self.projection.everything(layer, state.hidden, rope)
             self.projection.finish_(layer, state.hidden, self._attend_all(layer, q, [Part(k, v)]))
         q, k, v = self.projection.keys(first.layer, state.hidden, rope, self._n_queries(ids.shape[1]))
-        return select_tokens(self._score(self._observed(first.layer, q, k, v)), first.keep, self.policy.window)
+        positions = state.positions.unsqueeze(1).expand(-1, k.shape[1], -1)
+        observed = self._observed(first.layer, q, k, v, positions)
+        return select_tokens(self._score(observed), first.keep, self.policy.window)
 
     def layer(self, layer: int, state: TokenState, rope: Rope) -> tuple[TokenState, Rope]:
         """Keys, selection, then attention and MLP of the tokens that are propagated: those, and their rotation."""
@@ -200,7 +202,7 @@ class LayerRun:
         positions = self._positions_with(layer, state.positions)
         if past:
             k, v = self.projection.joined(self.cache.read(layer), k, v)
-        observed = self._observed(layer, q, k, v, past)
+        observed = self._observed(layer, q, k, v, positions, past)
         if self.competing is not None:
             scores_now = None if self.plan.probe is not None else self._score(observed)
             self.competing.hold(observed, positions, sizes.kept, scores_now)
@@ -215,10 +217,12 @@ class LayerRun:
         self.mass.propagate(observed, chosen, self.policy.window)
         return [Part(k, v)], chosen
 
-    def _observed(self, layer: int, q: Tensor, k: Tensor, v: Tensor, past: int = 0) -> Observation:
-        """What the policy sees of a layer."""
+    def _observed(self, layer: int, q: Tensor, k: Tensor, v: Tensor, positions: Tensor, past: int = 0) -> Observation:
+        """What the policy sees of a layer, whose entries stand at `positions` [B, Hkv, past + T]."""
         attention = self.model.blocks[layer].self_attn
-        return Observation(layer, q, k, v, past, output=partial(output_norms, attention))
+        rotary = self.model.rotary.of(attention.rotary)
+        output = partial(output_norms, attention)
+        return Observation(layer, q, k, v, past, output=output, positions=positions, rotary=rotary)
 
     def fill(self, observed: Observation, positions: Tensor) -> Tensor:
         """Let the policy score what a layer saw, at `positions` [B, Hkv, T], and keep its share. -> the scores."""

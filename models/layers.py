@@ -165,6 +165,23 @@ class RotaryEmbedding(nn.Module):
         cos, sin = self._table
         return Rotation(cos[None, None, start:end], sin[None, None, start:end])
 
+    def undone(self, x: Tensor, positions: Tensor) -> Tensor:
+        """x [B, H, n, D] as it was before `Rotation.rotate` at positions int64 [B, H or 1, n]: float32.
+
+        Needs no table. What the rotation scales (yarn) is scaled back.
+        """
+        angles = positions[..., None].float() * self.inv_freq  # [B, H or 1, n, D // 2]
+        cos, sin = angles.cos().div_(self.scale), angles.sin_().div_(self.scale)
+        low, high = x.float().chunk(2, dim=-1)
+        return torch.cat((low * cos + high * sin, high * cos - low * sin), dim=-1)
+
+    def mean(self, first: int, count: int) -> Tensor:
+        """The mean of the rotations of the positions first … first + count - 1: float32 [D, D], for column vectors."""
+        positions = torch.arange(first, first + count, device=self.inv_freq.device)
+        angles = positions[:, None].float() * self.inv_freq
+        cos, sin = (torch.diag(values.mean(dim=0) * self.scale) for values in (angles.cos(), angles.sin()))
+        return torch.cat((torch.cat((cos, -sin), dim=1), torch.cat((sin, cos), dim=1)), dim=0)
+
 
 class RotaryEmbeddings(nn.Module):
     """Positions -> Rope: all rotary embeddings of a model, whose tables grow together."""
@@ -178,6 +195,10 @@ class RotaryEmbeddings(nn.Module):
     def reserved(self) -> int:
         """Positions that the tables cover: 0 … reserved - 1."""
         return self._each[0].reserved
+
+    def of(self, index: int) -> RotaryEmbedding:
+        """The rotary embedding that a layer picks by its index (Attention.rotary)."""
+        return self._each[index]
 
     def reserve(self, n_positions: int, dtype: torch.dtype) -> None:
         """Let the tables cover the positions below `n_positions`, in `dtype`."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import pytest
 import torch
@@ -220,7 +220,7 @@ def window_queries(llm: LLM, slow: SlowTwin, ids: Tensor, new: Tensor, policy: S
 class ByHead(SnapKV):
     """A method of one's own that inherits `compresses_again`."""
 
-    per_head: ClassVar[bool] = True
+    per_head = True
 
     def head_budgets(self, layer: int, n_layers: int, count: int, scores: Tensor) -> Tensor:
         return torch.tensor([count + 3, count - 3]).expand(scores.shape[:2])

@@ -27,7 +27,7 @@ class AdaKV(SnapKV):
     """
 
     name: ClassVar[str] = "adakv"
-    per_head: ClassVar[bool] = True
+    per_head = True
     compresses_again: ClassVar[bool] = False  # the earlier entries of its heads differ in number
 
     head_floor: float = setting(0.2, number(0, 1), FLOOR_HELP, metavar="R")

@@ -22,13 +22,10 @@ class DefensiveKVLayer(DefensiveKV):
     """
 
     name: ClassVar[str] = "defensivekv-layer"
-    over_layers: ClassVar[bool] = True
+    over_layers = True
 
     def model_budgets(self, counts: Sequence[int], scores: Sequence[Tensor]) -> list[Tensor]:
-        import torch
+        from fastkv.cache.selection import competed_counts_of_layers
 
-        from fastkv.cache.selection import competed_counts
-
-        mean = counts[0]  # a prefill without context reduction: every layer sees all tokens, and has the same budget
-        together = competed_counts(torch.cat(tuple(scores), dim=1), mean, self.window, self.head_floor)
-        return list(together.chunk(len(scores), dim=1))
+        # A prefill without context reduction: every layer sees all tokens, and has the same budget.
+        return competed_counts_of_layers(scores, counts[0], self.window, self.head_floor)

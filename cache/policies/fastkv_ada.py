@@ -24,7 +24,7 @@ class FastKVAda(FastKV):
     """
 
     name: ClassVar[str] = "fastkv-ada"
-    per_head: ClassVar[bool] = True
+    per_head = True
     compresses_again: ClassVar[bool] = False  # the earlier entries of its heads differ in number
 
     head_floor: float = setting(0.2, number(0, 1), FLOOR_HELP, metavar="R")

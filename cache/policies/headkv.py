@@ -38,7 +38,7 @@ class HeadKV(SnapKV):
     """
 
     name: ClassVar[str] = "headkv"
-    per_head: ClassVar[bool] = True
+    per_head = True
     compresses_again: ClassVar[bool] = False  # the earlier entries of its heads differ in number
 
     head_scores: str | PathLike[str] | Table | None = setting(  # noqa: RUF009

@@ -36,8 +36,8 @@ class KVzip(Compressed):
 
     name: ClassVar[str] = "kvzip"
     window = 1
-    per_head: ClassVar[bool] = True
-    over_layers: ClassVar[bool] = True
+    per_head = True
+    over_layers = True
 
     sinks: int = setting(4, whole(0), "first tokens that are always kept", metavar="N")
     chunk: int = setting(2000, whole(1), "tokens of the prompt that the model repeats at a time", metavar="N")
