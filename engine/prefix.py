@@ -53,8 +53,8 @@ def check_reuse(policy: Policy, config: ModelConfig) -> None:
     """FastKVError for a policy whose prompts cannot go on after what it kept of their beginning."""
     if policy.first_pass(config.n_layers, config.context_length) is not None:
         raise FastKVError(
-            f"policy {policy.name} reads what it chooses as a prompt of its own, at other positions, so that nothing "
-            "can go on after it: leave reuse_prefix out, or take another policy",
+            f"reuse_prefix does not go with policy {policy.name}, which reads what it chooses as a prompt of its own, "
+            "at other positions, so that nothing can go on after it; leave it out, or take another policy",
             setting="reuse_prefix",
         )
 

@@ -111,7 +111,7 @@ def test_a_compressed_beginning_is_a_session_that_many_ask(tiny_llm: LLM, policy
 
 
 def test_what_cannot_be_asked(tiny_llm: LLM) -> None:
-    with pytest.raises(FastKVError, match=r"policy gemfilter reads what it chooses.*leave reuse_prefix out"):
+    with pytest.raises(FastKVError, match=r"reuse_prefix does not go with policy gemfilter, .*; leave it out"):
         tiny_llm.generate(RAGGED, PARAMS, GemFilter(), reuse_prefix=True)
     with pytest.raises(FastKVError, match="reuse_prefix must be True or False, not 1"):
         tiny_llm.generate(RAGGED, PARAMS, reuse_prefix=1)  # type: ignore[call-overload]
