@@ -157,7 +157,7 @@ def _jobs(args: argparse.Namespace) -> list[Job]:
     if args.output is None:
         if args.prompts is not None or len(jobs) > 1:
             raise FastKVError("several prompts need --output FILE, where their answers go")
-        for name in ("batch_size", "kv_memory"):
+        for name in ("batch_size", "kv_memory", "reuse_prefix"):
             if getattr(args, name) is not None:
                 raise FastKVError(f"{flag_of(name)} is for several prompts: add --output, or leave it out")
     for flag in ("json", "report"):
@@ -184,6 +184,7 @@ def _run_many(args: argparse.Namespace, llm: LLM, jobs: list[Job], params: Sampl
     if args.kv_memory is not None:
         limits["kv_memory"] = args.kv_memory * 2**20
     about = {"model": writable(args.model), "chat": args.chat, "system": args.system, "chat_arg": args.chat_arg}
+    limits["reuse_prefix"] = about["reuse_prefix"] = args.reuse_prefix  # answers depend on it, except under policy full
     try:
         line = run_jobs(llm, jobs, lambda job: _prompt(args, llm, job), params, args.output, about, limits)
     except KeyboardInterrupt:

@@ -36,7 +36,7 @@ NAMED_SETTINGS = {
     *SAMPLING_FLAGS,
     *("prompt", "chat", "chat_arg", "stop", "stop_token", "policy", "policy_file", "device", "dtype", "weights"),
     *("threads", "revision", "compile", "attention", "report"),
-    *("prompts", "output", "batch_size", "kv_memory"),
+    *("prompts", "output", "batch_size", "kv_memory", "reuse_prefix"),
 }
 
 
@@ -97,6 +97,12 @@ def build_parser() -> Parser:
     )
     machine.add_argument("--batch-size", type=int, metavar="N", help="prompts at work at a time, with --output (8)")
     machine.add_argument("--kv-memory", type=int, metavar="MIB", help="for their KV caches (default: what there is)")
+    machine.add_argument(
+        "--reuse-prefix",
+        action="store_true",
+        default=None,
+        help="several prompts that begin alike: compress that once, keep the rest whole (policy full shares it anyway)",
+    )
     machine.add_argument(
         "--report", type=file_name, metavar="FILE", help="write a page that shows what was kept of the prompt (HTML)"
     )

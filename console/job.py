@@ -109,13 +109,13 @@ def run_jobs(
     """Answer what has no record in `output` yet; a line of figures.
 
     prompt_of: a job's prompt as the model is to see it. about: what else a record says of the whole run. limits:
-    batch_size and kv_memory of `LLM.generate_each`.
+    batch_size, kv_memory and reuse_prefix of `LLM.generate_each`.
     """
     policy = {"name": llm.policy.name, **llm.policy.settings(llm.config.n_layers)}
     about = {**about, "dtype": llm.model.precision, "policy": policy, "sampling": dataclasses.asdict(params)}
     with Records(output, about, jobs) as records, ProgressLine(sys.stderr) as line:
         todo = [job for job in jobs if job.id not in records.done]
-        started, new_tokens, warned = time.perf_counter(), 0, 0
+        started, new_tokens, warned, reused = time.perf_counter(), 0, 0, 0
         try:
             each = llm.generate_each([prompt_of(job) for job in todo], params, **limits)
         except FastKVError as error:
@@ -128,11 +128,13 @@ def run_jobs(
             kept = ("text", "token_ids", "finish_reason", "warning", "metrics")
             records.append(todo[index], {name: fields[name] for name in kept})
             new_tokens += answer.metrics.new_tokens
+            reused += answer.metrics.reused_tokens
             warned += fields["warning"] is not None
             line.show(f"{count} of {len(todo)} prompts", count, len(todo))
         seconds = time.perf_counter() - started
     before = f"; {len(jobs) - len(todo):,} were there already" if len(todo) < len(jobs) else ""
     speed = f", {new_tokens / seconds:,.1f} tokens/s with their prompts" if todo else ""
+    shared = f"; {reused:,} tokens of prompts that begin alike were read once" if reused else ""
     answers = f"{len(todo):,} answer{'s' if len(todo) != 1 else ''}"
     warnings = f'; see "warning" in {warned:,} of them' if warned else ""
-    return f"{answers} to {output}: {new_tokens:,} tokens in {seconds:,.1f} s{speed}{warnings}{before}"
+    return f"{answers} to {output}: {new_tokens:,} tokens in {seconds:,.1f} s{speed}{shared}{warnings}{before}"

@@ -45,9 +45,12 @@ class Answer:
         self._kv_bytes, self._kv_entries = self.request.plan.nbytes, result.cache.entries
         self._layer_tokens = tuple(result.layer_tokens)
         self._mass = result.mass  # stays on the device: reading it would wait for the prefill
-        turn = self.request.turn
-        if turn is not None and turn.held.snapshot is not None and turn.held.snapshot.whole_from:
-            self._mass = [None] * len(result.mass)  # what was dropped of the session earlier is not in it
+        turn, beginning = self.request.turn, self.request.beginning
+        if beginning is not None:
+            self._layer_tokens = tuple(map(sum, zip(beginning.layer_tokens, result.layer_tokens, strict=True)))
+        before = beginning if turn is None else turn.held.snapshot
+        if before is not None and before.whole_from:
+            self._mass = [None] * len(result.mass)  # what was dropped earlier is not in it
 
     def take(self, token_id: int) -> tuple[Piece, bool]:
         """Book a new token; the piece to emit, and whether it is the last one."""
@@ -94,11 +97,10 @@ class Answer:
 
     def _metrics(self) -> Metrics:
         plan, times = self.request.plan, self._times
-        n_prompt, n_new = plan.n_tokens, len(self.token_ids)
+        n_prompt, n_new = self.request.n_prompt, len(self.token_ids)
         together, each = shares(self._mass)
         heads = self._config.n_layers * self._config.n_kv_heads
-        n_before = 0 if self.request.turn is None else self.request.turn.held.fed
-        whole = n_before + n_prompt
+        whole = n_prompt + (0 if self.request.turn is None else self.request.n_reused)
         return Metrics(
             prompt_tokens=n_prompt,
             new_tokens=n_new,
@@ -114,5 +116,5 @@ class Answer:
             peak_bytes=self.peak,
             attention_kept=together,
             layer_attention=each,
-            reused_tokens=n_before,
+            reused_tokens=self.request.n_reused,
         )

@@ -81,31 +81,45 @@ def slots_that_fit(runtime: Runtime, requests: Sequence[Request], batch_size: in
     kv_memory: None means what the device has left, less what the largest prefill takes. A slot has room for the
     largest request. Raises FastKVError if not even one fits.
     """
-    most = min(batch_size, len(requests))
-    one = bytes_of(layout_of(requests), capacities_of(requests), requests[0].plan.shape)
-    if kv_memory is None:
-        available = available_bytes(runtime.model.device)
-        return most if available is None else max(1, _slots_in(available, runtime, requests, most, one))
-    if one > kv_memory:
+    most, one = min(batch_size, len(requests)), _slot_bytes(requests)
+    if kv_memory is not None and one > kv_memory:
         raise FastKVError(
             f"kv_memory must be at least {one:,} bytes ({-(-one // 2**20):,} MiB) for the largest of these prompts and "
             f"its answer, not {kv_memory:,}",
             setting="kv_memory",
         )
-    return min(most, kv_memory // one)
+    return max(1, slots_there(runtime, requests, most, kv_memory))
 
 
-def _slots_in(available: int, runtime: Runtime, requests: Sequence[Request], most: int, one: int) -> int:
+def slots_there(
+    runtime: Runtime, requests: Sequence[Request], most: int, kv_memory: int | None = None, held: int = 0
+) -> int:
+    """The same, of `most`, where what requests share takes `held` bytes of the memory: 0 if not even one fits."""
+    one = _slot_bytes(requests)
+    if kv_memory is not None:
+        return min(most, max(0, kv_memory - held) // one)
+    available = available_bytes(runtime.model.device)
+    return most if available is None else _slots_in(available, runtime, requests, most, one, held)
+
+
+def _slot_bytes(requests: Sequence[Request]) -> int:
+    """Bytes of a slot with room for the largest of them."""
+    return bytes_of(layout_of(requests), capacities_of(requests), requests[0].plan.shape)
+
+
+def _slots_in(available: int, runtime: Runtime, requests: Sequence[Request], most: int, one: int, held: int = 0) -> int:
     """How many slots of `one` bytes fit, of `most`, besides what the largest prefill takes: one runs at a time."""
 
     def of(request: Request, slots: int) -> Footprint:
-        return footprint(runtime.model, request.plan, slots * one, slots=slots, draws=request.params.temperature > 0)
+        draws = request.params.temperature > 0
+        return footprint(runtime.model, request.plan, slots * one + held, slots=slots, draws=draws)
 
     distinct = {request.sizes: request for request in requests}.values()
     largest = max(distinct, key=lambda request: of(request, 1).total)
 
     def lacks(slots: int) -> bool:
         needed = of(largest, slots)
-        return needed.total > available + runtime.buffers.reusable(needed.cache, needed.workspace)
+        reusable = runtime.buffers.reusable(needed.cache - held, needed.workspace)
+        return needed.total > available + reusable
 
     return bisect_left(range(1, most + 1), True, key=lacks)

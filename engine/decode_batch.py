@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -21,6 +21,7 @@ from fastkv.cache.model_wide import ModelWideLayer
 from fastkv.cache.pool import bucket
 from fastkv.engine.graph import GraphError
 from fastkv.engine.memory import start_peak
+from fastkv.engine.plan import RequestPlan
 from fastkv.engine.prefill import Prefill, prefill
 from fastkv.engine.request import Request
 from fastkv.engine.runtime import Runtime
@@ -79,16 +80,30 @@ class DecodeBatch:
         slot = state.pool.take()
         cache = request.plan.cache_in(state.pool, range(slot, slot + 1))
         self._at_work[slot] = sequence = _Sequence(request, cache)  # from here on `close` ends it, too
-        if turn is not None and turn.held.snapshot is not None:
-            cache.restore(turn.held.snapshot, request.plan.n_tokens + request.max_tokens)
-        prompt = request.ids.to(model.device)
+        self._begin(request, cache)
         state.sampler.start(slot, request.params, request.all_ids.to(model.device))
-        workspace, attention = self._buffers.workspace, self._runtime.attention
-        result = prefill(model, prompt, request.plan, cache, workspace, attention, request.eos_ids)
+        result = self._prefill(request, request.ids, request.plan, cache)
         sequence.begins = cache.position
         state.first(slot, result.logits)
         self._unread.append(({slot: self._at_work[slot]}, _read_later(state.tokens)))
         return slot, result
+
+    def _begin(self, request: Request, cache: KVCache) -> None:
+        """Let the cache hold what comes before the request's own tokens."""
+        beginning, room = request.beginning, request.plan.n_tokens + request.max_tokens
+        if beginning is not None and request.reads_beginning:
+            result = self._prefill(request, beginning.ids, replace(beginning.plan, max_tokens=room), cache)
+            beginning.keep(cache.snapshot(), result.layer_tokens)
+        elif request.past is not None:
+            cache.restore(request.past, room)
+        if beginning is not None:
+            beginning.taken()
+
+    def _prefill(self, request: Request, ids: Tensor, plan: RequestPlan, cache: KVCache) -> Prefill:
+        """Read ids, int64 [1, N] on the host, of a request."""
+        model, attention = self._runtime.model, self._runtime.attention
+        ids = ids.to(model.device)
+        return prefill(model, ids, plan, cache, self._buffers.workspace, attention, request.eos_ids)
 
     def finish(self, slot: int, token_ids: Sequence[int], text: str) -> None:
         """A request is done, as far as these tokens of its answer: if it is a turn, its session has them."""

@@ -20,7 +20,7 @@ from fastkv.cache.policies import FastKV
 from fastkv.cache.policy import Policy
 from fastkv.cache.pool import bytes_of
 from fastkv.engine.attention import check_backend
-from fastkv.engine.batch import DEFAULT_BATCH_SIZE, Batch, run_batch, slots_that_fit
+from fastkv.engine.batch import DEFAULT_BATCH_SIZE, Batch, run_batch
 from fastkv.engine.compile import compile_layers
 from fastkv.engine.decode import decode_step
 from fastkv.engine.decode_batch import capacities_of, layout_of
@@ -32,6 +32,7 @@ from fastkv.engine.memory import check_fits, explain_out_of_memory, raise_if_out
 from fastkv.engine.output import Output
 from fastkv.engine.plan import RequestPlan, plan_request, position_limit
 from fastkv.engine.prefill import Prefill, prefill
+from fastkv.engine.prefix import check_reuse, share
 from fastkv.engine.process import check_process, has_model, process_for_model
 from fastkv.engine.request import (
     Request,
@@ -185,6 +186,7 @@ class LLM:
         *,
         batch_size: int = DEFAULT_BATCH_SIZE,
         kv_memory: int | None = None,
+        reuse_prefix: bool | None = None,
     ) -> list[Output]: ...
 
     def generate(
@@ -195,6 +197,7 @@ class LLM:
         *,
         batch_size: int = DEFAULT_BATCH_SIZE,
         kv_memory: int | None = None,
+        reuse_prefix: bool | None = None,
     ) -> Any:
         """Continue a prompt (text or token ids), or each of a list of prompts, several of them together.
 
@@ -210,8 +213,11 @@ class LLM:
             stream = self.stream(prompt, params, policy)  # which refuses an empty list as the empty prompt that it is
             if batch_size != DEFAULT_BATCH_SIZE or kv_memory is not None:
                 raise FastKVError("batch_size and kv_memory are for a list of prompts")
+            if reuse_prefix is not None:
+                raise FastKVError("reuse_prefix is for a list of prompts", setting="reuse_prefix")
             return _finish(stream)
-        each = self.generate_each(prompt, params, policy, batch_size=batch_size, kv_memory=kv_memory)
+        limits: dict[str, Any] = {"batch_size": batch_size, "kv_memory": kv_memory, "reuse_prefix": reuse_prefix}
+        each = self.generate_each(prompt, params, policy, **limits)
         return [output for _, output in sorted(each, key=lambda done: done[0])]
 
     def generate_each(
@@ -222,12 +228,19 @@ class LLM:
         *,
         batch_size: int = DEFAULT_BATCH_SIZE,
         kv_memory: int | None = None,
+        reuse_prefix: bool | None = None,
     ) -> Iterator[tuple[int, Output]]:
         """Continue many prompts: (index, output) of each as soon as it is done.
 
         Each prompt is prefilled on its own; up to `batch_size` of them decode together, each with its own position,
         stop rules and sampling settings, and one that is done makes room for the next. kv_memory: bytes that their KV
         caches may take together (None: what the device has left); fewer decode together where they do not fit.
+
+        Prompts that begin alike share the prefill of that beginning (64 tokens or more, where there is memory for a
+        copy of its entries), if nothing of them is dropped: under policy full, or where a policy's budgets take all.
+        Sums are then rounded otherwise, which decides near ties only. reuse_prefix: True does so under other policies,
+        too, with other answers: the shared beginning is compressed by itself, without knowing what comes after it, and
+        the rest of each prompt is kept whole. Which beginning that is depends on the list. False never does.
 
         Raises FastKVError as `generate` does, before anything runs; its `prompt` is the index of the one at fault.
         """
@@ -237,15 +250,19 @@ class LLM:
         check_integer("batch_size", batch_size, 1)
         if kv_memory is not None:
             check_integer("kv_memory", kv_memory, 1)
+        if reuse_prefix is not None:
+            check_switch("reuse_prefix", reuse_prefix)
         policy = self.policy if policy is None else self._checked_policy(policy)
+        if reuse_prefix:
+            check_reuse(policy, self.config)
         each = zip(prompts, params_of_each(params, len(prompts)), strict=True)
         fitting: set[Sizes] = set()
         requests = [self._request_of(i, prompt, chosen, policy, fitting) for i, (prompt, chosen) in enumerate(each)]
         check_sessions(requests)
         if not requests:
             return iter(())
-        n_slots = slots_that_fit(self._runtime, requests, batch_size, kv_memory)
-        return Batch(run_batch(self._runtime, self.tokenizer, requests, n_slots, called_at, kv_memory))
+        work = share(self._runtime, requests, policy, reuse_prefix, batch_size, kv_memory)
+        return Batch(run_batch(self._runtime, self.tokenizer, work.requests, work.n_slots, called_at, work.kv_memory))
 
     def stream(
         self,

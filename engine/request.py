@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 from fastkv.cache.policy import Policy
+from fastkv.cache.snapshot import Snapshot
+from fastkv.engine.beginning import Beginning
 from fastkv.engine.footprint import Footprint
 from fastkv.engine.memory import check_fits
 from fastkv.engine.plan import RequestPlan
@@ -31,7 +33,9 @@ Sizes = tuple[int, int, bool, tuple[int, ...]]
 class Request:
     """A checked request: prompt and answer fit the model, as `plan` says. `eos_ids` is empty if ignored.
 
-    ids: int64 [1, N], the prompt, on the host: of a turn what has no entries yet. turn: of a session.
+    ids: int64 [1, N], the prompt, on the host: of a turn what has no entries yet. turn: of a session. beginning: what
+    the prompt shares with others of its list, which is then not in `ids`; reads_beginning: whether it comes first of
+    them.
     """
 
     ids: Tensor
@@ -39,15 +43,40 @@ class Request:
     plan: RequestPlan
     eos_ids: frozenset[int]
     turn: Turn | None = None
+    beginning: Beginning | None = None
+    reads_beginning: bool = False
 
     @property
     def policy(self) -> Policy:
         """Whose choices the answer depends on: of a turn the session's."""
+        if self.beginning is not None:
+            return self.beginning.plan.policy
         return self.plan.policy if self.turn is None else self.turn.policy
+
+    @property
+    def past(self) -> Snapshot | None:
+        """What it continues from."""
+        if self.beginning is not None:
+            return self.beginning.snapshot
+        return None if self.turn is None else self.turn.held.snapshot
+
+    @property
+    def n_prompt(self) -> int:
+        """Tokens of the prompt, with those of a beginning that it shares."""
+        return self.plan.n_tokens + (0 if self.beginning is None else self.plan.start)
+
+    @property
+    def n_reused(self) -> int:
+        """Tokens whose entries are there before it runs."""
+        if self.turn is not None:
+            return self.turn.held.fed
+        return 0 if self.reads_beginning else self.plan.start
 
     @property
     def all_ids(self) -> Tensor:
         """int64 [1, P + N]: what the sequence has before the answer, on the host."""
+        if self.beginning is not None:
+            return torch.cat((self.beginning.ids, self.ids), dim=1)
         if self.turn is None or not self.turn.held.fed:
             return self.ids
         return torch.cat((torch.tensor([self.turn.held.ids[: self.turn.held.fed]]), self.ids), dim=1)

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from fastkv import LLM, FastKV, SamplingParams
+from fastkv import LLM, FastKV, FullKV, SamplingParams, SnapKV
 from fastkv.cli import main
 
 Run = Callable[..., tuple[int, str, str]]
@@ -68,6 +68,22 @@ def test_each_prompt_has_its_record(run: Run, archive_llm: LLM, argv: list[str])
         assert record["metrics"]["kv_tokens"] == expected.metrics.kv_tokens
         assert record["policy"]["kv_retention"] == 0.3
         assert record["sampling"]["max_tokens"] == 6
+
+
+@pytest.mark.parametrize("flags", [["--policy", "full"], ["--policy", "snapkv", "--kv-len", "24", "--reuse-prefix"]])
+def test_prompts_that_begin_alike_are_read_once(run: Run, archive_llm: LLM, flags: list[str]) -> None:
+    start = "A quiet neighbor found a small boat. " * 10
+    asked = {"a.txt": start + "The access code is", "b.txt": start + "A calm owl keeps"}
+    for name, text in asked.items():
+        Path(name).write_text(text)
+    status, _, err = run("--prompt", "a.txt", "--prompt", "b.txt", "--output", "out.jsonl", *flags)
+    assert status == 0
+    first, second = (record["metrics"]["reused_tokens"] for record in records().values())
+    assert (first, second > 64) == (0, True)
+    assert f"; {second} tokens of prompts that begin alike were read once" in err
+    policy = FullKV() if "full" in flags else SnapKV(kv_len=24)
+    outputs = archive_llm.generate(list(asked.values()), SamplingParams(max_tokens=6), policy, reuse_prefix=True)
+    assert [record["token_ids"] for record in records().values()] == [each.token_ids for each in outputs]
 
 
 def test_lines_without_an_id_are_numbered(run: Run) -> None:
@@ -143,6 +159,11 @@ def test_chat_prompts_of_several(run: Run, archive_llm: LLM, monkeypatch: pytest
         (["--prompt", "one.txt", "--prompt", "one.txt", "--output", "o"], "two prompts of the name one.txt"),
         (["--prompt", "one.txt", "--batch-size", "2"], "--batch-size is for several prompts"),
         (["--prompt", "one.txt", "--kv-memory", "2"], "--kv-memory is for several prompts"),
+        (["--prompt", "one.txt", "--reuse-prefix"], "--reuse-prefix is for several prompts"),
+        (
+            [*files(), "--output", "o", "--reuse-prefix", "--policy", "gemfilter"],
+            "--reuse-prefix: reuse_prefix does not",
+        ),
         (["--prompt", "one.txt", "--output", "o", "--json"], "--json is for one prompt"),
         (["--prompt", "one.txt", "--output", "o", "--report", "r.html"], "--report is for one prompt"),
         (["--prompt", "one.txt", "--output", "no/such/o"], "--output: no/such/o: cannot be written"),
@@ -202,6 +223,7 @@ def test_broken_lists_of_prompts(run: Run, text: str | bytes, named: str) -> Non
         (["--kv-retention", "0.2"], "policy kv_retention 0.1, not 0.2"),
         (["--policy", "full"], 'policy name "fastkv", not "full"'),
         (["--dtype", "bfloat16"], 'dtype "float32", not "bfloat16"'),
+        (["--reuse-prefix"], "reuse_prefix null, not true"),
     ],
     ids=str,
 )

@@ -165,7 +165,10 @@ FITTING: dict[str, list[str]] = {
 _SMALL = ["0", "1", "2", "4", "0.1", "0.5", "1.0"]  # what is tried for any other setting
 _JUNK = ["--help", "--version", "-h", "extra", "--nothing", f"--promp={PROMPT}", "--prompt", "@x", "--", "-x", ""]
 # What decides where prompts come from and answers go; it is drawn apart from the rest.
-_ENDS = ("model", "prompt", "prompts", "policy", "policy_file", "output", "batch_size", "kv_memory", "help", "version")
+_ENDS = (
+    *("model", "prompt", "prompts", "policy", "policy_file", "output", "help", "version"),
+    *("batch_size", "kv_memory", "reuse_prefix"),
+)
 Arguments = st.SearchStrategy[list[str]]
 
 
@@ -204,9 +207,10 @@ def arguments(draw: st.DrawFn) -> tuple[str, ...]:
     own = [action for action in actions if action.dest in settings_of(POLICIES[name])]
     others = [action for action in actions if action.dest not in (*SETTINGS, *_ENDS)]
     one, many = ["--prompt", PROMPT], ["--prompts", PROMPTS, "--output", OUTPUT]
+    several = [many, [*many, "--batch-size", "2"], [*many, "--reuse-prefix"]]
     parts = [
         draw(st.sampled_from([["--model", "model"]] * 29 + [[]])),
-        draw(st.sampled_from([one] * 4 + [many, [*many, "--batch-size", "2"], ["--prompt", "-"]] * 2 + [[]])),
+        draw(st.sampled_from([one] * 4 + [*several, ["--prompt", "-"]] * 2 + [[]])),
         draw(st.sampled_from([["--max-tokens", "3"]] * 9 + [[]])),
         *draw(st.lists(st.sampled_from(others).flatmap(_sound), max_size=2)),
     ]
