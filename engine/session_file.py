@@ -97,6 +97,8 @@ def read_session(path: str | os.PathLike[str], model: Llama) -> Saved:
 def _header_of(model: Llama, saved: Saved) -> dict[str, str]:
     version: str = importlib.import_module("fastkv").__version__  # not above: the package imports this module
     snapshot = saved.held.snapshot
+    if snapshot is not None and snapshot.position != saved.held.fed:
+        raise FastKVError(f"under policy {saved.policy.name} tokens stand at other positions, which files do not have")
     told = {
         "model": fingerprint(model),
         **_shape(model),
