@@ -214,6 +214,20 @@ def test_an_answer_ends_where_a_chat_s_does(archive_llm: LLM, prompt: tuple[list
     assert (ended.token_ids, ended.finish_reason) == (first[:2], "stop")
 
 
+def test_a_chat_s_ends_reach_the_answer(archive_llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those that the template's ids know, which the question's part of them no longer does by itself."""
+    runner = Runner(
+        archive_llm, Plan((GENERATED["archive"],), (300,), (0.5,), 1), parse_policies(["full"]), question_after=True
+    )
+    question = runner.question(Slot("archive", 300, 0.5, 0))
+    first = archive_llm.generate(question.ids, SamplingParams(max_tokens=2), FullKV()).token_ids[1]
+    ids = ChatIds(question.ids)
+    ids.ends = frozenset([first])
+    spec = parse_policies(["full"])[0]
+    assert runner.answer(replace(question, ids=ids), spec).new_tokens == 2
+    assert runner.answer(question, spec).new_tokens > 2
+
+
 # The command
 
 
