@@ -54,6 +54,11 @@ class KVCache:
         """int64 [L, B, Hkv], on the device: live entries of each head."""
         return self.pool.lengths[:, self.slots.start : self.slots.stop]
 
+    @property
+    def entry_room(self) -> int:
+        """Entries that each head gets room for after those that a prefill stores."""
+        return self.room
+
     def count(self, layer: int) -> int:
         """Live entries of the longest head of a layer."""
         return self.layers[layer].count(self.slots[0])
@@ -100,7 +105,7 @@ class KVCache:
 
     def store(self, layer: int, k: Tensor, v: Tensor, kept: Kept, positions: Tensor) -> None:
         """Replace a layer's entries by the `kept` of k and v [B, Hkv, T, D], which stand at `positions` [B, Hkv, n]."""
-        self.pool.layers[layer].store(self.slots, k, v, kept, self.room)
+        self.pool.layers[layer].store(self.slots, k, v, kept, self.entry_room)
         if not self._whole:
             self._chosen[layer] = positions
 
@@ -108,7 +113,7 @@ class KVCache:
         """As `store`, where sequences keep different numbers of a layer's entries: `kept` has one for each."""
         for row, (slot, of_row) in enumerate(zip(self.slots, kept, strict=True)):
             part = slice(row, row + 1)
-            self.pool.layers[layer].store(range(slot, slot + 1), k[part], v[part], of_row, self.room)
+            self.pool.layers[layer].store(range(slot, slot + 1), k[part], v[part], of_row, self.entry_room)
         self._chosen[layer] = positions
 
     def extend(self, layer: int, k: Tensor, v: Tensor, positions: Tensor) -> None:

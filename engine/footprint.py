@@ -15,6 +15,8 @@ from typing import NamedTuple
 
 import torch
 
+from fastkv.cache.decode_budget import DecodeBudget
+from fastkv.cache.model_wide import ModelWideLayer
 from fastkv.cache.scores import queries_at_a_time
 from fastkv.engine.attention import QUERY_BLOCK
 from fastkv.engine.output_norms import tokens_at_a_time
@@ -88,7 +90,11 @@ def footprint(
         way = _Way.of(plan, index, shapes.on_cpu)
         _grow(workspace, shapes.buffers(way))
         steps.append(shapes.of_layer(way))
-    return Footprint(cache, batch * plan.held_nbytes, workspace, shapes.lists(model), max(steps))
+    lists = shapes.lists(model)
+    if plan.evicts is not None:
+        lists += slots * shapes.sums(plan.evicts)
+        steps.append(shapes.evicting(plan.evicts))
+    return Footprint(cache, batch * plan.held_nbytes, workspace, lists, max(steps))
 
 
 def _grow(workspace: dict[str, int], needs: dict[str, int]) -> None:
@@ -312,6 +318,29 @@ class _Shapes:
     def chunk(self, n_tokens: int) -> int:
         """Tokens of the largest chunk."""
         return max(end - start for start, end in chunks(torch.empty(1, n_tokens, 0, device=self.device)))
+
+    # --- a bounded cache (cache/bounded.py) ---
+
+    def sums(self, budget: DecodeBudget) -> int:
+        """Of one sequence: what each entry has received, float32, and where it stands."""
+        entries = sum(budget.most(count) for count in self.plan.longest)
+        return entries * self.kv_heads * (_FLOAT + _INDEX)
+
+    def evicting(self, budget: DecodeBudget) -> int:
+        """What stays of a layer, copied twice on its way; scores, and which they are. Or the attention of one query.
+
+        Where heads differ, also all that they hold, in as much memory as if each were the longest; where layers share
+        memory, what stays of all of them.
+        """
+        most, n_layers = max(map(budget.most, self.plan.longest)), len(self.plan.layers)
+        stays = 2 * self.kv_heads * min(most, budget.entries) * self.head_dim * self.item
+        chosen = 6 * self.kv_heads * most * _INDEX
+        if self.plan.layout.per_head:
+            chosen += stays + 2 * self.kv_heads * most * self.head_dim * self.item
+        if issubclass(self.plan.layout, ModelWideLayer):
+            stays *= n_layers
+        keys = self.kv_heads * most * self.head_dim * _FLOAT if self.copies_keys else 0
+        return max(stays + chosen, keys + 3 * self.heads * most * _FLOAT)
 
     def decoding(self, slots: int, draws: bool) -> int:
         """A step of `slots` sequences: its MLP, or its logits, and what is drawn from them."""

@@ -14,6 +14,7 @@ from typing import Any, overload
 import torch
 from torch import Tensor
 
+from fastkv.cache.decode_budget import DecodeBudget
 from fastkv.cache.kv_cache import KVCache, check_cache
 from fastkv.cache.layer import EntryShape
 from fastkv.cache.policies import FastKV
@@ -170,7 +171,12 @@ class LLM:
 
     @overload
     def generate(
-        self, prompt: str | list[int], params: SamplingParams | None = None, policy: Policy | None = None
+        self,
+        prompt: str | list[int],
+        params: SamplingParams | None = None,
+        policy: Policy | None = None,
+        *,
+        decode_budget: int | None = None,
     ) -> Output: ...
 
     @overload
@@ -180,6 +186,7 @@ class LLM:
         params: SamplingParams | Sequence[SamplingParams] | None = None,
         policy: Policy | None = None,
         *,
+        decode_budget: int | None = None,
         batch_size: int = DEFAULT_BATCH_SIZE,
         kv_memory: int | None = None,
     ) -> list[Output]: ...
@@ -190,6 +197,7 @@ class LLM:
         params: Any = None,
         policy: Policy | None = None,
         *,
+        decode_budget: int | None = None,
         batch_size: int = DEFAULT_BATCH_SIZE,
         kv_memory: int | None = None,
     ) -> Any:
@@ -199,15 +207,21 @@ class LLM:
         self.policy. A text gets the tokenizer's BOS, ids are taken as they are. Every prompt is checked before the
         first one runs. A list is worked on as `generate_each` says, and returned in its order.
 
+        decode_budget: entries that each KV head holds at most while an answer grows, and an interval more
+        (cache/decode_budget.py); None: all. What is dropped of prompt and answer is forgotten.
+
         Raises FastKVError for an empty prompt, ids outside the vocabulary, a prompt or max_tokens beyond the context,
-        and a text where the model has no tokenizer.
+        a text where the model has no tokenizer, and a decode_budget below 32.
         """
         if not is_batch(prompt):
-            stream = self.stream(prompt, params, policy)  # which refuses an empty list as the empty prompt that it is
+            # which refuses an empty list as the empty prompt that it is
+            stream = self.stream(prompt, params, policy, decode_budget=decode_budget)
             if batch_size != DEFAULT_BATCH_SIZE or kv_memory is not None:
                 raise FastKVError("batch_size and kv_memory are for a list of prompts")
             return _finish(stream)
-        each = self.generate_each(prompt, params, policy, batch_size=batch_size, kv_memory=kv_memory)
+        each = self.generate_each(
+            prompt, params, policy, decode_budget=decode_budget, batch_size=batch_size, kv_memory=kv_memory
+        )
         return [output for _, output in sorted(each, key=lambda done: done[0])]
 
     def generate_each(
@@ -216,6 +230,7 @@ class LLM:
         params: SamplingParams | Sequence[SamplingParams] | None = None,
         policy: Policy | None = None,
         *,
+        decode_budget: int | None = None,
         batch_size: int = DEFAULT_BATCH_SIZE,
         kv_memory: int | None = None,
     ) -> Iterator[tuple[int, Output]]:
@@ -236,7 +251,10 @@ class LLM:
         policy = self.policy if policy is None else self._checked_policy(policy)
         each = zip(prompts, params_of_each(params, len(prompts)), strict=True)
         fitting: set[Sizes] = set()
-        requests = [self._request_of(i, prompt, chosen, policy, fitting) for i, (prompt, chosen) in enumerate(each)]
+        budget = None if decode_budget is None else DecodeBudget(decode_budget)
+        requests = [
+            self._request_of(i, prompt, chosen, policy, fitting, budget) for i, (prompt, chosen) in enumerate(each)
+        ]
         if not requests:
             return iter(())
         n_slots = slots_that_fit(self._runtime, requests, batch_size, kv_memory)
@@ -249,6 +267,7 @@ class LLM:
         policy: Policy | None = None,
         *,
         keep_selection: bool = False,
+        decode_budget: int | None = None,
     ) -> Generation:
         """Like `generate` for one prompt, as an iterator of Piece(text, token_id).
 
@@ -258,7 +277,8 @@ class LLM:
         """
         called_at = time.perf_counter()
         check_switch("keep_selection", keep_selection)
-        request = self._request(prompt, params, policy)
+        budget = None if decode_budget is None else DecodeBudget(decode_budget)
+        request = self._request(prompt, params, policy, decode_budget=budget)
         return Generation(self._runtime, self.tokenizer, request, called_at, keep_selection)
 
     @explain_out_of_memory(REQUEST)
@@ -351,6 +371,7 @@ class LLM:
         params: SamplingParams | None,
         policy: Policy | None,
         fitting: set[Sizes] | None = None,
+        decode_budget: DecodeBudget | None = None,
     ) -> Request:
         """A checked request. fitting: sizes of requests of the same list for which memory is known to suffice."""
         if os.getpid() != self._process:
@@ -361,9 +382,12 @@ class LLM:
         ids = self._token_ids(prompt)
         policy = self.policy if policy is None else self._checked_policy(policy)
         policy = policy.covering(getattr(prompt, "tail", 0), ids.shape[1])
-        limit = position_limit(self.config, policy, ids.shape[1])
-        max_tokens = answer_length(self.config, params, ids.shape[1], limit)
-        plan = plan_request(self.config, policy, ids.shape[1], max_tokens, self.dtype, limit)
+        evicts = decode_budget is not None
+        limit = position_limit(self.config, policy, ids.shape[1], evicts=evicts)
+        max_tokens = answer_length(self.config, params, ids.shape[1], limit, evicts)
+        plan = plan_request(
+            self.config, policy, ids.shape[1], max_tokens, self.dtype, limit, decode_budget=decode_budget
+        )
         request = Request(ids, params, plan, self._eos_ids(params, getattr(prompt, "ends", frozenset())))
         if fitting is None or request.sizes not in fitting:
             slot, draws = self._slot_bytes(request), params.temperature > 0
@@ -381,10 +405,18 @@ class LLM:
         reusable = self._runtime.buffers.reusable(needed.cache if pool else 0, needed.workspace)
         check_request_fits(self._model, plan, needed, reusable)
 
-    def _request_of(self, index: int, prompt: Any, params: Any, policy: Policy, fitting: set[Sizes]) -> Request:
+    def _request_of(
+        self,
+        index: int,
+        prompt: Any,
+        params: Any,
+        policy: Policy,
+        fitting: set[Sizes],
+        decode_budget: DecodeBudget | None,
+    ) -> Request:
         """A request of a list: what is wrong with it is told with its place there."""
         try:
-            return self._request(prompt, params, policy, fitting)
+            return self._request(prompt, params, policy, fitting, decode_budget)
         except FastKVError as error:
             message = f"prompt {index} of the list: {error}"
             raise FastKVError(message, setting=error.setting, prompt=index) from error

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
+from fastkv.cache.bounded import BoundedCache
+from fastkv.cache.decode_budget import DecodeBudget
 from fastkv.cache.dense import DenseLayer
 from fastkv.cache.kv_cache import KVCache
 from fastkv.cache.layer import EntryShape, KVLayer
@@ -27,7 +30,7 @@ class RequestPlan:
     every layer keeps every new token. max_tokens: the answer's, for which there is room. position_limit: positions that
     the sequence may take. lookahead: tokens that are drafted when the layers are done, and forgotten; fewer than the
     policy says where the positions end, 0 where no layer drops an entry. capacities: entries of each layer's KV heads.
-    layout, shape: how they are stored.
+    layout, shape: how they are stored. decode_budget: what bounds the entries while the answer grows (None: nothing).
     """
 
     policy: Policy
@@ -42,6 +45,22 @@ class RequestPlan:
     capacities: tuple[int, ...]
     layout: type[KVLayer]
     shape: EntryShape
+    decode_budget: DecodeBudget | None = None
+
+    @property
+    def evicts(self) -> DecodeBudget | None:
+        """The decode_budget, if the answer may become long enough for it to drop anything."""
+        budget = self.decode_budget
+        if budget is None:
+            return None
+        longest = max(self.longest)
+        return budget if self.max_tokens > budget.steps(longest) else None
+
+    @property
+    def longest(self) -> list[int]:
+        """Entries of each layer's longest head after the prefill, at most: one may keep all that its layer saw."""
+        pairs = zip(self.past, self.layers, strict=True)
+        return [before + layer.seen if self.layout.per_head else layer.kept for before, layer in pairs]
 
     @property
     def nbytes(self) -> int:
@@ -76,6 +95,8 @@ class RequestPlan:
 
     def cache_in(self, pool: KVPool, slots: range) -> KVCache:
         """An empty cache for this request in these slots of a pool."""
+        if self.evicts is not None:
+            return BoundedCache(pool, slots, self.max_tokens, self.position_limit, self.evicts)
         return KVCache(pool, slots, self.max_tokens, self.position_limit)
 
     def new_cache(self, batch: int, device: torch.device) -> KVCache:
@@ -92,6 +113,7 @@ def plan_request(
     dtype: torch.dtype,
     limit: int,
     cache: KVCache | None = None,
+    decode_budget: DecodeBudget | None = None,
 ) -> RequestPlan:
     """The plan of a prefill of `n_tokens`, from the beginning or from what `cache` holds.
 
@@ -116,7 +138,7 @@ def plan_request(
     end = n_tokens + (0 if cache is None else cache.position)
     lookahead = max(0, min(policy.lookahead, limit - end)) if drops else 0
     capacities = tuple(round_up(plan.kept + max_tokens) for plan in layers)
-    return RequestPlan(
+    plan = RequestPlan(
         policy,
         n_tokens,
         past,
@@ -129,7 +151,14 @@ def plan_request(
         capacities,
         layout,
         shape,
+        decode_budget,
     )
+    return plan if plan.evicts is None else dataclasses.replace(plan, capacities=_bounded_capacities(plan, plan.evicts))
+
+
+def _bounded_capacities(plan: RequestPlan, budget: DecodeBudget) -> tuple[int, ...]:
+    """Entries of each layer's KV heads, where they are dropped again while the answer grows."""
+    return tuple(round_up(min(layer.kept + plan.max_tokens, budget.most(layer.kept))) for layer in plan.layers)
 
 
 def chooses_again(policy: Policy, n_layers: int, n_tokens: int, cache: KVCache) -> bool:
@@ -161,11 +190,13 @@ def _layout(policy: Policy, compresses: bool) -> type[KVLayer]:
     return ModelWideLayer if policy.over_layers else PerHeadLayer
 
 
-def position_limit(config: ModelConfig, policy: Policy, n_tokens: int, cache: KVCache | None = None) -> int:
+def position_limit(
+    config: ModelConfig, policy: Policy, n_tokens: int, cache: KVCache | None = None, evicts: bool = False
+) -> int:
     """The positions that the sequence may take, in tokens; FastKVError if the prompt alone takes more.
 
-    Where a policy drops tokens of a model with a sliding window, that window is the limit: which of the kept entries
-    have left it is not tracked.
+    Where a policy drops tokens of a model with a sliding window, or a decode budget is to drop some (evicts), that
+    window is the limit: which of the kept entries have left it is not tracked.
     """
     limit = config.context_length
     n_before = 0 if cache is None else cache.position
@@ -180,8 +211,14 @@ def position_limit(config: ModelConfig, policy: Policy, n_tokens: int, cache: KV
     window = config.sliding_window
     dropped = cache is not None and cache.whole_from > 0
     chooses = cache is None or chooses_again(policy, config.n_layers, n_tokens, cache)
-    if window is None or not (dropped or (chooses and drops_tokens(policy, config.n_layers, n_in_all))):
+    if window is None or not (evicts or dropped or (chooses and drops_tokens(policy, config.n_layers, n_in_all))):
         return limit
+    if n_in_all > window and evicts:
+        raise FastKVError(
+            f"the prompt has {n_tokens} tokens{after}, more than the model's sliding_window of {window}, where "
+            "decode_budget cannot drop entries; leave it out, or shorten the prompt",
+            setting="decode_budget",
+        )
     if n_in_all > window:
         raise FastKVError(
             f"the prompt has {n_tokens} tokens{after}, more than the model's sliding_window of {window}, where policy "

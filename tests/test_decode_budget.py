@@ -1,0 +1,192 @@
+"""A decode budget: the entries of each KV head stay bounded while an answer grows, and the best of them stay.
+
+The slow twin here attends to lists of entries, head by head, sums what each receives, and drops by the rule as stated.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from caches import idle_pool, make_pool
+from torch import Tensor
+
+from fastkv import LLM, AdaKV, DefensiveKVLayer, FastKV, FastKVError, FullKV, SamplingParams
+from fastkv.cache.bounded import BoundedCache
+from fastkv.cache.decode_budget import LEAST, SINKS, DecodeBudget
+from fastkv.cache.dense import DenseLayer
+from fastkv.cache.kv_cache import KVCache
+from fastkv.cache.policy import Policy
+from fastkv.engine import graph
+from fastkv.engine.generation import Generation
+
+PROMPT = torch.randint(3, 256, (150,), generator=torch.Generator().manual_seed(8)).tolist()
+BUDGET = DecodeBudget(40)  # an interval of 10
+POLICIES = {
+    "full": FullKV(),  # keeps more of the prompt than the budget
+    "fastkv": FastKV(min_tokens=8),  # less
+    "layers differ": FastKV(tsp_layer=1, tsp_len=20, kv_len=60),  # both
+    "heads differ": AdaKV(kv_len=38),  # both, in one layer
+    "layers compete": DefensiveKVLayer(kv_len=38),
+}
+EACH_POLICY = pytest.mark.parametrize("policy", POLICIES.values(), ids=POLICIES)
+
+
+def params(max_tokens: int, **choice: Any) -> SamplingParams:
+    return SamplingParams(max_tokens=max_tokens, ignore_eos=True, **choice)
+
+
+def cache_of(stream: Generation) -> KVCache:
+    assert stream._batch is not None
+    (sequence,) = stream._batch._at_work.values()
+    return sequence.cache
+
+
+def by_head(cache: KVCache, layer: int) -> list[tuple[Tensor, Tensor]]:
+    """k and v [n, D] of each head."""
+    return [(part.k[0, h].clone(), part.v[0, h].clone()) for part in cache.read(layer) for h in range(part.k.shape[1])]
+
+
+def positions_by_head(cache: KVCache, layer: int) -> list[list[int]]:
+    return [[p for p in head if p >= 0] for head in cache.positions(layer)[0].tolist()]
+
+
+class BoundedTwin:
+    """Entries as lists, by layer and head: [k, v, position, attention received so far]."""
+
+    def __init__(self, llm: LLM, cache: KVCache) -> None:
+        self.llm, self.position = llm, cache.position
+        self.heads = [
+            [
+                [[k, v, position, 0.0] for k, v, position in zip(*entries, places, strict=True)]
+                for entries, places in zip(by_head(cache, layer), positions_by_head(cache, layer), strict=True)
+            ]
+            for layer in range(llm.config.n_layers)
+        ]
+
+    def longest(self) -> int:
+        return max(len(head) for heads in self.heads for head in heads)
+
+    def evict(self) -> None:
+        for heads in self.heads:
+            for index, head in enumerate(heads):
+                recent = self.position - BUDGET.entries // 2
+                pinned = [entry for entry in head if entry[2] < SINKS or entry[2] >= recent]
+                others = sorted((e for e in head if SINKS <= e[2] < recent), key=lambda e: -e[3])
+                kept = pinned + others[: BUDGET.entries - len(pinned)]
+                heads[index] = sorted(kept, key=lambda entry: entry[2])
+
+    @torch.inference_mode()
+    def step(self, token: int) -> int:
+        model, config = self.llm.model, self.llm.config
+        hidden, rope = model.embed(torch.tensor([[token]])), model.rope(torch.tensor([[self.position]]))
+        for block, heads in zip(model.blocks, self.heads, strict=True):
+            q, k, v = block.project(hidden, rope)
+            attended = []
+            for index, (head, queries) in enumerate(zip(heads, q[0, :, 0].chunk(config.n_kv_heads), strict=True)):
+                head.append([k[0, index, 0], v[0, index, 0], self.position, 0.0])
+                keys, values = (torch.stack([entry[i] for entry in head]) for i in (0, 1))
+                weights = (queries @ keys.T / config.head_dim**0.5).softmax(-1)
+                attended.append(weights @ values)
+                for entry, received in zip(head, weights.sum(dim=0).tolist(), strict=True):
+                    entry[3] += received
+            block.finish_(hidden, torch.cat(attended)[None, :, None])
+        self.position += 1
+        return int(model.head(hidden[:, -1]).argmax())
+
+
+@EACH_POLICY
+def test_what_stays_is_what_received_most(tiny_llm: LLM, policy: Policy) -> None:
+    """Tokens, entries, positions and sums, through several evictions."""
+    stream = tiny_llm.stream(PROMPT, params(70), policy, decode_budget=BUDGET.entries)
+    token = next(stream).token_id
+    cache = cache_of(stream)
+    assert isinstance(cache, BoundedCache)
+    twin = BoundedTwin(tiny_llm, cache)
+    longest = twin.longest()
+    left = BUDGET.interval if cache.pool.layout.per_head else max(longest, BUDGET.entries) + BUDGET.interval - longest
+    evicted = 0
+    for piece in islice(stream, 65):
+        if left == 0:
+            twin.evict()
+            left, evicted = BUDGET.entries + BUDGET.interval - twin.longest(), evicted + 1
+        token, left = twin.step(token), left - 1
+        assert token == piece.token_id
+    assert evicted >= (2 if policy is POLICIES["fastkv"] else 3)
+    for layer, heads in enumerate(twin.heads):
+        assert positions_by_head(cache, layer) == [[entry[2] for entry in head] for head in heads]
+        for index, (head, (k, v)) in enumerate(zip(heads, by_head(cache, layer), strict=True)):
+            torch.testing.assert_close(k, torch.stack([entry[0] for entry in head]), atol=1e-5, rtol=1e-4)
+            torch.testing.assert_close(v, torch.stack([entry[1] for entry in head]), atol=1e-5, rtol=1e-4)
+            sums = torch.tensor([entry[3] for entry in head])
+            torch.testing.assert_close(cache.sums[layer][index, : len(head)], sums, atol=1e-4, rtol=1e-4)
+            assert not cache.sums[layer][index, len(head) :].any()
+    stream.close()
+
+
+@EACH_POLICY
+def test_no_head_holds_more_than_the_budget_and_an_interval(tiny_llm: LLM, policy: Policy) -> None:
+    stream = tiny_llm.stream(PROMPT, params(90), policy, decode_budget=BUDGET.entries)
+    next(stream)
+    cache = cache_of(stream)
+    most = []
+    for _ in islice(stream, 85):
+        most.append(int(cache.lengths.max()))
+        assert [cache.count(layer) for layer in range(6)] == cache.lengths.amax(dim=(1, 2)).tolist()
+    stream.close()
+    assert max(most[BUDGET.interval :]) == BUDGET.entries + BUDGET.interval
+
+
+def test_a_long_answer_takes_no_more_memory_than_a_short_one(tiny_llm: LLM) -> None:
+    tiny_llm.free_buffers()
+    long, short = (tiny_llm.generate(PROMPT, params(n), decode_budget=LEAST) for n in (3000, 300))
+    assert len(long.token_ids) == 3000
+    assert long.metrics.kv_bytes == short.metrics.kv_bytes
+    assert long.metrics.kv_bytes < long.metrics.kv_full_bytes / 15
+    assert long.token_ids[:300] == short.token_ids
+    assert idle_pool(tiny_llm).nbytes == long.metrics.kv_bytes
+    assert long.run.decode_budget == LEAST
+
+
+@EACH_POLICY
+def test_where_nothing_must_go_the_answer_is_the_plain_one(tiny_llm: LLM, policy: Policy) -> None:
+    """Neither where the budget is larger than all there is, nor where the answer ends before the first eviction."""
+    plain = tiny_llm.generate(PROMPT, params(40), policy)
+    bounded = tiny_llm.generate(PROMPT, params(40), policy, decode_budget=200)
+    assert bounded.token_ids == plain.token_ids
+    assert bounded.metrics.kv_bytes == plain.metrics.kv_bytes
+    start = tiny_llm.generate(PROMPT, params(60), policy, decode_budget=LEAST).token_ids
+    assert start[: LEAST // 4] == plain.token_ids[: LEAST // 4]
+
+
+@EACH_POLICY
+def test_each_row_of_a_batch_is_the_prompt_alone(tiny_llm: LLM, policy: Policy) -> None:
+    """Each drops its entries at its own time; one, whose answer is short, none at all."""
+    prompts = [PROMPT, PROMPT[:25], PROMPT[40:], PROMPT[:99]]
+    each = [params(55), params(70, temperature=0.9, seed=3), params(3), params(60, repetition_penalty=1.4)]
+    budget = BUDGET.entries
+    alone = [
+        tiny_llm.generate(p, chosen, policy, decode_budget=budget).token_ids
+        for p, chosen in zip(prompts, each, strict=True)
+    ]
+    for size in (2, 4):
+        together = tiny_llm.generate(prompts, each, policy, decode_budget=budget, batch_size=size)
+        assert [output.token_ids for output in together] == alone
+
+
+def test_the_best_of_a_head_by_hand() -> None:
+    budget = DecodeBudget(32)  # the newest 16
+    positions = torch.stack([torch.arange(48), torch.cat((torch.arange(8, 48), torch.full((8,), -1)))])
+    sums = torch.zeros(2, 48)
+    sums[0, 20:29], sums[0, 29] = 1.0, 0.4
+    sums[0, 4:9] = 0.5  # five that are alike, of which three have room
+    sums[1, 20], sums[1, 45] = 1.0, 99.0  # the second is no entry
+    first, second = budget.best(sums, positions, end=48).tolist()
+    assert first == [*range(SINKS), 4, 5, 6, *range(20, 29), *range(32, 48)]
+    assert second == [*range(15), 20, *range(24, 40)]
