@@ -7,7 +7,6 @@ next token's position goes on. Knows no model; who makes the steps calls `make_w
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
@@ -32,31 +31,33 @@ class _Stay(NamedTuple):
 
 
 class BoundedCache(KVCache):
-    """The entries of one sequence, within a budget.
+    """The entries of one sequence, within a budget. first: steps from the prefill to the first eviction.
 
+    That is said beforehand: each layer is to have room for them as soon as it is stored, and no layout changes them.
     sums: float32 [Hkv, n] of each layer, what each entry has received of the attention of all queries since the
     prefill, over the query heads of its KV head; empty until the first step.
     """
 
-    def __init__(self, pool: KVPool, slots: range, room: int, position_limit: int, budget: DecodeBudget) -> None:
+    def __init__(
+        self, pool: KVPool, slots: range, room: int, position_limit: int, budget: DecodeBudget, first: int
+    ) -> None:
         assert len(slots) == 1, "sequences drop their entries at different times"
         super().__init__(pool, slots, room, position_limit)
         self.budget = budget
         self.sums: list[Tensor] = []
-        self._steps_left = 0
-
-    @property
-    def entry_room(self) -> int:
-        return min(self.room, self.budget.interval)
+        self._first = self._steps_left = first
 
     def begin(self, whole: bool, room: int) -> None:
         super().begin(whole, room)
-        self.sums = []
+        self._entry_room = min(room, self._first)
+        self.sums, self._steps_left = [], self._first
 
     def make_way(self) -> None:
         """Before a step: where there is no room for one more entry, let each head keep its best."""
         if not self.sums:
-            self._start()
+            counts = map(self.count, range(len(self.layers)))
+            size = self.pool.shape.n_kv_heads
+            self.sums = [torch.zeros(size, self.budget.most(count), device=self.pool.device) for count in counts]
         if self._steps_left == 0:
             self._evict()
 
@@ -79,24 +80,18 @@ class BoundedCache(KVCache):
         for sums, lengths in zip(self.sums, self.lengths[:, 0], strict=False):
             sums *= torch.arange(sums.shape[1], device=sums.device) < lengths.unsqueeze(1)
 
-    def _start(self) -> None:
-        """After the prefill: nothing has been received, and the first eviction is some steps ahead."""
-        counts = [self.count(layer) for layer in range(len(self.layers))]
-        n_heads, device = self.pool.shape.n_kv_heads, self.pool.device
-        self.sums = [torch.zeros(n_heads, self.budget.most(count), device=device) for count in counts]
-        # Heads of different lengths have been given room for one interval each.
-        self._steps_left = self.budget.interval if self.pool.layout.per_head else self.budget.steps(max(counts))
-
     def _evict(self) -> None:
         self.unfinished = True  # until it is through the layers do not belong together
         n_layers = len(self.layers)
         longest = max(min(self.count(layer), self.budget.entries) for layer in range(n_layers))
-        staying: Iterable[_Stay] = (self._staying(layer) for layer in range(n_layers))
-        if issubclass(self.pool.layout, ModelWideLayer):
-            staying = list(staying)  # a layer may grow into the memory of the next one
         self._steps_left = self.budget.steps(longest)
-        for storage, stay in zip(self.pool.layers, staying, strict=True):
-            storage.store(self.slots, *stay, min(self._steps_left, self.room))
+        room = min(self._steps_left, self.room)
+        if issubclass(self.pool.layout, ModelWideLayer):  # a layer may grow into the memory of the next one
+            for storage, stay in zip(self.pool.layers, list(map(self._staying, range(n_layers))), strict=True):
+                storage.store(self.slots, *stay, room)
+        else:
+            for layer, storage in enumerate(self.pool.layers):
+                storage.store(self.slots, *self._staying(layer), room)
         self.whole_from = self.position
         self.unfinished = False
 

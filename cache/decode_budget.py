@@ -1,12 +1,17 @@
-"""How many entries a KV head may hold while an answer grows, and which of them stay when that is reached."""
+"""How many entries a KV head may hold while an answer grows, and which of them stay when that is reached.
+
+Imports torch for type checkers only, so that the command can check its flag at once.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from fastkv.errors import check_integer
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 SINKS = 4  # first tokens, which attract attention whatever they say (arXiv 2309.17453)
 LEAST = 32  # so small that the newest half and the sinks leave room for others

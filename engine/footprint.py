@@ -327,20 +327,20 @@ class _Shapes:
         return entries * self.kv_heads * (_FLOAT + _INDEX)
 
     def evicting(self, budget: DecodeBudget) -> int:
-        """What stays of a layer, copied twice on its way; scores, and which they are. Or the attention of one query.
+        """What stays of a layer, copied (of all layers, where these share memory), and what chooses it.
 
-        Where heads differ, also all that they hold, in as much memory as if each were the longest; where layers share
-        memory, what stays of all of them.
+        Where heads differ, also what they all hold, in as much memory as if each were the longest. Or the attention of
+        one query, its logits and weights.
         """
         most, n_layers = max(map(budget.most, self.plan.longest)), len(self.plan.layers)
-        stays = 2 * self.kv_heads * min(most, budget.entries) * self.head_dim * self.item
-        chosen = 6 * self.kv_heads * most * _INDEX
-        if self.plan.layout.per_head:
-            chosen += stays + 2 * self.kv_heads * most * self.head_dim * self.item
+        stays = 2 * self.of_heads(min(most, budget.entries), self.kv_heads)
         if issubclass(self.plan.layout, ModelWideLayer):
             stays *= n_layers
-        keys = self.kv_heads * most * self.head_dim * _FLOAT if self.copies_keys else 0
-        return max(stays + chosen, keys + 3 * self.heads * most * _FLOAT)
+        work = 5 * self.kv_heads * most * _INDEX  # positions, scores, and their order
+        if self.plan.layout.per_head:
+            work = max(work, 2 * self.of_heads(most, self.kv_heads))
+        keys = self.of_heads(most, self.kv_heads) // self.item * _FLOAT if self.copies_keys else 0
+        return max(stays + work, keys + 3 * self.heads * most * _FLOAT)
 
     def decoding(self, slots: int, draws: bool) -> int:
         """A step of `slots` sequences: its MLP, or its logits, and what is drawn from them."""

@@ -53,8 +53,7 @@ class RequestPlan:
         budget = self.decode_budget
         if budget is None:
             return None
-        longest = max(self.longest)
-        return budget if self.max_tokens > budget.steps(longest) else None
+        return budget if self.max_tokens > budget.steps(max(self.longest)) else None
 
     @property
     def longest(self) -> list[int]:
@@ -95,8 +94,10 @@ class RequestPlan:
 
     def cache_in(self, pool: KVPool, slots: range) -> KVCache:
         """An empty cache for this request in these slots of a pool."""
-        if self.evicts is not None:
-            return BoundedCache(pool, slots, self.max_tokens, self.position_limit, self.evicts)
+        budget = self.evicts
+        if budget is not None:
+            first = budget.steps(max(self.longest))
+            return BoundedCache(pool, slots, self.max_tokens, self.position_limit, budget, first)
         return KVCache(pool, slots, self.max_tokens, self.position_limit)
 
     def new_cache(self, batch: int, device: torch.device) -> KVCache:
