@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastkv.cache.catalogue import SETTINGS
+from fastkv.cache.decode_budget import DecodeBudget
 from fastkv.cli_flags import NAMED_SETTINGS, SAMPLING_FLAGS, build_parser
 from fastkv.console.chat_flags import chat_arguments, stop_token_ids
 from fastkv.console.files import check_writable
@@ -57,6 +58,8 @@ def _run(args: argparse.Namespace) -> int:
     if args.policy is not None and args.policy_file is not None:
         raise FastKVError("--policy-file names a policy already: leave it or --policy out")
     jobs = _jobs(args)
+    if args.decode_budget is not None:
+        DecodeBudget(args.decode_budget)
     _check_targets(args)
 
     from fastkv.engine.sampler import SamplingParams
@@ -168,7 +171,8 @@ def _jobs(args: argparse.Namespace) -> list[Job]:
 
 def _run_one(args: argparse.Namespace, llm: LLM, job: Job, params: SamplingParams, source: Rows) -> int:
     """The answer to standard output, as it is made. source: where the policy comes from, for the figures."""
-    stream = llm.stream(_prompt(args, llm, job), params, keep_selection=args.report is not None)
+    prompt, shows = _prompt(args, llm, job), args.report is not None
+    stream = llm.stream(prompt, params, keep_selection=shows, decode_budget=args.decode_budget)
     status = _print_json(stream) if args.json else _print_text(stream)
     if not args.quiet:
         policy, *others = figures(stream.output())
@@ -180,7 +184,9 @@ def _run_one(args: argparse.Namespace, llm: LLM, job: Job, params: SamplingParam
 
 def _run_many(args: argparse.Namespace, llm: LLM, jobs: list[Job], params: SamplingParams, source: Rows) -> int:
     """The answers into a file, those left out that are there."""
-    limits: dict[str, Any] = {} if args.batch_size is None else {"batch_size": args.batch_size}
+    limits: dict[str, Any] = {"decode_budget": args.decode_budget}
+    if args.batch_size is not None:
+        limits["batch_size"] = args.batch_size
     if args.kv_memory is not None:
         limits["kv_memory"] = args.kv_memory * 2**20
     about = {"model": writable(args.model), "chat": args.chat, "system": args.system, "chat_arg": args.chat_arg}

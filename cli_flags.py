@@ -36,7 +36,7 @@ NAMED_SETTINGS = {
     *SAMPLING_FLAGS,
     *("prompt", "chat", "chat_arg", "stop", "stop_token", "policy", "policy_file", "device", "dtype", "weights"),
     *("threads", "revision", "compile", "attention", "report"),
-    *("prompts", "output", "batch_size", "kv_memory", "reuse_prefix"),
+    *("prompts", "output", "batch_size", "kv_memory", "reuse_prefix", "decode_budget"),
 }
 
 
@@ -74,6 +74,12 @@ def build_parser() -> Parser:
     sampling.add_argument("--stop", action="append", default=[], metavar="STR", help="end before this (repeatable)")
     sampling.add_argument(
         "--stop-token", action="append", default=[], metavar="TOKEN", help="end before this token, or id (repeatable)"
+    )
+    sampling.add_argument(
+        "--decode-budget",
+        type=int,
+        metavar="N",
+        help="entries a KV head holds while the answer grows; what is dropped is forgotten (default: all are kept)",
     )
     sampling.add_argument("--ignore-eos", action="store_true", help="continue after an end-of-text token")
     sampling.add_argument("--chat", action="store_true", help="wrap the prompt in the model's chat template")

@@ -30,6 +30,7 @@ class KVCache:
     def __init__(self, pool: KVPool, slots: range, room: int, position_limit: int) -> None:
         self.pool, self.slots, self.batch = pool, slots, len(slots)
         self.room, self.position_limit = room, position_limit
+        self._entry_room = room  # for entries of each head after those that a prefill stores
         self.position = self.whole_from = 0
         self._chosen: list[Tensor | None] = [None] * len(pool.layers)  # int64 [B, Hkv, n], before whole_from
         self.unfinished, self._whole = False, True
@@ -106,11 +107,12 @@ class KVCache:
 
         whole: each layer will keep every new token. room: tokens that can be appended after the prefill.
         """
-        self.unfinished, self._whole, self.room = True, whole, room
+        self.unfinished, self._whole = True, whole
+        self.room = self._entry_room = room
 
     def store(self, layer: int, k: Tensor, v: Tensor, kept: Kept, positions: Tensor) -> None:
         """Replace a layer's entries by the `kept` of k and v [B, Hkv, T, D], which stand at `positions` [B, Hkv, n]."""
-        self.pool.layers[layer].store(self.slots, k, v, kept, self.room)
+        self.pool.layers[layer].store(self.slots, k, v, kept, self._entry_room)
         if not self._whole:
             self._chosen[layer] = positions
 
@@ -118,7 +120,7 @@ class KVCache:
         """As `store`, where sequences keep different numbers of a layer's entries: `kept` has one for each."""
         for row, (slot, of_row) in enumerate(zip(self.slots, kept, strict=True)):
             part = slice(row, row + 1)
-            self.pool.layers[layer].store(range(slot, slot + 1), k[part], v[part], of_row, self.room)
+            self.pool.layers[layer].store(range(slot, slot + 1), k[part], v[part], of_row, self._entry_room)
         self._chosen[layer] = positions
 
     def extend(self, layer: int, k: Tensor, v: Tensor, positions: Tensor) -> None:

@@ -109,10 +109,11 @@ def run_jobs(
     """Answer what has no record in `output` yet; a line of figures.
 
     prompt_of: a job's prompt as the model is to see it. about: what else a record says of the whole run. limits:
-    batch_size, kv_memory and reuse_prefix of `LLM.generate_each`.
+    decode_budget, batch_size, kv_memory and reuse_prefix of `LLM.generate_each`.
     """
     policy = {"name": llm.policy.name, **llm.policy.settings(llm.config.n_layers)}
     about = {**about, "dtype": llm.model.precision, "policy": policy, "sampling": dataclasses.asdict(params)}
+    about["decode_budget"] = limits.get("decode_budget")  # other answers, unlike the other limits
     with Records(output, about, jobs) as records, ProgressLine(sys.stderr) as line:
         todo = [job for job in jobs if job.id not in records.done]
         started, new_tokens, warned, reused = time.perf_counter(), 0, 0, 0

@@ -24,6 +24,7 @@ def as_json(output: Output) -> dict[str, Any]:
         "policy": {"name": output.run.policy, **output.run.settings},
         "device": output.run.device,
         "dtype": output.run.dtype,
+        "decode_budget": output.run.decode_budget,
         "warning": warning(output.run, output.metrics),
         "metrics": dataclasses.asdict(output.metrics),
     }
@@ -57,7 +58,7 @@ def figures(output: Output) -> list[tuple[str, str]]:
             f" {_mebibytes(metrics.kv_bytes)} of {_mebibytes(metrics.kv_full_bytes)}",
         ),
     ]
-    rows += _reductions(run, metrics) + _attention(run, metrics)
+    rows += _reductions(run, metrics) + _attention(run, metrics) + _budget(run)
     if metrics.peak_bytes is not None:
         rows.append(("peak memory", f"{_mebibytes(metrics.peak_bytes)} ({_peak_of(run)})"))
     return rows
@@ -84,6 +85,11 @@ def _attention(run: RunInfo, metrics: Metrics) -> list[tuple[str, str]]:
     """How much of the attention mass is kept, and what to do where that is little."""
     share = metrics.attention_kept
     return [] if share is None or share == 1 else [("attention", warning(run, metrics) or _kept(share))]
+
+
+def _budget(run: RunInfo) -> list[tuple[str, str]]:
+    """That the answer was made from a bounded cache."""
+    return [] if run.decode_budget is None else [("budget", f"{run.decode_budget:,} entries a head while decoding")]
 
 
 def _kept(share: float) -> str:

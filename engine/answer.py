@@ -86,13 +86,14 @@ class Answer:
         return Output(self.text, list(self.token_ids), self._finish_reason, self._metrics(), self._run())
 
     def _run(self) -> RunInfo:
-        policy, first = self.request.policy, self.request.plan.first_pass
+        policy, first, budget = self.request.policy, self.request.plan.first_pass, self.request.plan.decode_budget
         return RunInfo(
             policy=policy.name,
             settings=policy.settings(self._config.n_layers),
             device=self._device,
             dtype=self._dtype,
             first_pass_layer=None if first is None else first.layer,
+            decode_budget=None if budget is None else budget.entries,
         )
 
     def _metrics(self) -> Metrics:

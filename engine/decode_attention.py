@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastkv.cache.bounded import BoundedCache
 from fastkv.cache.dense import DenseLayer
 from fastkv.cache.layer import EntryShape
 from fastkv.cache.pool import KVPool
@@ -65,6 +66,22 @@ class EagerAttention:
             attended.append(attend_parts(storage.read(run, self._n_new), q[part], window))
             first = part.stop
         return torch.cat(attended)
+
+
+class ObservedAttention:
+    """As `attention`; `bounded`, caches by their row of the batch, are told what each query attends to.
+
+    The kernels that attend give no weights, so these are computed once more, from few entries.
+    """
+
+    def __init__(self, attention: StepAttention, bounded: Mapping[int, BoundedCache]) -> None:
+        self._attention, self._bounded = attention, bounded
+
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        attended = self._attention(layer, q, k, v)
+        for row, cache in self._bounded.items():
+            cache.observe(layer, q[row : row + 1])
+        return attended
 
 
 class MaskedAttention:

@@ -15,6 +15,8 @@ from typing import NamedTuple
 
 import torch
 
+from fastkv.cache.decode_budget import DecodeBudget
+from fastkv.cache.model_wide import ModelWideLayer
 from fastkv.cache.policy import ScoreSizes
 from fastkv.cache.scores import queries_at_a_time
 from fastkv.engine.attention import QUERY_BLOCK
@@ -93,7 +95,11 @@ def footprint(
     if plan.probe is not None:  # all layers once more, for a part of the prompt at a time
         _grow(workspace, shapes.probing_buffers(plan.probe.longest))
         steps.append(shapes.probing(plan.probe))
-    return Footprint(cache, batch * plan.held_nbytes, workspace, shapes.lists(model), max(steps))
+    lists = shapes.lists(model)
+    if plan.evicts is not None:
+        lists += slots * shapes.sums(plan.evicts)
+        steps.append(shapes.evicting(plan.evicts))
+    return Footprint(cache, batch * plan.held_nbytes, workspace, lists, max(steps))
 
 
 def _grow(workspace: dict[str, int], needs: dict[str, int]) -> None:
@@ -347,6 +353,29 @@ class _Shapes:
     def chunk(self, n_tokens: int) -> int:
         """Tokens of the largest chunk."""
         return max(end - start for start, end in chunks(torch.empty(1, n_tokens, 0, device=self.device)))
+
+    # --- a bounded cache (cache/bounded.py) ---
+
+    def sums(self, budget: DecodeBudget) -> int:
+        """Of one sequence: what each entry has received, float32, and where it stands."""
+        entries = sum(budget.most(count) for count in self.plan.longest)
+        return entries * self.kv_heads * (_FLOAT + _INDEX)
+
+    def evicting(self, budget: DecodeBudget) -> int:
+        """What stays of a layer, copied (of all layers, where these share memory), and what chooses it.
+
+        Where heads differ, also what they all hold, in as much memory as if each were the longest. Or the attention of
+        one query, its logits and weights.
+        """
+        most, n_layers = max(map(budget.most, self.plan.longest)), len(self.plan.layers)
+        stays = 2 * self.of_heads(min(most, budget.entries), self.kv_heads)
+        if issubclass(self.plan.layout, ModelWideLayer):
+            stays *= n_layers
+        work = 5 * self.kv_heads * most * _INDEX  # positions, scores, and their order
+        if self.plan.layout.per_head:
+            work = max(work, 2 * self.of_heads(most, self.kv_heads))
+        keys = self.of_heads(most, self.kv_heads) // self.item * _FLOAT if self.copies_keys else 0
+        return max(stays + work, keys + 3 * self.heads * most * _FLOAT)
 
     def decoding(self, slots: int, draws: bool) -> int:
         """A step of `slots` sequences: its MLP, or its logits, and what is drawn from them."""

@@ -14,6 +14,7 @@ from typing import Any, overload
 import torch
 from torch import Tensor
 
+from fastkv.cache.decode_budget import DecodeBudget
 from fastkv.cache.kv_cache import KVCache, check_cache
 from fastkv.cache.layer import EntryShape
 from fastkv.cache.policies import FastKV
@@ -175,7 +176,12 @@ class LLM:
 
     @overload
     def generate(
-        self, prompt: str | list[int] | Turn, params: SamplingParams | None = None, policy: Policy | None = None
+        self,
+        prompt: str | list[int] | Turn,
+        params: SamplingParams | None = None,
+        policy: Policy | None = None,
+        *,
+        decode_budget: int | None = None,
     ) -> Output: ...
 
     @overload
@@ -185,6 +191,7 @@ class LLM:
         params: SamplingParams | Sequence[SamplingParams] | None = None,
         policy: Policy | None = None,
         *,
+        decode_budget: int | None = None,
         batch_size: int = DEFAULT_BATCH_SIZE,
         kv_memory: int | None = None,
         reuse_prefix: bool | None = None,
@@ -196,6 +203,7 @@ class LLM:
         params: Any = None,
         policy: Policy | None = None,
         *,
+        decode_budget: int | None = None,
         batch_size: int = DEFAULT_BATCH_SIZE,
         kv_memory: int | None = None,
         reuse_prefix: bool | None = None,
@@ -207,18 +215,22 @@ class LLM:
         `session.turn(prompt)`, alone or in a list, and goes by its session's policy. Every prompt is checked before the
         first one runs. A list is worked on as `generate_each` says, and returned in its order.
 
+        decode_budget: entries that each KV head holds at most while an answer grows, and an interval more
+        (cache/decode_budget.py); None: all. What is dropped of prompt and answer is forgotten.
+
         Raises FastKVError for an empty prompt, ids outside the vocabulary, a prompt or max_tokens beyond the context,
-        and a text where the model has no tokenizer.
+        a text where the model has no tokenizer, and a decode_budget below 32.
         """
         if not is_batch(prompt):
-            stream = self.stream(prompt, params, policy)  # which refuses an empty list as the empty prompt that it is
+            # which refuses an empty list as the empty prompt that it is
+            stream = self.stream(prompt, params, policy, decode_budget=decode_budget)
             if batch_size != DEFAULT_BATCH_SIZE or kv_memory is not None:
                 raise FastKVError("batch_size and kv_memory are for a list of prompts")
             if reuse_prefix is not None:
                 raise FastKVError("reuse_prefix is for a list of prompts", setting="reuse_prefix")
             return _finish(stream)
         limits: dict[str, Any] = {"batch_size": batch_size, "kv_memory": kv_memory, "reuse_prefix": reuse_prefix}
-        each = self.generate_each(prompt, params, policy, **limits)
+        each = self.generate_each(prompt, params, policy, decode_budget=decode_budget, **limits)
         return [output for _, output in sorted(each, key=lambda done: done[0])]
 
     def generate_each(
@@ -227,6 +239,7 @@ class LLM:
         params: SamplingParams | Sequence[SamplingParams] | None = None,
         policy: Policy | None = None,
         *,
+        decode_budget: int | None = None,
         batch_size: int = DEFAULT_BATCH_SIZE,
         kv_memory: int | None = None,
         reuse_prefix: bool | None = None,
@@ -258,7 +271,10 @@ class LLM:
             check_reuse(policy, self.config)
         each = zip(prompts, params_of_each(params, len(prompts)), strict=True)
         fitting: set[Sizes] = set()
-        requests = [self._request_of(i, prompt, chosen, policy, fitting) for i, (prompt, chosen) in enumerate(each)]
+        budget = None if decode_budget is None else DecodeBudget(decode_budget)
+        requests = [
+            self._request_of(i, prompt, chosen, policy, fitting, budget) for i, (prompt, chosen) in enumerate(each)
+        ]
         check_sessions(requests)
         if not requests:
             return iter(())
@@ -272,6 +288,7 @@ class LLM:
         policy: Policy | None = None,
         *,
         keep_selection: bool = False,
+        decode_budget: int | None = None,
     ) -> Generation:
         """Like `generate` for one prompt, as an iterator of Piece(text, token_id).
 
@@ -283,7 +300,8 @@ class LLM:
         check_switch("keep_selection", keep_selection)
         if isinstance(prompt, Turn) and policy is not None:
             raise FastKVError("a turn goes by its session's policy: leave policy out")
-        request = self._request(prompt, params, policy)
+        budget = None if decode_budget is None else DecodeBudget(decode_budget)
+        request = self._request(prompt, params, policy, decode_budget=budget)
         return Generation(self._runtime, self.tokenizer, request, called_at, keep_selection)
 
     def session(self, policy: Policy | None = None, *, system: str | None = None) -> Session:
@@ -399,6 +417,7 @@ class LLM:
         params: SamplingParams | None,
         policy: Policy | None,
         fitting: set[Sizes] | None = None,
+        decode_budget: DecodeBudget | None = None,
     ) -> Request:
         """A checked request. fitting: sizes of requests of the same list for which memory is known to suffice."""
         if os.getpid() != self._process:
@@ -411,11 +430,16 @@ class LLM:
         policy = turn.working_policy if turn is not None else policy
         policy = self.policy if policy is None else self._checked_policy(policy)
         policy = policy.covering(getattr(prompt, "tail", 0), ids.shape[1])
-        past = None if turn is None else turn.held.snapshot
+        past, evicts = None if turn is None else turn.held.snapshot, decode_budget is not None
+        if turn is not None and evicts:
+            raise FastKVError(
+                "a session keeps what comes later whole: leave decode_budget out", setting="decode_budget"
+            )
         n_before = 0 if past is None else past.position
-        limit = position_limit(self.config, policy, ids.shape[1], past)
-        max_tokens = answer_length(self.config, params, ids.shape[1], limit, n_before)
-        plan = plan_request(self.config, policy, ids.shape[1], max_tokens, self.dtype, limit, past, self._told)
+        limit = position_limit(self.config, policy, ids.shape[1], past, evicts)
+        max_tokens = answer_length(self.config, params, ids.shape[1], limit, n_before, evicts)
+        sizes = ids.shape[1], max_tokens, self.dtype, limit
+        plan = plan_request(self.config, policy, *sizes, past, self._told, decode_budget)
         request = Request(ids, params, plan, self._eos_ids(params, getattr(prompt, "ends", frozenset())), turn)
         if fitting is None or request.sizes not in fitting:
             slot, draws = self._slot_bytes(request), params.temperature > 0
@@ -434,10 +458,18 @@ class LLM:
         reusable = self._runtime.buffers.reusable(needed.cache if pool else 0, needed.workspace)
         check_request_fits(self._model, plan, needed, reusable)
 
-    def _request_of(self, index: int, prompt: Any, params: Any, policy: Policy, fitting: set[Sizes]) -> Request:
+    def _request_of(
+        self,
+        index: int,
+        prompt: Any,
+        params: Any,
+        policy: Policy,
+        fitting: set[Sizes],
+        decode_budget: DecodeBudget | None,
+    ) -> Request:
         """A request of a list: what is wrong with it is told with its place there."""
         try:
-            return self._request(prompt, params, policy, fitting)
+            return self._request(prompt, params, policy, fitting, decode_budget)
         except FastKVError as error:
             message = f"prompt {index} of the list: {error}"
             raise FastKVError(message, setting=error.setting, prompt=index) from error

@@ -60,7 +60,8 @@ class RunInfo:
 
     policy: its name. settings: those of the policy, with defaults that depend on the model worked out. device and
     dtype: as torch names them ("cuda:0", "bfloat16"). first_pass_layer: where a first pass chose the tokens that the
-    model then read anew, None where there was none.
+    model then read anew, None where there was none. decode_budget: entries that each KV head was to hold at most while
+    the answer grew; None: it kept all.
     """
 
     policy: str
@@ -68,6 +69,7 @@ class RunInfo:
     device: str
     dtype: str
     first_pass_layer: int | None = None
+    decode_budget: int | None = None
 
 
 @dataclass(frozen=True)

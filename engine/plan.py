@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 
+from fastkv.cache.bounded import BoundedCache
+from fastkv.cache.decode_budget import DecodeBudget
 from fastkv.cache.dense import DenseLayer
 from fastkv.cache.kv_cache import KVCache
 from fastkv.cache.layer import EntryShape, KVLayer
@@ -52,7 +55,7 @@ class RequestPlan:
     room. position_limit: positions that the sequence may take. lookahead: tokens that are drafted when the layers are
     done, and forgotten; fewer than the policy says where the positions end, 0 where no layer drops an entry. probe: how
     the prompt is repeated before its layers choose (None: not at all). capacities: entries of each layer's KV heads.
-    layout, shape: how they are stored.
+    layout, shape: how they are stored. decode_budget: what bounds the entries while the answer grows (None: nothing).
     """
 
     policy: Policy
@@ -69,6 +72,21 @@ class RequestPlan:
     capacities: tuple[int, ...]
     layout: type[KVLayer]
     shape: EntryShape
+    decode_budget: DecodeBudget | None = None
+
+    @property
+    def evicts(self) -> DecodeBudget | None:
+        """The decode_budget, if the answer may become long enough for it to drop anything."""
+        budget = self.decode_budget
+        if budget is None:
+            return None
+        return budget if self.max_tokens > budget.steps(max(self.longest)) else None
+
+    @property
+    def longest(self) -> list[int]:
+        """Entries of each layer's longest head after the prefill, at most: one may keep all that its layer saw."""
+        pairs = zip(self.past, self.layers, strict=True)
+        return [before + layer.seen if self.layout.per_head else layer.kept for before, layer in pairs]
 
     @property
     def nbytes(self) -> int:
@@ -109,6 +127,10 @@ class RequestPlan:
 
     def cache_in(self, pool: KVPool, slots: range) -> KVCache:
         """An empty cache for this request in these slots of a pool."""
+        budget = self.evicts
+        if budget is not None:
+            first = budget.steps(max(self.longest))
+            return BoundedCache(pool, slots, self.max_tokens, self.position_limit, budget, first)
         return KVCache(pool, slots, self.max_tokens, self.position_limit)
 
     def new_cache(self, batch: int, device: torch.device) -> KVCache:
@@ -126,6 +148,7 @@ def plan_request(
     limit: int,
     cache: Past | None = None,
     encode: Encode = lambda text: (),
+    decode_budget: DecodeBudget | None = None,
 ) -> RequestPlan:
     """The plan of a prefill of `n_tokens`, from the beginning or from what `cache` holds.
 
@@ -157,7 +180,7 @@ def plan_request(
     if cache is not None and layout.per_head:  # a head's memory is not its own: what counts is all of them together
         kept = [cache.mean(layer) + n_tokens for layer in range(n_layers)]
     capacities = tuple(round_up(count + max_tokens) for count in kept)
-    return RequestPlan(
+    plan = RequestPlan(
         policy,
         n_tokens,
         0 if cache is None else cache.position,
@@ -172,7 +195,14 @@ def plan_request(
         capacities,
         layout,
         shape,
+        decode_budget,
     )
+    return plan if plan.evicts is None else dataclasses.replace(plan, capacities=_bounded_capacities(plan, plan.evicts))
+
+
+def _bounded_capacities(plan: RequestPlan, budget: DecodeBudget) -> tuple[int, ...]:
+    """Entries of each layer's KV heads, where they are dropped again while the answer grows."""
+    return tuple(round_up(min(layer.kept + plan.max_tokens, budget.most(layer.kept))) for layer in plan.layers)
 
 
 def chooses_again(policy: Policy, n_layers: int, n_tokens: int, cache: Past) -> bool:
@@ -204,11 +234,13 @@ def _layout(policy: Policy, compresses: bool) -> type[KVLayer]:
     return ModelWideLayer if policy.over_layers else PerHeadLayer
 
 
-def position_limit(config: ModelConfig, policy: Policy, n_tokens: int, cache: Past | None = None) -> int:
+def position_limit(
+    config: ModelConfig, policy: Policy, n_tokens: int, cache: Past | None = None, evicts: bool = False
+) -> int:
     """The positions that the sequence may take, in tokens; FastKVError if the prompt alone takes more.
 
-    Where a policy drops tokens of a model with a sliding window, that window is the limit: which of the kept entries
-    have left it is not tracked.
+    Where a policy drops tokens of a model with a sliding window, or a decode budget is to drop some (evicts), that
+    window is the limit: which of the kept entries have left it is not tracked.
     """
     limit = config.context_length
     n_before = 0 if cache is None else cache.position
@@ -223,8 +255,14 @@ def position_limit(config: ModelConfig, policy: Policy, n_tokens: int, cache: Pa
     window = config.sliding_window
     dropped = cache is not None and cache.whole_from > 0
     chooses = cache is None or chooses_again(policy, config.n_layers, n_tokens, cache)
-    if window is None or not (dropped or (chooses and drops_tokens(policy, config.n_layers, n_in_all))):
+    if window is None or not (evicts or dropped or (chooses and drops_tokens(policy, config.n_layers, n_in_all))):
         return limit
+    if n_in_all > window and evicts:
+        raise FastKVError(
+            f"the prompt has {n_tokens} tokens{after}, more than the model's sliding_window of {window}, where "
+            "decode_budget cannot drop entries; leave it out, or shorten the prompt",
+            setting="decode_budget",
+        )
     if n_in_all > window:
         raise FastKVError(
             f"the prompt has {n_tokens} tokens{after}, more than the model's sliding_window of {window}, where policy "

@@ -91,7 +91,7 @@ def _beginnings(
     model: Llama, requests: Sequence[Request], policy: Policy, compressed: bool
 ) -> list[tuple[Group, Beginning]]:
     """What can be shared, those first that save most. compressed: also what a policy drops tokens of."""
-    places = [i for i, each in enumerate(requests) if each.turn is None and (compressed or not each.plan.compresses)]
+    places = [i for i, each in enumerate(requests) if _may_share(each, compressed)]
     found = []
     for group in common_beginnings([requests[place].ids[0] for place in places]):
         members = sorted(places[member] for member in group.members)
@@ -102,6 +102,12 @@ def _beginnings(
         if not plan.compresses or (compressed and reach <= limit):
             found.append((Group(members, group.length), begun))
     return sorted(found, key=lambda one: -one[0].saved)
+
+
+def _may_share(request: Request, compressed: bool) -> bool:
+    """Whether a request can go on after a copy of its beginning. compressed: also where its policy drops tokens."""
+    plan = request.plan
+    return request.turn is None and plan.decode_budget is None and (compressed or not plan.compresses)
 
 
 def _continued(model: Llama, requests: Sequence[Request], begun: Sequence[tuple[Group, Beginning]]) -> list[Request]:

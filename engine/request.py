@@ -135,16 +135,19 @@ def checked_ids(ids: Tensor, vocab_size: int) -> Tensor:
     return ids
 
 
-def answer_length(config: ModelConfig, params: SamplingParams, n_tokens: int, limit: int, n_before: int = 0) -> int:
+def answer_length(
+    config: ModelConfig, params: SamplingParams, n_tokens: int, limit: int, n_before: int = 0, evicts: bool = False
+) -> int:
     """The `max_tokens` that holds; FastKVError if an explicit one does not fit after the prompt.
 
-    n_before: tokens of the sequence before the prompt.
+    n_before: tokens of the sequence before the prompt. evicts: whether a decode budget is to drop entries.
     """
     room = limit - n_before - n_tokens
     after = f" after the {n_before} before them" if n_before else ""
     windowed = limit < config.context_length
     what = f"sliding_window of {limit}, where tokens are dropped" if windowed else f"context of {limit}"
-    advice = "use policy full, or shorten it" if windowed else "shorten it"
+    everything = "policy full without decode_budget" if evicts else "policy full"
+    advice = f"use {everything}, or shorten it" if windowed else "shorten it"
     if room < 1:
         raise FastKVError(
             f"the prompt has {n_tokens} tokens{after} and fills the model's {what}; {advice}",
@@ -155,7 +158,7 @@ def answer_length(config: ModelConfig, params: SamplingParams, n_tokens: int, li
     if params.max_tokens > room:
         raise FastKVError(
             f"max_tokens must be at most {room}, not {params.max_tokens}: the prompt has {n_tokens} tokens{after}, "
-            f"in the model's {what}" + ("; use policy full for more" if windowed else ""),
+            f"in the model's {what}" + (f"; use {everything} for more" if windowed else ""),
             setting="max_tokens",
         )
     return int(params.max_tokens)

@@ -27,16 +27,22 @@ class Runtime:
     step_threads: int | None = None
     buffers: BufferPool = field(default_factory=BufferPool)
     _said_slow: bool = False
+    _said_eager: bool = False
 
     @property
     def ahead(self) -> bool:
         """Whether a step is launched before the tokens of the last one are read: a GPU works on meanwhile."""
         return self.model.device.type == "cuda"
 
-    def stepper(self, buffers: Buffers) -> Stepper:
-        """What makes the steps of the sequences in the slots of these buffers."""
+    def stepper(self, buffers: Buffers, evicts: bool = False) -> Stepper:
+        """What makes the steps of the sequences in the slots of these buffers.
+
+        evicts: whether any of them may drop entries meanwhile, which neither a graph nor a compiled step can follow.
+        """
         assert buffers.state is not None, "the slots come first"
-        if not self.cuda_graph:
+        if evicts:
+            self._say_eager()
+        if evicts or not self.cuda_graph:
             return EagerStepper(self.model, buffers.state, self.step_threads)
         if buffers.stepper is None:
             stepper = GraphStepper(self.model, buffers.state)
@@ -49,6 +55,12 @@ class Runtime:
         self.cuda_graph = False
         _log.warning("CUDA graphs are off, decoding is slower: %s", error)
         return EagerStepper(self.model, state)
+
+    def _say_eager(self) -> None:
+        if (self.cuda_graph or self.model.row is not None) and not self._said_eager:
+            self._said_eager = True
+            kind = "CUDA graphs" if self.cuda_graph else "compiled steps"
+            _log.warning("answers with a decode_budget are made without %s, which is slower", kind)
 
     def _say_if_slow(self, reason: str | None) -> None:
         if reason is not None and not self._said_slow:

@@ -9,10 +9,11 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from fastkv.cache.bounded import BoundedCache
 from fastkv.cache.kv_cache import KVCache
 from fastkv.cache.pool import KVPool
 from fastkv.engine.decode import run_layers
-from fastkv.engine.decode_attention import EagerAttention
+from fastkv.engine.decode_attention import EagerAttention, ObservedAttention, StepAttention
 from fastkv.engine.sampler import Sampler
 from fastkv.kernels.threads import as_many
 from fastkv.models.llama import Llama
@@ -66,10 +67,16 @@ class EagerStepper:
         state, runs = self._state, runs_of(sorted(caches))
         for cache in caches.values():
             cache.check_room()
+        in_order = (caches[slot] for slot in sorted(caches))
+        bounded = {row: cache for row, cache in enumerate(in_order) if isinstance(cache, BoundedCache)}
+        for each in bounded.values():
+            each.make_way()
         slots = torch.tensor([slot for run in runs for slot in run], device=state.tokens.device)
         ids = state.tokens[slots].clamp_min(0).unsqueeze(1)  # what was not finite is no token: see Sampler
         positions = state.pool.next_position[slots].unsqueeze(1)
-        attention = EagerAttention(state.pool, runs, 1, self._model.config.windows)
+        attention: StepAttention = EagerAttention(state.pool, runs, 1, self._model.config.windows)
+        if bounded:
+            attention = ObservedAttention(attention, bounded)
         logits = run_layers(self._model, ids, positions, attention)
         for cache in caches.values():
             cache.advance()

@@ -298,6 +298,18 @@ def test_settings_of_the_policy_arrive(run: Run) -> None:
     assert printed["metrics"]["kv_tokens"] == 200
 
 
+def test_a_decode_budget_bounds_the_answer_and_is_told(run: Run) -> None:
+    argv = ["--policy", "full", "--ignore-eos", "--max-tokens", "300", "--decode-budget", "32"]
+    told, printed = run("x", *argv), json.loads(run("x", "--json", *argv).out)
+    assert "budget       32 entries a head while decoding" in told.err.splitlines()
+    assert printed["decode_budget"] == 32
+    assert printed["metrics"]["new_tokens"] == 300
+    assert printed["metrics"]["kv_bytes"] < printed["metrics"]["kv_full_bytes"] / 4
+    plain = run("x", *argv[:-2])
+    assert told.out == plain.out
+    assert "budget" not in plain.err
+
+
 def test_the_default_tsp_layer_is_told(run: Run) -> None:
     assert json.loads(run("x", "--json", "--max-tokens", "1").out)["policy"]["tsp_layer"] == 1
 

@@ -222,6 +222,7 @@ def test_broken_lists_of_prompts(run: Run, text: str | bytes, named: str) -> Non
         (["--max-tokens", "7"], "sampling max_tokens 6, not 7"),
         (["--kv-retention", "0.2"], "policy kv_retention 0.1, not 0.2"),
         (["--policy", "full"], 'policy name "fastkv", not "full"'),
+        (["--decode-budget", "64"], "decode_budget null, not 64"),
         (["--dtype", "bfloat16"], 'dtype "float32", not "bfloat16"'),
         (["--reuse-prefix"], "reuse_prefix null, not true"),
     ],
