@@ -17,17 +17,20 @@ from typing import TYPE_CHECKING, Any
 
 from fastkv.cache.catalogue import SETTINGS
 from fastkv.cache.decode_budget import DecodeBudget
+from fastkv.cache.setting import settings_of
 from fastkv.cli_flags import NAMED_SETTINGS, SAMPLING_FLAGS, build_parser
+from fastkv.console.asked import Asked, print_figures
 from fastkv.console.chat_flags import chat_arguments, stop_token_ids
+from fastkv.console.document import Document, check_save_cache, document_of
 from fastkv.console.files import check_writable
-from fastkv.console.job import run_jobs
+from fastkv.console.job import named, run_jobs
 from fastkv.console.jsonl import check_output
 from fastkv.console.load import load_model
 from fastkv.console.parser import DONE, INTERRUPTED, check_stdout, flag_of, guarded, say, write_utf8
 from fastkv.console.policy_file import PolicyFile, read_policy_file, remembered_policy, remembers
 from fastkv.console.policy_text import build_policy
 from fastkv.console.prompt import Job, check_names, is_broken, read_jobs, read_prompt
-from fastkv.console.summary import as_json, figures, kernels
+from fastkv.console.summary import as_json, kernels
 from fastkv.errors import FastKVError, brief, check_integer, writable
 
 if TYPE_CHECKING:
@@ -35,8 +38,7 @@ if TYPE_CHECKING:
     from fastkv.engine.generation import Generation
     from fastkv.engine.llm import LLM
     from fastkv.engine.sampler import SamplingParams
-
-Rows = list[tuple[str, str]]  # of figures: label, text
+    from fastkv.engine.turn import Turn
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -57,19 +59,23 @@ def _run(args: argparse.Namespace) -> int:
     check_stdout()
     if args.policy is not None and args.policy_file is not None:
         raise FastKVError("--policy-file names a policy already: leave it or --policy out")
-    jobs = _jobs(args)
+    document = document_of(args)
+    jobs = _jobs(args, document)
     if args.decode_budget is not None:
         DecodeBudget(args.decode_budget)
+        if document is not None:
+            raise FastKVError(
+                "--decode-budget does not go with --context or --cache, where all that comes later is kept: leave it out"
+            )
     _check_targets(args)
 
     from fastkv.engine.sampler import SamplingParams
 
     params = SamplingParams(stop=args.stop, ignore_eos=args.ignore_eos, **_given(args, SAMPLING_FLAGS))
     given = _given(args, SETTINGS)
-    named = None if args.policy_file is None else read_policy_file(Path(args.policy_file))
-    name = "fastkv" if args.policy is None else args.policy
-    policy = build_policy(name, given) if named is None else named.build(given)
-    tuned = _tuned(args, named) if args.policy is None else None
+    file = None if args.policy_file is None else read_policy_file(Path(args.policy_file))
+    policy = _policy(args.policy, given, document) if file is None else file.build(given)
+    tuned = _tuned(args, file, document) if args.policy is None else None
     policy = policy if tuned is None else tuned.build(given)
     source = [] if tuned is None else [("tuned", tuned.told(given))]
     try:
@@ -77,10 +83,15 @@ def _run(args: argparse.Namespace) -> int:
     except FastKVError as error:
         raise error if tuned is None else tuned.blamed(error, given) from None
     params = dataclasses.replace(params, stop_token_ids=stop_token_ids(llm, args.stop_token))
-    many = args.output is not None
-    status = _run_many(args, llm, jobs, params, source) if many else _run_one(args, llm, jobs[0], params, source)
+    asked = Asked(args, llm, document, source)
+    if args.output is not None:
+        status = _run_many(args, asked, jobs, params)
+    elif len(jobs) == 1:
+        status = _run_one(args, asked, jobs[0], params)
+    else:
+        status = _run_in_turn(args, asked, jobs, params)
     if args.verbose:
-        _print_figures(kernels())
+        print_figures(kernels())
     return status
 
 
@@ -95,9 +106,22 @@ def _texts_of(args: argparse.Namespace) -> dict[str, list[str]]:
     }
 
 
-def _tuned(args: argparse.Namespace, named: PolicyFile | None) -> PolicyFile | None:
-    """The policy file that the user named, or what is remembered for the model; FastKVError for another model's."""
-    if named is None and not remembers():
+def _policy(name: str | None, given: dict[str, Any], document: Document | None) -> Policy:
+    """The policy of that name with the settings `given`; None: the default, which for a document is the session's."""
+    if name is not None or document is None:
+        return build_policy("fastkv" if name is None else name, given)
+    from fastkv.engine.session import DEFAULT_POLICY
+
+    own = {setting: getattr(DEFAULT_POLICY, setting) for setting in settings_of(type(DEFAULT_POLICY))}
+    return build_policy(DEFAULT_POLICY.name, {**own, **given})
+
+
+def _tuned(args: argparse.Namespace, named: PolicyFile | None, document: Document | None) -> PolicyFile | None:
+    """The policy file that the user named, or what is remembered for the model; FastKVError for another model's.
+
+    What is remembered was found for prompts that end with their question, and does not apply to a document before it.
+    """
+    if named is None and (document is not None or not remembers()):
         return None
     from fastkv.console.machine import fingerprint
     from fastkv.models.hub import model_folder
@@ -119,6 +143,8 @@ def _check_targets(args: argparse.Namespace) -> None:
         check_output(args.output)
     if args.report is not None:
         check_writable(args.report, "report")
+    if args.save_cache is not None:
+        check_save_cache(args.save_cache, [args.context, *args.prompt, args.prompts, args.policy_file, args.output])
     if args.report is not None and any(_is_same_file(args.report, prompt) for prompt in args.prompt):
         raise FastKVError(f"--report: {args.report}: is the prompt, which it would overwrite; take another file")
 
@@ -142,8 +168,11 @@ def _load(args: argparse.Namespace, policy: Policy) -> LLM:
     )
 
 
-def _jobs(args: argparse.Namespace) -> list[Job]:
-    """The prompts, and FastKVError for flags that do not go with one or with several of them."""
+def _jobs(args: argparse.Namespace, document: Document | None) -> list[Job]:
+    """The prompts, and FastKVError for flags that do not go with none, with one or with several of them."""
+    if args.save_cache is not None and not args.prompt and args.prompts is None:
+        _check_asks_nothing(args)
+        return []
     if bool(args.prompt) == (args.prompts is not None):
         raise FastKVError("the following arguments are required: --prompt or --prompts, one of the two")
     for flag in ("prompts", "output", "report"):
@@ -158,47 +187,86 @@ def _jobs(args: argparse.Namespace) -> list[Job]:
         if getattr(args, name) is not None:
             check_integer(name, getattr(args, name), 1)
     if args.output is None:
-        if args.prompts is not None or len(jobs) > 1:
+        if document is None and (args.prompts is not None or len(jobs) > 1):
             raise FastKVError("several prompts need --output FILE, where their answers go")
         for name in ("batch_size", "kv_memory", "reuse_prefix"):
             if getattr(args, name) is not None:
                 raise FastKVError(f"{flag_of(name)} is for several prompts: add --output, or leave it out")
+        if args.json and len(jobs) > 1:
+            raise FastKVError("--json is for one prompt on standard output: for several, take --output instead")
     for flag in ("json", "report"):
         if args.output is not None and getattr(args, flag):
             raise FastKVError(f"{flag_of(flag)} is for one prompt on standard output: leave it or --output out")
     return jobs
 
 
-def _run_one(args: argparse.Namespace, llm: LLM, job: Job, params: SamplingParams, source: Rows) -> int:
-    """The answer to standard output, as it is made. source: where the policy comes from, for the figures."""
-    prompt, shows = _prompt(args, llm, job), args.report is not None
-    stream = llm.stream(prompt, params, keep_selection=shows, decode_budget=args.decode_budget)
+def _check_asks_nothing(args: argparse.Namespace) -> None:
+    """FastKVError for flags that are for an answer, where nothing is asked."""
+    for name in ("json", "output", "batch_size", "kv_memory", "stop", "stop_token", "ignore_eos", *SAMPLING_FLAGS):
+        value = getattr(args, name)
+        if not (value is None or value is False or value == []):
+            raise FastKVError(f"{flag_of(name)} is for an answer: add --prompt, or leave it out")
+
+
+def _run_one(args: argparse.Namespace, asked: Asked, job: Job, params: SamplingParams) -> int:
+    """The answer to standard output, as it is made."""
+    prompt, shows = asked.prompt(job), args.report is not None
+    stream = asked.llm.stream(prompt, params, keep_selection=shows, decode_budget=args.decode_budget)
     status = _print_json(stream) if args.json else _print_text(stream)
-    if not args.quiet:
-        policy, *others = figures(stream.output())
-        _print_figures([policy, *source, *others])
+    asked.print_figures(stream)
     if args.report is not None:
-        _write_report(args.report, llm, stream)
+        _write_report(args.report, asked.llm, stream)
     return status
 
 
-def _run_many(args: argparse.Namespace, llm: LLM, jobs: list[Job], params: SamplingParams, source: Rows) -> int:
+def _run_in_turn(args: argparse.Namespace, asked: Asked, jobs: list[Job], params: SamplingParams) -> int:
+    """The answers to standard output, one after another, a newline after each; its name before it on stderr.
+
+    Without any jobs the document is read, and nothing is asked. Every prompt is checked before the first one runs.
+    """
+    asked.session()
+    prompts = [_checked(asked, job, params) for job in jobs]
+    for job, prompt in zip(jobs, prompts, strict=True):
+        if not args.quiet:
+            say(job.id)
+        stream = asked.llm.stream(prompt, params)
+        status = _print_text(stream, ends="\n")
+        asked.print_figures(stream)
+        if status != DONE:
+            return status
+    return DONE
+
+
+def _checked(asked: Asked, job: Job, params: SamplingParams) -> str | list[int] | Turn:
+    try:
+        prompt = asked.prompt(job)
+        asked.llm.stream(prompt, params)
+    except FastKVError as error:
+        raise named(job, error, error.setting) from None
+    return prompt
+
+
+def _run_many(args: argparse.Namespace, asked: Asked, jobs: list[Job], params: SamplingParams) -> int:
     """The answers into a file, those left out that are there."""
     limits: dict[str, Any] = {"decode_budget": args.decode_budget}
     if args.batch_size is not None:
         limits["batch_size"] = args.batch_size
     if args.kv_memory is not None:
         limits["kv_memory"] = args.kv_memory * 2**20
-    about = {"model": writable(args.model), "chat": args.chat, "system": args.system, "chat_arg": args.chat_arg}
+    about: dict[str, Any] = {"model": writable(args.model), "chat": args.chat}
+    about |= {"system": args.system, "chat_arg": args.chat_arg}
     limits["reuse_prefix"] = about["reuse_prefix"] = args.reuse_prefix  # answers depend on it, except under policy full
     try:
-        line = run_jobs(llm, jobs, lambda job: _prompt(args, llm, job), params, args.output, about, limits)
+        if args.save_cache is not None:
+            asked.session()
+        about |= asked.about()
+        line = run_jobs(asked.llm, jobs, asked.prompt, params, args.output, about, limits)
     except KeyboardInterrupt:
         status, line = INTERRUPTED, f"stopped; the same command continues after the answers that are in {args.output}"
     else:
         status = DONE
     if not args.quiet:
-        _print_figures(source)
+        print_figures([] if asked.is_of_a_document else asked.source)
         say(line)
     return status
 
@@ -208,16 +276,8 @@ def _given(args: argparse.Namespace, names: Iterable[str]) -> dict[str, Any]:
     return {name: getattr(args, name) for name in names if getattr(args, name) is not None}
 
 
-def _prompt(args: argparse.Namespace, llm: LLM, job: Job) -> str | list[int]:
-    """The prompt as the model is to see it."""
-    if not args.chat:
-        return job.prompt
-    messages = [] if args.system is None else [{"role": "system", "content": args.system}]
-    return llm.chat([*messages, {"role": "user", "content": job.prompt}], **args.chat_arg)
-
-
-def _print_text(stream: Generation) -> int:
-    """Write the text as it is made. Ctrl-C keeps what is there."""
+def _print_text(stream: Generation, ends: str = "") -> int:
+    """Write the text as it is made, and `ends` after it. Ctrl-C keeps what is there."""
     status = DONE
     ended = "\n"
     write_utf8(newline="\n")  # newlines stay as the model wrote them
@@ -229,7 +289,10 @@ def _print_text(stream: Generation) -> int:
                 ended = piece.text
     except KeyboardInterrupt:
         status = INTERRUPTED
-    if sys.stdout.isatty() and not ended.endswith("\n"):
+    if ends:
+        sys.stdout.write(ends)
+        sys.stdout.flush()
+    elif sys.stdout.isatty() and not ended.endswith("\n"):
         say("")  # the figures begin on a line of their own, and stdout stays the text alone
     return status
 
@@ -244,11 +307,6 @@ def _print_json(stream: Generation) -> int:
         status = INTERRUPTED
     print(json.dumps(as_json(stream.output()), ensure_ascii=False), flush=True)
     return status
-
-
-def _print_figures(rows: Rows) -> None:
-    for label, value in rows:
-        say(f"{label:<12} {value}")
 
 
 def _write_report(path: str, llm: LLM, stream: Generation) -> None:

@@ -37,6 +37,7 @@ NAMED_SETTINGS = {
     *("prompt", "chat", "chat_arg", "stop", "stop_token", "policy", "policy_file", "device", "dtype", "weights"),
     *("threads", "revision", "compile", "attention", "report"),
     *("prompts", "output", "batch_size", "kv_memory", "reuse_prefix", "decode_budget"),
+    *("context", "cache", "save_cache"),
 }
 
 
@@ -57,6 +58,18 @@ def build_parser() -> Parser:
     )
     parser.add_argument(
         "--prompts", type=file_name, metavar="FILE", help="JSONL of objects with prompt and, if wanted, id"
+    )
+    parser.add_argument(
+        "--context",
+        type=file_name,
+        metavar="FILE",
+        help="text that is read once, before each prompt; - reads standard input",
+    )
+    parser.add_argument(
+        "--save-cache", type=file_name, metavar="FILE", help="write what was kept of --context, for --cache"
+    )
+    parser.add_argument(
+        "--cache", type=file_name, metavar="FILE", help="what --save-cache wrote, in place of --context"
     )
     parser.add_argument(
         "--policy",

@@ -22,6 +22,14 @@ def read_text(path: Path, setting: str) -> tuple[bytes, str]:
         raise FastKVError(f"{path}: is not UTF-8 (byte {error.start}); save it as UTF-8", setting=setting) from None
 
 
+def check_readable(path: Path, setting: str) -> None:
+    """FastKVError, before the work begins, for a file that is not there or cannot be read."""
+    try:
+        path.open("rb").close()
+    except OSError as error:
+        raise FastKVError(f"{path}: cannot be read ({error.strerror})", setting=setting) from None
+
+
 def read_json(path: Path, setting: str, holds: str) -> dict[str, Any]:
     """The object of a JSON file. Raises FastKVError where there is none; holds: what it is to have."""
     text = read_text(path, setting)[1]

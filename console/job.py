@@ -22,6 +22,7 @@ from fastkv.errors import FastKVError
 if TYPE_CHECKING:
     from fastkv.engine.llm import LLM
     from fastkv.engine.sampler import SamplingParams
+    from fastkv.engine.turn import Turn
 
 _BEGINNING = b'{"id": '  # of every record
 
@@ -97,10 +98,15 @@ def _flat(settings: dict[str, Any]) -> dict[str, Any]:
     return flat
 
 
+def named(job: Job, why: object, setting: str | None) -> FastKVError:
+    """A complaint about one of several prompts."""
+    return FastKVError(f"prompt {job.id}: {why}", setting=None if setting == "prompt" else setting)
+
+
 def run_jobs(
     llm: LLM,
     jobs: Sequence[Job],
-    prompt_of: Callable[[Job], str | list[int]],
+    prompt_of: Callable[[Job], str | list[int] | Turn],
     params: SamplingParams,
     output: str,
     about: dict[str, Any],
@@ -122,8 +128,7 @@ def run_jobs(
         except FastKVError as error:
             if error.prompt is None:
                 raise
-            setting = None if error.setting == "prompt" else error.setting
-            raise FastKVError(f"prompt {todo[error.prompt].id}: {error.__cause__}", setting=setting) from None
+            raise named(todo[error.prompt], error.__cause__, error.setting) from None
         for count, (index, answer) in enumerate(each, 1):
             fields = as_json(answer)
             kept = ("text", "token_ids", "finish_reason", "warning", "metrics")

@@ -24,33 +24,44 @@ class Job:
     @property
     def digest(self) -> str:
         """Tells whether a record of that name is of this very prompt."""
-        return hashlib.sha256(self.prompt.encode("utf-8", "surrogatepass")).hexdigest()[:16]
+        return digest(self.prompt)
 
 
-def read_prompt(name: str) -> str:
+def digest(text: str) -> str:
+    """Tells whether it is this very text: the beginning of the SHA-256."""
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16]
+
+
+def read_prompt(name: str, flag: str = "--prompt", *, whole: bool = False) -> str:
     """The text of a prompt file ("-": standard input), verbatim but for a byte-order mark and one last newline.
 
+    flag: what named it, for the complaints. whole: with that newline, for a text that another one follows.
     Raises FastKVError for a file that is missing, empty, binary or not UTF-8.
     """
     source = "standard input" if name == "-" else name
     if name == "-" and sys.stdin is None:
-        raise FastKVError(f"--prompt {source}: is closed")
+        raise FastKVError(f"{flag} {source}: is closed")
     try:
         data = sys.stdin.buffer.read() if name == "-" else Path(name).read_bytes()
     except OSError as error:
-        raise FastKVError(f"--prompt {source}: cannot be read ({error.strerror})") from None
+        raise FastKVError(f"{flag} {source}: cannot be read ({error.strerror})") from None
     if data.startswith((b"\xff\xfe", b"\xfe\xff")):
-        raise FastKVError(f"--prompt {source}: is UTF-16; save it as UTF-8")
+        raise FastKVError(f"{flag} {source}: is UTF-16; save it as UTF-8")
     if b"\0" in data:
-        raise FastKVError(f"--prompt {source}: is a binary file; give a text file in UTF-8")
+        raise FastKVError(f"{flag} {source}: is a binary file; give a text file in UTF-8")
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise FastKVError(f"--prompt {source}: is not UTF-8 (byte {error.start}); save it as UTF-8") from None
-    text = text.removesuffix("\r\n") if text.endswith("\r\n") else text.removesuffix("\n")
+        raise FastKVError(f"{flag} {source}: is not UTF-8 (byte {error.start}); save it as UTF-8") from None
+    verbatim, text = text, without_last_newline(text)
     if not text:
-        raise FastKVError(f"--prompt {source}: is empty")
-    return text
+        raise FastKVError(f"{flag} {source}: is empty")
+    return verbatim if whole else text
+
+
+def without_last_newline(text: str) -> str:
+    """A text without the one newline at its end that editors put there."""
+    return text.removesuffix("\r\n") if text.endswith("\r\n") else text.removesuffix("\n")
 
 
 def read_jobs(path: str) -> list[Job]:

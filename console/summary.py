@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import os
 from typing import TYPE_CHECKING, Any
 
 from fastkv.console.parser import flag_of
 from fastkv.engine.output import LOW_ATTENTION, Metrics, Output, RunInfo
 
 if TYPE_CHECKING:
+    from fastkv.engine.llm import LLM
+    from fastkv.engine.session import Session
     from fastkv.kernels.calibration import Choice
 
+Rows = list[tuple[str, str]]  # of figures: label, text
 MOST_STAGES = 4  # reductions that are told one by one
 
 
@@ -38,13 +42,13 @@ def warning(run: RunInfo, metrics: Metrics) -> str | None:
     return f"{_kept(metrics.attention_kept)}: raise {flag}"
 
 
-def figures(output: Output) -> list[tuple[str, str]]:
+def figures(output: Output) -> Rows:
     """The summary of a request, as (label, text) rows."""
     run, metrics = output.run, output.metrics
     speed = metrics.decode_tokens_per_s
     rows = [
         ("policy", f"{run.policy}, on {run.device} in {run.dtype}"),
-        ("prompt", _tokens(metrics.prompt_tokens)),
+        ("prompt", _tokens(metrics.prompt_tokens) + _reused(metrics.reused_tokens)),
     ]
     if not metrics.new_tokens:  # interrupted before there was anything to measure
         return [*rows, ("decode", _tokens(0))]
@@ -64,7 +68,27 @@ def figures(output: Output) -> list[tuple[str, str]]:
     return rows
 
 
-def _reductions(run: RunInfo, metrics: Metrics) -> list[tuple[str, str]]:
+def context_figures(llm: LLM, session: Session, said: str) -> Rows:
+    """What a session holds, as (label, text) rows. said: what follows the number of its tokens."""
+    count, full = len(session.ids), len(session.ids) * llm.config.n_layers * llm.config.n_kv_heads
+    kept = f"{session.kv_entries:,} of {full:,} entries ({_percent(session.kv_entries, full)})"
+    return [
+        ("policy", f"{session.policy.name}, on {llm.device} in {llm.model.precision}"),
+        ("context", f"{_tokens(count)} {said}"),
+        ("KV kept", f"{kept}, {_mebibytes(session.kv_bytes)}"),
+    ]
+
+
+def saved_figure(path: str) -> tuple[str, str]:
+    """The row of a file that was written."""
+    return "saved", f"{path}, {_mebibytes(os.path.getsize(path))}"
+
+
+def _reused(count: int) -> str:
+    return f", after {count:,} that had been read" if count else ""
+
+
+def _reductions(run: RunInfo, metrics: Metrics) -> Rows:
     """Where the prompt became shorter on its way."""
     rows = []
     if run.first_pass_layer is not None:
@@ -81,7 +105,7 @@ def _reductions(run: RunInfo, metrics: Metrics) -> list[tuple[str, str]]:
     return rows + [(label, stage) for stage in stages]
 
 
-def _attention(run: RunInfo, metrics: Metrics) -> list[tuple[str, str]]:
+def _attention(run: RunInfo, metrics: Metrics) -> Rows:
     """How much of the attention mass is kept, and what to do where that is little."""
     share = metrics.attention_kept
     return [] if share is None or share == 1 else [("attention", warning(run, metrics) or _kept(share))]
@@ -112,7 +136,7 @@ def _mebibytes(size: int) -> str:
     return f"{size / 2**20:,.1f} MiB"
 
 
-def kernels() -> list[tuple[str, str]]:
+def kernels() -> Rows:
     """The choices that were made by measuring (kernels/calibration.py): label, text."""
     from fastkv.kernels import calibration
 

@@ -112,7 +112,7 @@ class DecodeBatch:
         if sequence is None or not sequence.begins:
             return
         turn, cache = sequence.request.turn, sequence.cache
-        if turn is None:
+        if turn is None or not turn.keep:
             return
         fed = max(0, len(token_ids) - 1)  # nothing has read the last one; what was launched beyond it is forgotten
         cache.truncate(cache.position - sequence.begins - fed)

@@ -443,7 +443,7 @@ class LLM:
         request = Request(ids, params, plan, self._eos_ids(params, getattr(prompt, "ends", frozenset())), turn)
         if fitting is None or request.sizes not in fitting:
             slot, draws = self._slot_bytes(request), params.temperature > 0
-            kept = 0 if turn is None else plan.nbytes  # what the session then holds, beside the slot
+            kept = plan.nbytes if turn is not None and turn.keep else 0  # what the session then holds, beside the slot
             self._check_fits(plan, footprint(self._model, plan, slot + kept, draws=draws))
         if fitting is not None:
             fitting.add(request.sizes)

@@ -202,8 +202,9 @@ def check_sessions(requests: Sequence[Request]) -> None:
     """FastKVError where a list has two turns of one session, which can only run one after another."""
     seen: dict[int, int] = {}
     for index, request in enumerate(requests):
-        if request.turn is not None and seen.setdefault(id(request.turn.owner), index) != index:
-            first = seen[id(request.turn.owner)]
+        turn = request.turn
+        if turn is not None and turn.keep and seen.setdefault(id(turn.owner), index) != index:
+            first = seen[id(turn.owner)]
             raise FastKVError(
                 f"prompt {index} of the list: prompt {first} is a turn of the same session; fork it, or ask again "
                 "after this list",

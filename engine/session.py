@@ -28,6 +28,8 @@ from fastkv.models.text.chat import ChatIds
 
 # Which policy keeps what later questions need, with none there to choose by: docs/accuracy.md
 DEFAULT_POLICY: Policy = FastKV()
+# Beginnings of what may follow a text: a tokenizer joins each with the end of that text in its own way.
+_RESTS = ("a", " a", "\na")
 
 
 class Engine(Protocol):
@@ -48,7 +50,7 @@ class _Mark:
     """Where a turn began. held: what there was; its snapshot is None where forgetting tokens brings it back."""
 
     held: Held
-    n_messages: int
+    messages: tuple[dict[str, str], ...]
 
 
 class Session:
@@ -59,7 +61,8 @@ class Session:
     if it can (Policy.compresses_again; the others keep all of what comes later).
 
     One turn runs at a time; several sessions run together: LLM.generate takes `session.turn(prompt)` in its list of
-    prompts. A turn that fails, or does not fit, changes nothing. messages: those of `chat`, dicts of role and content.
+    prompts. A turn that fails, or does not fit, changes nothing. messages: those of `chat`, dicts of role and content;
+    where the last one is a user's, `chat_add` has begun it, and what is said next is the rest of it.
     """
 
     def __init__(self, llm: Engine, policy: Policy, system: str | None = None) -> None:
@@ -89,14 +92,17 @@ class Session:
 
     # --- turns ---
 
-    def turn(self, prompt: str | Sequence[int], *, compress: bool | None = None) -> Turn:
+    def turn(self, prompt: str | Sequence[int], *, compress: bool | None = None, keep: bool = True) -> Turn:
         """A prompt for this session, to be run beside others: LLM.generate([session.turn("Why?"), other.turn("Who?")]).
 
         prompt: a text, or token ids; only a text that begins the session gets the tokenizer's BOS. compress: whether
-        the policy chooses anew what is kept; None: only where this begins the session.
+        the policy chooses anew what is kept; None: only where this begins the session. keep: whether the session goes
+        on with this turn. False: it stays as it is, and takes no memory for what was asked and answered; any number of
+        such turns may stand in one list: many questions about what the session holds.
         """
+        check_switch("keep", keep)
         held = self._held
-        return Turn(self, held, held, prompt, self.policy, self._compresses(held, compress))
+        return Turn(self, held, held, prompt, self.policy, self._compresses(held, compress), keep=keep)
 
     def add(self, prompt: str | Sequence[int], *, compress: bool = True) -> Metrics:
         """Read a text or token ids, and answer nothing. The figures' ttft_s is how long it took. compress: see `turn`.
@@ -127,19 +133,20 @@ class Session:
         """
         return self._llm.generate(self.chat_turn(message, compress=compress, **arguments), params)
 
-    def chat_turn(self, message: str, *, compress: bool | None = None, **arguments: Any) -> Turn:
+    def chat_turn(self, message: str, *, compress: bool | None = None, keep: bool = True, **arguments: Any) -> Turn:
         """A user's message as a turn. The session's tokens are always those of one rendering of all its messages.
 
         What that renders otherwise than it was (an answer that the template cuts, say) is forgotten and read again; of
-        a session whose compressed part would change, everything is.
+        a session whose compressed part would change, everything is. compress, keep: see `turn`.
         """
-        asked = {"role": "user", "content": message}
-        rendered = self._llm.chat([*self.messages, asked], **arguments)
+        check_switch("keep", keep)
+        asked = self._messages_with(message)
+        rendered = self._llm.chat(asked, **arguments)
         before = self._held
         held = self._held_until(_common(before.ids, rendered[:-1]))
 
         def note(answer: str) -> None:
-            self.messages += [asked, {"role": "assistant", "content": answer}]
+            self.messages = [*asked, {"role": "assistant", "content": answer}]
 
         return Turn(
             owner=self,
@@ -151,7 +158,28 @@ class Session:
             tail=rendered.tail,
             ends=rendered.ends,
             note=note,
+            keep=keep,
         )
+
+    def chat_add(self, text: str, **arguments: Any) -> Metrics:
+        """Read the beginning of a user's message, such as a document, and answer nothing: see `add`.
+
+        The next `chat` or `chat_turn` is the rest of that message: all of it is then one rendering by the template, and
+        only what no rest could change has been read before. arguments: variables of the template.
+
+        Raises FastKVError as LLM.chat and LLM.generate do; nothing has changed then.
+        """
+        asked = self._messages_with(text)
+        renderings = [self._llm.chat(self._messages_with(text + rest), **arguments) for rest in _RESTS]
+        shared = renderings[0][: min(_common(renderings[0], other) for other in renderings[1:])]
+        before = self._held
+        held = self._held_until(_common(before.ids, shared))
+
+        def note(_: str) -> None:
+            self.messages = asked
+
+        turn = Turn(self, before, held, shared[len(held.ids) :], self.policy, compress=True, note=note)
+        return self._llm.stream(turn, SamplingParams(max_tokens=1)).read_only()
 
     # --- other ways on ---
 
@@ -204,7 +232,7 @@ class Session:
             mark = self._marks[-1]
             begins = mark.held.snapshot is not None or not mark.held.ids
             self._held = mark.held if begins else self._held_until(len(mark.held.ids))
-            self.messages = self.messages[: mark.n_messages]
+            self.messages = [*map(dict, mark.messages)]
             self._marks.pop()
 
     # --- what the engine tells (see Owner) ---
@@ -215,6 +243,8 @@ class Session:
 
     def begin(self, turn: Turn) -> None:
         """See Owner."""
+        if not turn.keep:
+            return
         with self._lock:
             self._check_idle()
             if turn.before is not self._held:
@@ -229,7 +259,7 @@ class Session:
             self._running = None
             if after is None:
                 return
-            self._marks.append(_Mark(_kept_for_undo(turn.before, after), len(self.messages)))
+            self._marks.append(_Mark(_kept_for_undo(turn.before, after), (*self.messages,)))
             self._held = after
             if turn.note is not None:
                 turn.note(text)
@@ -241,6 +271,13 @@ class Session:
         """Tokens at the end that can be forgotten."""
         held = self._held
         return len(held.waiting) + (0 if held.snapshot is None else held.snapshot.position - held.snapshot.whole_from)
+
+    def _messages_with(self, text: str) -> list[dict[str, str]]:
+        """The messages and a user's, or with the rest of the user's that they end with."""
+        if not self.messages or self.messages[-1]["role"] != "user":
+            return [*self.messages, {"role": "user", "content": text}]
+        *earlier, begun = self.messages
+        return [*earlier, {**begun, "content": begun["content"] + text}]
 
     def _compresses(self, held: Held, asked: bool | None) -> bool:
         if asked is None:
@@ -264,7 +301,7 @@ class Session:
         ends = [*(len(mark.held.ids) for mark in self._marks[1:]), len(self._held.ids)]
         cut = [mark for mark, end in zip(self._marks, ends, strict=False) if end > until]
         if cut:
-            self.messages = self.messages[: cut[0].n_messages]
+            self.messages = [*map(dict, cut[0].messages)]
         self._marks = [mark for mark in self._marks if len(mark.held.ids) < until]
 
     def _check_idle(self) -> None:

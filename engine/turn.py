@@ -44,7 +44,8 @@ class Turn:
 
     before: what the session held when the turn was made. held: what it continues, which is that or its beginning.
     prompt: a text, or token ids. policy: the session's; compress: whether it chooses anew what is kept; else what is
-    there stays, and prompt and answer are kept whole. tail, ends: see ChatIds. note: is given the answer's text.
+    there stays, and prompt and answer are kept whole. tail, ends: see ChatIds. note: is given the answer's text. keep:
+    whether the session goes on with this turn; else it stays as it is, and any number of such turns may run at once.
     """
 
     owner: Owner = field(repr=False)
@@ -56,6 +57,7 @@ class Turn:
     tail: int = 0
     ends: frozenset[int] = frozenset()
     note: Callable[[str], None] | None = field(default=None, repr=False)
+    keep: bool = True
 
     @property
     def working_policy(self) -> Policy:

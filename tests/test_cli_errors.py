@@ -629,6 +629,7 @@ def test_every_flag_with_a_value_has_wrong_ones_here() -> None:
     settings = {action.option_strings[-1] for action in build_parser()._actions if action.nargs is None}
     several = {"--prompts", "--output", "--batch-size", "--kv-memory"}  # tests/test_job.py
     several.add("--policy-file")  # tests/test_policy_file.py
+    several |= {"--context", "--cache", "--save-cache"}  # tests/test_many_questions.py
     assert settings - {"--model", "--prompt", "--system", *OF_ONE_POLICY} - several == set(WRONG)
 
 

@@ -23,6 +23,7 @@ from fastkv import (
     Session,
     SnapKV,
 )
+from fastkv.cache.kv_cache import KVCache
 from fastkv.engine import decode_batch
 from fastkv.engine.turn import Turn
 
@@ -193,6 +194,32 @@ def test_sessions_decode_together_beside_prompts(tiny_llm: LLM) -> None:
         assert output.run.policy == session.policy.name
 
 
+@pytest.mark.parametrize("policy", [DROPPING[0], DROPPING[-1]], ids=[NAMES[0], NAMES[-1]])
+def test_many_questions_of_one_session_that_stays_as_it_is(tiny_llm: LLM, policy: Policy) -> None:
+    """In one list, or as a stream while another one runs; nothing is copied for what nobody goes on from."""
+    session = tiny_llm.session(policy)
+    session.add(ids(150))
+    before, questions = session._held, [ids(10, 1), ids(14, 2), ids(10, 1)]
+    expected = [session.fork().generate(question, PARAMS).token_ids for question in questions]
+    asked = [session.turn(question, keep=False) for question in questions]
+    outputs = tiny_llm.generate([*asked, session.turn(ids(5, 9), keep=False)], PARAMS, batch_size=2)
+    assert [output.token_ids for output in outputs[:3]] == expected
+    assert session._held is before
+    running = session.stream(ids(9, 3), PARAMS)
+    next(running)
+    assert tiny_llm.generate(asked[1], PARAMS).token_ids == expected[1]
+    running.close()
+    with pytest.raises(FastKVError, match="keep must be True or False, not 1"):
+        session.turn(ids(3), keep=1)  # type: ignore[arg-type]
+
+
+def test_a_question_that_is_not_kept_takes_no_snapshot(tiny_llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    session = tiny_llm.session(SnapKV(kv_len=30))
+    session.add(ids(100))
+    monkeypatch.setattr(KVCache, "snapshot", lambda cache: pytest.fail("one was taken"))
+    assert len(tiny_llm.generate(session.turn(ids(9, 1), keep=False), PARAMS).token_ids) == 6
+
+
 def test_one_session_runs_one_turn_at_a_time(tiny_llm: LLM) -> None:
     session = tiny_llm.session(FullKV())
     session.add(ids(30))
@@ -345,6 +372,30 @@ def test_a_chat_whose_compressed_part_would_change_begins_anew(chatting: LLM) ->
     output = session.chat("two", SamplingParams(max_tokens=5))
     assert output.metrics.reused_tokens == 0
     assert session.ids[: -len(output.token_ids)] == chatting.chat(session.messages[:-1])
+
+
+@pytest.mark.parametrize("document", ["The access code of the old mill is 1111.", "One line.\n", "a"])
+def test_a_document_in_a_chat_is_one_message_with_its_question(chatting: LLM, document: str) -> None:
+    """Read before the question is known, it is token for token what one rendering of both would be."""
+    session = chatting.session(FullKV(), system="Be short.")
+    session.chat_add(f"{document}\n\n")
+    read = session.ids
+    assert session.messages[1:] == [{"role": "user", "content": f"{document}\n\n"}]
+    for question in ("Where?", " Where?", "\nWhere?", "1"):
+        asked = [session.messages[0], {"role": "user", "content": f"{document}\n\n{question}"}]
+        expected = chatting.chat(asked)
+        fork = session.fork()
+        output = fork.chat(question, SamplingParams(max_tokens=3))
+        assert fork.ids == expected + output.token_ids
+        assert output.metrics.reused_tokens == len(read)
+        assert fork.messages == [*asked, {"role": "assistant", "content": output.text}]
+        fork.undo()
+        assert (fork.messages, fork.ids) == (session.messages, read)
+    session.chat_add("More.")
+    assert session.messages[1]["content"] == f"{document}\n\nMore."
+    session.undo()
+    session.undo()
+    assert (session.messages, session.ids) == ([{"role": "system", "content": "Be short."}], [])
 
 
 def test_only_the_text_that_begins_gets_a_bos(archive_llm: LLM) -> None:
