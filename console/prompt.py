@@ -39,17 +39,25 @@ def read_prompt(name: str) -> str:
         data = sys.stdin.buffer.read() if name == "-" else Path(name).read_bytes()
     except OSError as error:
         raise FastKVError(f"--prompt {source}: cannot be read ({error.strerror})") from None
+    return text_of(data, f"--prompt {source}")
+
+
+def text_of(data: bytes, source: str) -> str:
+    """The text of a file's bytes, verbatim but for a byte-order mark and one last newline. source: what it is named.
+
+    Raises FastKVError for bytes that are empty, binary or not UTF-8.
+    """
     if data.startswith((b"\xff\xfe", b"\xfe\xff")):
-        raise FastKVError(f"--prompt {source}: is UTF-16; save it as UTF-8")
+        raise FastKVError(f"{source}: is UTF-16; save it as UTF-8")
     if b"\0" in data:
-        raise FastKVError(f"--prompt {source}: is a binary file; give a text file in UTF-8")
+        raise FastKVError(f"{source}: is a binary file; give a text file in UTF-8")
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise FastKVError(f"--prompt {source}: is not UTF-8 (byte {error.start}); save it as UTF-8") from None
+        raise FastKVError(f"{source}: is not UTF-8 (byte {error.start}); save it as UTF-8") from None
     text = text.removesuffix("\r\n") if text.endswith("\r\n") else text.removesuffix("\n")
     if not text:
-        raise FastKVError(f"--prompt {source}: is empty")
+        raise FastKVError(f"{source}: is empty")
     return text
 
 
