@@ -31,6 +31,7 @@ def answer(talk: Conversation, message: str) -> None:
                 raise
             output = None
         if output is None:
+            say("")  # the terminal has written ^C
             say("[nothing was answered, and the message is not part of the conversation]")
         elif stop.asked:
             say("[stopped; the conversation has the answer so far]")

@@ -54,7 +54,7 @@ def _run(args: argparse.Namespace) -> int:
     lines = lines_of_stdin({name: command.takes_file for name, command in COMMANDS.items()})
     talk = _begin(args, lines.on_terminal)
     if not args.quiet:
-        there = f"; {told(talk)}" if talk.session.messages else ""
+        there = f"; {told(talk)}" if talk.session.ids else ""
         model = f"{writable(args.model)} on {talk.llm.device} in {talk.llm.model.precision}"
         say(f"{NAME}: {model}, policy {policy_told(talk, every=False)}{there}")
         if lines.on_terminal:

@@ -71,9 +71,9 @@ class Conversation:
 
     def read_file(self, path: Path) -> str:
         """A file's text, which goes along with the next message. Raises FastKVError for what is no text."""
-        if path.exists() and not path.is_file():
-            raise FastKVError(f"{path}: cannot be read, for it is no ordinary file")
         try:
+            if path.exists() and not path.is_file():
+                raise FastKVError(f"{path}: cannot be read, for it is no ordinary file")
             data = path.read_bytes()
         except OSError as error:
             raise FastKVError(f"{path}: cannot be read ({error.strerror})") from None
