@@ -425,19 +425,19 @@ def terminal(request: pytest.FixtureRequest, folder: Path) -> Iterator[Terminal]
 
 def test_on_a_terminal(terminal: Terminal) -> None:
     """Typing, going back in what was typed, Ctrl-C during an answer and at the prompt, and Ctrl-D."""
-    terminal.wait_for("policy .*/help lists the commands.*> ")
+    terminal.wait_for("policy .*/help lists the commands.*>")
     terminal.type("hello there\r")
     terminal.wait_for(r"hello there\s+\S+")
     time.sleep(0.05)
     terminal.type("\x03")
-    terminal.wait_for(r"\[stopped; the conversation has the answer so far\].*> ")
+    terminal.wait_for(r"\[stopped; the conversation has the answer so far\].*>")
     terminal.type("not to be sent")
     terminal.wait_for("not to be sent")
     terminal.type("\x03")
-    terminal.wait_for("> ")
+    terminal.wait_for(">")
     terminal.type("/stats\r")
-    terminal.wait_for(r"first token .*decode +[\d,]+ tokens.*> ")
+    terminal.wait_for(r"first token .*decode +[\d,]+ tokens.*>")
     terminal.type("\x1b[A\x7f\x7f\x7f\x7f\x7fundo\r")  # "/stats" again, and "/undo" made of it
-    terminal.wait_for("taken back: 'hello there' and its answer.*> ")
+    terminal.wait_for("taken back: 'hello there' and its answer.*>")
     terminal.type("\x04")
     assert terminal.process.wait(20) == 0
