@@ -170,6 +170,42 @@ def test_it_says_where_a_policy_cannot_choose_any_more(run: Run) -> None:
     assert "[policy adakv chooses only as a conversation begins: this is kept whole]" in err
 
 
+def test_a_saved_conversation_goes_on_anywhere(run: Run, llm: LLM) -> None:
+    """With its policy, unless another one is named; what was said before can no longer be taken back."""
+    Path("doc.txt").write_text("some words " * 40)
+    session = llm.session(SnapKV(kv_len=20), system="Be short.")
+    answers = [session.chat(f"{'some words ' * 40}\n\nWhy?", PARAMS, compress=True).text]
+    answers += [session.chat(each, PARAMS).text for each in ("And?", "So?")]
+    begun = run("/file doc.txt\nWhy?\n/save it", "--system", "Be short.", "--policy", "snapkv", "--kv-len", "20")
+    assert begun[:2] == (0, ended(answers[0]))
+    assert re.fullmatch(r"it: 1 message, \d+ tokens", begun[2][-1])
+    status, out, err = run("And?\n/undo\n/undo\nAnd?\nSo?", "--cache", "it")
+    assert (status, out) == (2, "".join(map(ended, [answers[1], *answers[1:]])))
+    assert re.search(r"policy snapkv:kv_len=20; 1 message, \d+ tokens$", err[0])
+    assert "error: what was loaded cannot be taken back, only what was said since" in "".join(err)
+    status, out, err = run("hello\n/load it\nAnd?\nSo?", "--quiet")
+    assert (status, out) == (0, "".join(map(ended, [llm.session().chat("hello", PARAMS).text, *answers[1:]])))
+    assert re.fullmatch(r"it: 1 message, \d+ tokens, policy snapkv:kv_len=20", err[0])
+    assert run("", "--cache", "it", "--policy", "full")[2][0].endswith("policy full; " + begun[2][-1][4:])
+
+
+def test_what_cannot_be_loaded_leaves_the_conversation(run: Run, llm: LLM) -> None:
+    session = llm.session()
+    answers = [session.chat(each, PARAMS).text for each in ("hello", "Why?")]
+    document = llm.session()
+    document.add("The calm owl keeps the code.")
+    document.save("document")
+    Path("other").write_text("words")
+    status, out, err = run("hello\n/load other\n/load document\n/save no/where\nWhy?", "--quiet")
+    assert (status, out, len(err)) == (2, "".join(map(ended, answers)), 3)
+    assert err[0].startswith("fastkv-chat: error: other: ")
+    assert err[1].startswith("fastkv-chat: error: document: holds a text and no conversation; ")
+    assert err[2].startswith("fastkv-chat: error: no/where: ")
+    status, out, err = run("hello", "--cache", "other")
+    assert (status, out, len(err)) == (2, "", 1)
+    assert err[0].startswith("fastkv-chat: error: --cache: other: ")
+
+
 def test_help_tells_every_command_and_so_does_the_page(run: Run) -> None:
     _, out, err = run("/help", "--quiet")
     assert out == ""

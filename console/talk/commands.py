@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from fastkv.console.parser import say
 from fastkv.console.policy_text import build_policy, read_settings, write_settings
@@ -50,7 +51,8 @@ def run_command(talk: Conversation, line: str) -> None:
 def policy_told(talk: Conversation, every: bool = True) -> str:
     """The policy in the words that /policy takes: with every setting, or with those that are not as usual."""
     policy = talk.session.policy
-    usual = {each.name: each.default for each in dataclasses.fields(policy)} if dataclasses.is_dataclass(policy) else {}
+    declared: tuple[Any, ...] = dataclasses.fields(policy) if dataclasses.is_dataclass(policy) else ()
+    usual = {each.name: each.default for each in declared}
     settings = policy.settings(talk.llm.config.n_layers)
     told = {
         name: value
