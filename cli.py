@@ -11,26 +11,27 @@ import dataclasses
 import json
 import os
 import sys
-from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastkv.cache.catalogue import SETTINGS
 from fastkv.cache.decode_budget import DecodeBudget
 from fastkv.cache.setting import settings_of
-from fastkv.cli_flags import NAMED_SETTINGS, SAMPLING_FLAGS, build_parser
+from fastkv.cli_flags import NAMED_SETTINGS, build_parser
 from fastkv.console.asked import Asked, print_figures
 from fastkv.console.chat_flags import chat_arguments, stop_token_ids
 from fastkv.console.document import Document, check_save_cache, document_of
 from fastkv.console.files import check_writable
 from fastkv.console.job import named, run_jobs
 from fastkv.console.jsonl import check_output
-from fastkv.console.load import load_model
+from fastkv.console.load import load_by_flags
 from fastkv.console.parser import DONE, INTERRUPTED, check_stdout, flag_of, guarded, say, write_utf8
-from fastkv.console.policy_file import PolicyFile, read_policy_file, remembered_policy, remembers
+from fastkv.console.policy_file import read_policy_file
 from fastkv.console.policy_text import build_policy
 from fastkv.console.prompt import Job, check_names, is_broken, read_jobs, read_prompt
+from fastkv.console.run_flags import SAMPLING_FLAGS, given_flags
 from fastkv.console.summary import as_json, kernels
+from fastkv.console.tuned import tuned_policy
 from fastkv.errors import FastKVError, brief, check_integer, writable
 
 if TYPE_CHECKING:
@@ -65,21 +66,23 @@ def _run(args: argparse.Namespace) -> int:
         DecodeBudget(args.decode_budget)
         if document is not None:
             raise FastKVError(
-                "--decode-budget does not go with --context or --cache, where all that comes later is kept: leave it out"
+                "--decode-budget does not go with --context or --cache, where what comes later is kept: leave it out"
             )
     _check_targets(args)
 
     from fastkv.engine.sampler import SamplingParams
 
-    params = SamplingParams(stop=args.stop, ignore_eos=args.ignore_eos, **_given(args, SAMPLING_FLAGS))
-    given = _given(args, SETTINGS)
+    params = SamplingParams(stop=args.stop, ignore_eos=args.ignore_eos, **given_flags(args, SAMPLING_FLAGS))
+    given = given_flags(args, SETTINGS)
     file = None if args.policy_file is None else read_policy_file(Path(args.policy_file))
     policy = _policy(args.policy, given, document) if file is None else file.build(given)
-    tuned = _tuned(args, file, document) if args.policy is None else None
+    # What is remembered was found for prompts that end with their question: not for a document before it.
+    looks = args.policy is None and (file is not None or document is None)
+    tuned = tuned_policy(args.model, args.revision, file) if looks else None
     policy = policy if tuned is None else tuned.build(given)
     source = [] if tuned is None else [("tuned", tuned.told(given))]
     try:
-        llm = _load(args, policy)
+        llm = load_by_flags(args, policy)
     except FastKVError as error:
         raise error if tuned is None else tuned.blamed(error, given) from None
     params = dataclasses.replace(params, stop_token_ids=stop_token_ids(llm, args.stop_token))
@@ -116,27 +119,6 @@ def _policy(name: str | None, given: dict[str, Any], document: Document | None) 
     return build_policy(DEFAULT_POLICY.name, {**own, **given})
 
 
-def _tuned(args: argparse.Namespace, named: PolicyFile | None, document: Document | None) -> PolicyFile | None:
-    """The policy file that the user named, or what is remembered for the model; FastKVError for another model's.
-
-    What is remembered was found for prompts that end with their question, and does not apply to a document before it.
-    """
-    if named is None and (document is not None or not remembers()):
-        return None
-    from fastkv.console.machine import fingerprint
-    from fastkv.models.hub import model_folder
-
-    folder = model_folder(args.model, args.revision)
-    try:
-        files = fingerprint(folder)
-    except OSError:
-        return named  # the model cannot be read: loading it will say so
-    tuned = remembered_policy(files) if named is None else named
-    if tuned is not None:
-        tuned.check_model(files)
-    return tuned
-
-
 def _check_targets(args: argparse.Namespace) -> None:
     """FastKVError unless what is to be written can be."""
     if args.output is not None:
@@ -151,21 +133,6 @@ def _check_targets(args: argparse.Namespace) -> None:
 
 def _is_same_file(one: str, other: str) -> bool:
     return os.path.exists(one) and os.path.exists(other) and os.path.samefile(one, other)
-
-
-def _load(args: argparse.Namespace, policy: Policy) -> LLM:
-    return load_model(
-        args.model,
-        args.threads,
-        policy=policy,
-        dtype=args.dtype,
-        weights=args.weights,
-        device=args.device,
-        revision=args.revision,
-        cuda_graph=not args.no_cuda_graph,
-        compile=args.compile,
-        attention=args.attention,
-    )
 
 
 def _jobs(args: argparse.Namespace, document: Document | None) -> list[Job]:
@@ -269,11 +236,6 @@ def _run_many(args: argparse.Namespace, asked: Asked, jobs: list[Job], params: S
         print_figures([] if asked.is_of_a_document else asked.source)
         say(line)
     return status
-
-
-def _given(args: argparse.Namespace, names: Iterable[str]) -> dict[str, Any]:
-    """The settings of these names whose flags were given."""
-    return {name: getattr(args, name) for name in names if getattr(args, name) is not None}
 
 
 def _print_text(stream: Generation, ends: str = "") -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import logging
 import sys
 from collections.abc import Iterator
@@ -13,6 +14,7 @@ from fastkv.console.parser import say
 from fastkv.console.progress import ProgressLine
 
 if TYPE_CHECKING:
+    from fastkv.cache.policy import Policy
     from fastkv.engine.llm import LLM
 
 
@@ -26,6 +28,22 @@ def load_model(model: str | Path, threads: int | None = None, **settings: Any) -
         torch.set_num_threads(threads)
     with ProgressLine(sys.stderr) as line, _saying_what_takes_long(line):
         return LLM(model, progress=lambda done, total: line.show(loading(done, total), done, total), **settings)
+
+
+def load_by_flags(args: argparse.Namespace, policy: Policy | None) -> LLM:
+    """The model that the flags of `add_machine_flags` and `add_engine_flags` name."""
+    return load_model(
+        args.model,
+        args.threads,
+        policy=policy,
+        dtype=args.dtype,
+        weights=args.weights,
+        device=args.device,
+        revision=args.revision,
+        cuda_graph=not args.no_cuda_graph,
+        compile=args.compile,
+        attention=args.attention,
+    )
 
 
 @contextmanager

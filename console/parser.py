@@ -83,9 +83,7 @@ def guarded(name: str, work: Callable[[], int | None], settings: Collection[str]
         with warnings_told(name, say):
             return _flushed(work) or DONE
     except FastKVError as error:
-        flag = f"{flag_of(error.setting)}: " if error.setting is not None and error.setting in settings else ""
-        say(f"{name}: error: {flag}{error}")
-        return FAULT if isinstance(error, FaultError) else USER_ERROR
+        return complain(name, error, settings)
     except KeyboardInterrupt:
         return INTERRUPTED
     except BrokenPipeError:
@@ -102,6 +100,13 @@ def guarded(name: str, work: Callable[[], int | None], settings: Collection[str]
         _drop_stdout()
         say(f"{name}: error: {one_line(line, _LONGEST)}")
         return status
+
+
+def complain(name: str, error: FastKVError, settings: Collection[str] = ()) -> int:
+    """Say what is wrong, as `guarded` does; the exit status that it means."""
+    flag = f"{flag_of(error.setting)}: " if error.setting is not None and error.setting in settings else ""
+    say(f"{name}: error: {flag}{error}")
+    return FAULT if isinstance(error, FaultError) else USER_ERROR
 
 
 def say(line: str) -> None:

@@ -45,17 +45,25 @@ def read_prompt(name: str, flag: str = "--prompt", *, whole: bool = False) -> st
         data = sys.stdin.buffer.read() if name == "-" else Path(name).read_bytes()
     except OSError as error:
         raise FastKVError(f"{flag} {source}: cannot be read ({error.strerror})") from None
+    return text_of(data, f"{flag} {source}", whole)
+
+
+def text_of(data: bytes, source: str, whole: bool = False) -> str:
+    """The text of a file's bytes, verbatim but for a byte-order mark and one last newline. source: what it is named.
+
+    whole: with that newline, too. Raises FastKVError for bytes that are empty, binary or not UTF-8.
+    """
     if data.startswith((b"\xff\xfe", b"\xfe\xff")):
-        raise FastKVError(f"{flag} {source}: is UTF-16; save it as UTF-8")
+        raise FastKVError(f"{source}: is UTF-16; save it as UTF-8")
     if b"\0" in data:
-        raise FastKVError(f"{flag} {source}: is a binary file; give a text file in UTF-8")
+        raise FastKVError(f"{source}: is a binary file; give a text file in UTF-8")
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise FastKVError(f"{flag} {source}: is not UTF-8 (byte {error.start}); save it as UTF-8") from None
+        raise FastKVError(f"{source}: is not UTF-8 (byte {error.start}); save it as UTF-8") from None
     verbatim, text = text, without_last_newline(text)
     if not text:
-        raise FastKVError(f"{flag} {source}: is empty")
+        raise FastKVError(f"{source}: is empty")
     return verbatim if whole else text
 
 

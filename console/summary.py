@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from fastkv.engine.llm import LLM
     from fastkv.engine.session import Session
     from fastkv.kernels.calibration import Choice
+    from fastkv.models.config import ModelConfig
 
 Rows = list[tuple[str, str]]  # of figures: label, text
 MOST_STAGES = 4  # reductions that are told one by one
@@ -149,3 +150,23 @@ def _told(choice: Choice) -> str:
     """ "onednn (linear 5.71 ms, onednn 4.90 ms)"."""
     each = ", ".join(f"{way} {1000 * seconds:.2f} ms" for way, seconds in choice.seconds.items())
     return f"{choice.way} ({each})"
+
+
+def session_figures(session: Session, config: ModelConfig, last: Output | None) -> list[tuple[str, str]]:
+    """What a session holds, and the times of its latest turn, as (label, text) rows."""
+    n_tokens = len(session.ids)
+    full = n_tokens * config.n_layers * config.n_kv_heads
+    share = f" ({_percent(session.kv_entries, full)})" if full else ""
+    rows = [
+        ("tokens", f"{n_tokens:,} of the {config.context_length:,} that the model takes"),
+        ("KV kept", f"{session.kv_entries:,} of {full:,} entries{share}, {_mebibytes(session.kv_bytes)}"),
+    ]
+    if last is None:
+        return rows
+    metrics, speed = last.metrics, last.metrics.decode_tokens_per_s
+    return [
+        *rows,
+        ("last prompt", f"{_tokens(metrics.prompt_tokens)} read after {_tokens(metrics.reused_tokens)}"),
+        ("first token", f"{metrics.ttft_s:.3f} s"),
+        ("decode", _tokens(metrics.new_tokens) + ("" if speed is None else f", {speed:,.1f} tokens/s")),
+    ]

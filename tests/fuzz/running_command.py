@@ -22,6 +22,7 @@ from fuzz.edits import Bytes
 from fuzz.outcomes import require
 
 from fastkv import LLM, FastKVError, cli
+from fastkv.console import load
 from fastkv.console.load import load_model
 
 ERROR = "fastkv-run: error: "
@@ -76,7 +77,7 @@ def _main(example: Command) -> tuple[Any, bytes, str]:
     watchdog.taken()
     watchdog.fresh_streams()
     stdin = io.TextIOWrapper(io.BytesIO(example.stdin.whole()))
-    with patch.object(cli, "load_model", _loaded), patch.object(sys, "stdin", stdin):
+    with patch.object(load, "load_model", _loaded), patch.object(sys, "stdin", stdin):
         try:
             status: Any = cli.main(list(example.argv))
         except SystemExit as left:  # --help and --version
