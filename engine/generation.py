@@ -12,6 +12,7 @@ from fastkv.engine.decode_batch import DecodeBatch
 from fastkv.engine.memory import explain_out_of_memory, peak_bytes
 from fastkv.engine.one_reader import OneReader
 from fastkv.engine.output import Metrics, Output, Piece
+from fastkv.engine.prefix_store import PrefixStore
 from fastkv.engine.request import Request
 from fastkv.engine.runtime import Runtime
 from fastkv.errors import FaultError
@@ -38,6 +39,7 @@ class Generation(OneReader[Piece]):
         request: Request,
         called_at: float | None = None,
         keep_selection: bool = False,
+        store: PrefixStore | None = None,
     ) -> None:
         super().__init__()
         # time.perf_counter() when the user asked, if that was before now
@@ -48,6 +50,7 @@ class Generation(OneReader[Piece]):
         self._slot = 0
         self._failed = False
         self._keep_selection = keep_selection
+        self._store = store  # which is to keep what the prompt leaves
 
     @property
     def prompt_ids(self) -> list[int]:
@@ -90,6 +93,8 @@ class Generation(OneReader[Piece]):
         batch = DecodeBatch(self._runtime, [self._answer.request])
         try:
             self._slot, result = batch.admit(self._answer.request)
+            if self._store is not None:
+                self._store.keep(self._answer.request.all_ids[0], result.cache)
         except BaseException:
             batch.close()
             raise

@@ -34,6 +34,7 @@ from fastkv.engine.output import Output
 from fastkv.engine.plan import RequestPlan, plan_request, position_limit
 from fastkv.engine.prefill import Prefill, prefill
 from fastkv.engine.prefix import check_reuse, share
+from fastkv.engine.prefix_store import PrefixStore, continued
 from fastkv.engine.process import check_process, has_model, process_for_model
 from fastkv.engine.request import (
     Request,
@@ -83,7 +84,9 @@ class LLM:
     compiler, which makes the first request up to a minute slower, the first one of several prompts together, too, and
     the next ones faster; on a CPU the steps of a single sequence are compiled here, and kept in the cache folder.
     attention: the kernels of causal attention, "auto" (on a GPU the first that works of these four) | "cudnn" | "flash"
-    | "efficient" | "math". progress: called while stored weights are read, with the bytes read and the bytes in all.
+    | "efficient" | "math". prefix_cache: bytes of K and V that are kept of the last prompts, in which nothing was
+    dropped: one that begins like one of them (in 64 tokens or more, and alone, not in a list) reads only the rest;
+    0 keeps none. progress: called while stored weights are read, with the bytes read and the bytes in all.
 
     Raises FastKVError for a folder that cannot be loaded and for settings that do not fit; nothing is loaded then.
     """
@@ -105,11 +108,14 @@ class LLM:
         cuda_graph: bool = True,
         compile: bool = False,
         attention: str = "auto",
+        prefix_cache: int = 0,
         progress: Callable[[int, int], None] | None = None,
     ) -> None:
         _check_arguments(model, revision, load_format, weights, progress)
         for name, switch in (("cuda_graph", cuda_graph), ("compile", compile)):
             check_switch(name, switch)
+        check_integer("prefix_cache", prefix_cache, 0)
+        self._prefixes = PrefixStore(prefix_cache) if prefix_cache else None
         target = resolve_device(device)
         self._process = process_for_model(target)
         dummy = load_format == "dummy"
@@ -171,8 +177,10 @@ class LLM:
         return self._model.dtype
 
     def free_buffers(self) -> None:
-        """Let go of the memory that requests hand to one another; the next request takes its own again."""
+        """Let go of the memory that requests hand to one another, and of what `prefix_cache` keeps."""
         self._runtime.buffers.clear()
+        if self._prefixes is not None:
+            self._prefixes.clear()
 
     @overload
     def generate(
@@ -302,7 +310,12 @@ class LLM:
             raise FastKVError("a turn goes by its session's policy: leave policy out")
         budget = None if decode_budget is None else DecodeBudget(decode_budget)
         request = self._request(prompt, params, policy, decode_budget=budget)
-        return Generation(self._runtime, self.tokenizer, request, called_at, keep_selection)
+        whole = request.turn is None and budget is None and not request.plan.compresses
+        store = self._prefixes if whole and not keep_selection else None
+        if store is not None:
+            with explain_out_of_memory(REQUEST):
+                request = continued(self._runtime, request, store)
+        return Generation(self._runtime, self.tokenizer, request, called_at, keep_selection, store)
 
     def session(self, policy: Policy | None = None, *, system: str | None = None) -> Session:
         """A conversation, or a document to ask many things of: see Session.

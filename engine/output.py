@@ -32,9 +32,9 @@ class Metrics:
     attention_kept: the share of the attention mass that all layers keep together, in [0, 1], which tells how far the
     answer can be trusted; layer_attention: that of each layer, what was dropped before it counted as dropped. None
     where that was not measured (cache/mass.py).
-    reused_tokens: tokens whose entries were there already: what a session held before the prompt; or, in a list, what
-    the prompt begins with like an earlier one. Of these, prompt_tokens counts the second, and kv_tokens, kv_entries and
-    kv_full_entries count both.
+    reused_tokens: tokens whose entries were there already: what a session held before the prompt; or what the prompt
+    begins with like an earlier one, of the same list or in the `prefix_cache`. Of these, prompt_tokens counts the
+    second; kv_tokens, kv_entries and kv_full_entries count both.
     """
 
     prompt_tokens: int

@@ -174,7 +174,7 @@ def common_beginnings(prompts: Sequence[Tensor], least: int = LEAST) -> list[Gro
     found, unfinished = _Alike(0), list[_Alike]()
     for one, other in pairwise([*order, None]):
         assert one is not None
-        length = 0 if other is None else _common(prompts[one], prompts[other])
+        length = 0 if other is None else common(prompts[one], prompts[other])
         length = length if length >= least else 0
         inner = _Alike(0, single=[one])
         while unfinished and unfinished[-1].length > length:
@@ -190,7 +190,7 @@ def common_beginnings(prompts: Sequence[Tensor], least: int = LEAST) -> list[Gro
     return found.groups
 
 
-def _common(one: Tensor, other: Tensor) -> int:
+def common(one: Tensor, other: Tensor) -> int:
     """How many tokens two prompts begin alike with, one of each left over."""
     shorter = min(one.shape[0], other.shape[0])
     differ = (one[:shorter] != other[:shorter]).nonzero()

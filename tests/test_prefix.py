@@ -11,6 +11,7 @@ import torch
 from fastkv import LLM, AdaKV, DefensiveKVLayer, FastKV, FastKVError, FullKV, GemFilter, Policy, SamplingParams, SnapKV
 from fastkv.engine import decode_batch, prefix
 from fastkv.engine.prefix import Group, common_beginnings
+from fastkv.engine.prefix_store import PrefixStore
 
 PARAMS = SamplingParams(max_tokens=4, ignore_eos=True)
 DROPPING = [FastKV(min_tokens=8), SnapKV(kv_len=30), AdaKV(kv_len=30), DefensiveKVLayer(kv_len=30)]
@@ -117,6 +118,61 @@ def test_what_cannot_be_asked(tiny_llm: LLM) -> None:
         tiny_llm.generate(RAGGED, PARAMS, reuse_prefix=1)  # type: ignore[call-overload]
     with pytest.raises(FastKVError, match="reuse_prefix is for a list of prompts"):
         tiny_llm.generate(A, PARAMS, reuse_prefix=True)  # type: ignore[call-overload]
+
+
+# --- one prompt after another: a store ---
+
+
+@pytest.fixture
+def storing(tiny_llm: LLM, monkeypatch: pytest.MonkeyPatch) -> PrefixStore:
+    """Room for 500 tokens of a full cache."""
+    store = PrefixStore(500 * 2 * tiny_llm.config.n_layers * tiny_llm.config.n_kv_heads * tiny_llm.config.head_dim * 4)
+    monkeypatch.setattr(tiny_llm, "_prefixes", store)
+    return store
+
+
+def test_a_later_prompt_goes_on_after_an_earlier_one(
+    tiny_llm: LLM, storing: PrefixStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompts = [A + ids(9), A + ids(40, 4), A, A + ids(40, 4) + ids(3), B + ids(300, 5), B + ids(4), A + ids(9)]
+    outputs = [tiny_llm.generate(prompt, PARAMS, FullKV()) for prompt in prompts]
+    assert [each.metrics.reused_tokens for each in outputs] == [0, 130, 129, 169, 0, 90, 0]  # B + … took the room of A
+    assert [each.metrics.prompt_tokens for each in outputs] == list(map(len, prompts))
+    assert storing.nbytes <= storing._limit
+    with monkeypatch.context() as patched:
+        patched.setattr(tiny_llm, "_prefixes", None)
+        assert [each.token_ids for each in outputs] == [
+            tiny_llm.generate(p, PARAMS, FullKV()).token_ids for p in prompts
+        ]
+    tiny_llm.free_buffers()
+    assert storing.nbytes == 0
+
+
+def test_a_store_keeps_nothing_that_was_compressed_and_serves_no_report(tiny_llm: LLM, storing: PrefixStore) -> None:
+    tiny_llm.generate(A + ids(9), PARAMS, SnapKV(kv_len=30))
+    tiny_llm.session(FullKV()).generate(A + ids(9), PARAMS)
+    tiny_llm.generate([A + ids(9)] * 2, PARAMS, FullKV())
+    assert storing.nbytes == 0
+    tiny_llm.generate(A + ids(9), PARAMS, FullKV())
+    assert tiny_llm.generate(A + ids(9), PARAMS, SnapKV(kv_len=30)).metrics.reused_tokens == 0
+    stream = tiny_llm.stream(A + ids(5), PARAMS, FullKV(), keep_selection=True)
+    next(stream)
+    assert stream.selection is not None
+    assert stream.selection[0][0].shape[1] == 135
+
+
+def test_without_memory_nothing_is_kept_and_nothing_refused(
+    tiny_llm: LLM, storing: PrefixStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = tiny_llm.generate(A + ids(9), PARAMS, FullKV()).token_ids
+    monkeypatch.setattr("fastkv.engine.prefix_store.available_bytes", lambda device: 1)
+    again = tiny_llm.generate(A + ids(9), PARAMS, FullKV())
+    assert (again.token_ids, again.metrics.reused_tokens) == (expected, 0)
+    before = storing.nbytes
+    tiny_llm.generate(B + ids(9), PARAMS, FullKV())
+    assert storing.nbytes == before
+    with pytest.raises(FastKVError, match="prefix_cache must be a whole number of at least 0, not -1"):
+        LLM("no/such/model", prefix_cache=-1)
 
 
 # --- memory ---
