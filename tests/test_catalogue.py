@@ -26,7 +26,7 @@ from fastkv.cache.setting import choice, number, one_or_more, setting, settings_
 from fastkv.cli_flags import build_parser
 
 FOLDER = ROOT / "cache" / "policies"
-SHARED_BY_METHODS = {"compressed", "online"}  # hold no policy of their own
+SHARED_BY_METHODS = {"agnostic", "compressed", "online"}  # hold no policy of their own
 PAGE = (ROOT / "docs" / "policies.md").read_text(encoding="utf-8")
 
 
@@ -229,7 +229,8 @@ def test_help_of_a_setting_that_policies_share(texts: dict[str, tuple[str, str]]
 def test_which_policies_compress_again() -> None:
     again = {name for name, policy in POLICIES.items() if policy.compresses_again}
     by_window = {"fastkv", "fastkv-paper", "claa", "snapkv", "pyramidkv", "criticalkv", "restkv", "tova"}
-    assert again == by_window | {"streamingllm", "pyramidinfer", "structkv", "asl"}
+    where_heads_are_even = {"keydiff", "expected-attention"}
+    assert again == by_window | where_heads_are_even | {"streamingllm", "pyramidinfer", "structkv", "asl"}
 
 
 @pytest.mark.parametrize("policy", [FastKV(), SnapKV(), StreamingLLM(), PyramidInfer()], ids=lambda one: one.name)
@@ -262,5 +263,10 @@ def test_sinks_stay_the_first_entries() -> None:
 
 
 def test_heads_of_different_length_are_not_compressed_again() -> None:
-    assert not any(policy.compresses_again for policy in POLICIES.values() if policy.per_head)
+    """A policy whose heads may be even says for these alone that it chooses again (tests/test_agnostic.py)."""
+    even = {name for name, policy in POLICIES.items() if "budgets" in settings_of(policy)}
+    always = [policy() for name, policy in POLICIES.items() if name not in {"headkv", *even}]
+    assert not any(policy.compresses_again for policy in always if policy.per_head)
+    assert any(policy.per_head for policy in always)
     assert HeadKV.per_head
+    assert not HeadKV.compresses_again

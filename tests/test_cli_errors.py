@@ -650,8 +650,13 @@ OF_ONE_POLICY = {
     "--full-layers": ("claa", ["-1", "1.5", "x"]),
     "--norm": ("criticalkv", ["", "l3"]),
     "--certain-mass": ("defensivekv", ["-0.1", "1.1", "x"]),
+    "--budgets": ("keydiff", ["", "layers"]),
+    "--sketch": ("compactor", ["-1", "1.5", "9" * 9]),
+    "--chunk": ("compactor", [*NO_COUNT, "9" * 9]),
+    "--attention-weight": ("compactor", ["-0.1", "nan", "x"]),
+    "--future": ("expected-attention", [*NO_COUNT, "9" * 9]),
+    "--epsilon": ("expected-attention", ["-0.1", "nan", "x"]),
     "--alpha": ("restkv", ["0", "1.1", "x"]),
-    "--chunk": ("kvzip", ["0", "1.5", "x"]),
 }
 
 

@@ -133,14 +133,14 @@ def test_the_best_of_the_whole_model_win(llm: LLM) -> None:
 
 
 def test_the_heads_of_a_layer_can_have_its_budget_for_themselves(llm: LLM) -> None:
-    kept = of_heads(llm.prefill(IDS[:1], dataclasses.replace(POLICY, across_layers=False)).kept)
+    kept = of_heads(llm.prefill(IDS[:1], dataclasses.replace(POLICY, budgets="heads")).kept)
     assert {sum(map(len, layer)) for layer in kept} == {BUDGET * llm.config.n_kv_heads}
     assert len({len(head) for layer in kept for head in layer}) > 1
 
 
-@pytest.mark.parametrize("across_layers", [True, False])
-def test_equal_scores_keep_the_exact_number(across_layers: bool) -> None:
-    policy = KVzip(kv_len=BUDGET, across_layers=across_layers)
+@pytest.mark.parametrize("budgets", ["even", "heads", "model"])
+def test_equal_scores_keep_the_exact_number(budgets: str) -> None:
+    policy = KVzip(kv_len=BUDGET, budgets=budgets)
     scores = [torch.full((2, 3, N_TOKENS - 1), 0.5) for _ in range(4)]
     budgets = policy.model_budgets([BUDGET] * 4, scores)
     kept = [select_each(*of_layer, policy.window) for of_layer in zip(scores, budgets, strict=True)]
@@ -250,7 +250,7 @@ def test_a_model_without_a_tokenizer_is_told_nothing(tiny_llm: LLM) -> None:
 
 @pytest.mark.parametrize(
     "settings",
-    [{"sinks": -1}, {"chunk": 0}, {"chunk": 1.5}, {"instruct": 1}, {"across_layers": "yes"}, {"kv_len": 4}],
+    [{"sinks": -1}, {"chunk": 0}, {"chunk": 1.5}, {"instruct": 1}, {"budgets": "layers"}, {"kv_len": 4}],
     ids=str,
 )
 def test_settings_out_of_range_are_refused(settings: dict[str, Any]) -> None:

@@ -24,13 +24,13 @@ from fastkv.cache.policies.criticaladakv import CriticalAdaKV as CriticalAdaKV
 from fastkv.cache.policies.defensivekv import DefensiveKV as DefensiveKV
 from fastkv.cache.policies.defensivekv_layer import DefensiveKVLayer as DefensiveKVLayer
 from fastkv.cache.policies.restkv import ReSTKV as ReSTKV
-from fastkv.cache.policies.kvzip import KVzip as KVzip
 from fastkv.cache.policies.tova import TOVA as TOVA
 from fastkv.cache.policies.h2o import H2O as H2O
 from fastkv.cache.policies.streamingllm import StreamingLLM as StreamingLLM
 from fastkv.cache.policies.keydiff import KeyDiff as KeyDiff
 from fastkv.cache.policies.compactor import Compactor as Compactor
 from fastkv.cache.policies.expected_attention import ExpectedAttention as ExpectedAttention
+from fastkv.cache.policies.kvzip import KVzip as KVzip
 from fastkv.cache.policies.gemfilter import GemFilter as GemFilter
 from fastkv.cache.policies.pyramidinfer import PyramidInfer as PyramidInfer
 from fastkv.cache.policies.structkv import StructKV as StructKV

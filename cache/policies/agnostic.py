@@ -54,9 +54,13 @@ class QueryAgnostic(Compressed):
         return max(super().count(length, rate, n_tokens), min(self.sinks + self.window, n_tokens))
 
     def head_budgets(self, layer: int, n_layers: int, count: int, scores: Tensor) -> Tensor:
+        return self.layer_budgets(count, scores, self.head_floor)
+
+    def layer_budgets(self, count: int, scores: Tensor, floor: float) -> Tensor:
+        """Of a layer whose heads compete for `count` entries each on average, with this floor: int64 [B, Hkv]."""
         from fastkv.cache.selection import competed_counts
 
-        return competed_counts(scores, count, self.window, self.head_floor)
+        return competed_counts(scores, count, self.window, floor)
 
     def model_budgets(self, counts: Sequence[int], scores: Sequence[Tensor]) -> list[Tensor]:
         from fastkv.cache.selection import competed_counts_of_layers
