@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from fastkv import LLM, AdaKV, DefensiveKVLayer, FastKV, FastKVError, FullKV, GemFilter, Policy, SamplingParams, SnapKV
-from fastkv.engine import decode_batch, prefix
+from fastkv.engine import decode_batch, graph, prefix
 from fastkv.engine.prefix import Group, common_beginnings
 from fastkv.engine.prefix_store import PrefixStore
 
@@ -63,6 +63,21 @@ def test_answers_are_those_of_the_prompts_alone(
         assert one.run == other.run
     assert [each.metrics.reused_tokens for each in together] == [0, 0, 129, 0, 129, 90, 129, 129, 0]
     assert tiny_llm.generate(RAGGED[:3], params, FullKV(), reuse_prefix=False)[2].metrics.reused_tokens == 0
+
+
+@pytest.mark.parametrize("policy", [FullKV(), AdaKV(kv_len=30)], ids=["full", "heads differ"])
+def test_replayed_steps_see_what_was_shared(tiny_llm: LLM, monkeypatch: pytest.MonkeyPatch, policy: Policy) -> None:
+    """As on a GPU, but that a replay calls what was to be captured."""
+    prompts, params = [A + ids(9), A + ids(30, 4), A + ids(1, 5)], SamplingParams(max_tokens=8, ignore_eos=True)
+    eager = tiny_llm.generate(prompts, params, policy, reuse_prefix=True)
+    monkeypatch.setattr(graph, "_CudaRecorder", lambda device: lambda run: [run(), run][1])
+    monkeypatch.setattr(type(tiny_llm._runtime), "ahead", True)
+    monkeypatch.setattr(tiny_llm._runtime, "cuda_graph", True)
+    tiny_llm.free_buffers()
+    replayed = tiny_llm.generate(prompts, params, policy, reuse_prefix=True)
+    tiny_llm.free_buffers()
+    assert [each.token_ids for each in replayed] == [each.token_ids for each in eager]
+    assert replayed[1].metrics.reused_tokens == 130
 
 
 def test_the_bundled_model_answers_the_same(archive_llm: LLM, archive_folder: Any) -> None:
