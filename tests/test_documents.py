@@ -16,6 +16,7 @@ from places import ROOT
 
 from fastkv.cache.catalogue import POLICIES
 from fastkv.cli_flags import build_parser
+from fastkv.console.talk.flags import build_parser as build_chat_parser
 
 FOLDERS = (".", "docs", "benchmarks/results", "examples/archive")
 PAGES = {str(path.relative_to(ROOT)): path for folder in FOLDERS for path in sorted((ROOT / folder).glob("*.md"))}
@@ -87,6 +88,16 @@ def test_flags_of_fastkv_run_exist() -> None:
             if re.match(r"(\.venv/bin/)?fastkv-run ", line):
                 flags = {word for word in shlex.split(line.partition("|")[0], comments=True) if word.startswith("--")}
                 assert flags <= known, f"{page}: {flags - known}"
+
+
+def test_flags_of_fastkv_chat_exist() -> None:
+    """And each one of fastkv-run that it does not have is one of prompts in files, or of what is written of them."""
+    known = set(build_chat_parser()._option_string_actions)
+    told = PAGES["docs/chat.md"].read_text(encoding="utf-8")
+    assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]*", told)) <= known
+    lacking = set(build_parser()._option_string_actions) - known
+    of_files = {"--prompt", "--prompts", "--output", "--batch-size", "--kv-memory", "--context", "--save-cache"}
+    assert lacking - of_files == {"--chat", "--json", "--report", "--verbose"}
 
 
 def test_every_policy_is_in_the_readme() -> None:

@@ -33,6 +33,7 @@ class _Names(Completer):
         name, space, rest = document.text_before_cursor.partition(" ")
         if not space:
             found = [each for each in self._commands if name and each.startswith(name)]
-            yield from (Completion(each, start_position=-len(name)) for each in found)
+            for each in found:
+                yield Completion(each + " " * self._commands[each], start_position=-len(name))
         elif self._commands.get(name):
             yield from self._paths.get_completions(Document(rest, len(rest)), complete_event)
