@@ -120,6 +120,7 @@ class LayerRun:
     ) -> None:
         self.model, self.plan, self.cache, self.attention = model, plan, cache, attention
         self.policy, self.layers = plan.policy, list(plan.layers)
+        self.per_head = plan.policy.per_head
         self.projection, self.workspace = Projection(model, workspace), workspace
         self.windows = model.config.windows
         self.ahead = Lookahead(plan.lookahead) if plan.lookahead else None
@@ -220,7 +221,7 @@ class LayerRun:
     def _observed(self, layer: int, q: Tensor, k: Tensor, v: Tensor, positions: Tensor, past: int = 0) -> Observation:
         """What the policy sees of a layer, whose entries stand at `positions` [B, Hkv, past + T]."""
         attention = self.model.blocks[layer].self_attn
-        rotary = self.model.rotary.of(attention.rotary)
+        rotary = self.model.rotary.each[attention.rotary]
         output = partial(output_norms, attention)
         return Observation(layer, q, k, v, past, output=output, positions=positions, rotary=rotary)
 
@@ -267,7 +268,7 @@ class LayerRun:
 
     def _best(self, observed: Observation, count: int, scores: Tensor) -> Kept:
         """The entries that a layer keeps: `count` of each head, or on average."""
-        if not self.policy.per_head:
+        if not self.per_head:
             return select_entries(self.policy.ranking(observed, scores, count), count, self.policy.window)
         counts = self.policy.head_budgets(observed.layer, len(self.layers), count, scores)
         return select_per_head(self.policy.ranking(observed, scores, counts), counts, self.policy.window)

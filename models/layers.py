@@ -184,36 +184,32 @@ class RotaryEmbedding(nn.Module):
 
 
 class RotaryEmbeddings(nn.Module):
-    """Positions -> Rope: all rotary embeddings of a model, whose tables grow together."""
+    """Positions -> Rope: all rotary embeddings of a model (`each`), whose tables grow together."""
 
     def __init__(self, configs: Sequence[RopeConfig], head_dim: int) -> None:
         super().__init__()
-        self._each = [RotaryEmbedding(config, head_dim) for config in configs]
-        self.embeddings = nn.ModuleList(self._each)
+        self.each = [RotaryEmbedding(config, head_dim) for config in configs]
+        self.embeddings = nn.ModuleList(self.each)
 
     @property
     def reserved(self) -> int:
         """Positions that the tables cover: 0 … reserved - 1."""
-        return self._each[0].reserved
-
-    def of(self, index: int) -> RotaryEmbedding:
-        """The rotary embedding that a layer picks by its index (Attention.rotary)."""
-        return self._each[index]
+        return self.each[0].reserved
 
     def reserve(self, n_positions: int, dtype: torch.dtype) -> None:
         """Let the tables cover the positions below `n_positions`, in `dtype`."""
-        for embedding in reversed(self._each):  # the first one, which `reserved` asks, when the others are there
+        for embedding in reversed(self.each):  # the first one, which `reserved` asks, when the others are there
             embedding.reserve(n_positions, dtype)
 
     @property
     def tables(self) -> tuple[object, ...]:
         """What lookups read now, to keep it alive: a table that grows is another one."""
-        return tuple(embedding._table for embedding in self._each)
+        return tuple(embedding._table for embedding in self.each)
 
     def forward(self, positions: Tensor) -> Rope:
         """positions: int64 [B, T], the tokens' original positions, all of them reserved."""
-        return Rope(tuple(map(RotaryEmbedding.forward, self._each, [positions] * len(self._each))))
+        return Rope(tuple(map(RotaryEmbedding.forward, self.each, [positions] * len(self.each))))
 
     def range(self, start: int, end: int) -> Rope:
         """The rotations of the positions start … end - 1, all of them reserved: views of the tables."""
-        return Rope(tuple(embedding.range(start, end) for embedding in self._each))
+        return Rope(tuple(embedding.range(start, end) for embedding in self.each))
