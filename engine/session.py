@@ -192,7 +192,8 @@ class Session:
     def save(self, path: str | PathLike[str]) -> None:
         """Write the session into a file, which LLM.load_session of the same model goes on from, in any process.
 
-        It takes the bytes of the entries, at most a hundredth more for where they stand, and the text of the messages.
+        It takes the bytes of the entries, one or two more for where an entry stands that a policy chose, up to four for
+        a token, and the text of the messages.
         The file takes the place of an earlier one in one step: whatever fails, and whatever else reads or writes it,
         there is one of them whole, and of several that are saved the last one stays. Ways back (`undo`) are not kept.
 

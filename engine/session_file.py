@@ -60,7 +60,7 @@ def write_session(path: str | os.PathLike[str], model: Llama, saved: Saved) -> N
         header, tensors = _header_of(model, saved), _tensors_of(model.config, saved)
     except FastKVError as error:
         raise FastKVError(f"{target}: the session cannot be saved: {error}", setting=WRITE) from None
-    if target.exists() and not target.is_file():
+    if os.path.exists(target) and not os.path.isfile(target):  # as methods of a Path these may raise
         raise FastKVError(f"{target}: is there and no ordinary file; name another one", setting=WRITE)
     try:
         with replacing(target) as file:
@@ -72,7 +72,7 @@ def write_session(path: str | os.PathLike[str], model: Llama, saved: Saved) -> N
 def read_session(path: str | os.PathLike[str], model: Llama) -> Saved:
     """See LLM.load_session."""
     source = _path(path, READ)
-    if source.exists() and not source.is_file():
+    if os.path.exists(source) and not os.path.isfile(source):
         raise FastKVError(f"{source}: cannot be read, for it is no ordinary file", setting=READ)
     try:
         file = TensorFile(source)
@@ -81,12 +81,13 @@ def read_session(path: str | os.PathLike[str], model: Llama) -> Saved:
         told = json.loads(file.metadata["session"])
         _check_model(told, model)
         policy, held = policy_of(told["policy"]), _held(file, told, model)
+        policy.validate(model.config.n_layers, model.config.n_kv_heads)
         return Saved(policy, _messages(file), held)
     except OSError as error:
         raise FastKVError(f"{source}: cannot be read ({error.strerror})", setting=READ) from None
     except (BrokenFileError, FastKVError) as error:
         raise FastKVError(f"{source}: {error}", setting=READ) from None
-    except (ValueError, TypeError, LookupError, RecursionError, RuntimeError) as error:
+    except (ValueError, TypeError, LookupError, RecursionError) as error:
         # Of a file that is whole, and yet no session: somebody else wrote it.
         raise FastKVError(f"{source}: tells of a session that cannot be ({error})", setting=READ) from None
 
@@ -280,6 +281,6 @@ def _are_messages(found: Any) -> bool:
 
 
 def _path(path: Any, setting: str) -> Path:
-    if not isinstance(path, (str, os.PathLike)) or not str(path):
+    if not isinstance(path, (str, os.PathLike)) or not str(path) or "\0" in str(path):
         raise FastKVError(f"a session's file must be named by a path, not {brief(path)}", setting=setting)
     return Path(path)

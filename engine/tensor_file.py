@@ -36,8 +36,8 @@ class BrokenFileError(Exception):
 class TensorFile:
     """The tensors of a file, as views of its memory map, and the texts in its header.
 
-    Nothing is read before it is used, and a file that is deleted or replaced meanwhile stays as it was. To shorten a
-    file that is mapped is to pull the memory away: `replacing` never does.
+    Nothing is read before it is used. What takes the file's place meanwhile, or deletes it, leaves what is mapped as it
+    was (Windows lets nobody do so). To shorten a mapped file is to pull the memory away; `replacing` never does.
     """
 
     def __init__(self, path: Path) -> None:
