@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import secrets
 import stat
@@ -10,9 +11,10 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
-from fastkv.errors import FastKVError
+from fastkv.errors import FastKVError, FaultError
 
 VARIABLE = "FASTKV_CACHE"
+_FAULTS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 
 
 def cache_folder() -> Path:
@@ -33,20 +35,33 @@ def check_cache_folder() -> None:
         raise FastKVError(f"cache folder {folder}: {there} {wrong}; set {VARIABLE} to another one")
 
 
-def write_atomically(path: Path, content: bytes, *, durable: bool = True) -> None:
-    """Fill a file beside `path`, or beside the file that it is a link to, then move it there in one step.
+@contextmanager
+def replacing(path: Path, *, durable: bool = True) -> Iterator[IO[bytes]]:
+    """A file to write beside `path`, or beside the file that it is a link to; in the end it moves there in one step.
 
     Whatever fails on the way, the earlier file stays as it was. durable: it is on the disk before it takes the place of
     the earlier one, so that even a power cut leaves one of them; not needed for what can be made again.
     """
     path = Path(os.path.realpath(path))
     with _file_beside(path) as file:
-        file.write(content)
+        yield file
         file.flush()
         if durable:
             os.fsync(file.fileno())
         file.close()  # Windows moves no open file
         os.replace(file.name, path)
+
+
+def write_atomically(path: Path, content: bytes, *, durable: bool = True) -> None:
+    """Let a file hold this, in one step: see `replacing`."""
+    with replacing(path, durable=durable) as file:
+        file.write(content)
+
+
+def unwritable(path: str | Path, error: OSError, setting: str) -> FastKVError:
+    """The complaint, in one line: a full or broken disk is a fault, all else is for the user to mend."""
+    kind = FaultError if error.errno in _FAULTS else FastKVError
+    return kind(f"{path}: cannot be written ({error.strerror})", setting=setting)
 
 
 def try_beside(path: Path) -> None:

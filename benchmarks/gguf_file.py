@@ -18,7 +18,6 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from fastkv.console.files import unwritable
 from fastkv.console.machine import fingerprint
 from fastkv.console.parser import say
 from fastkv.errors import FastKVError
@@ -31,6 +30,7 @@ from fastkv.models.sources import Source, targets
 from fastkv.models.stored import StoredNames
 from fastkv.models.tying import settled_config
 from fastkv.models.weights import meta_model
+from fastkv.storage import unwritable
 
 KINDS = ("F32", "Q8_0")
 BLOCK = 32  # values of a row that share one scale in Q8_0

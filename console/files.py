@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 from pathlib import Path
 from typing import Any
 
-from fastkv.errors import FastKVError, FaultError, writable
-from fastkv.storage import try_beside, write_atomically
-
-_FAULTS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
+from fastkv.errors import FastKVError, writable
+from fastkv.storage import try_beside, unwritable, write_atomically
 
 
 def read_text(path: Path, setting: str) -> tuple[bytes, str]:
@@ -111,9 +108,3 @@ def check_folder(folder: Path, setting: str) -> None:
         raise FastKVError(f"{folder}: {there} is no folder; name another one", setting=setting)
     if not os.access(there, os.W_OK):
         raise FastKVError(f"{folder}: the folder {there} cannot be written to", setting=setting)
-
-
-def unwritable(path: str | Path, error: OSError, setting: str) -> FastKVError:
-    """The complaint, in one line: a full or broken disk is a fault, all else is for the user to mend."""
-    kind = FaultError if error.errno in _FAULTS else FastKVError
-    return kind(f"{path}: cannot be written ({error.strerror})", setting=setting)

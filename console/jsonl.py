@@ -11,10 +11,10 @@ from io import FileIO
 from pathlib import Path
 from typing import IO, Any
 
-from fastkv.console.files import check_regular, read_text, unwritable
+from fastkv.console.files import check_regular, read_text
 from fastkv.console.lock import holder, lock
 from fastkv.errors import FastKVError
-from fastkv.storage import try_beside
+from fastkv.storage import try_beside, unwritable
 
 _LONGEST = 80  # characters that are shown of a value
 _PATIENCE = 0.5  # seconds for another process that only looks whether the file is free

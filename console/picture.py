@@ -6,9 +6,10 @@ from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fastkv.console.files import check_writable, unwritable, write_whole
+from fastkv.console.files import check_writable, write_whole
 from fastkv.console.parser import check_installed, flag_of
 from fastkv.errors import FastKVError
+from fastkv.storage import unwritable
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

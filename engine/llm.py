@@ -47,6 +47,7 @@ from fastkv.engine.request import (
 from fastkv.engine.runtime import Runtime
 from fastkv.engine.sampler import SamplingParams
 from fastkv.engine.session import DEFAULT_POLICY, Session
+from fastkv.engine.session_file import read_session
 from fastkv.engine.turn import Turn
 from fastkv.errors import FastKVError, brief, check_choice, check_integer, check_switch, writable
 from fastkv.kernels.out_of_memory import LOADING, REQUEST
@@ -283,6 +284,19 @@ class LLM:
                 setting="policy",
             )
         return Session(self, chosen, system)
+
+    def load_session(self, path: str | PathLike[str]) -> Session:
+        """The session that Session.save wrote, with its policy. Its next turns give the tokens that they gave there.
+
+        The entries stay in the file, mapped into memory, until a turn copies them to the device; the file may be saved
+        anew or deleted meanwhile. All of it is read once here, to see that no byte has changed. Raises FastKVError for
+        a file that is none, is not whole or was altered, or is of another version, model, dtype or kind of weights
+        (int8 weights give other tokens), or of more tokens than the model's context.
+        """
+        saved = read_session(path, self._model)
+        session = self.session(saved.policy)
+        session.resume(saved)
+        return session
 
     @explain_out_of_memory(REQUEST)
     def chat(self, messages: list[dict[str, str]], /, **arguments: Any) -> ChatIds:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from os import PathLike
 from typing import Any, Protocol
 
 from fastkv.cache.kv_cache import shortened
@@ -19,8 +20,10 @@ from fastkv.cache.policy import Policy
 from fastkv.engine.generation import Generation
 from fastkv.engine.output import Metrics, Output
 from fastkv.engine.sampler import SamplingParams
+from fastkv.engine.session_file import Saved, write_session
 from fastkv.engine.turn import Held, Turn
 from fastkv.errors import FastKVError, check_integer, check_switch
+from fastkv.models.llama import Llama
 from fastkv.models.text.chat import ChatIds
 
 # Which policy keeps what later questions need, with none there to choose by: docs/accuracy.md
@@ -31,6 +34,9 @@ _RESTS = ("a", " a", "\na")
 
 class Engine(Protocol):
     """What a session asks of its LLM."""
+
+    @property
+    def model(self) -> Llama: ...
 
     def generate(self, prompt: Any, params: SamplingParams | None = None) -> Output: ...
 
@@ -183,6 +189,21 @@ class Session:
         other.messages, other._held, other._marks = [*map(dict, self.messages)], self._held, [*self._marks]
         return other
 
+    def save(self, path: str | PathLike[str]) -> None:
+        """Write the session into a file, which LLM.load_session of the same model goes on from, in any process.
+
+        It takes the bytes of the entries, at most a hundredth more for where they stand, and the text of the messages.
+        The file takes the place of an earlier one in one step: whatever fails, and whatever else reads or writes it,
+        there is one of them whole, and of several that are saved the last one stays. Ways back (`undo`) are not kept.
+
+        Raises FastKVError, and leaves the earlier file, where it cannot be written, for a policy that is not fastkv's
+        own, and while a turn runs.
+        """
+        with self._lock:
+            self._check_idle()
+            saved = Saved(self.policy, [*map(dict, self.messages)], self._held)
+        write_session(path, self._llm.model, saved)
+
     def rewind(self, count: int) -> None:
         """Forget the last `count` tokens, as if they had never been, and the messages that they belong to.
 
@@ -215,6 +236,10 @@ class Session:
             self._marks.pop()
 
     # --- what the engine tells (see Owner) ---
+
+    def resume(self, saved: Saved) -> None:
+        """Hold what a file has of a session: of one that is new."""
+        self.messages, self._held = saved.messages, saved.held
 
     def begin(self, turn: Turn) -> None:
         """See Owner."""
