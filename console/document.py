@@ -54,7 +54,7 @@ class Document:
         rows = context_figures(llm, session, f"of {self._shown}, {how} in {seconds:.3f} s")
         if self.save_to is not None:
             try:
-                session.save(self.save_to)  # type: ignore[attr-defined]
+                session.save(self.save_to)
             except FastKVError as error:
                 raise type(error)(str(error), setting="save_cache") from None
             rows.append(saved_figure(self.save_to))
@@ -90,7 +90,7 @@ class Document:
 
     def _loaded(self, llm: LLM) -> Session:
         try:
-            session = llm.load_session(self.name)  # type: ignore[attr-defined]
+            session = llm.load_session(self.name)
         except FastKVError as error:
             raise type(error)(str(error), setting="cache") from None
         if self.chat != bool(session.messages):
