@@ -874,3 +874,29 @@ def test_footprint_prints_what_children_measure(
 def test_footprint_measures_without_a_tokenizer(benchmarks: Any, archive_folder: Path, tmp_path: Path) -> None:
     bare = benchmarks.footprint.without_tokenizer(archive_folder, tmp_path)
     assert sorted(file.name for file in bare.iterdir()) == ["config.json", "model.safetensors"]
+
+
+def test_many_questions_are_measured_in_three_ways(
+    benchmarks: Any, archive_folder: Path, dummy: LLM, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Which give the same answers where everything is kept; the first round does not count."""
+    ways = benchmarks.many_questions.ways(dummy, FullKV(), SamplingParams(max_tokens=3, ignore_eos=True))
+    answers = [way(list(range(50)), [[5, 6], [9, 8, 7]]) for way in ways.values()]
+    assert answers[0] == answers[1] == answers[2]
+    small = ["--length", "60", "--questions", "2", "--question-tokens", "3", "--new-tokens", "2", "--rounds", "2"]
+    argv = ["--model", str(archive_folder), "--device", "cpu", *small]
+    assert benchmarks.many_questions.main([*argv, "--json", str(tmp_path / "out.json")]) == 0
+    rows = capsys.readouterr().out.splitlines()[-3:]
+    result = json.loads((tmp_path / "out.json").read_text())
+    assert [row.split(" | ")[0].strip("| ") for row in rows] == list(ways) == list(result["seconds"])
+    assert all(len(each) == 2 for each in result["seconds"].values())
+    assert rows[0].endswith("| 1.0 |")
+    told = benchmarks.many_questions.table({"a": [3.0, 1.0, 2.0], "b": [0.5, 0.25, 1.0]})
+    assert told.splitlines()[2:] == ["| a | 2.00 (1.00 – 3.00) | 1.0 |", "| b | 0.50 (0.25 – 1.00) | 4.0 |"]
+    for wrong, named in (
+        (["--rounds", "0"], "--rounds: "),
+        (["--policy", "x"], "--policy: "),
+        (["--length", "9000"], "room"),
+    ):
+        assert benchmarks.many_questions.main([*argv, *wrong]) == 2
+        assert named in capsys.readouterr().err

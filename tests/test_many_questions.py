@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from fastkv import LLM, FullKV, SamplingParams, Session, SnapKV
+from fastkv import LLM, FullKV, SamplingParams, SnapKV
 from fastkv.cli import main
 from fastkv.console.machine import fingerprint
 from fastkv.console.policy_file import remember
@@ -271,6 +271,7 @@ TEXT = ["--context", "doc.txt"]
         (["--cache", "doc.kv", "--kv-len", "20", *ONE], "--kv-len: what --cache names has its policy already"),
         (["--cache", "doc.kv", "--chat", "--system", "x", *ONE], "--system: what --cache names has its system mess"),
         (["--cache", "no.kv", *ONE], "--cache: no.kv: cannot be read (No such file or directory)"),
+        (["--cache", "one.txt", *ONE], "--cache: one.txt: is no session file"),
         (["--cache", ".", *ONE], "--cache: .: cannot be read (Is a directory)"),
         (["--cache", "", *ONE], "--cache takes the name of a file, not ''"),
         (["--cache", "-", *ONE], "--cache takes the name of a file, not '-'"),
@@ -314,24 +315,3 @@ def test_mistakes(run: Run, argv: list[str], named: str) -> None:
     assert named in err
     Path("o").unlink(missing_ok=True)
     assert {path.name: path.read_bytes() for path in Path().iterdir()} == before
-
-
-@pytest.fixture(autouse=True)
-def stand_in(monkeypatch: pytest.MonkeyPatch) -> None:
-    """STAND-IN until sessions can be saved."""
-    if hasattr(Session, "save"):
-        return
-    saved: dict[str, Any] = {}
-
-    def save(session: Session, path: str) -> None:
-        Path(path).write_text("x" * 2**20)
-        saved[path] = session.policy, session._held, session.messages
-
-    def load(llm: LLM, path: str) -> Session:
-        policy, held, messages = saved[path]
-        session = llm.session(policy)
-        session._held, session.messages = held, messages
-        return session
-
-    monkeypatch.setattr(Session, "save", save, raising=False)
-    monkeypatch.setattr(LLM, "load_session", load, raising=False)
