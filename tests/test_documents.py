@@ -97,6 +97,7 @@ def test_flags_of_fastkv_chat_exist() -> None:
     assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]*", told)) <= known
     lacking = set(build_parser()._option_string_actions) - known
     of_files = {"--prompt", "--prompts", "--output", "--batch-size", "--kv-memory", "--context", "--save-cache"}
+    of_files |= {"--reuse-prefix", "--decode-budget"}
     assert lacking - of_files == {"--chat", "--json", "--report", "--verbose"}
 
 
