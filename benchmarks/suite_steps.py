@@ -393,7 +393,7 @@ def long_prompt(suite: Suite, context: int) -> dict[str, Any]:
 
 def sessions(suite: Suite) -> Iterator[Case]:
     """A document read once, then questions of 64 tokens, each asked of a fork."""
-    for name, context, seconds in (("fastkv", 128, 14), ("keydiff", 128, 25), ("full", 32, 5), ("kvzip", 8, 10)):
+    for name, context, seconds in (("fastkv", 128, 14), ("keydiff", 128, 25), ("full", 32, 5), ("kvzip", 32, 15)):
         yield Case(f"{name} {context}K", seconds, partial(ask_forks, suite, name, context * K))
 
 

@@ -17,7 +17,20 @@ import pytest
 import torch
 from places import ROOT
 
-from fastkv import ASL, LLM, AdaKV, FastKV, FullKV, GemFilter, SamplingParams, StructKV
+from fastkv import (
+    ASL,
+    LLM,
+    AdaKV,
+    Compactor,
+    ExpectedAttention,
+    FastKV,
+    FullKV,
+    GemFilter,
+    KeyDiff,
+    KVzip,
+    SamplingParams,
+    StructKV,
+)
 from fastkv.cache.dense import DenseLayer
 from fastkv.cache.layer import EntryShape, KVLayer
 from fastkv.cache.per_head import PerHeadLayer
@@ -38,6 +51,7 @@ ARCHIVE = ROOT / "examples" / "archive" / "model"
 PROMPT = torch.randint(10, 1000, (3000,), generator=torch.Generator().manual_seed(5)).tolist()
 POLICIES = [FullKV(), FastKV(), FastKV(tsp_layer=2, tsp_len=200, kv_len=1000), AdaKV(), GemFilter(), ASL(), StructKV()]
 NAMES = ["full", "fastkv", "layers differ", "heads differ", "gemfilter", "asl", "structkv"]
+AGNOSTIC = [KeyDiff(), KeyDiff(budgets="model"), Compactor(), ExpectedAttention(), KVzip(chunk=512)]
 # bfloat16 carries 8 bits: two orders of the same sums differ by about this share of a logit
 TOLERANCE = {"float32": 2e-3, "bfloat16": 0.25}
 
@@ -235,7 +249,7 @@ def test_peak_memory_is_the_sum_of_its_parts(wide: LLM) -> None:
     assert rest < 1.5 * (3 * hidden + 2 * kv + 3 * scoring + chunk)  # 2 kv: a copy of K and V that is padded for cuDNN
 
 
-@pytest.mark.parametrize("policy", POLICIES, ids=NAMES)
+@pytest.mark.parametrize("policy", [*POLICIES, *AGNOSTIC], ids=lambda policy: policy.name)
 def test_a_prefill_is_that_of_the_cpu(policy: Policy) -> None:
     """Selections up to ties: which of two equal scores wins is the device's affair, and so are the lengths of heads."""
     cpu, gpu = (LLM(ARCHIVE, dtype="float32", device=device) for device in ("cpu", "cuda"))
@@ -342,6 +356,16 @@ def test_compiled_layers_give_the_eager_tokens() -> None:
     plain = LLM(ARCHIVE, dtype="float32", device="cuda")
     params = SamplingParams(max_tokens=20, ignore_eos=True)
     assert compiled.generate(PROMPT, params).token_ids == plain.generate(PROMPT, params).token_ids
+
+
+def test_a_decode_budget_gives_the_tokens_of_a_cpu() -> None:
+    """Steps are eager there, and entries go on the device."""
+    params = SamplingParams(max_tokens=120, ignore_eos=True)
+    found = [
+        LLM(ARCHIVE, dtype="float32", device=device).generate(PROMPT[:300], params, decode_budget=64)
+        for device in ("cuda", "cpu")
+    ]
+    assert found[0].token_ids == found[1].token_ids
 
 
 def test_the_bundled_example(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from places import ROOT
 
-from fastkv import LLM, AdaKV, DefensiveKVLayer, FastKV, FullKV, Policy, SamplingParams
+from fastkv import LLM, AdaKV, DefensiveKVLayer, FastKV, FullKV, KVzip, Policy, SamplingParams
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device")
 
@@ -19,7 +19,7 @@ ARCHIVE = ROOT / "examples" / "archive" / "model"
 CONTEXT = torch.randint(10, 1000, (2500,), generator=torch.Generator().manual_seed(5)).tolist()
 QUESTION = torch.randint(10, 1000, (40,), generator=torch.Generator().manual_seed(6)).tolist()
 PARAMS = SamplingParams(max_tokens=24, ignore_eos=True)
-POLICIES = [FullKV(), FastKV(), AdaKV(), DefensiveKVLayer()]
+POLICIES = [FullKV(), FastKV(), AdaKV(), DefensiveKVLayer(), KVzip(chunk=512)]
 NAMES = [policy.name for policy in POLICIES]
 
 
