@@ -293,7 +293,6 @@ TEXT = ["--context", "doc.txt"]
         (["--context", "", *ONE], "--context : cannot be read"),
         (["--context", "empty", *ONE], "--context empty: is empty"),
         (["--context", "-", "--prompt", "-"], "--context and --prompt cannot both read standard input"),
-        ([*TEXT, "--policy", "gemfilter", *ONE], "--policy: policy gemfilter reads what it chooses as a prompt of it"),
         (["--context", "long.txt", *ONE], "--context: long.txt: the prompt has "),
         ([*TEXT, "--prompt", "long.txt"], "--prompt: the prompt has 9"),
         ([*ASKED, "--prompt", "long.txt"], "prompt long.txt: the prompt has 9"),
