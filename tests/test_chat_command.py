@@ -189,6 +189,16 @@ def test_a_saved_conversation_goes_on_anywhere(run: Run, llm: LLM) -> None:
     assert run("", "--cache", "it", "--policy", "full")[2][0].endswith("policy full; " + begun[2][-1][4:])
 
 
+def test_a_document_that_was_read_for_a_chat_begins_one(run: Run, llm: LLM) -> None:
+    """As `fastkv-run --chat --context FILE --save-cache FILE` leaves it: the first message is the rest of its own."""
+    session = llm.session(SnapKV(kv_len=20))
+    session.chat_add("some words " * 40 + "\n\n")
+    session.save("read")
+    answers = [session.chat(each, PARAMS).text for each in ("Why?", "And?")]
+    status, out, err = run("Why?\nAnd?", "--cache", "read", "--quiet")
+    assert (status, out, err) == (0, "".join(map(ended, answers)), [])
+
+
 def test_what_cannot_be_loaded_leaves_the_conversation(run: Run, llm: LLM) -> None:
     session = llm.session()
     answers = [session.chat(each, PARAMS).text for each in ("hello", "Why?")]
@@ -243,7 +253,7 @@ WRONG_LINES: list[tuple[str | bytes, str]] = [
     ("/policy snapkv:kv_len", "must be NAME or NAME:setting=value"),
     ("/policy snapkv:kv_len=-1", "kv_len must be "),
     ("/policy full:kv_len=9", "--kv-len is no setting of --policy full"),
-    ("/policy gemfilter", "policy gemfilter reads what it chooses as a prompt of its own"),
+    ("/policy fastkv:tsp_layer=99", "tsp_layer must be "),
     (b"caf\xe9", "a line of the message is not UTF-8; it was left out"),
     ("words " * 9000, "the prompt "),
 ]
@@ -277,7 +287,7 @@ def test_a_turn_that_does_not_fit_loses_nothing(run: Run, llm: LLM) -> None:
     [
         (["--nope"], "unrecognized arguments: --nope"),
         (["--policy", "kvsnap"], "--policy: policy must be one of"),
-        (["--policy", "gemfilter"], "--policy: policy gemfilter reads what it chooses"),
+        (["--tsp-layer", "99"], "--tsp-layer: tsp_layer must be "),
         (["--policy", "full", "--kv-len", "9"], "--kv-len is no setting of --policy full"),
         (["--policy", "full", "--policy-file", "x"], "--policy-file names a policy already"),
         (["--policy-file", "none.json"], "--policy-file: none.json: cannot be read"),
