@@ -25,6 +25,7 @@ import pytest
 from places import ROOT
 
 from fastkv import LLM, FullKV, SamplingParams, SnapKV
+from fastkv.cache.pool import KVPool
 from fastkv.console.talk import command as chat
 from fastkv.console.talk.commands import COMMANDS
 from fastkv.console.talk.flags import NAMED_SETTINGS, build_parser
@@ -235,6 +236,7 @@ WRONG_LINES: list[tuple[str | bytes, str]] = [
     ("/nope", "no command '/nope'; /help lists them."),
     ("/", "no command '/'"),
     ("/FILE a", "no command '/FILE'"),
+    ("/nope\\", "no command '/nope"),
     ("/usr/bin is a folder", "no command '/usr/bin'"),
     ("/undo now", "/undo takes nothing after it, not 'now'"),
     ("/undo", "there is no message to take back"),
@@ -360,12 +362,20 @@ class Typed:
         raise line
 
 
+PLACES = {
+    "begin": (KVPool, "take"),
+    "prefill": (decode_batch, "prefill"),
+    "first token": (decode_batch.DecodeBatch, "read"),
+    "step": (decode_batch.DecodeBatch, "_step"),
+}
+
+
 @pytest.fixture
 def interrupted(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
-    """Ctrl-C while a prompt is read, or in the middle of the first token after it; once."""
+    """Ctrl-C at one of PLACES, once."""
 
     def prepare(at: str) -> None:
-        place, name = (decode_batch, "prefill") if at == "prefill" else (decode_batch.DecodeBatch, "_step")
+        place, name = PLACES[at]
         real, left = getattr(place, name), [1]
 
         def fake(*args: Any, **named: Any) -> Any:
@@ -379,11 +389,11 @@ def interrupted(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
     return prepare
 
 
-@pytest.mark.parametrize("at", ["prefill", "step"])
+@pytest.mark.parametrize("at", PLACES)
 def test_ctrl_c_on_a_terminal_stops_the_answer_alone(
     run: Run, llm: LLM, monkeypatch: pytest.MonkeyPatch, interrupted: Callable[[str], None], at: str
 ) -> None:
-    """While the prompt is read it takes the message back; later the session has the answer so far."""
+    """Until the first token it takes the message back; later the session has the answer so far."""
     typed = Typed(KeyboardInterrupt, "hello", "Why?", "/stats")
     monkeypatch.setattr(chat, "lines_of_stdin", lambda commands: typed)
     session, expected = llm.session(), ""
@@ -395,7 +405,7 @@ def test_ctrl_c_on_a_terminal_stops_the_answer_alone(
     interrupted(at)
     status, out, err = run("", "--quiet")
     assert (status, out) == (0, expected)
-    told = {"prefill": "[nothing was answered, and the message is", "step": "[stopped; the conversation has"}[at]
+    told = "[stopped; the conversation has" if at == "step" else "[nothing was answered, and the message is"
     assert sum(line.startswith(told) for line in err) == 1
     assert f"{len(session.ids)} of the 8,192" in err[-5]
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
