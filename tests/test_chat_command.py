@@ -25,6 +25,7 @@ import pytest
 from places import ROOT
 
 from fastkv import LLM, FullKV, SamplingParams, SnapKV
+from fastkv.cache.pool import KVPool
 from fastkv.console.talk import command as chat
 from fastkv.console.talk.commands import COMMANDS
 from fastkv.console.talk.flags import NAMED_SETTINGS, build_parser
@@ -189,6 +190,16 @@ def test_a_saved_conversation_goes_on_anywhere(run: Run, llm: LLM) -> None:
     assert run("", "--cache", "it", "--policy", "full")[2][0].endswith("policy full; " + begun[2][-1][4:])
 
 
+def test_a_document_that_was_read_for_a_chat_begins_one(run: Run, llm: LLM) -> None:
+    """As `fastkv-run --chat --context FILE --save-cache FILE` leaves it: the first message is the rest of its own."""
+    session = llm.session(SnapKV(kv_len=20))
+    session.chat_add("some words " * 40 + "\n\n")
+    session.save("read")
+    answers = [session.chat(each, PARAMS).text for each in ("Why?", "And?")]
+    status, out, err = run("Why?\nAnd?", "--cache", "read", "--quiet")
+    assert (status, out, err) == (0, "".join(map(ended, answers)), [])
+
+
 def test_what_cannot_be_loaded_leaves_the_conversation(run: Run, llm: LLM) -> None:
     session = llm.session()
     answers = [session.chat(each, PARAMS).text for each in ("hello", "Why?")]
@@ -225,6 +236,7 @@ WRONG_LINES: list[tuple[str | bytes, str]] = [
     ("/nope", "no command '/nope'; /help lists them."),
     ("/", "no command '/'"),
     ("/FILE a", "no command '/FILE'"),
+    ("/nope\\", "no command '/nope"),
     ("/usr/bin is a folder", "no command '/usr/bin'"),
     ("/undo now", "/undo takes nothing after it, not 'now'"),
     ("/undo", "there is no message to take back"),
@@ -243,7 +255,7 @@ WRONG_LINES: list[tuple[str | bytes, str]] = [
     ("/policy snapkv:kv_len", "must be NAME or NAME:setting=value"),
     ("/policy snapkv:kv_len=-1", "kv_len must be "),
     ("/policy full:kv_len=9", "--kv-len is no setting of --policy full"),
-    ("/policy gemfilter", "policy gemfilter reads what it chooses as a prompt of its own"),
+    ("/policy fastkv:tsp_layer=99", "tsp_layer must be "),
     (b"caf\xe9", "a line of the message is not UTF-8; it was left out"),
     ("words " * 9000, "the prompt "),
 ]
@@ -277,7 +289,7 @@ def test_a_turn_that_does_not_fit_loses_nothing(run: Run, llm: LLM) -> None:
     [
         (["--nope"], "unrecognized arguments: --nope"),
         (["--policy", "kvsnap"], "--policy: policy must be one of"),
-        (["--policy", "gemfilter"], "--policy: policy gemfilter reads what it chooses"),
+        (["--tsp-layer", "99"], "--tsp-layer: tsp_layer must be "),
         (["--policy", "full", "--kv-len", "9"], "--kv-len is no setting of --policy full"),
         (["--policy", "full", "--policy-file", "x"], "--policy-file names a policy already"),
         (["--policy-file", "none.json"], "--policy-file: none.json: cannot be read"),
@@ -350,12 +362,20 @@ class Typed:
         raise line
 
 
+PLACES = {
+    "begin": (KVPool, "take"),
+    "prefill": (decode_batch, "prefill"),
+    "first token": (decode_batch.DecodeBatch, "read"),
+    "step": (decode_batch.DecodeBatch, "_step"),
+}
+
+
 @pytest.fixture
 def interrupted(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
-    """Ctrl-C while a prompt is read, or in the middle of the first token after it; once."""
+    """Ctrl-C at one of PLACES, once."""
 
     def prepare(at: str) -> None:
-        place, name = (decode_batch, "prefill") if at == "prefill" else (decode_batch.DecodeBatch, "_step")
+        place, name = PLACES[at]
         real, left = getattr(place, name), [1]
 
         def fake(*args: Any, **named: Any) -> Any:
@@ -369,11 +389,11 @@ def interrupted(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
     return prepare
 
 
-@pytest.mark.parametrize("at", ["prefill", "step"])
+@pytest.mark.parametrize("at", PLACES)
 def test_ctrl_c_on_a_terminal_stops_the_answer_alone(
     run: Run, llm: LLM, monkeypatch: pytest.MonkeyPatch, interrupted: Callable[[str], None], at: str
 ) -> None:
-    """While the prompt is read it takes the message back; later the session has the answer so far."""
+    """Until the first token it takes the message back; later the session has the answer so far."""
     typed = Typed(KeyboardInterrupt, "hello", "Why?", "/stats")
     monkeypatch.setattr(chat, "lines_of_stdin", lambda commands: typed)
     session, expected = llm.session(), ""
@@ -385,7 +405,7 @@ def test_ctrl_c_on_a_terminal_stops_the_answer_alone(
     interrupted(at)
     status, out, err = run("", "--quiet")
     assert (status, out) == (0, expected)
-    told = {"prefill": "[nothing was answered, and the message is", "step": "[stopped; the conversation has"}[at]
+    told = "[stopped; the conversation has" if at == "step" else "[nothing was answered, and the message is"
     assert sum(line.startswith(told) for line in err) == 1
     assert f"{len(session.ids)} of the 8,192" in err[-5]
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler

@@ -91,7 +91,7 @@ def test_flags_of_fastkv_run_exist() -> None:
 
 
 def test_flags_of_fastkv_chat_exist() -> None:
-    """And each one of fastkv-run that it does not have is one of prompts in files, or of what is written of them."""
+    """A flag of fastkv-run that it lacks is for prompts in files, for what is written of them, or for no session."""
     known = set(build_chat_parser()._option_string_actions)
     told = PAGES["docs/chat.md"].read_text(encoding="utf-8")
     assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]*", told)) <= known
