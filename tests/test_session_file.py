@@ -476,8 +476,9 @@ def test_what_does_not_add_up(tiny_llm: LLM, saved: Path, case: str) -> None:
 
 def test_a_session_names_no_file_to_be_read(tiny_llm: LLM, saved: Path, tmp_path: Path) -> None:
     """headkv takes a table or the name of a file; of a session only the table, for the file may be anything."""
-    os.mkfifo(tmp_path / "pipe")
-    policy = {"name": "headkv", "settings": {"head_scores": str(tmp_path / "pipe")}}
+    (tmp_path / "table").write_text(json.dumps({"scores": TABLE}))
+    assert HeadKV(head_scores=tmp_path / "table").table == TABLE
+    policy = {"name": "headkv", "settings": {"head_scores": str(tmp_path / "table")}}
     rewritten(saved, lambda _, told, __: told.update(policy=policy))
     with pytest.raises(FastKVError, match="head_scores"):
         tiny_llm.load_session(saved)
