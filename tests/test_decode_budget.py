@@ -37,6 +37,7 @@ POLICIES = {
     "heads differ": AdaKV(kv_len=38),  # both, in one layer
     "layers compete": DefensiveKVLayer(kv_len=38),
 }
+EACH_LAYOUT = pytest.mark.parametrize("name", ["full", "heads differ", "layers compete"])
 EACH_POLICY = pytest.mark.parametrize("policy", POLICIES.values(), ids=POLICIES)
 
 
@@ -175,9 +176,10 @@ def test_a_long_answer_takes_no_more_memory_than_a_short_one(one_layer: LLM) -> 
     assert long.metrics.kv_full_bytes == 3168 * 2 * 8 * 4
 
 
-@EACH_POLICY
-def test_where_nothing_must_go_the_answer_is_the_plain_one(tiny_llm: LLM, policy: Policy) -> None:
+@EACH_LAYOUT
+def test_where_nothing_must_go_the_answer_is_the_plain_one(tiny_llm: LLM, name: str) -> None:
     """Neither where the budget is larger than all there is, nor where the answer ends before the first eviction."""
+    policy = POLICIES[name]
     plain = tiny_llm.generate(PROMPT, params(40), policy)
     bounded = tiny_llm.generate(PROMPT, params(40), policy, decode_budget=200)
     assert bounded.token_ids == plain.token_ids
@@ -186,9 +188,10 @@ def test_where_nothing_must_go_the_answer_is_the_plain_one(tiny_llm: LLM, policy
     assert start[: LEAST // 4] == plain.token_ids[: LEAST // 4]
 
 
-@EACH_POLICY
-def test_each_row_of_a_batch_is_the_prompt_alone(tiny_llm: LLM, policy: Policy) -> None:
+@EACH_LAYOUT
+def test_each_row_of_a_batch_is_the_prompt_alone(tiny_llm: LLM, name: str) -> None:
     """Each drops its entries at its own time; one, whose answer is short, none at all."""
+    policy = POLICIES[name]
     prompts = [PROMPT[:30], PROMPT, PROMPT[40:60], PROMPT[:99]]
     each = [params(36), params(22), params(3), params(20, temperature=0.9, seed=3)]
     budget = LEAST
@@ -223,8 +226,9 @@ def evicted_cache(llm: LLM, policy: Policy) -> tuple[Generation, BoundedCache]:
     return stream, cache
 
 
-@EACH_POLICY
-def test_what_was_dropped_cannot_come_back(tiny_llm: LLM, policy: Policy) -> None:
+@EACH_LAYOUT
+def test_what_was_dropped_cannot_come_back(tiny_llm: LLM, name: str) -> None:
+    policy = POLICIES[name]
     stream, cache = evicted_cache(tiny_llm, policy)
     for _ in range(3):
         next(stream)
@@ -249,8 +253,9 @@ def test_the_first_entries_that_are_sinks_are_those_of_the_first_positions(tiny_
     assert cache.positions(0)[0, :, :SINKS].tolist() == [[0, 1, 2, 3]] * 2
 
 
-@EACH_POLICY
-def test_the_footprint_knows_of_sums_and_of_evictions(tiny_llm: LLM, policy: Policy) -> None:
+@EACH_LAYOUT
+def test_the_footprint_knows_of_sums_and_of_evictions(tiny_llm: LLM, name: str) -> None:
+    policy = POLICIES[name]
     stream = tiny_llm.stream(PROMPT, params(60), policy, decode_budget=BUDGET.entries)
     next(stream)
     cache, plan = cache_of(stream), stream._answer.request.plan
