@@ -24,7 +24,8 @@ class KVzip(Compressed):
 
     kv_retention, kv_len, min_tokens: the MEAN budget of all heads. across_layers: the heads of all layers compete for
     it; else those of each layer do. sinks: the first tokens, always kept, as the last one is. chunk: tokens that the
-    model repeats at a time at most, and less where its positions end. instruct: whether it is asked to, in words; else
+    model repeats at a time at most, and less where its positions end; a model that cannot repeat long passages, as that
+    of examples/archive, needs shorter ones (there at most 512). instruct: whether it is asked to, in words; else
     it only sees the chunk once more, after the tokens before it. A model without a tokenizer is never asked.
 
     Nothing is dropped during the prefill, which then takes two to three times as long, and holds K and V of all tokens
