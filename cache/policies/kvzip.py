@@ -22,8 +22,9 @@ class KVzip(QueryAgnostic):
     """After the prefill the model repeats the prompt (engine/probe.py); what it attends to most is kept.
 
     budgets, head_floor, sinks, window: see QueryAgnostic. chunk: tokens that the model repeats at a time at most, and
-    less where its positions end. instruct: whether it is asked to, in words; else it only sees the chunk once more,
-    after the tokens before it. A model without a tokenizer is never asked.
+    less where its positions end; a model that cannot repeat long passages, as that of examples/archive, needs shorter
+    ones. instruct: whether it is asked to, in words; else it only sees the chunk once more, after the tokens before it.
+    A model without a tokenizer is never asked.
 
     Nothing is dropped during the prefill, which then takes two to three times as long, and holds K and V of all tokens
     until its end. A sequence that continues from a cache keeps what was kept, and the new tokens whole.
