@@ -585,7 +585,6 @@ WRONG = {
     "--lookahead": ["-1", "1.5", "x", ""],
     "--lookahead-reach": ["-1", "1.5", "x", "", "9" * 9],
     "--values": ["", "1", "on", "maybe"],
-    "--across-layers": ["", "1", "on"],
     "--instruct": ["", "1", "maybe"],
     "--sinks": ["-1", "1.5", "x"],
     "--share": ["-0.1", "nan", "inf", "x"],

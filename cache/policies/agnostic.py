@@ -29,7 +29,7 @@ class QueryAgnostic(Compressed):
     policies reduce no context: every layer sees every token.
     """
 
-    budgets: str = setting("heads", choice("even", "heads", "model"), BUDGETS_HELP, metavar="even|heads|model")
+    budgets: str = setting("even", choice("even", "heads", "model"), BUDGETS_HELP, metavar="even|heads|model")
     head_floor: float = setting(0.2, number(0, 1), FLOOR_HELP, metavar="R")
     sinks: int = setting(4, whole(0), "first tokens that are always kept", metavar="N")
     window: int = setting(4, whole(1), "last tokens, always kept", metavar="W")
