@@ -88,7 +88,7 @@ def test_each_line_is_a_message_and_each_answer_that_of_a_session(run: Run, llm:
     status, out, err = run(said, "--system", "Be short.")
     assert (status, out) == (0, "".join(map(ended, answers)))
     assert err[0].startswith("fastkv-chat: ")
-    assert err[0].endswith(f"model on cpu in float32, policy {DEFAULT_POLICY.name}")
+    assert err[0].endswith(f"model on cpu in float32, policy {DEFAULT_POLICY.name}:kv_retention=0.2")
     assert err[1:] == ["[cut after 4 tokens: --max-tokens, or the end of the model's context]"] * 4
     assert run(said, "--system", "Be short.", "--quiet") == (0, out, [])
     assert run("") == (0, "", [err[0]])
@@ -275,9 +275,9 @@ def test_what_cannot_be_followed_is_one_line_and_the_conversation_goes_on(run: R
 def test_a_turn_that_does_not_fit_loses_nothing(run: Run, llm: LLM) -> None:
     """Neither the conversation nor the file that was to go along."""
     Path("doc.txt").write_text("words")
-    session = llm.session()
+    session = llm.session(SnapKV())
     answers = [session.chat("hello", PARAMS).text, session.chat("words\n\nWhy?", PARAMS, compress=True).text]
-    status, out, err = run(f"hello\n/file doc.txt\n{'words ' * 9000}\nWhy?", "--quiet")
+    status, out, err = run(f"hello\n/file doc.txt\n{'words ' * 9000}\nWhy?", "--quiet", "--policy", "snapkv")
     assert (status, out, len(err)) == (2, "".join(map(ended, answers)), 2)
 
 
@@ -289,7 +289,8 @@ def test_a_turn_that_does_not_fit_loses_nothing(run: Run, llm: LLM) -> None:
     [
         (["--nope"], "unrecognized arguments: --nope"),
         (["--policy", "kvsnap"], "--policy: policy must be one of"),
-        (["--tsp-layer", "99"], "--tsp-layer: tsp_layer must be "),
+        (["--policy", "fastkv", "--tsp-layer", "99"], "--tsp-layer: tsp_layer must be "),
+        (["--tsp-layer", "1"], "--tsp-layer is no setting of --policy compactor"),
         (["--policy", "full", "--kv-len", "9"], "--kv-len is no setting of --policy full"),
         (["--policy", "full", "--policy-file", "x"], "--policy-file names a policy already"),
         (["--policy-file", "none.json"], "--policy-file: none.json: cannot be read"),
@@ -457,8 +458,14 @@ class Terminal:
         seen, self._seen = self._seen[: found.end()], self._seen[found.end() :]
         return seen
 
-    def type(self, keys: str) -> None:
+    def type(self, keys: str, until: str | None = None) -> None:
+        """Type keys; until: once more, as a person would, as long as nothing that matches this is written."""
         os.write(self._ours, keys.encode())
+        for _ in range(10 if until else 0):
+            with contextlib.suppress(AssertionError):
+                self.wait_for(until or "", 5)
+                return
+            os.write(self._ours, keys.encode())
 
     def close(self) -> None:
         self.process.kill()
@@ -489,8 +496,7 @@ def test_on_a_terminal(terminal: Terminal) -> None:
     terminal.wait_for(r"\[stopped; the conversation has the answer so far\].*>")
     terminal.type("not to be sent")
     terminal.wait_for("not to be sent")
-    terminal.type("\x03")
-    terminal.wait_for(">")
+    terminal.type("\x03", until=">")
     terminal.type("/stats\r")
     terminal.wait_for(r"first token .*decode +[\d,]+ tokens.*>")
     terminal.type("\x1b[A\x7f\x7f\x7f\x7f\x7fundo\r")  # "/stats" again, and "/undo" made of it
