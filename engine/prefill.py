@@ -37,9 +37,7 @@ from fastkv.models.llama import Llama
 
 # On a GPU, prompts of so many tokens compute attention at the TSP layer for the propagated ones alone. On an H200 that
 # is slower at 32K (17 to 20 ms instead of 14) and faster at 128K (140 to 150 instead of 245; the step tsp-layer of
-# benchmarks/results/2026-11-28-gpu-h200.txt). Between them nothing was measured. Of n tokens, all take c n² and the
-# propagated ones a n + b n² (logits under a mask; flash attention): fitted to both lengths, they are equal at 38K to
-# 58K tokens, and at 64K these alone are 1.06 to 1.33 times as fast.
+# benchmarks/results/2026-11-28-gpu-h200.txt), and at 64K 1.18 to 1.33 times as fast (…-gpu-h200-sessions.txt).
 _MERGED_FROM = 65_536
 
 
