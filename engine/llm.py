@@ -495,7 +495,8 @@ class LLM:
         ids = id_tensor(prompt, self.config.vocab_size)
         if ids.shape[0] != 1:
             raise FastKVError("generate and stream take a list of prompts, not a tensor of several; prefill does")
-        return ids.cpu()
+        # The caller may write to a tensor of his own later, and a stream reads its prompt later; prefix_cache for good.
+        return ids.cpu().clone()
 
     def _turn_ids(self, turn: Turn) -> Tensor:
         """int64 [1, N], on the host: what a turn's session has not read yet, and the prompt."""

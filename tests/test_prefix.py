@@ -176,6 +176,16 @@ def test_a_store_keeps_nothing_that_was_compressed_and_serves_no_report(tiny_llm
     assert stream.selection[0][0].shape[1] == 135
 
 
+def test_a_store_remembers_what_was_read_whatever_becomes_of_it(tiny_llm: LLM, storing: PrefixStore) -> None:
+    """A tensor that its owner fills with another prompt is another prompt."""
+    prompt: Any = torch.tensor(A)
+    tiny_llm.generate(prompt, PARAMS, FullKV())
+    prompt[:] = torch.tensor(ids(130, 7))
+    again = tiny_llm.generate(prompt, PARAMS, FullKV())
+    assert again.metrics.reused_tokens == 0
+    assert again.token_ids == tiny_llm.generate(prompt, PARAMS, FullKV(), decode_budget=1000).token_ids
+
+
 def test_without_memory_nothing_is_kept_and_nothing_refused(
     tiny_llm: LLM, storing: PrefixStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
