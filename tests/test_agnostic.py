@@ -362,3 +362,35 @@ def test_answers_come(tiny_llm: LLM) -> None:
     params = SamplingParams(max_tokens=4, ignore_eos=True)
     for policy in POLICIES:
         assert len(tiny_llm.generate(PROMPT[0].tolist(), params, policy(kv_len=40)).token_ids) == 4
+
+
+# --- with TSP ---
+
+
+@pytest.mark.parametrize("policy", [KeyDiff(tsp_rate=0.5), Compactor(tsp_rate=0.5), ExpectedAttention(tsp_rate=0.5)])
+@pytest.mark.parametrize("budgets", ["even", "heads"])
+def test_the_best_sums_of_the_same_scores_are_propagated(
+    tiny_llm: LLM, monkeypatch: pytest.MonkeyPatch, policy: QueryAgnostic, budgets: str
+) -> None:
+    policy = replace(policy, kv_retention=0.3, min_tokens=10, tsp_layer=2, budgets=budgets)
+    scored: list[torch.Tensor] = []
+    real = type(policy).score
+
+    def noted(self: QueryAgnostic, observed: Observation) -> torch.Tensor:
+        scored.append(real(self, observed))
+        return scored[-1]
+
+    monkeypatch.setattr(type(policy), "score", noted)
+    ids = torch.randint(3, 256, (120,), generator=torch.Generator().manual_seed(3)).tolist()
+    pre = tiny_llm.prefill(ids, policy, 4)
+    assert pre.layer_tokens == [120] * 3 + [60] * 3
+    best = scored[2].double().sum(dim=1)[0].topk(60 - policy.window).indices.tolist()
+    assert pre.tokens[3][0].tolist() == sorted([*best, *range(120 - policy.window, 120)])
+    assert all((kept >= 0).sum() == 36 * 2 for kept in pre.kept)  # 30 % of 120, of both heads
+
+
+def test_layers_that_compete_see_the_same_tokens() -> None:
+    with pytest.raises(FastKVError, match="tsp_rate below 1 does not go with budgets of the whole model"):
+        KeyDiff(tsp_rate=0.5, budgets="model")
+    with pytest.raises(FastKVError, match=r"tsp_layer must be below the model's number of layers \(6\), not 6"):
+        KeyDiff(tsp_layer=6).validate(6)

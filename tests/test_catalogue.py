@@ -95,6 +95,7 @@ def test_policies_import_torch_only_where_they_compute() -> None:
 
 
 REFUSED = {
+    "kvzip": ["tsp_layer", "tsp_rate"],
     "restkv": ["values", "lookahead", "lookahead_reach"],
     "defensivekv": ["lookahead", "lookahead_reach"],
     "defensivekv-layer": ["lookahead", "lookahead_reach"],
@@ -114,8 +115,8 @@ def test_every_setting_says_what_it_takes_and_what_for(name: str) -> None:
 @pytest.mark.parametrize(("name", "field"), [(name, field) for name, fields in REFUSED.items() for field in fields])
 def test_what_a_derived_method_has_no_use_for_is_refused_and_not_listed(name: str, field: str) -> None:
     assert name not in SETTINGS[field].by_policy
-    with pytest.raises(FastKVError, match=f"^{field} is no setting of {name}; leave it at (0|None|False)$"):
-        POLICIES[name](**{field: 1})
+    with pytest.raises(FastKVError, match=f"^{field} is no setting of {name}; leave it at (0|None|False|1.0)$"):
+        POLICIES[name](**{field: 7})
 
 
 def test_every_setting_is_a_flag() -> None:

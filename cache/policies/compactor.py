@@ -30,7 +30,7 @@ class Compactor(QueryAgnostic):
     again: its earlier entries have no queries any more.
 
     What differs from the paper: the number of entries is given, not found by a calibration; the leverage comes from a
-    Cholesky factor; fewer tokens are kept at either end; and heads may compete. Reduces no context. Raises FastKVError
+    Cholesky factor; fewer tokens are kept at either end; and heads may compete. Raises FastKVError
     for a value out of range.
     """
 

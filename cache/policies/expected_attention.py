@@ -25,7 +25,7 @@ class ExpectedAttention(QueryAgnostic):
     kv_retention, kv_len, min_tokens: the budget of a layer, the mean over its heads where they compete. Queries of all
     tokens must be there. Where heads are even, a sequence that continues is compressed again, by its new queries.
 
-    What differs from the paper: the last tokens always stay, too. Reduces no context. Raises FastKVError for a value
+    What differs from the paper: the last tokens always stay, too. Raises FastKVError for a value
     out of range.
     """
 

@@ -21,7 +21,7 @@ class KeyDiff(QueryAgnostic):
     next to nothing. Where heads are even, a sequence that continues is compressed again.
 
     What differs from the paper: it reads the prompt in blocks, and drops entries after each, where ours sees the
-    whole prompt first; the first and the last tokens always stay; and heads may compete. Reduces no context. Raises
+    whole prompt first; the first and the last tokens always stay; and heads may compete. Raises
     FastKVError for a value out of range.
     """
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from fastkv.cache.policies.agnostic import QueryAgnostic
 from fastkv.cache.policy import Observation, Probe
-from fastkv.cache.setting import redefined, setting, switch, whole
+from fastkv.cache.setting import no_setting, redefined, setting, switch, whole
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -40,6 +40,8 @@ class KVzip(QueryAgnostic):
     budgets: str = redefined(QueryAgnostic, "budgets", "model")
     head_floor: float = redefined(QueryAgnostic, "head_floor", 0.0)
     window: int = redefined(QueryAgnostic, "window", 1)
+    tsp_layer: int | None = no_setting(None)  # the whole prompt is repeated, by all layers
+    tsp_rate: float = no_setting(1.0)
     chunk: int = setting(2000, whole(1), "tokens of the prompt that the model repeats at a time", metavar="N")
     instruct: bool = setting(True, switch(), "ask the model in words to repeat the prompt", metavar="yes|no")
 
