@@ -237,7 +237,12 @@ class Session:
             self.messages = [*map(dict, mark.messages)]
             self._marks.pop()
 
-    # --- what the engine tells (see Owner) ---
+    # --- what the engine asks and tells (see Owner) ---
+
+    @property
+    def model(self) -> Llama:
+        """The network that its entries come from."""
+        return self._llm.model
 
     def resume(self, saved: Saved) -> None:
         """Hold what a file has of a session: of one that is new."""

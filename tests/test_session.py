@@ -236,6 +236,18 @@ def test_one_session_runs_one_turn_at_a_time(tiny_llm: LLM) -> None:
     assert session.ids == ids(30) + ids(3) + running.output().token_ids
 
 
+def test_a_turn_runs_on_the_model_of_its_session_only(tiny_llm: LLM, archive_llm: LLM) -> None:
+    """Entries of another model, even of the same shape, would give tokens that mean nothing."""
+    session = tiny_llm.session(FullKV())
+    session.add(ids(30))
+    message = r"of a session of another LLM, .*: give it to that one; Session\.save and load_session"
+    with pytest.raises(FastKVError, match=message):
+        archive_llm.generate(session.turn(ids(3)), PARAMS)
+    with pytest.raises(FastKVError, match=f"prompt 1 of the list: .*{message}"):
+        archive_llm.generate([ids(3), session.turn(ids(3), keep=False)], PARAMS)
+    assert len(session.generate(ids(3), PARAMS).token_ids) == 6
+
+
 # --- turns that end early, or fail ---
 
 
