@@ -25,6 +25,8 @@ from fastkv import (
 )
 from fastkv.cache.kv_cache import KVCache
 from fastkv.engine import decode_batch
+from fastkv.engine.plan import RequestPlan
+from fastkv.engine.sampler import Sampler
 from fastkv.engine.turn import Turn
 
 PARAMS = SamplingParams(max_tokens=6, ignore_eos=True)
@@ -420,3 +422,28 @@ def test_only_the_text_that_begins_gets_a_bos(archive_llm: LLM) -> None:
     assert session.ids == [*tokenizer.encode("The calm owl"), *tokenizer.encode(" keeps a code.")[1:]]
     stream = session.stream(" The", PARAMS)
     assert "".join(piece.text for piece in stream) == stream.output().text
+
+
+@pytest.mark.parametrize("place", ["cache_in", "stop"])
+def test_an_interrupt_between_two_lines_leaves_model_and_session_usable(
+    tiny_llm: LLM, monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    """A slot that was taken and is nobody's, or was not handed back, is not what the next request is given."""
+    session = tiny_llm.session(FullKV())
+    session.add(ids(40))
+    expected = session.fork().generate(ids(9, 1), PARAMS).token_ids
+    owner = RequestPlan if place == "cache_in" else Sampler
+
+    def interrupted(*arguments: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(owner, place, interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            session.fork().generate(ids(9, 1), PARAMS)
+        with pytest.raises(KeyboardInterrupt):
+            session.generate(ids(9, 1), PARAMS)
+    if place == "stop":  # the answer was there already
+        assert session.ids[:49] == ids(40) + ids(9, 1)
+        session.undo()
+    assert session.generate(ids(9, 1), PARAMS).token_ids == expected
