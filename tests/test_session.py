@@ -253,6 +253,16 @@ def test_a_turn_runs_on_the_model_of_its_session_only(tiny_llm: LLM, archive_llm
 # --- turns that end early, or fail ---
 
 
+def test_a_stream_that_is_forgotten_has_changed_nothing(tiny_llm: LLM) -> None:
+    """Who leaves a loop over session.stream has nothing to close."""
+    session = tiny_llm.session(FullKV())
+    session.add(ids(40))
+    for _ in session.stream(ids(9, 1), PARAMS):
+        break
+    assert session.ids == ids(40)
+    assert session.generate(ids(9, 1), PARAMS).token_ids == tokens_of(tiny_llm, ids(40) + ids(9, 1), FullKV())
+
+
 def test_a_turn_that_is_left_early_keeps_what_came(tiny_llm: LLM) -> None:
     session = tiny_llm.session(FullKV())
     session.add(ids(40))
