@@ -286,7 +286,7 @@ class LLM:
         check_sessions(requests)
         if not requests:
             return iter(())
-        work = share(self._runtime, requests, policy, reuse_prefix, batch_size, kv_memory)
+        work = share(self._runtime, requests, policy, reuse_prefix, batch_size, kv_memory, self._told)
         return Batch(run_batch(self._runtime, self.tokenizer, work.requests, work.n_slots, called_at, work.kv_memory))
 
     def stream(
