@@ -63,6 +63,11 @@ class KVPool:
         """Bytes allocated for keys and values."""
         return self.n_slots * bytes_of(self.layout, self.capacities, self.shape)
 
+    @property
+    def is_free(self) -> bool:
+        """Whether no sequence has a slot."""
+        return len(self._free) == self.n_slots
+
     def take(self) -> int:
         """A free slot: the lowest one that there is, so that those in use stay neighbours."""
         slot = min(self._free)

@@ -76,11 +76,11 @@ class DecodeBatch:
         Raises FastKVError for a turn that its session cannot run now.
         """
         model, state, turn = self._runtime.model, self._state, request.turn
-        if turn is not None:
-            turn.owner.begin(turn)
         slot = state.pool.take()
         cache = request.plan.cache_in(state.pool, range(slot, slot + 1))
         self._at_work[slot] = sequence = _Sequence(request, cache)  # from here on `close` ends it, too
+        if turn is not None:
+            turn.owner.begin(turn)  # not earlier: its session would wait for good for a turn that nobody ends
         self._begin(request, cache)
         state.sampler.start(slot, request.params, request.all_ids.to(model.device))
         result = self._prefill(request, request.ids, request.plan, cache)
@@ -153,7 +153,8 @@ class DecodeBatch:
         """Hand the memory to the next requests; those still at work end."""
         for slot in list(self._at_work):
             self.release(slot)
-        self._runtime.buffers.give_back(self._buffers)
+        if self._state.pool.is_free:  # else an interrupt fell between two lines that belong together
+            self._runtime.buffers.give_back(self._buffers)
 
     def _launch(self) -> bool:
         """One more token for each request that may have one; whether there is such a request."""

@@ -95,10 +95,10 @@ class Generation(OneReader[Piece]):
             self._slot, result = batch.admit(self._answer.request)
             if self._store is not None:
                 self._store.keep(self._answer.request.all_ids[0], result.cache)
+            self._answer.prefilled(result)
         except BaseException:
             batch.close()
             raise
-        self._answer.prefilled(result)
         if self._keep_selection:
             self.selection = (result.tokens, result.kept)
         return batch

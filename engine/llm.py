@@ -286,7 +286,7 @@ class LLM:
         check_sessions(requests)
         if not requests:
             return iter(())
-        work = share(self._runtime, requests, policy, reuse_prefix, batch_size, kv_memory)
+        work = share(self._runtime, requests, policy, reuse_prefix, batch_size, kv_memory, self._told)
         return Batch(run_batch(self._runtime, self.tokenizer, work.requests, work.n_slots, called_at, work.kv_memory))
 
     def stream(
@@ -439,6 +439,12 @@ class LLM:
         if not isinstance(params, SamplingParams):
             raise FastKVError(f"params must be SamplingParams, not {type(params).__name__}")
         turn = prompt if isinstance(prompt, Turn) else None
+        if turn is not None and turn.owner.model is not self._model:
+            raise FastKVError(
+                "this turn is of a session of another LLM, whose entries mean nothing here: give it to that one; "
+                "Session.save and load_session take a session to another LLM of the same model",
+                setting="prompt",
+            )
         ids = self._turn_ids(prompt) if isinstance(prompt, Turn) else self._token_ids(prompt)
         policy = turn.working_policy if turn is not None else policy
         policy = self.policy if policy is None else self._checked_policy(policy)

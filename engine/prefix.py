@@ -20,6 +20,7 @@ from fastkv.cache.policy import Policy
 from fastkv.engine.batch import slots_that_fit, slots_there
 from fastkv.engine.beginning import Beginning
 from fastkv.engine.plan import plan_request, position_limit
+from fastkv.engine.probe import Encode
 from fastkv.engine.request import Request
 from fastkv.engine.runtime import Runtime
 from fastkv.errors import FastKVError
@@ -66,15 +67,17 @@ def share(
     reuse: bool | None,
     batch_size: int,
     kv_memory: int | None,
+    encode: Encode,
 ) -> Work:
     """Let requests of a list share what they begin with.
 
     reuse: None means where nothing of them is dropped, so that it is exact. What is shared takes memory from the slots,
     but leaves at least half of them: of more beginnings than that has room for, those that save most are shared.
+    encode: see plan_request.
     Raises FastKVError as `slots_that_fit` does.
     """
     n_slots = slots_that_fit(runtime, requests, batch_size, kv_memory)
-    begun = [] if reuse is False else _beginnings(runtime.model, requests, policy, bool(reuse))
+    begun = [] if reuse is False else _beginnings(runtime.model, requests, policy, bool(reuse), encode)
 
     def work(count: int) -> Work:
         """With the first `count` of them."""
@@ -88,7 +91,7 @@ def share(
 
 
 def _beginnings(
-    model: Llama, requests: Sequence[Request], policy: Policy, compressed: bool
+    model: Llama, requests: Sequence[Request], policy: Policy, compressed: bool, encode: Encode
 ) -> list[tuple[Group, Beginning]]:
     """What can be shared, those first that save most. compressed: also what a policy drops tokens of."""
     places = [i for i, each in enumerate(requests) if _may_share(each, compressed)]
@@ -96,7 +99,7 @@ def _beginnings(
     for group in common_beginnings([requests[place].ids[0] for place in places]):
         members = sorted(places[member] for member in group.members)
         limit = position_limit(model.config, policy, group.length)
-        plan = plan_request(model.config, policy, group.length, 0, model.dtype, limit)
+        plan = plan_request(model.config, policy, group.length, 0, model.dtype, limit, encode=encode)
         begun = Beginning(requests[members[0]].ids[:, : group.length], plan, len(members))
         reach = max(requests[member].plan.n_tokens + requests[member].max_tokens for member in members)
         if not plan.compresses or (compressed and reach <= limit):

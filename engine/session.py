@@ -9,6 +9,7 @@ and a turn that fails leaves everything as it was.
 from __future__ import annotations
 
 import threading
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from os import PathLike
@@ -71,7 +72,7 @@ class Session:
         self.messages: list[dict[str, str]] = [] if system is None else [{"role": "system", "content": system}]
         self._held = Held()
         self._marks: list[_Mark] = []
-        self._running: Turn | None = None
+        self._running: weakref.ref[Turn] | None = None  # a stream that everybody forgot runs no more
         self._lock = threading.Lock()
 
     # --- what it holds ---
@@ -121,7 +122,10 @@ class Session:
     def stream(
         self, prompt: str | Sequence[int], params: SamplingParams | None = None, *, compress: bool | None = None
     ) -> Generation:
-        """The same as an iterator. Closed early, or interrupted and closed, it keeps the answer so far."""
+        """The same as an iterator. Closed early, or interrupted and closed, it keeps the answer so far.
+
+        Forgotten without that, it has changed nothing.
+        """
         return self._llm.stream(self.turn(prompt, compress=compress), params)
 
     def chat(
@@ -237,7 +241,12 @@ class Session:
             self.messages = [*map(dict, mark.messages)]
             self._marks.pop()
 
-    # --- what the engine tells (see Owner) ---
+    # --- what the engine asks and tells (see Owner) ---
+
+    @property
+    def model(self) -> Llama:
+        """The network that its entries come from."""
+        return self._llm.model
 
     def resume(self, saved: Saved) -> None:
         """Hold what a file has of a session: of one that is new."""
@@ -251,12 +260,12 @@ class Session:
             self._check_idle()
             if turn.before is not self._held:
                 raise FastKVError("the session has gone on since this turn was made; make it anew")
-            self._running = turn
+            self._running = weakref.ref(turn)
 
     def end(self, turn: Turn, after: Held | None, text: str) -> None:
         """See Owner."""
         with self._lock:
-            if self._running is not turn:
+            if self._running is None or self._running() is not turn:
                 return
             self._running = None
             if after is None:
@@ -307,7 +316,7 @@ class Session:
         self._marks = [mark for mark in self._marks if len(mark.held.ids) < until]
 
     def _check_idle(self) -> None:
-        if self._running is not None:
+        if self._running is not None and self._running() is not None:
             raise FastKVError("a turn of this session is running: finish or close it first, or fork the session")
 
 

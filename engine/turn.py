@@ -9,6 +9,7 @@ from typing import Protocol
 from fastkv.cache.policies import FullKV
 from fastkv.cache.policy import Policy
 from fastkv.cache.snapshot import Snapshot
+from fastkv.models.llama import Llama
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,10 @@ class Held:
 
 class Owner(Protocol):
     """Who is told what becomes of a turn."""
+
+    @property
+    def model(self) -> Llama:
+        """Whose entries it holds."""
 
     def begin(self, turn: Turn) -> None:
         """It is about to run. Raises FastKVError where it cannot: the session has gone on meanwhile."""

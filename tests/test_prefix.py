@@ -8,7 +8,19 @@ from typing import Any
 import pytest
 import torch
 
-from fastkv import LLM, AdaKV, DefensiveKVLayer, FastKV, FastKVError, FullKV, GemFilter, Policy, SamplingParams, SnapKV
+from fastkv import (
+    LLM,
+    AdaKV,
+    DefensiveKVLayer,
+    FastKV,
+    FastKVError,
+    FullKV,
+    GemFilter,
+    KVzip,
+    Policy,
+    SamplingParams,
+    SnapKV,
+)
 from fastkv.engine import decode_batch, graph, prefix
 from fastkv.engine.prefix import Group, common_beginnings
 from fastkv.engine.prefix_store import PrefixStore
@@ -124,6 +136,16 @@ def test_a_compressed_beginning_is_a_session_that_many_ask(tiny_llm: LLM, policy
         assert output.run == asked[0].run
     plain = tiny_llm.generate(prompts, PARAMS, policy)
     assert [each.metrics.reused_tokens for each in plain] == [0] * 3
+
+
+def test_a_beginning_is_repeated_in_the_words_that_ask_for_it(archive_llm: LLM) -> None:
+    """As that of a session: the answers are those of what the policy keeps when it tells the model to repeat."""
+    context, rests, policy = ids(300, 8), [ids(9), ids(30, 4)], KVzip(kv_retention=0.2)
+    session = archive_llm.session(policy)
+    session.add(context)
+    asked = [session.fork().generate(rest, PARAMS).token_ids for rest in rests]
+    shared = archive_llm.generate([context + rest for rest in rests], PARAMS, policy, reuse_prefix=True)
+    assert [each.token_ids for each in shared] == asked
 
 
 def test_what_cannot_be_asked(tiny_llm: LLM) -> None:

@@ -25,6 +25,9 @@ from fastkv import (
 )
 from fastkv.cache.kv_cache import KVCache
 from fastkv.engine import decode_batch
+from fastkv.engine.answer import Answer
+from fastkv.engine.plan import RequestPlan
+from fastkv.engine.sampler import Sampler
 from fastkv.engine.turn import Turn
 
 PARAMS = SamplingParams(max_tokens=6, ignore_eos=True)
@@ -236,7 +239,29 @@ def test_one_session_runs_one_turn_at_a_time(tiny_llm: LLM) -> None:
     assert session.ids == ids(30) + ids(3) + running.output().token_ids
 
 
+def test_a_turn_runs_on_the_model_of_its_session_only(tiny_llm: LLM, archive_llm: LLM) -> None:
+    """Entries of another model, even of the same shape, would give tokens that mean nothing."""
+    session = tiny_llm.session(FullKV())
+    session.add(ids(30))
+    message = r"of a session of another LLM, .*: give it to that one; Session\.save and load_session"
+    with pytest.raises(FastKVError, match=message):
+        archive_llm.generate(session.turn(ids(3)), PARAMS)
+    with pytest.raises(FastKVError, match=f"prompt 1 of the list: .*{message}"):
+        archive_llm.generate([ids(3), session.turn(ids(3), keep=False)], PARAMS)
+    assert len(session.generate(ids(3), PARAMS).token_ids) == 6
+
+
 # --- turns that end early, or fail ---
+
+
+def test_a_stream_that_is_forgotten_has_changed_nothing(tiny_llm: LLM) -> None:
+    """Who leaves a loop over session.stream has nothing to close."""
+    session = tiny_llm.session(FullKV())
+    session.add(ids(40))
+    for _ in session.stream(ids(9, 1), PARAMS):
+        break
+    assert session.ids == ids(40)
+    assert session.generate(ids(9, 1), PARAMS).token_ids == tokens_of(tiny_llm, ids(40) + ids(9, 1), FullKV())
 
 
 def test_a_turn_that_is_left_early_keeps_what_came(tiny_llm: LLM) -> None:
@@ -408,3 +433,29 @@ def test_only_the_text_that_begins_gets_a_bos(archive_llm: LLM) -> None:
     assert session.ids == [*tokenizer.encode("The calm owl"), *tokenizer.encode(" keeps a code.")[1:]]
     stream = session.stream(" The", PARAMS)
     assert "".join(piece.text for piece in stream) == stream.output().text
+
+
+@pytest.mark.parametrize("place", ["cache_in", "prefilled", "stop"])
+def test_an_interrupt_between_two_lines_leaves_model_and_session_usable(
+    tiny_llm: LLM, monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    """A slot that was taken and is nobody's, or was not handed back, is not what the next request is given."""
+    session = tiny_llm.session(FullKV())
+    session.add(ids(40))
+    expected = session.fork().generate(ids(9, 1), PARAMS).token_ids
+    owner = {"cache_in": RequestPlan, "prefilled": Answer, "stop": Sampler}[place]
+
+    def interrupted(*arguments: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(owner, place, interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            session.fork().generate(ids(9, 1), PARAMS)
+        with pytest.raises(KeyboardInterrupt) as told:
+            session.generate(ids(9, 1), PARAMS)
+    assert told.tb is not None  # a prompt of Python keeps the last error, too, and what hangs on it
+    if place == "stop":  # the answer was there already
+        assert session.ids[:49] == ids(40) + ids(9, 1)
+        session.undo()
+    assert session.generate(ids(9, 1), PARAMS).token_ids == expected
