@@ -115,7 +115,9 @@ class DecodeBatch:
         if turn is None or not turn.keep:
             return
         fed = max(0, len(token_ids) - 1)  # nothing has read the last one; what was launched beyond it is forgotten
-        cache.truncate(cache.position - sequence.begins - fed)
+        steps = cache.pool.appended[slot]
+        cache.position = sequence.begins + steps  # an interrupt within a step may have counted in one of the two only
+        cache.truncate(steps - fed)
         before = sequence.request.all_ids[0].tolist()
         after = Held((*before, *token_ids), len(before) + fed, cache.snapshot())
         turn.owner.end(turn, after, text)

@@ -24,6 +24,7 @@ from fastkv import (
     SnapKV,
 )
 from fastkv.cache.kv_cache import KVCache
+from fastkv.cache.pool import KVPool
 from fastkv.engine import decode_batch
 from fastkv.engine.answer import Answer
 from fastkv.engine.plan import RequestPlan
@@ -459,3 +460,26 @@ def test_an_interrupt_between_two_lines_leaves_model_and_session_usable(
         assert session.ids[:49] == ids(40) + ids(9, 1)
         session.undo()
     assert session.generate(ids(9, 1), PARAMS).token_ids == expected
+
+
+@pytest.mark.parametrize("policy", [FullKV(), AdaKV(kv_len=30)], ids=["full", "heads differ"])
+def test_an_interrupt_while_a_step_is_counted_costs_no_token(
+    tiny_llm: LLM, monkeypatch: pytest.MonkeyPatch, policy: Policy
+) -> None:
+    session = tiny_llm.session(policy)
+    session.add(ids(70))
+    other, real, calls = session.fork(), KVPool.advance, list[int]()
+
+    def interrupted(*arguments: Any) -> None:
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        real(*arguments)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(KVPool, "advance", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            session.generate(ids(9, 1), PARAMS)
+    other.generate(ids(9, 1), SamplingParams(max_tokens=3, ignore_eos=True))
+    assert session.ids == other.ids
+    assert session.generate(ids(5, 2), PARAMS).token_ids == other.generate(ids(5, 2), PARAMS).token_ids
