@@ -290,7 +290,7 @@ def test_a_turn_that_does_not_fit_loses_nothing(run: Run, llm: LLM) -> None:
         (["--nope"], "unrecognized arguments: --nope"),
         (["--policy", "kvsnap"], "--policy: policy must be one of"),
         (["--policy", "fastkv", "--tsp-layer", "99"], "--tsp-layer: tsp_layer must be "),
-        (["--tsp-layer", "1"], "--tsp-layer is no setting of --policy compactor"),
+        (["--reach", "1"], "--reach is no setting of --policy compactor"),
         (["--policy", "full", "--kv-len", "9"], "--kv-len is no setting of --policy full"),
         (["--policy", "full", "--policy-file", "x"], "--policy-file names a policy already"),
         (["--policy-file", "none.json"], "--policy-file: none.json: cannot be read"),
