@@ -11,7 +11,7 @@ from __future__ import annotations
 import threading
 import weakref
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from os import PathLike
 from typing import Any, Protocol
 
@@ -49,9 +49,10 @@ class Engine(Protocol):
 
 @dataclass(frozen=True)
 class _Mark:
-    """Where a turn began. held: what there was; its snapshot is None where forgetting tokens brings it back."""
+    """Where a turn began, after `n_ids` tokens. held: what there was; None where forgetting tokens brings it back."""
 
-    held: Held
+    n_ids: int
+    held: Held | None
     messages: tuple[dict[str, str], ...]
 
 
@@ -236,8 +237,7 @@ class Session:
             if not self._marks:
                 raise FastKVError("there is no turn to undo")
             mark = self._marks[-1]
-            begins = mark.held.snapshot is not None or not mark.held.ids
-            self._held = mark.held if begins else self._held_until(len(mark.held.ids))
+            self._held = self._held_until(mark.n_ids) if mark.held is None else mark.held
             self.messages = [*map(dict, mark.messages)]
             self._marks.pop()
 
@@ -270,7 +270,8 @@ class Session:
             self._running = None
             if after is None:
                 return
-            self._marks.append(_Mark(_kept_for_undo(turn.before, after), (*self.messages,)))
+            kept = None if _comes_back(turn.before, after) else turn.before
+            self._marks.append(_Mark(len(turn.before.ids), kept, (*self.messages,)))
             self._held = after
             if turn.note is not None:
                 turn.note(text)
@@ -309,22 +310,22 @@ class Session:
 
     def _forget_turns(self, until: int) -> None:
         """Forget the turns that begin at this token or later, and the messages of one that ends later."""
-        ends = [*(len(mark.held.ids) for mark in self._marks[1:]), len(self._held.ids)]
+        ends = [*(mark.n_ids for mark in self._marks[1:]), len(self._held.ids)]
         cut = [mark for mark, end in zip(self._marks, ends, strict=False) if end > until]
         if cut:
             self.messages = [*map(dict, cut[0].messages)]
-        self._marks = [mark for mark in self._marks if len(mark.held.ids) < until]
+        self._marks = [mark for mark in self._marks if mark.n_ids < until]
 
     def _check_idle(self) -> None:
         if self._running is not None and self._running() is not None:
             raise FastKVError("a turn of this session is running: finish or close it first, or fork the session")
 
 
-def _kept_for_undo(before: Held, after: Held) -> Held:
-    """What has to be kept of what there was before a turn: no entries that forgetting tokens brings back."""
+def _comes_back(before: Held, after: Held) -> bool:
+    """Whether forgetting tokens of what there is after a turn gives what there was before it."""
     old, new = before.snapshot, after.snapshot
     whole = old is not None and new is not None and old.whole_from == new.whole_from
-    return replace(before, snapshot=None) if whole and after.ids[: len(before.ids)] == before.ids else before
+    return whole and after.ids[: len(before.ids)] == before.ids
 
 
 def _common(one: Sequence[int], other: Sequence[int]) -> int:
