@@ -8,6 +8,7 @@ from fastkv.cache.mass import LayerMass, shares
 from fastkv.engine.output import Metrics, Output, Piece, RunInfo
 from fastkv.engine.prefill import Prefill
 from fastkv.engine.request import Request
+from fastkv.engine.speculation.figures import Speculated
 from fastkv.engine.stopping import StopStrings
 from fastkv.models.llama import Llama
 from fastkv.models.text.detokenizer import Detokenizer
@@ -20,10 +21,11 @@ class Answer:
     """Books the tokens of a request as they come, until `take` says that one was the last.
 
     called_at: time.perf_counter() when the user asked. token_ids: those that came. peak: bytes, set when the request
-    has run.
+    has run. speculated: set by what runs it, if it speculates.
     """
 
     peak: int | None = None
+    speculated: Speculated | None = None
 
     def __init__(self, model: Llama, tokenizer: Tokenizer | None, request: Request, called_at: float) -> None:
         self.request = request
@@ -118,4 +120,5 @@ class Answer:
             attention_kept=together,
             layer_attention=each,
             reused_tokens=self.request.n_reused,
+            speculation=self.speculated,
         )

@@ -6,16 +6,18 @@ import torch
 from torch import Tensor
 
 from fastkv.cache.kv_cache import KVCache
-from fastkv.engine.decode_attention import EagerAttention, StepAttention
+from fastkv.engine.decode_attention import EagerAttention, RecordedAttention, StepAttention
 from fastkv.models.llama import Llama
 
 
 @torch.inference_mode()
-def decode_step(model: Llama, cache: KVCache, ids: Tensor) -> Tensor:
+def decode_step(
+    model: Llama, cache: KVCache, ids: Tensor, entries: list[tuple[Tensor, Tensor]] | None = None
+) -> Tensor:
     """Append T tokens to each of the B sequences of a cache: ids int64 [B, T] -> logits float32 [B, T, V].
 
     Tokens attend to all entries that the cache holds, and causally to one another. Their positions follow on the
-    sequence so far, however few entries there are. Raises FastKVError when a cache or the context is full; nothing has
+    sequence so far, however few entries there are. entries: gets k and v [B, Hkv, T, D] of each layer. Raises FastKVError when a cache or the context is full; nothing has
     changed then.
     """
     count = ids.shape[1]
@@ -25,7 +27,9 @@ def decode_step(model: Llama, cache: KVCache, ids: Tensor) -> Tensor:
     positions = cache.pool.next_position[cache.slots.start : cache.slots.stop].unsqueeze(1)
     if count > 1:
         positions = positions + torch.arange(count, device=ids.device)
-    attention = EagerAttention(cache.pool, [cache.slots], count, model.config.windows)
+    attention: StepAttention = EagerAttention(cache.pool, [cache.slots], count, model.config.windows)
+    if entries is not None:
+        attention = RecordedAttention(attention, entries)
     logits = run_layers(model, ids, positions, attention)
     cache.advance(count)
     return logits

@@ -84,6 +84,17 @@ class ObservedAttention:
         return attended
 
 
+class RecordedAttention:
+    """As `attention`; `entries` gets k and v of each layer, one after another."""
+
+    def __init__(self, attention: StepAttention, entries: list[tuple[Tensor, Tensor]]) -> None:
+        self._attention, self._entries = attention, entries
+
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        self._entries.append((k, v))
+        return self._attention(layer, q, k, v)
+
+
 class MaskedAttention:
     """One token for each of the first `n` slots: `spans[l]` entries of each head are read, a mask hides the others."""
 

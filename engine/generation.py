@@ -15,6 +15,7 @@ from fastkv.engine.output import Metrics, Output, Piece
 from fastkv.engine.prefix_store import PrefixStore
 from fastkv.engine.request import Request
 from fastkv.engine.runtime import Runtime
+from fastkv.engine.speculation.speculative import SpeculativeBatch
 from fastkv.errors import FaultError
 from fastkv.kernels.out_of_memory import REQUEST
 from fastkv.models.text.tokenizer import Tokenizer
@@ -40,6 +41,7 @@ class Generation(OneReader[Piece]):
         called_at: float | None = None,
         keep_selection: bool = False,
         store: PrefixStore | None = None,
+        drafting: Runtime | None = None,
     ) -> None:
         super().__init__()
         # time.perf_counter() when the user asked, if that was before now
@@ -51,6 +53,7 @@ class Generation(OneReader[Piece]):
         self._failed = False
         self._keep_selection = keep_selection
         self._store = store  # which is to keep what the prompt leaves
+        self._drafting = drafting  # what drafts run on, if the model drafts
 
     @property
     def prompt_ids(self) -> list[int]:
@@ -90,11 +93,16 @@ class Generation(OneReader[Piece]):
         return token_id
 
     def _begin(self) -> DecodeBatch:
-        batch = DecodeBatch(self._runtime, [self._answer.request])
+        request = self._answer.request
+        batch = (
+            DecodeBatch(self._runtime, [request])
+            if request.speculation is None
+            else SpeculativeBatch(self._runtime, request, self._drafting)
+        )
         try:
-            self._slot, result = batch.admit(self._answer.request)
+            self._slot, result = batch.admit(request)
             if self._store is not None:
-                self._store.keep(self._answer.request.all_ids[0], result.cache)
+                self._store.keep(request.all_ids[0], result.cache)
             self._answer.prefilled(result)
         except BaseException:
             batch.close()
@@ -104,6 +112,7 @@ class Generation(OneReader[Piece]):
         return batch
 
     def _let_go(self) -> None:
+        self._note()
         batch, self._batch = self._batch, None
         if batch is None:
             return
@@ -115,4 +124,10 @@ class Generation(OneReader[Piece]):
 
     def output(self) -> Output:
         """Text, tokens and figures so far."""
+        self._note()
         return self._answer.output()
+
+    def _note(self) -> None:
+        """Let the answer know what speculation has brought."""
+        if isinstance(self._batch, SpeculativeBatch):
+            self._answer.speculated = self._batch.figures()

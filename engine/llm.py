@@ -17,7 +17,7 @@ from torch import Tensor
 from fastkv.cache.decode_budget import DecodeBudget
 from fastkv.cache.kv_cache import KVCache, check_cache
 from fastkv.cache.layer import EntryShape
-from fastkv.cache.policies import FastKV
+from fastkv.cache.policies import FastKV, FullKV
 from fastkv.cache.policy import Policy
 from fastkv.cache.pool import bytes_of
 from fastkv.engine.attention import check_backend
@@ -51,6 +51,8 @@ from fastkv.engine.runtime import Runtime
 from fastkv.engine.sampler import SamplingParams
 from fastkv.engine.session import DEFAULT_POLICY, Session
 from fastkv.engine.session_file import read_session
+from fastkv.engine.speculation.asking import drafted_by_model, drafted_from_text
+from fastkv.engine.speculation.figures import Speculation
 from fastkv.engine.turn import Turn
 from fastkv.errors import FastKVError, brief, check_choice, check_integer, check_switch, writable
 from fastkv.kernels.out_of_memory import LOADING, REQUEST
@@ -63,7 +65,7 @@ from fastkv.models.presets import PRESETS
 from fastkv.models.text.chat import ChatIds
 from fastkv.models.text.tokenizer import Tokenizer
 from fastkv.models.tying import settled_config
-from fastkv.models.weights import load_weights, random_weights
+from fastkv.models.weights import in_int8, load_weights, model_bytes, random_weights
 
 LOAD_FORMATS = ("auto", "dummy")
 WEIGHTS = ("int8",)
@@ -76,6 +78,8 @@ class LLM:
     (the checkpoint's; float32 on a CPU that cannot compute in it) | "float32" | "bfloat16" | "float16". device: "auto"
     (a GPU if there is one) | "cpu" | "cuda" | "cuda:N". revision: of a hub id. weights: "int8" keeps every matrix in
     8-bit integers, a quarter of float32's bytes; activations and cache stay in `dtype`. None: all in `dtype`.
+    draft_weights: "int8" makes a second copy of the weights in 8-bit integers, which drafts the tokens of requests with
+    speculation="self"; None: the model's own draft.
 
     load_format: "auto", or "dummy" for random weights, to measure speed: then `model` may also be the name of a preset
     ("llama-3.1-8b", "llama-3.2-1b", "llama-100m"), and a folder needs no more than its config.json.
@@ -109,9 +113,12 @@ class LLM:
         compile: bool = False,
         attention: str = "auto",
         prefix_cache: int = 0,
+        draft_weights: str | None = None,
         progress: Callable[[int, int], None] | None = None,
     ) -> None:
         _check_arguments(model, revision, load_format, weights, progress)
+        if draft_weights is not None:
+            check_choice("draft_weights", draft_weights, WEIGHTS)
         for name, switch in (("cuda_graph", cuda_graph), ("compile", compile)):
             check_switch(name, switch)
         check_integer("prefix_cache", prefix_cache, 0)
@@ -128,6 +135,8 @@ class LLM:
         if not dummy:
             self.config = settled_config(self.config, folder, torch_dtype)
         parts = load_parts(self.config, None if dummy else folder, torch_dtype, weights, target)
+        if draft_weights is not None and weights is None:
+            parts["weights of drafts"] = model_bytes(self.config, torch_dtype, draft_weights)
         advice = "take a smaller model, a device with more memory, --dtype bfloat16 or --weights int8"
         check_fits(f"the model {folder.name}", parts, target, advice)
         # Only now are the sizes known to be those of a model that there is room for.
@@ -139,20 +148,22 @@ class LLM:
         else:
             self._model = load_weights(self.config, folder, torch_dtype, target, progress, weights, settled=True)
         has_model()
-        self._prepare(cuda_graph, compile, attention)
+        self._prepare(cuda_graph, compile, attention, draft_weights)
 
-    def _prepare(self, cuda_graph: bool, compile: bool, attention: str) -> None:
+    def _prepare(self, cuda_graph: bool, compile: bool, attention: str, draft_weights: str | None) -> None:
         """Make what requests share."""
-        if compile:
-            compile_layers(self._model)
+        drafting = self._model if draft_weights is None else in_int8(self._model)
+        for model in {id(each): each for each in (self._model, drafting)}.values() if compile else ():
+            compile_layers(model)
         self._device = self._model.device
         self._entry = EntryShape(self.config.n_kv_heads, self.config.head_dim, self._model.dtype)
         largest = max(self._model.blocks[0].parameters(), key=Tensor.numel)
         cuda_graph = cuda_graph and self._device.type == "cuda"
-        self._runtime = Runtime(self._model, cuda_graph, attention, step_threads(largest))
-        if self._model.row is not None:
-            with as_many(self._runtime.step_threads):
-                self._model.row.prepare()
+        threads = step_threads(largest)
+        self._runtime, self._drafting = (Runtime(each, cuda_graph, attention, threads) for each in (self._model, drafting))
+        for row in {id(each): each for each in (self._model.row, drafting.row) if each is not None}.values():
+            with as_many(threads):
+                row.prepare()
 
     @property
     def policy(self) -> Policy:
@@ -179,6 +190,7 @@ class LLM:
     def free_buffers(self) -> None:
         """Let go of the memory that requests hand to one another, and of what `prefix_cache` keeps."""
         self._runtime.buffers.clear()
+        self._drafting.buffers.clear()
         if self._prefixes is not None:
             self._prefixes.clear()
 
@@ -190,6 +202,8 @@ class LLM:
         policy: Policy | None = None,
         *,
         decode_budget: int | None = None,
+        speculation: str | None = None,
+        draft_tokens: int | None = None,
     ) -> Output: ...
 
     @overload
@@ -215,6 +229,8 @@ class LLM:
         batch_size: int = DEFAULT_BATCH_SIZE,
         kv_memory: int | None = None,
         reuse_prefix: bool | None = None,
+        speculation: str | None = None,
+        draft_tokens: int | None = None,
     ) -> Any:
         """Continue a prompt (text or token ids), or each of a list of prompts, several of them together.
 
@@ -226,17 +242,30 @@ class LLM:
         decode_budget: entries that each KV head holds at most while an answer grows, and an interval more
         (cache/decode_budget.py); None: all. What is dropped of prompt and answer is forgotten.
 
+        speculation, of one prompt: "self" answers as the full cache does, token for token, and faster where drafts over
+        the entries that the policy keeps (and by `draft_weights`) are often right; the policy propagates all tokens
+        then, and both caches take memory. "ngram" keeps the policy's answer, and drafts what followed the last tokens
+        earlier in the text. draft_tokens: at a time, 1 to 16; None: as many as pay, or none, by time and acceptance so
+        far. `Output.metrics.speculation` tells what it brought (engine/speculation/speculative.py).
+
         Raises FastKVError for an empty prompt, ids outside the vocabulary, a prompt or max_tokens beyond the context,
-        a text where the model has no tokenizer, and a decode_budget below 32.
+        a text where the model has no tokenizer, a decode_budget below 32, and speculation with a list of prompts, a
+        session's turn or a decode_budget.
         """
+        speculated = {"speculation": speculation, "draft_tokens": draft_tokens}
         if not is_batch(prompt):
             # which refuses an empty list as the empty prompt that it is
-            stream = self.stream(prompt, params, policy, decode_budget=decode_budget)
+            stream = self.stream(prompt, params, policy, decode_budget=decode_budget, **speculated)
             if batch_size != DEFAULT_BATCH_SIZE or kv_memory is not None:
                 raise FastKVError("batch_size and kv_memory are for a list of prompts")
             if reuse_prefix is not None:
                 raise FastKVError("reuse_prefix is for a list of prompts", setting="reuse_prefix")
             return _finish(stream)
+        if speculation is not None or draft_tokens is not None:
+            raise FastKVError(
+                "speculation is for one prompt at a time: leave it out, or give the prompts one by one",
+                setting="speculation",
+            )
         limits: dict[str, Any] = {"batch_size": batch_size, "kv_memory": kv_memory, "reuse_prefix": reuse_prefix}
         each = self.generate_each(prompt, params, policy, decode_budget=decode_budget, **limits)
         return [output for _, output in sorted(each, key=lambda done: done[0])]
@@ -297,6 +326,8 @@ class LLM:
         *,
         keep_selection: bool = False,
         decode_budget: int | None = None,
+        speculation: str | None = None,
+        draft_tokens: int | None = None,
     ) -> Generation:
         """Like `generate` for one prompt, as an iterator of Piece(text, token_id).
 
@@ -309,6 +340,12 @@ class LLM:
         if isinstance(prompt, Turn) and policy is not None:
             raise FastKVError("a turn goes by its session's policy: leave policy out")
         budget = None if decode_budget is None else DecodeBudget(decode_budget)
+        if speculation is None and draft_tokens is not None:
+            raise FastKVError("draft_tokens is for speculation: leave it out, or say which", setting="draft_tokens")
+        if speculation is not None:
+            return self._speculating(
+                prompt, params, policy, Speculation(speculation, draft_tokens), budget, called_at, keep_selection
+            )
         request = self._request(prompt, params, policy, decode_budget=budget)
         whole = request.turn is None and budget is None and not request.plan.compresses
         store = self._prefixes if whole and not keep_selection else None
@@ -316,6 +353,31 @@ class LLM:
             with explain_out_of_memory(REQUEST):
                 request = continued(self._runtime, request, store)
         return Generation(self._runtime, self.tokenizer, request, called_at, keep_selection, store)
+
+    def _speculating(
+        self,
+        prompt: Any,
+        params: SamplingParams | None,
+        policy: Policy | None,
+        speculation: Speculation,
+        budget: DecodeBudget | None,
+        called_at: float,
+        keep_selection: bool,
+    ) -> Generation:
+        """The stream of a request whose tokens are drafted."""
+        for refused, what in ((isinstance(prompt, Turn), "the turn of a session"), (budget is not None, "decode_budget")):
+            if refused:
+                raise FastKVError(f"speculation does not go with {what}: leave it out", setting="speculation")
+        by_model = speculation.kind == "self"
+        drafts = self.policy if policy is None else self._checked_policy(policy)
+        request = self._request(prompt, params, FullKV() if by_model else policy)
+        if by_model:
+            drafts = drafts.covering(getattr(prompt, "tail", 0), request.plan.n_tokens)
+            request = drafted_by_model(self._runtime, self._drafting, request, drafts, speculation, self._told)
+        else:
+            request = drafted_from_text(self._runtime, request, speculation)
+        drafting = self._drafting if by_model else None
+        return Generation(self._runtime, self.tokenizer, request, called_at, keep_selection, drafting=drafting)
 
     def session(self, policy: Policy | None = None, *, system: str | None = None) -> Session:
         """A conversation, or a document to ask many things of: see Session.

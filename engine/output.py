@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from fastkv.engine.speculation.figures import Speculated
+
 # Metrics.attention_kept below which an answer is likely to be wrong: benchmarks/results/2026-11-27-ablation.md.
 LOW_ATTENTION = 0.85
 
@@ -35,6 +37,8 @@ class Metrics:
     reused_tokens: tokens whose entries were there already: what a session held before the prompt; or what the prompt
     begins with like an earlier one, of the same list or in the `prefix_cache`. Of these, prompt_tokens counts the
     second; kv_tokens, kv_entries and kv_full_entries count both.
+    speculation: what drafting tokens has brought, None where none were; kv_bytes are then those of the cache that
+    decides, without the draft's.
     """
 
     prompt_tokens: int
@@ -52,6 +56,7 @@ class Metrics:
     attention_kept: float | None = None
     layer_attention: tuple[float | None, ...] = ()
     reused_tokens: int = 0
+    speculation: Speculated | None = None
 
 
 @dataclass(frozen=True)

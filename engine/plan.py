@@ -149,11 +149,13 @@ def plan_request(
     cache: Past | None = None,
     encode: Encode = lambda text: (),
     decode_budget: DecodeBudget | None = None,
+    reduces: bool = True,
 ) -> RequestPlan:
     """The plan of a prefill of `n_tokens`, from the beginning or from what `cache` holds.
 
     encode: makes token ids of what a policy tells the model (Policy.probe); as it stands, for a model without a
-    tokenizer, there are none.
+    tokenizer, there are none. reduces: False lets every layer see every token, whatever the policy propagates, and keep
+    of these what its budget says.
 
     See `chooses_again` for which sequences that continue are compressed again. Of the others the earlier entries stay,
     and the new tokens are kept whole.
@@ -161,7 +163,11 @@ def plan_request(
     n_layers = config.n_layers
     shape = EntryShape(config.n_kv_heads, config.head_dim, dtype)
     past = tuple(0 if cache is None else cache.count(layer) for layer in range(n_layers))
-    if cache is None:
+    if not reduces:
+        assert cache is None, "of a sequence that begins"
+        layers = [LayerPlan(n_tokens, min(policy.budget(at, n_layers, n_tokens), n_tokens), None) for at in range(n_layers)]
+        first_pass = None
+    elif cache is None:
         layers, first_pass = plan_layers(policy, n_layers, n_tokens), policy.first_pass(n_layers, n_tokens)
     elif chooses_again(policy, n_layers, n_tokens, cache):
         layers, first_pass = _layers_continued(policy, past, n_tokens, cache.position + n_tokens), None

@@ -76,18 +76,21 @@ def prefill(
     workspace: Workspace,
     attention: str = AUTO,
     eos_ids: Collection[int] = (),
+    whole: KVCache | None = None,
 ) -> Prefill:
     """Run the new tokens `ids`, int64 [B, N], through all layers, into `cache`, which may hold a sequence already.
 
     attention: the backend of causal attention. Full K/V of one layer at a time is there, in the `workspace`: a layer
     keeps its share in the cache, and the next one writes over the rest. (Look-ahead and competing layers hold it for
     longer: engine/lookahead.py, engine/competing.py.) eos_ids: the tokens that end an answer, and the draft of a
-    look-ahead.
+    look-ahead. whole: a second, empty cache, which keeps every token of every layer; of a plan that propagates them all.
     """
-    run = LayerRun(model, plan, cache, workspace, attention)
+    run = LayerRun(model, plan, cache, workspace, attention, whole)
     start = cache.position
     model.reserve(start + plan.positions)
     cache.begin(whole=not plan.compresses, room=plan.max_tokens)
+    if whole is not None:
+        whole.begin(whole=True, room=plan.max_tokens)
     origins = None if plan.first_pass is None else run.choose(ids, plan.first_pass)
     state, rope = run.start(ids if origins is None else ids.gather(1, origins), start)
     tokens: list[Tensor] = []
@@ -101,7 +104,8 @@ def prefill(
         kept[layer] = positions
     for layer, positions in run.looked_ahead(logits, start + plan.layers[0].seen, eos_ids):
         kept[layer] = positions
-    cache.end(start + plan.layers[0].seen, plan.position_limit)
+    for each in (cache,) if whole is None else (cache, whole):
+        each.end(start + plan.layers[0].seen, plan.position_limit)
     if origins is not None:
         tokens = [origins.gather(1, positions) for positions in tokens]
         kept = [origins.unsqueeze(1).expand(-1, of.shape[1], -1).gather(2, of) for of in kept]
@@ -114,9 +118,17 @@ class LayerRun:
     positions: Tensor
 
     def __init__(
-        self, model: Llama, plan: RequestPlan, cache: KVCache, workspace: Workspace, attention: str = AUTO
+        self,
+        model: Llama,
+        plan: RequestPlan,
+        cache: KVCache,
+        workspace: Workspace,
+        attention: str = AUTO,
+        whole: KVCache | None = None,
     ) -> None:
+        assert whole is None or all(layer.propagated is None for layer in plan.layers), "not every layer sees all tokens"
         self.model, self.plan, self.cache, self.attention = model, plan, cache, attention
+        self.whole = whole
         self.policy, self.layers = plan.policy, list(plan.layers)
         self.per_head = plan.policy.per_head
         self.projection, self.workspace = Projection(model, workspace), workspace
@@ -194,6 +206,8 @@ class LayerRun:
         q: [B, Hq, n, D] of the last n tokens, k and v: [B, Hkv, T, D] of all. Returns what queries of this layer attend
         to, and the indices of the tokens that are propagated, int64 [B, n] (None: all).
         """
+        if self.whole is not None:
+            self.whole.store(layer, k, v, None, state.positions.unsqueeze(1))
         sizes, past = self.layers[layer], self.plan.past[layer]
         drops = sizes.kept < past + k.shape[2]
         if not (drops or sizes.propagated is not None or self.selector is not None):

@@ -16,6 +16,7 @@ from fastkv.engine.footprint import Footprint
 from fastkv.engine.memory import check_fits
 from fastkv.engine.plan import RequestPlan
 from fastkv.engine.sampler import SamplingParams
+from fastkv.engine.speculation.figures import Speculation
 from fastkv.engine.turn import Turn
 from fastkv.errors import FastKVError, brief
 from fastkv.models.config import ModelConfig
@@ -35,7 +36,8 @@ class Request:
 
     ids: int64 [1, N], the prompt, on the host: of a turn what has no entries yet. turn: of a session. beginning: what
     the prompt shares with others of its list, which is then not in `ids`; reads_beginning: whether it comes first of
-    them.
+    them. speculation: how tokens are drafted (None: not at all). draft_plan: of the entries that drafts are made from,
+    where the model itself drafts; `plan` then keeps everything.
     """
 
     ids: Tensor
@@ -45,10 +47,14 @@ class Request:
     turn: Turn | None = None
     beginning: Beginning | None = None
     reads_beginning: bool = False
+    speculation: Speculation | None = None
+    draft_plan: RequestPlan | None = None
 
     @property
     def policy(self) -> Policy:
-        """Whose choices the answer depends on: of a turn the session's."""
+        """Whose choices the answer depends on (of a turn the session's), or the draft's."""
+        if self.draft_plan is not None:
+            return self.draft_plan.policy
         if self.beginning is not None:
             return self.beginning.plan.policy
         return self.plan.policy if self.turn is None else self.turn.policy

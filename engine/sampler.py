@@ -146,6 +146,17 @@ class Sampler:
         self._set(slot, params, Features.of(params))
         self._note(slot, None)
 
+    @torch.inference_mode()
+    def follow(self, slot: int, other: Sampler) -> None:
+        """Draw next in this slot what `other` would draw next in its slot of that number, from the same logits.
+
+        Both were started with the same settings and prompt.
+        """
+        for mine, its in ((self._stream, other._stream), (self._step, other._step)):
+            mine[slot].copy_(its[slot])
+        if self._seen is not None and other._seen is not None:
+            self._seen[slot].copy_(other._seen[slot])
+
     def _set(self, slot: int, params: SamplingParams, needs: Features) -> None:
         """Write the settings where the device reads them, in place; a filter that is not needed is off."""
         vocab_size, (coldest, hottest) = self._shape[1], _TEMPERATURES

@@ -129,6 +129,23 @@ def random_weights(
     return _ready(model, dtype, device)
 
 
+def in_int8(model: Llama) -> Llama:
+    """The same network with matrices of 8-bit integers. It shares what is no matrix, and the rotation tables.
+
+    A model whose weights are int8 already is given back itself.
+    """
+    if model.lm_head.scale is not None:
+        return model
+    other, memory = meta_model(model.config), HostMemory()
+    for name, parameter in model.named_parameters():
+        if _is_int8(other, name, "int8"):
+            _assign_int8(other, name, tuple(parameter.shape), [parameter.detach()], memory, model.device)
+        else:
+            _assign(other, name, parameter)
+    other.rotary = model.rotary
+    return _ready(other, model.dtype, model.device)
+
+
 def checkpoint_tensors(model: Llama) -> dict[str, Tensor]:
     """The parameters under their checkpoint names, fused ones taken apart: what a safetensors file should hold.
 

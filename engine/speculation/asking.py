@@ -1,0 +1,63 @@
+"""A request that speculates, checked before anything runs."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from fastkv.cache.policies import FullKV
+from fastkv.cache.policy import Policy
+from fastkv.cache.pool import bytes_of
+from fastkv.engine.decode_batch import capacities_of, layout_of
+from fastkv.engine.footprint import footprint
+from fastkv.engine.plan import plan_request, position_limit
+from fastkv.engine.probe import Encode
+from fastkv.engine.request import Request, check_request_fits
+from fastkv.engine.runtime import Runtime
+from fastkv.engine.speculation.figures import MOST_DRAFTED, Speculation
+from fastkv.errors import FastKVError
+
+
+def drafted_from_text(runtime: Runtime, request: Request, speculation: Speculation) -> Request:
+    """The request, whose text drafts. Raises FastKVError where memory is too little."""
+    _check_fits(runtime, request, 0)
+    return replace(request, speculation=speculation)
+
+
+def drafted_by_model(
+    runtime: Runtime, drafting: Runtime, whole: Request, policy: Policy, speculation: Speculation, encode: Encode
+) -> Request:
+    """A request under policy full as one whose tokens are drafted over the entries that `policy` keeps.
+
+    encode: see plan_request. Raises FastKVError where the draft would be the model itself over all entries, for a
+    prompt that the policy cannot take, and where memory is too little for both.
+    """
+    config, plan, model = runtime.model.config, whole.plan, runtime.model
+    if isinstance(policy, FullKV) and drafting.model is model:
+        raise FastKVError(
+            "policy full keeps all entries, so that its drafts cost as much as the answer: take another policy, or "
+            'draft_weights="int8"',
+            setting="speculation",
+        )
+    limit = position_limit(config, policy, plan.n_tokens)
+    if plan.n_tokens + plan.max_tokens > limit:
+        raise FastKVError(
+            f"max_tokens must be at most {limit - plan.n_tokens} with speculation, not {plan.max_tokens}: in the "
+            f"model's sliding_window of {limit} drafts drop tokens",
+            setting="max_tokens",
+        )
+    draft_plan = plan_request(
+        config, policy, plan.n_tokens, plan.max_tokens, model.dtype, limit, encode=encode, reduces=False
+    )
+    request = replace(whole, speculation=speculation, draft_plan=draft_plan)
+    _check_fits(runtime, request, draft_plan.nbytes)
+    return request
+
+
+def _check_fits(runtime: Runtime, request: Request, draft: int) -> None:
+    """FastKVError unless there is memory for both caches, and for steps of as many tokens as are ever judged at once."""
+    slot = bytes_of(layout_of([request]), capacities_of([request]), request.plan.shape)
+    plan = request.plan if request.draft_plan is None else request.draft_plan
+    draws = request.params.temperature > 0
+    needed = footprint(runtime.model, plan, slot + draft, slots=MOST_DRAFTED + 1, draws=draws)
+    reusable = runtime.buffers.reusable(slot, needed.workspace)
+    check_request_fits(runtime.model, plan, needed, reusable)

@@ -1,0 +1,104 @@
+"""How many tokens to draft at a time: what pays, by the times and the acceptance of the answer so far.
+
+With an acceptance of a for each token, n drafted ones bring E(n) = 1 + a + ... + a^n tokens, for n drafts and one
+verification of n + 1 tokens; a plain step brings one. The best n is the one with the most tokens per second
+(arXiv 2211.17192, section 3.3); where none gains enough over plain steps, nothing is drafted for a while.
+"""
+
+from __future__ import annotations
+
+import math
+
+from fastkv.engine.speculation.figures import MOST_DRAFTED
+
+_PLAIN_FIRST = 2  # plain steps before anything is drafted: what a step takes here
+_FIRST = 3  # drafted tokens of the first round
+_GAIN = 1.05  # what drafting is to bring at least; times are not exact
+_PAUSE, _LONGEST_PAUSE = 16, 256  # plain steps before drafting is tried again, doubled each time that it does not pay
+_FADING = 0.9  # of what was seen, after every round
+_SLOPE = 0.1  # of a plain step for each further token of a verification, until one was timed
+
+
+def expected_tokens(acceptance: float, drafted: int) -> float:
+    """E(n): tokens that a verification of n drafted ones brings on average, for an acceptance in [0, 1]."""
+    return math.fsum(acceptance**place for place in range(drafted + 1))
+
+
+class Pace:
+    """Says before every round how many tokens to draft, 0 for a plain step, and is told what came of it.
+
+    fixed: always so many, which leaves no choice to a clock (None: as many as pay). free: whether drafts cost no time
+    of the model. Times in seconds.
+    """
+
+    def __init__(self, fixed: int | None = None, free: bool = False) -> None:
+        self._fixed, self._most = fixed, MOST_DRAFTED if free else MOST_DRAFTED // 2
+        self._plain: float | None = None
+        self._draft = 0.0
+        self._verified: dict[int, float] = {}  # tokens of a verification -> time
+        self._accepted, self._refused = 2.0, 1.0  # as if so many had been seen
+        self._pause, self._left = _PAUSE, _PLAIN_FIRST
+        self._tried = False
+
+    @property
+    def plain_step(self) -> float | None:
+        """What a plain step takes, the least of those that there were."""
+        return self._plain
+
+    @property
+    def acceptance(self) -> float:
+        """The chance of a drafted token to stay, as far as it was seen lately."""
+        return self._accepted / (self._accepted + self._refused)
+
+    def next(self) -> int:
+        """Tokens to draft now."""
+        if self._fixed is not None:
+            return self._fixed
+        if self._left > 0:
+            return 0
+        return self._best()[0] if self._tried else _FIRST
+
+    def stepped(self, seconds: float) -> None:
+        """A plain step took so long."""
+        self._plain = seconds if self._plain is None else min(seconds, self._plain)
+        self._left -= 1
+
+    def judged(self, drafted: int, accepted: int, drafting: float, verifying: float) -> None:
+        """Of `drafted` tokens so many were accepted; how long drafting all of them, and judging them, took."""
+        self._accepted = _FADING * self._accepted + accepted
+        self._refused = _FADING * self._refused + (accepted < drafted)
+        self._draft = _faded(self._draft, drafting / drafted) if self._tried else drafting / drafted
+        known = self._verified.get(drafted + 1)
+        self._verified[drafted + 1] = verifying if known is None else _faded(known, verifying)
+        self._tried = True
+        if self._fixed is not None:
+            return
+        if self._best()[1] < _GAIN:
+            self._left, self._pause = self._pause, min(2 * self._pause, _LONGEST_PAUSE)
+        else:
+            self._pause = _PAUSE
+
+    def _best(self) -> tuple[int, float]:
+        """How many drafted tokens pay most, and how many times as fast as plain steps that is."""
+        return max(((count, self.gain(count)) for count in range(1, self._most + 1)), key=lambda pair: pair[1])
+
+    def gain(self, drafted: int) -> float:
+        """How many times as fast as plain steps rounds of so many drafted tokens are expected to be."""
+        assert self._plain is not None, "plain steps come first"
+        seconds = drafted * self._draft + self._verifying(drafted + 1)
+        return expected_tokens(self.acceptance, drafted) * self._plain / seconds
+
+    def _verifying(self, count: int) -> float:
+        """What a verification of so many tokens takes: as measured, or by the nearest that was."""
+        assert self._plain is not None
+        if not self._verified:
+            return self._plain * (1 + _SLOPE * (count - 1))
+        if count in self._verified:
+            return self._verified[count]
+        nearest = min(self._verified, key=lambda known: abs(known - count))
+        slope = max(0.0, self._verified[nearest] - self._plain) / (nearest - 1)
+        return max(self._plain, self._verified[nearest] + slope * (count - nearest))
+
+
+def _faded(before: float, now: float) -> float:
+    return 0.7 * before + 0.3 * now

@@ -1,0 +1,155 @@
+"""One sequence whose tokens come in rounds: some are drafted, then the model judges all of them in one step.
+
+The model's own choice at every place is what the answer gets, chosen by the same sampler, with the same random numbers,
+as a plain step chooses there. A drafted token stays where it is that choice; the first one that is not, and all after
+it, are forgotten. So the text is that of plain steps, greedy or drawn, with any settings, whatever was drafted: a poor
+draft costs time only. (The usual rule, min(1, p / q) of arXiv 2211.17192, has the same distribution and accepts more
+tokens at high temperatures, but with other random numbers: the text of a seed would depend on how many are drafted.)
+Sums of several tokens at once are rounded otherwise than those of one, which decides near ties only.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from fastkv.cache.kv_cache import KVCache
+from fastkv.engine.decode import decode_step
+from fastkv.engine.decode_batch import DecodeBatch
+from fastkv.engine.plan import RequestPlan
+from fastkv.engine.prefill import Prefill, prefill
+from fastkv.engine.request import Request
+from fastkv.engine.runtime import Runtime
+from fastkv.engine.sampler import NOT_FINITE, not_finite_error
+from fastkv.engine.speculation.drafts import Draft, Entries, SelfDraft, TextDraft
+from fastkv.engine.speculation.figures import Speculated
+from fastkv.engine.speculation.pace import Pace
+
+
+class SpeculativeBatch(DecodeBatch):
+    """A DecodeBatch of one request that speculates. drafting: what drafts run on; None: the text itself drafts."""
+
+    def __init__(self, runtime: Runtime, request: Request, drafting: Runtime | None) -> None:
+        super().__init__(runtime, [request])
+        assert request.speculation is not None, "a request that speculates"
+        self._kind, self._drafting = request.speculation.kind, drafting
+        self._request = request
+        self._pace = Pace(request.speculation.draft_tokens, free=drafting is None)
+        self._self_draft: SelfDraft | None = None
+        self._draft: Draft | None = None
+        self._ready: deque[int] = deque()  # tokens that nobody has read yet
+        self._counts = {"verifications": 0, "plain_steps": 0, "drafted_tokens": 0, "accepted_tokens": 0}
+        self._seconds = 0.0
+
+    def launch_as_needed(self) -> None:
+        """See DecodeBatch; nothing runs ahead here."""
+        if not self._ready and not self._unread:
+            self._round()
+
+    def read(self) -> list[tuple[int, int]]:
+        """See DecodeBatch: one token of the request at a time."""
+        if self._unread:
+            found = super().read()
+            self._text_draft().add([token for _, token in found], None)
+            return found
+        token = self._ready.popleft()
+        if token == NOT_FINITE:
+            raise not_finite_error(self._runtime.model.dtype)
+        return [(slot, token) for slot in self._at_work]
+
+    def figures(self) -> Speculated:
+        """What speculation has brought so far."""
+        step, counts = self._pace.plain_step, self._counts
+        brought = counts["verifications"] + counts["plain_steps"] + counts["accepted_tokens"]
+        own = self._drafting is not None and self._drafting.model is not self._runtime.model
+        plan = self._request.draft_plan
+        return Speculated(
+            self._kind,
+            **counts,
+            speed_up=None if step is None or not self._seconds else brought * step / self._seconds,
+            draft_kv_bytes=0 if plan is None else plan.nbytes,
+            draft_weight_bytes=weight_bytes(self._drafting) if own else 0,
+        )
+
+    def close(self) -> None:
+        """See DecodeBatch."""
+        draft, self._self_draft = self._self_draft, None
+        if draft is not None:
+            draft.close()
+        super().close()
+
+    def _prefill(self, request: Request, ids: Tensor, plan: RequestPlan, cache: KVCache) -> Prefill:
+        draft_plan = request.draft_plan
+        if draft_plan is None or self._drafting is None:
+            return super()._prefill(request, ids, plan, cache)
+        model, attention = self._runtime.model, self._runtime.attention
+        self._draft = self._self_draft = draft = SelfDraft(self._drafting, draft_plan, self._state.sampler)
+        ids, workspace = ids.to(model.device), self._buffers.workspace
+        result = prefill(model, ids, draft_plan, draft.cache, workspace, attention, request.eos_ids, cache)
+        draft.start(request.params, ids)
+        return replace(result, cache=cache, mass=[None] * len(result.mass))  # what answers holds everything
+
+    def _text_draft(self) -> Draft:
+        if self._draft is None:
+            self._draft = TextDraft(self._request.all_ids[0].tolist())
+        return self._draft
+
+    def _round(self) -> None:
+        """The next token, or several."""
+        ((slot, sequence),) = self._at_work.items()
+        left = self._request.max_tokens - sequence.launched
+        if left < 1:
+            return
+        began = time.perf_counter()
+        drafted = self._text_draft().propose(min(self._pace.next(), left - 1))
+        ready = time.perf_counter()
+        entries: Entries | None = None
+        if drafted:
+            tokens, entries = self._judged(slot, sequence.cache, drafted)
+        else:
+            self._step({slot: sequence.cache})
+            tokens = self._state.tokens[slot : slot + 1].tolist()
+        done = time.perf_counter()
+        self._text_draft().add(tokens, entries)
+        self._count(len(drafted), len(tokens) - 1, ready - began, done - ready, time.perf_counter() - began)
+        sequence.launched += len(tokens)
+        self._ready += tokens
+
+    def _count(self, drafted: int, accepted: int, drafting: float, rest: float, whole: float) -> None:
+        self._seconds += whole
+        if not drafted:
+            self._counts["plain_steps"] += 1
+            self._pace.stepped(rest)
+            return
+        self._pace.judged(drafted, accepted, drafting + whole - drafting - rest, rest)
+        for name, count in (("verifications", 1), ("drafted_tokens", drafted), ("accepted_tokens", accepted)):
+            self._counts[name] += count
+
+    @torch.inference_mode()
+    def _judged(self, slot: int, cache: KVCache, drafted: list[int]) -> tuple[list[int], Entries]:
+        """The tokens that the model chooses after the last one, as far as the drafted ones are right, and one more.
+
+        And K and V of what came before each. The cache then holds what plain steps would have left.
+        """
+        state, model, entries = self._state, self._runtime.model, Entries()
+        slots = torch.full((1,), slot, device=state.tokens.device)
+        after = torch.tensor([drafted], device=slots.device)
+        logits = decode_step(model, cache, torch.cat((state.tokens[slots].unsqueeze(0), after), dim=1), entries)
+        tokens: list[int] = []
+        for place, guess in enumerate([*drafted, None]):
+            chosen = state.sampler.sample_slots(logits[:, place], slots)
+            tokens.append(int(chosen))
+            if tokens[-1] != guess:
+                break
+        state.tokens[slots] = chosen
+        cache.truncate(1 + len(drafted) - len(tokens))
+        return tokens, entries
+
+
+def weight_bytes(runtime: Runtime) -> int:
+    """Bytes of a model's parameters and of their scales."""
+    return sum(each.nbytes for each in runtime.model.parameters())
