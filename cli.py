@@ -30,6 +30,7 @@ from fastkv.console.policy_file import read_policy_file
 from fastkv.console.policy_text import build_policy
 from fastkv.console.prompt import Job, check_names, is_broken, read_jobs, read_prompt
 from fastkv.console.run_flags import SAMPLING_FLAGS, given_flags
+from fastkv.console.speculation import speculation_of, stream_arguments
 from fastkv.console.summary import as_json, kernels
 from fastkv.console.tuned import tuned_policy
 from fastkv.errors import FastKVError, brief, check_integer, writable
@@ -68,6 +69,7 @@ def _run(args: argparse.Namespace) -> int:
             raise FastKVError(
                 "--decode-budget does not go with --context or --cache, where what comes later is kept: leave it out"
             )
+    speculation = speculation_of(args, document is not None)
     _check_targets(args)
 
     from fastkv.engine.sampler import SamplingParams
@@ -90,7 +92,7 @@ def _run(args: argparse.Namespace) -> int:
     if args.output is not None:
         status = _run_many(args, asked, jobs, params)
     elif len(jobs) == 1:
-        status = _run_one(args, asked, jobs[0], params)
+        status = _run_one(args, asked, jobs[0], params, stream_arguments(speculation))
     else:
         status = _run_in_turn(args, asked, jobs, params)
     if args.verbose:
@@ -175,10 +177,13 @@ def _check_asks_nothing(args: argparse.Namespace) -> None:
             raise FastKVError(f"{flag_of(name)} is for an answer: add --prompt, or leave it out")
 
 
-def _run_one(args: argparse.Namespace, asked: Asked, job: Job, params: SamplingParams) -> int:
+def _run_one(
+    args: argparse.Namespace, asked: Asked, job: Job, params: SamplingParams, speculation: dict[str, Any]
+) -> int:
     """The answer to standard output, as it is made."""
     prompt, shows = asked.prompt(job), args.report is not None
-    stream = asked.llm.stream(prompt, params, keep_selection=shows, decode_budget=args.decode_budget)
+    limits = {"keep_selection": shows, "decode_budget": args.decode_budget}
+    stream = asked.llm.stream(prompt, params, **limits, **speculation)
     status = _print_json(stream) if args.json else _print_text(stream)
     asked.print_figures(stream)
     if args.report is not None:

@@ -12,6 +12,7 @@ from fastkv.console.run_flags import (
     add_sampling_flags,
     add_setting_flags,
 )
+from fastkv.console.speculation import SPECULATION_SETTINGS, add_speculation_flags
 
 # What a complaint names the flag of.
 NAMED_SETTINGS = {
@@ -21,6 +22,7 @@ NAMED_SETTINGS = {
     *("threads", "revision", "compile", "attention", "report"),
     *("prompts", "output", "batch_size", "kv_memory", "reuse_prefix", "decode_budget"),
     *("context", "cache", "save_cache"),
+    *SPECULATION_SETTINGS,
 }
 
 
@@ -72,6 +74,7 @@ def build_parser() -> Parser:
         metavar="N",
         help="entries a KV head holds while the answer grows; what is dropped is forgotten (default: all are kept)",
     )
+    add_speculation_flags(sampling)
     sampling.add_argument("--chat", action="store_true", help="wrap the prompt in the model's chat template")
     add_chat_flags(sampling, "system message for --chat")
     machine = parser.add_argument_group("machine and output")

@@ -8,6 +8,7 @@ import os
 from typing import TYPE_CHECKING, Any
 
 from fastkv.console.parser import flag_of
+from fastkv.console.speculation import speculation_rows
 from fastkv.engine.output import LOW_ATTENTION, Metrics, Output, RunInfo
 
 if TYPE_CHECKING:
@@ -63,7 +64,7 @@ def figures(output: Output) -> Rows:
             f" {_mebibytes(metrics.kv_bytes)} of {_mebibytes(metrics.kv_full_bytes)}",
         ),
     ]
-    rows += _reductions(run, metrics) + _attention(run, metrics) + _budget(run)
+    rows += _reductions(run, metrics) + _attention(run, metrics) + _budget(run) + speculation_rows(metrics.speculation)
     if metrics.peak_bytes is not None:
         rows.append(("peak memory", f"{_mebibytes(metrics.peak_bytes)} ({_peak_of(run)})"))
     return rows

@@ -160,7 +160,9 @@ class LLM:
         largest = max(self._model.blocks[0].parameters(), key=Tensor.numel)
         cuda_graph = cuda_graph and self._device.type == "cuda"
         threads = step_threads(largest)
-        self._runtime, self._drafting = (Runtime(each, cuda_graph, attention, threads) for each in (self._model, drafting))
+        self._runtime, self._drafting = (
+            Runtime(each, cuda_graph, attention, threads) for each in (self._model, drafting)
+        )
         for row in {id(each): each for each in (self._model.row, drafting.row) if each is not None}.values():
             with as_many(threads):
                 row.prepare()
@@ -252,7 +254,7 @@ class LLM:
         a text where the model has no tokenizer, a decode_budget below 32, and speculation with a list of prompts, a
         session's turn or a decode_budget.
         """
-        speculated = {"speculation": speculation, "draft_tokens": draft_tokens}
+        speculated: dict[str, Any] = {"speculation": speculation, "draft_tokens": draft_tokens}
         if not is_batch(prompt):
             # which refuses an empty list as the empty prompt that it is
             stream = self.stream(prompt, params, policy, decode_budget=decode_budget, **speculated)
@@ -365,7 +367,10 @@ class LLM:
         keep_selection: bool,
     ) -> Generation:
         """The stream of a request whose tokens are drafted."""
-        for refused, what in ((isinstance(prompt, Turn), "the turn of a session"), (budget is not None, "decode_budget")):
+        for refused, what in (
+            (isinstance(prompt, Turn), "the turn of a session"),
+            (budget is not None, "decode_budget"),
+        ):
             if refused:
                 raise FastKVError(f"speculation does not go with {what}: leave it out", setting="speculation")
         by_model = speculation.kind == "self"

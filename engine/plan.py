@@ -165,7 +165,9 @@ def plan_request(
     past = tuple(0 if cache is None else cache.count(layer) for layer in range(n_layers))
     if not reduces:
         assert cache is None, "of a sequence that begins"
-        layers = [LayerPlan(n_tokens, min(policy.budget(at, n_layers, n_tokens), n_tokens), None) for at in range(n_layers)]
+        layers = [
+            LayerPlan(n_tokens, min(policy.budget(at, n_layers, n_tokens), n_tokens), None) for at in range(n_layers)
+        ]
         first_pass = None
     elif cache is None:
         layers, first_pass = plan_layers(policy, n_layers, n_tokens), policy.first_pass(n_layers, n_tokens)

@@ -83,7 +83,7 @@ def prefill(
     attention: the backend of causal attention. Full K/V of one layer at a time is there, in the `workspace`: a layer
     keeps its share in the cache, and the next one writes over the rest. (Look-ahead and competing layers hold it for
     longer: engine/lookahead.py, engine/competing.py.) eos_ids: the tokens that end an answer, and the draft of a
-    look-ahead. whole: a second, empty cache, which keeps every token of every layer; of a plan that propagates them all.
+    look-ahead. whole: a second, empty cache, which keeps all tokens of every layer; of a plan that propagates them all.
     """
     run = LayerRun(model, plan, cache, workspace, attention, whole)
     start = cache.position
@@ -126,7 +126,9 @@ class LayerRun:
         attention: str = AUTO,
         whole: KVCache | None = None,
     ) -> None:
-        assert whole is None or all(layer.propagated is None for layer in plan.layers), "not every layer sees all tokens"
+        assert whole is None or all(layer.propagated is None for layer in plan.layers), (
+            "not every layer sees all tokens"
+        )
         self.model, self.plan, self.cache, self.attention = model, plan, cache, attention
         self.whole = whole
         self.policy, self.layers = plan.policy, list(plan.layers)

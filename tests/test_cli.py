@@ -310,6 +310,42 @@ def test_a_decode_budget_bounds_the_answer_and_is_told(run: Run) -> None:
     assert "budget" not in plain.err
 
 
+def test_lossless_is_the_answer_of_the_full_cache_and_is_told(run: Run) -> None:
+    argv = ["--ignore-eos", "--max-tokens", "9", "--draft-tokens", "2", "--lossless", "--draft-weights", "int8"]
+    plain = run("abcdefghij" * 50, "--ignore-eos", "--max-tokens", "9", "--policy", "full")
+    told, printed = run("abcdefghij" * 50, *argv), json.loads(run("abcdefghij" * 50, "--json", *argv).out)
+    assert told.out == plain.out == printed["text"]
+    spec = printed["metrics"]["speculation"]
+    assert 1 + spec["verifications"] + spec["plain_steps"] + spec["accepted_tokens"] == 9
+    assert f"lossless     {spec['accepted_tokens']} of {spec['drafted_tokens']} drafted tokens accepted" in told.err
+    assert "on top of the full cache" in told.err
+    assert printed["warning"] is None
+    text = run("abab" * 50, "--speculation", "ngram", "--max-tokens", "4").err
+    assert "ngram " in text
+    assert "draft  " not in text
+
+
+@pytest.mark.parametrize(
+    ("argv", "named"),
+    [
+        (["--lossless", "--speculation", "ngram"], "--speculation ngram"),
+        (["--lossless", "--output", "out.jsonl"], "--output"),
+        (["--speculation", "ngram", "--context", "c.txt"], "--context"),
+        (["--lossless", "--decode-budget", "64"], "--decode-budget"),
+        (["--speculation", "ngram", "--draft-weights", "int8"], "--draft-weights"),
+        (["--lossless", "--policy", "full"], "draft_weights"),
+    ],
+)
+def test_what_speculation_does_not_go_with(
+    run: Run, argv: list[str], named: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "c.txt").write_text("x")
+    found = run("x", *argv, status=2)
+    assert named in found.err
+    assert not (tmp_path / "out.jsonl").exists()
+
+
 def test_the_default_tsp_layer_is_told(run: Run) -> None:
     assert json.loads(run("x", "--json", "--max-tokens", "1").out)["policy"]["tsp_layer"] == 1
 

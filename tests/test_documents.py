@@ -97,7 +97,14 @@ def test_flags_of_fastkv_chat_exist() -> None:
     assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]*", told)) <= known
     lacking = set(build_parser()._option_string_actions) - known
     of_files = {"--prompt", "--prompts", "--output", "--batch-size", "--kv-memory", "--context", "--save-cache"}
-    of_files |= {"--reuse-prefix", "--decode-budget"}
+    of_files |= {
+        "--reuse-prefix",
+        "--decode-budget",
+        "--lossless",
+        "--speculation",
+        "--draft-tokens",
+        "--draft-weights",
+    }
     assert lacking - of_files == {"--chat", "--json", "--report", "--verbose"}
 
 

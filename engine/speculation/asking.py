@@ -54,7 +54,7 @@ def drafted_by_model(
 
 
 def _check_fits(runtime: Runtime, request: Request, draft: int) -> None:
-    """FastKVError unless there is memory for both caches, and for steps of as many tokens as are ever judged at once."""
+    """FastKVError unless there is memory for both caches, and for steps of as many tokens as may be judged at once."""
     slot = bytes_of(layout_of([request]), capacities_of([request]), request.plan.shape)
     plan = request.plan if request.draft_plan is None else request.draft_plan
     draws = request.params.temperature > 0

@@ -16,6 +16,7 @@ _FIRST = 3  # drafted tokens of the first round
 _GAIN = 1.05  # what drafting is to bring at least; times are not exact
 _PAUSE, _LONGEST_PAUSE = 16, 256  # plain steps before drafting is tried again, doubled each time that it does not pay
 _FADING = 0.9  # of what was seen, after every round
+_SLOWER = 1.1  # times what was known is the most that is believed at once
 _SLOPE = 0.1  # of a plain step for each further token of a verification, until one was timed
 
 
@@ -67,9 +68,8 @@ class Pace:
         """Of `drafted` tokens so many were accepted; how long drafting all of them, and judging them, took."""
         self._accepted = _FADING * self._accepted + accepted
         self._refused = _FADING * self._refused + (accepted < drafted)
-        self._draft = _faded(self._draft, drafting / drafted) if self._tried else drafting / drafted
-        known = self._verified.get(drafted + 1)
-        self._verified[drafted + 1] = verifying if known is None else _faded(known, verifying)
+        self._draft = _noted(self._draft if self._tried else None, drafting / drafted)
+        self._verified[drafted + 1] = _noted(self._verified.get(drafted + 1), verifying)
         self._tried = True
         if self._fixed is not None:
             return
@@ -100,5 +100,6 @@ class Pace:
         return max(self._plain, self._verified[nearest] + slope * (count - nearest))
 
 
-def _faded(before: float, now: float) -> float:
-    return 0.7 * before + 0.3 * now
+def _noted(known: float | None, now: float) -> float:
+    """The least that was seen, as what comes once (kernels are chosen) is no measure; longer times count by and by."""
+    return now if known is None else min(now, _SLOWER * known)

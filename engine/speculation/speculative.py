@@ -65,14 +65,15 @@ class SpeculativeBatch(DecodeBatch):
         """What speculation has brought so far."""
         step, counts = self._pace.plain_step, self._counts
         brought = counts["verifications"] + counts["plain_steps"] + counts["accepted_tokens"]
-        own = self._drafting is not None and self._drafting.model is not self._runtime.model
+        drafting = self._drafting
+        own = drafting is not None and drafting.model is not self._runtime.model
         plan = self._request.draft_plan
         return Speculated(
             self._kind,
             **counts,
             speed_up=None if step is None or not self._seconds else brought * step / self._seconds,
             draft_kv_bytes=0 if plan is None else plan.nbytes,
-            draft_weight_bytes=weight_bytes(self._drafting) if own else 0,
+            draft_weight_bytes=weight_bytes(drafting) if drafting is not None and own else 0,
         )
 
     def close(self) -> None:

@@ -1,0 +1,80 @@
+"""The flags of speculation: what drafts the next tokens. Checked before torch is loaded."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from fastkv.engine.speculation.figures import KINDS, Speculated, Speculation
+from fastkv.errors import FastKVError, check_choice
+
+SPECULATION_SETTINGS = ("lossless", "speculation", "draft_tokens", "draft_weights")
+
+
+def add_speculation_flags(group: argparse._ArgumentGroup) -> None:
+    """How tokens are drafted, to be judged several at a time."""
+    group.add_argument(
+        "--lossless", action="store_true", help="the answer of policy full; the policy only drafts (--speculation self)"
+    )
+    group.add_argument(
+        "--speculation", metavar="|".join(KINDS), help="what drafts tokens: the model over what is kept, or the text"
+    )
+    group.add_argument("--draft-tokens", type=int, metavar="N", help="drafted at a time (default: as many as pay)")
+    group.add_argument("--draft-weights", metavar="int8", help="with --lossless, a copy of the weights that drafts")
+
+
+def speculation_of(args: argparse.Namespace, of_document: bool) -> Speculation | None:
+    """What the flags ask for. Raises FastKVError for flags that do not go together, and for a document or a list."""
+    kind = args.speculation
+    if args.lossless:
+        if kind == "ngram":
+            raise FastKVError("--lossless is --speculation self: leave it or --speculation ngram out")
+        kind = "self"
+    if args.draft_weights is not None:
+        check_choice("draft_weights", args.draft_weights, ("int8",))
+        if kind != "self":
+            raise FastKVError("--draft-weights is for --lossless: add it, or leave --draft-weights out")
+    if kind is None:
+        if args.draft_tokens is not None:
+            raise FastKVError("--draft-tokens is for --lossless or --speculation: add one, or leave --draft-tokens out")
+        return None
+    speculation = Speculation(kind, args.draft_tokens)
+    flag = "--lossless" if args.lossless else "--speculation"
+    others = {
+        "--output, which is for several prompts": args.output is not None,
+        "--context or --cache": of_document,
+        "--decode-budget": args.decode_budget is not None,
+    }
+    for other, given in others.items():
+        if given:
+            raise FastKVError(f"{flag} does not go with {other}: leave one of them out")
+    return speculation
+
+
+def stream_arguments(speculation: Speculation | None) -> dict[str, Any]:
+    """What LLM.stream is told."""
+    if speculation is None:
+        return {}
+    return {"speculation": speculation.kind, "draft_tokens": speculation.draft_tokens}
+
+
+def speculation_rows(told: Speculated | None) -> list[tuple[str, str]]:
+    """What speculation has brought, as (label, text) rows."""
+    if told is None:
+        return []
+    label = "lossless" if told.kind == "self" else "ngram"
+    rate, each = told.acceptance, told.tokens_per_verification
+    if rate is None or each is None:
+        text = f"nothing drafted, {told.plain_steps:,} plain steps"
+    else:
+        text = (
+            f"{told.accepted_tokens:,} of {told.drafted_tokens:,} drafted tokens accepted ({100 * rate:.0f} %), "
+            f"{each:.1f} tokens a verification, {told.plain_steps:,} plain steps"
+        )
+    if told.speed_up is not None:
+        text += f", {told.speed_up:.2f} times as fast as plain steps"
+    rows = [(label, text)]
+    if told.draft_kv_bytes:
+        weights = f", weights {told.draft_weight_bytes / 2**20:,.1f} MiB" if told.draft_weight_bytes else ""
+        rows.append(("draft", f"KV {told.draft_kv_bytes / 2**20:,.1f} MiB on top of the full cache{weights}"))
+    return rows
