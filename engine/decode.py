@@ -17,8 +17,8 @@ def decode_step(
     """Append T tokens to each of the B sequences of a cache: ids int64 [B, T] -> logits float32 [B, T, V].
 
     Tokens attend to all entries that the cache holds, and causally to one another. Their positions follow on the
-    sequence so far, however few entries there are. entries: gets k and v [B, Hkv, T, D] of each layer. Raises FastKVError when a cache or the context is full; nothing has
-    changed then.
+    sequence so far, however few entries there are. entries: gets k and v [B, Hkv, T, D] of each layer. Raises
+    FastKVError when a cache or the context is full; nothing has changed then.
     """
     count = ids.shape[1]
     cache.check_room(count)
