@@ -69,7 +69,7 @@ X: dict[str, Callable[[], Tensor]] = {
 }
 
 
-@pytest.mark.parametrize("way", ["onednn", "split"])
+@pytest.mark.parametrize("way", ["onednn", "turned", "split"])
 @pytest.mark.parametrize("which", X)
 def test_products_are_those_of_f_linear(which: str, way: str) -> None:
     """Whole matrices and rows of one, with biases and without, of x in any layout."""
