@@ -892,12 +892,12 @@ def test_lossless_is_compared_with_the_full_cache(
         "--new-tokens",
         "6",
     ]
-    assert benchmarks.lossless.main([*argv, "--draft-tokens", "2", "--json", str(out)]) == 0
+    assert benchmarks.lossless_speed.main([*argv, "--draft-tokens", "2", "--json", str(out)]) == 0
     rows = json.loads(out.read_text())["rows"]["200"]
     assert [row["identical"] for row in rows] == [True, True]
     assert all(row["new_tokens"] == 6 and 150 < row["tokens"] < 250 for row in rows)
     assert capsys.readouterr().out.splitlines()[-1].startswith("| 200 | 2 of 2 | ")
-    assert benchmarks.lossless.main([*argv, "--prompts", "0"]) == 2
+    assert benchmarks.lossless_speed.main([*argv, "--prompts", "0"]) == 2
 
 
 def test_many_questions_are_measured_in_three_ways(

@@ -36,7 +36,8 @@ class Speculated:
     of all verifications. speed_up: the time that plain steps would have taken for the same tokens, over the time that
     was taken; from the plain steps of this very answer, None where there was none. draft_kv_bytes: the slots of the
     draft's entries, which come on top of the full cache's; draft_weight_bytes: its weights, where they are others. Both
-    0 for "ngram".
+    0 for "ngram". draft_seconds, verify_seconds: of all drafts, and of all verifications; plain_seconds: of a plain
+    step, the least that there was, None without one.
     """
 
     kind: str
@@ -47,6 +48,9 @@ class Speculated:
     speed_up: float | None
     draft_kv_bytes: int
     draft_weight_bytes: int
+    draft_seconds: float
+    verify_seconds: float
+    plain_seconds: float | None
 
     @property
     def acceptance(self) -> float | None:

@@ -43,7 +43,7 @@ class SpeculativeBatch(DecodeBatch):
         self._draft: Draft | None = None
         self._ready: deque[int] = deque()  # tokens that nobody has read yet
         self._counts = {"verifications": 0, "plain_steps": 0, "drafted_tokens": 0, "accepted_tokens": 0}
-        self._seconds = 0.0
+        self._seconds = self._drafting_seconds = self._verifying_seconds = 0.0
 
     def launch_as_needed(self) -> None:
         """See DecodeBatch; nothing runs ahead here."""
@@ -74,6 +74,9 @@ class SpeculativeBatch(DecodeBatch):
             speed_up=None if step is None or not self._seconds else brought * step / self._seconds,
             draft_kv_bytes=0 if plan is None else plan.nbytes,
             draft_weight_bytes=weight_bytes(drafting) if drafting is not None and own else 0,
+            draft_seconds=self._drafting_seconds,
+            verify_seconds=self._verifying_seconds,
+            plain_seconds=step,
         )
 
     def close(self) -> None:
@@ -116,17 +119,21 @@ class SpeculativeBatch(DecodeBatch):
             tokens = self._state.tokens[slot : slot + 1].tolist()
         done = time.perf_counter()
         self._text_draft().add(tokens, entries)
-        self._count(len(drafted), len(tokens) - 1, ready - began, done - ready, time.perf_counter() - began)
+        # What `add` takes is the draft's, too.
+        self._count(len(drafted), len(tokens) - 1, ready - began + time.perf_counter() - done, done - ready)
         sequence.launched += len(tokens)
         self._ready += tokens
 
-    def _count(self, drafted: int, accepted: int, drafting: float, rest: float, whole: float) -> None:
-        self._seconds += whole
+    def _count(self, drafted: int, accepted: int, drafting: float, step: float) -> None:
+        """A round is done; drafting, step: seconds of the draft and of the model's step."""
+        self._seconds += drafting + step
         if not drafted:
             self._counts["plain_steps"] += 1
-            self._pace.stepped(rest)
+            self._pace.stepped(step)
             return
-        self._pace.judged(drafted, accepted, drafting + whole - drafting - rest, rest)
+        self._drafting_seconds += drafting
+        self._verifying_seconds += step
+        self._pace.judged(drafted, accepted, drafting, step)
         for name, count in (("verifications", 1), ("drafted_tokens", drafted), ("accepted_tokens", accepted)):
             self._counts[name] += count
 

@@ -1,11 +1,11 @@
 """Decode speed of --lossless beside that of the full cache, on the same prompts, and whether the tokens are the same.
 
-    python benchmarks/lossless.py --model FOLDER --draft-weights int8 --lengths 2048 8192 --prompts 25
+    python benchmarks/lossless_speed.py --model FOLDER --draft-weights int8 --lengths 2048 8192 --prompts 25
 
 A prompt is a part of this repository's own pages (or of --text), with a request to sum it up, in the model's chat
 template where it has one. Each is answered twice, greedily: by policy full, then with speculation. Speeds count the
-tokens after the first. The formula's speed-up is what the acceptance promises, E(n) / (n c + v), with c and v, the costs
-of a drafted token and of a verification, in plain steps, as this run had them. --json writes every single figure.
+tokens after the first. c and v are what a drafted token and a verification took, in plain steps of the same answers;
+--json writes every single figure.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ REQUEST = "Tell in a few sentences what the text above says."
 
 
 def parser() -> argparse.ArgumentParser:
-    made = Parser(prog="lossless.py", description="Decode speed of --lossless beside that of the full cache.")
+    made = Parser(prog="lossless_speed.py", description="Decode speed of --lossless beside that of the full cache.")
     made.add_argument("--model", required=True, help="a model folder")
     made.add_argument(
         "--lengths", type=int, nargs="+", default=[2048], metavar="N", help="tokens of the prompts (2048)"
@@ -98,9 +98,16 @@ def compared(llm: LLM, prompt: Any, args: argparse.Namespace) -> dict[str, Any]:
         "drafted_tokens": spec.drafted_tokens,
         "accepted_tokens": spec.accepted_tokens,
         "told_speed_up": spec.speed_up,
+        "c": _of_plain(spec.draft_seconds, spec.drafted_tokens, spec.plain_seconds),
+        "v": _of_plain(spec.verify_seconds, spec.verifications, spec.plain_seconds),
         "full_kv_bytes": found.metrics.kv_bytes,
         "draft_kv_bytes": spec.draft_kv_bytes,
     }
+
+
+def _of_plain(seconds: float, count: int, plain: float | None) -> float | None:
+    """What one of `count` took, in plain steps."""
+    return None if plain is None or not count else seconds / count / plain
 
 
 def told(length: int, rows: list[dict[str, Any]]) -> str:
@@ -117,12 +124,18 @@ def told(length: int, rows: list[dict[str, Any]]) -> str:
         f"{statistics.median(ratios):.2f} ({min(ratios):.2f} – {max(ratios):.2f})" if ratios else "not measured",
         f"{100 * accepted / drafted:.0f} %" if drafted else "none drafted",
         f"{1 + accepted / verified:.2f}" if verified else "none",
+        *(_median([row[name] for row in rows]) for name in ("c", "v")),
     ]
     return "| " + " | ".join(cells) + " |"
 
 
-HEAD = """| prompt | identical | full, tokens/s | lossless, tokens/s | speed-up | accepted | tokens a verification |
-| --- | --- | --- | --- | --- | --- | --- |"""
+def _median(values: list[float | None]) -> str:
+    known = [value for value in values if value is not None]
+    return f"{statistics.median(known):.2f}" if known else "not measured"
+
+
+HEAD = """| prompt | identical | full, tokens/s | lossless, tokens/s | speed-up | accepted | tokens a verification | c | v |
+| --- | --- | --- | --- | --- | --- | --- | --- | --- |"""
 
 
 def run(argv: Sequence[str]) -> None:
@@ -138,7 +151,7 @@ def run(argv: Sequence[str]) -> None:
     llm = load_model(args.model, args.threads, device=args.device, dtype=args.dtype, **settings)
     files = args.text or sorted((ROOT / "docs").glob("*.md"))
     each: dict[int, list[dict[str, Any]]] = {}
-    about = {**machine(llm), "command": shlex.join(["python", "benchmarks/lossless.py", *argv])}
+    about = {**machine(llm), "command": shlex.join(["python", "benchmarks/lossless_speed.py", *argv])}
     print(f"{about['device']}, {about['date']}, {about['dtype']}\n\n{HEAD}")
     for length in args.lengths:
         made = prompts(llm, files, length, args.prompts)
@@ -151,7 +164,7 @@ def run(argv: Sequence[str]) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = sys.argv[1:] if argv is None else argv
-    return guarded("lossless.py", lambda: run(arguments))
+    return guarded("lossless_speed.py", lambda: run(arguments))
 
 
 if __name__ == "__main__":
