@@ -134,8 +134,11 @@ def _median(values: list[float | None]) -> str:
     return f"{statistics.median(known):.2f}" if known else "not measured"
 
 
-HEAD = """| prompt | identical | full, tokens/s | lossless, tokens/s | speed-up | accepted | tokens a verification | c | v |
-| --- | --- | --- | --- | --- | --- | --- | --- | --- |"""
+COLUMNS = (
+    *("prompt", "identical", "full, tokens/s", "lossless, tokens/s", "speed-up", "accepted", "tokens a verification"),
+    *("c", "v"),
+)
+HEAD = f"| {' | '.join(COLUMNS)} |\n|{' --- |' * len(COLUMNS)}"
 
 
 def run(argv: Sequence[str]) -> None:
