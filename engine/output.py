@@ -35,6 +35,7 @@ class Metrics:
     reused_tokens: tokens whose entries were there already: what a session held before the prompt; or what the prompt
     begins with like an earlier one, of the same list or in the `prefix_cache`. Of these, prompt_tokens counts the
     second; kv_tokens, kv_entries and kv_full_entries count both.
+    layer_entries: kv_entries of each layer, which differ where scores say how many a layer keeps.
     """
 
     prompt_tokens: int
@@ -52,6 +53,7 @@ class Metrics:
     attention_kept: float | None = None
     layer_attention: tuple[float | None, ...] = ()
     reused_tokens: int = 0
+    layer_entries: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)

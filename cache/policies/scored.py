@@ -22,12 +22,12 @@ KEEP_MASS_MOST_HELP = "share of the prompt that --keep-mass keeps at most"
 class Scored(Compressed):
     """Compressed by scores, to a number of entries that is given, or to one that they decide.
 
-    keep_mass: in (0, 1], in place of kv_retention and kv_len: each layer keeps the best entries, as few as hold this
-    share of the mass; 1 keeps all. What the mass is, `mass` says. keep_mass_by: "layer": the KV heads of a layer keep
-    equally many, as many as the neediest of them needs (and of prompts that are prefilled as one tensor, the neediest);
-    where the heads of a layer compete, as few as hold the share of the layer's sum. "head": each head keeps as many as
-    it needs by itself; not where heads compete. keep_mass_most: no layer keeps more than this share of the prompt, even
-    if less mass is kept then. None keeps fewer than min_tokens and the window.
+    keep_mass: in (0, 1], in place of kv_retention, over which it wins, and not with kv_len: each layer keeps the best
+    entries, as few as hold this share of the mass; 1 keeps all. What the mass is, `mass` says. keep_mass_by: "layer":
+    the KV heads of a layer keep equally many, as many as the neediest of them needs (and of prompts that are prefilled
+    as one tensor, the neediest); where the heads of a layer compete, as few as hold the share of the layer's sum.
+    "head": each head keeps as many as it needs by itself; not where heads compete. keep_mass_most: no layer keeps more
+    than this share of the prompt, even if less mass is kept then. None keeps fewer than min_tokens and the window.
 
     How many entries that is shows in the prefill, and memory is there before: for keep_mass_most. Not where the layers
     of the model compete for one budget.
@@ -44,7 +44,7 @@ class Scored(Compressed):
         if self.keep_mass is None:
             self._refuse_others("keep_mass_by", "keep_mass_most", why="is for keep_mass; set that, too, or leave it at")
             return
-        self._refuse_others("kv_retention", "kv_len", why="does not go with keep_mass; leave it at")
+        self._refuse_others("kv_len", why="does not go with keep_mass; leave it at")
         if self.over_layers:
             raise FastKVError("keep_mass is for layers that do not compete for one budget", setting="keep_mass")
         if self.heads_compete and self.keep_mass_by == "head":
