@@ -354,18 +354,17 @@ class LayerPlan:
     """How many tokens a layer sees in the prefill, keeps in its cache, and propagates (None: all it saw).
 
     Under a policy with an `online_selector` these are upper bounds: tokens may be dropped at an earlier layer.
-    least: the fewest that it keeps, where its scores say how many (Policy.counts); None: `kept`.
+    least: the fewest that it keeps, where its scores say how many (Policy.counts); as it stands, `kept`.
     """
 
     seen: int
     kept: int
     propagated: int | None
-    least: int | None = None
+    least: int = -1
 
-    @property
-    def fewest(self) -> int:
-        """Entries that it keeps at the least."""
-        return self.kept if self.least is None else self.least
+    def __post_init__(self) -> None:
+        if self.least < 0:
+            object.__setattr__(self, "least", self.kept)  # the class is frozen
 
 
 def plan_layers(policy: Policy, n_layers: int, n_tokens: int) -> list[LayerPlan]:
@@ -400,4 +399,4 @@ def drops_tokens(policy: Policy, n_layers: int, n_tokens: int) -> bool:
     A plan's numbers are upper bounds where the policy decides online, so a layer that reduces at all counts.
     """
     plans = plan_layers(policy, n_layers, n_tokens)
-    return any(plan.fewest < n_tokens or plan.propagated is not None for plan in plans)
+    return any(plan.least < n_tokens or plan.propagated is not None for plan in plans)

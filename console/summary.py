@@ -46,8 +46,9 @@ def _more(settings: dict[str, Any]) -> str:
     """What makes a policy with these settings keep more."""
     if "drop_norm" in settings:
         return f"lower {flag_of('drop_norm')}"
-    decides = next((name for name in ("keep_mass", "kv_len") if settings.get(name) is not None), "kv_retention")
-    return f"raise {flag_of(decides)}"
+    if settings.get("keep_mass") is not None:
+        return f"raise {flag_of('keep_mass' if settings['keep_mass_most'] == 1 else 'keep_mass_most')}"
+    return f"raise {flag_of('kv_retention' if settings.get('kv_len') is None else 'kv_len')}"
 
 
 def figures(output: Output) -> Rows:

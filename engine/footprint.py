@@ -84,7 +84,7 @@ def footprint(
     workspace: dict[str, int] = {}
     steps = [shapes.decoding(slots, draws)]
     if plan.first_pass is not None:  # all tokens, but only the layers up to the one that chooses
-        whole = _Way(seen, seen, seen, 0, 0, keys_first=plan.first_pass.layer == 0, online=False)
+        whole = _Way(seen, seen, seen, 0, 0, keys_first=plan.first_pass.layer == 0, online=False, least=seen)
         _grow(workspace, shapes.buffers(whole))
         steps += [] if whole.keys_first else [shapes.of_layer(whole)]
         steps.append(max(shapes.projecting(seen, keys_only=True), shapes.scoring(seen, 1)))
@@ -113,8 +113,8 @@ class _Way(NamedTuple):
 
     seen, kept, out: tokens that it sees, entries that it keeps, tokens whose attention and MLP it computes. past:
     entries that its cache holds already. queries: of its last tokens, how many score (0: nothing is scored).
-    keys_first: queries only of the tokens that leave it. online: which these are shows then; perhaps all. fewest:
-    entries that it keeps at the least (None: `kept`).
+    keys_first: queries only of the tokens that leave it. online: which these are shows then; perhaps all. least:
+    entries that it keeps at the least.
     """
 
     seen: int
@@ -124,7 +124,7 @@ class _Way(NamedTuple):
     queries: int
     keys_first: bool
     online: bool
-    fewest: int | None = None
+    least: int
 
     @classmethod
     def of(cls, plan: RequestPlan, index: int, on_cpu: bool) -> _Way:
@@ -135,9 +135,9 @@ class _Way(NamedTuple):
         drops = layer.propagated is not None or online
         keys_first = last or (drops and on_cpu)
         out = 1 if last else layer.propagated if keys_first and layer.propagated and not online else layer.seen
-        scores = drops or layer.fewest < past + layer.seen
+        scores = drops or layer.least < past + layer.seen
         queries = (plan.policy.n_queries if drops else plan.policy.window) if scores else 0
-        return cls(layer.seen, layer.kept, out, past, queries, keys_first, online, layer.fewest)
+        return cls(layer.seen, layer.kept, out, past, queries, keys_first, online, layer.least)
 
     @property
     def entries(self) -> int:
@@ -146,7 +146,7 @@ class _Way(NamedTuple):
     @property
     def counts(self) -> bool:
         """Whether its scores say how many entries it keeps."""
-        return self.fewest is not None and self.fewest < self.kept
+        return self.least < self.kept
 
 
 @dataclass(frozen=True)
@@ -227,7 +227,7 @@ class _Shapes:
             whole = past + layer.seen
             if layer.propagated is not None:
                 count += 3 * layer.propagated  # ids, positions, and which they are
-            if plan.compresses and (past or layer.fewest < whole):
+            if plan.compresses and (past or layer.least < whole):
                 count += self.kv_heads * (layer.kept if not past else layer.kept + whole)
         return self.batch * count * _INDEX + self.table_growth(model)
 

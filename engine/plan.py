@@ -169,10 +169,10 @@ def plan_request(
         layers, first_pass = [LayerPlan(n_tokens, before + n_tokens, None) for before in past], None
     seen_at_most = [before + layers[0].seen for before in past]
     compresses = first_pass is not None or any(
-        plan.fewest < most or plan.propagated is not None for plan, most in zip(layers, seen_at_most, strict=True)
+        plan.least < most or plan.propagated is not None for plan, most in zip(layers, seen_at_most, strict=True)
     )
     layout = _layout(policy, compresses) if cache is None else cache.layout
-    drops = any(plan.fewest < most for plan, most in zip(layers, seen_at_most, strict=True))
+    drops = any(plan.least < most for plan, most in zip(layers, seen_at_most, strict=True))
     end = n_tokens + (0 if cache is None else cache.position)
     lookahead = max(0, min(policy.lookahead, limit - end)) if drops else 0
     probe = plan_probe(policy.probe, policy.name, n_tokens, limit, encode) if drops and policy.probe else None

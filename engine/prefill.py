@@ -203,7 +203,7 @@ class LayerRun:
         to, and the indices of the tokens that are propagated, int64 [B, n] (None: all).
         """
         sizes, past = self.layers[layer], self.plan.past[layer]
-        drops = sizes.fewest < past + k.shape[2]
+        drops = sizes.least < past + k.shape[2]
         if not (drops or sizes.propagated is not None or self.selector is not None):
             return self._keep_all(layer, state, k, v), None
         positions = self._positions_with(layer, state.positions)
@@ -233,24 +233,20 @@ class LayerRun:
 
     def fill(self, observed: Observation, positions: Tensor) -> Tensor:
         """Let the policy score what a layer saw, at `positions` [B, Hkv, T], and keep its share. -> the scores."""
-        scores = self._score(observed)
-        counts = self._counts(observed, scores)
+        scores, sizes, n_entries = self._score(observed), self.layers[observed.layer], observed.k.shape[2]
+        most = min(sizes.kept, n_entries)
+        counts: Tensor | int = most
+        if sizes.least < most:
+            counts = self.policy.counts(observed, len(self.layers), scores, sizes.least, most)
         if isinstance(counts, Tensor):
             ranking = self.policy.ranking(observed, scores, counts)
             self._store_each(observed, select_each(ranking, counts, self.policy.window), positions)
             return scores
-        kept = self._best(observed, counts, scores) if counts < observed.k.shape[2] else None
+        kept = self._best(observed, counts, scores) if counts < n_entries else None
         self.positions = positions if kept is None else positions_of(kept, positions)
         self.cache.store(observed.layer, observed.k, observed.v, kept, self.positions)
         self.mass.keep(observed, kept, self.policy.window)
         return scores
-
-    def _counts(self, observed: Observation, scores: Tensor) -> Tensor | int:
-        """How many entries a layer keeps: its budget, or what the policy says when it has scored."""
-        sizes, n_layers = self.layers[observed.layer], len(self.layers)
-        most = min(sizes.kept, observed.k.shape[2])
-        least = min(sizes.fewest, most)
-        return most if least == most else self.policy.counts(observed, n_layers, scores, least, most)
 
     def _store_each(self, observed: Observation, kept: list[PerHead], positions: Tensor) -> None:
         """Keep what each sequence has chosen of a layer's entries, at `positions` [B, Hkv, T]."""

@@ -206,7 +206,7 @@ def test_full_layers_and_pyramids_keep_their_own_bounds(tiny_llm: LLM) -> None:
     assert [counts(kept).max() for kept in claa.kept[:2]] == [200, 200]
     plans = plan_layers(PyramidKV(keep_mass=0.5, keep_mass_most=0.5, min_tokens=10), 6, 200)
     assert [plan.kept for plan in plans] == [plan.kept for plan in plan_layers(PyramidKV(kv_len=100), 6, 200)]
-    assert {plan.fewest for plan in plans} == {10}
+    assert {plan.least for plan in plans} == {10}
 
 
 def test_a_sequence_goes_on_by_mass(tiny_llm: LLM) -> None:
