@@ -72,7 +72,12 @@ class KVCache:
     @property
     def entries(self) -> int:
         """Live entries of each sequence, over all layers and heads."""
-        return sum(layer.entries(self.slots[0]) for layer in self.layers)
+        return sum(self.layer_entries)
+
+    @property
+    def layer_entries(self) -> tuple[int, ...]:
+        """Live entries of each layer, over all heads; of the first sequence, where they differ."""
+        return tuple(layer.entries(self.slots[0]) for layer in self.layers)
 
     def positions(self, layer: int, end: int | None = None) -> Tensor:
         """The positions of the live entries of a layer: int64 [B, Hkv, n], ascending.

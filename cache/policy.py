@@ -280,6 +280,22 @@ class Policy:
         """
         return n_tokens
 
+    def least(self, layer: int, n_layers: int, n_tokens: int) -> int:
+        """The fewest entries per KV head that `layer` keeps of a prompt of `n_tokens`, its window included.
+
+        The `budget` itself, unless it is the scores that say how many a layer keeps: then the budget is the most, for
+        which there is memory, and `counts` says.
+        """
+        return self.budget(layer, n_layers, n_tokens)
+
+    def counts(self, observed: Observation, n_layers: int, scores: Tensor, least: int, most: int) -> Tensor | int:
+        """How many entries a layer keeps, its window included, from `least` to `most`; the mean if heads compete.
+
+        One number, of all sequences that are prefilled as one tensor; or int64 [B, Hkv], of a policy that is
+        `per_head`. scores: its own, [B, Hkv, n_past + T - window]. Asked of a layer whose `least` is not its `budget`.
+        """
+        raise NotImplementedError(f"{type(self).__name__} knows its budgets before it scores")
+
     def head_budgets(self, layer: int, n_layers: int, count: int, scores: Tensor) -> Tensor:
         """int64 [B, Hkv]: entries that each KV head keeps, its window included; together Hkv * count.
 
@@ -338,11 +354,17 @@ class LayerPlan:
     """How many tokens a layer sees in the prefill, keeps in its cache, and propagates (None: all it saw).
 
     Under a policy with an `online_selector` these are upper bounds: tokens may be dropped at an earlier layer.
+    least: the fewest that it keeps, where its scores say how many (Policy.counts); as it stands, `kept`.
     """
 
     seen: int
     kept: int
     propagated: int | None
+    least: int = -1
+
+    def __post_init__(self) -> None:
+        if self.least < 0:
+            object.__setattr__(self, "least", self.kept)  # the class is frozen
 
 
 def plan_layers(policy: Policy, n_layers: int, n_tokens: int) -> list[LayerPlan]:
@@ -365,7 +387,7 @@ def plan_layers(policy: Policy, n_layers: int, n_tokens: int) -> list[LayerPlan]
                     f"(layer {layer}, {n_tokens} tokens)"
                 )
             propagated = stage.keep if reduces and layer == stage.layers[-1] else None
-            plans.append(LayerPlan(seen, kept, propagated))
+            plans.append(LayerPlan(seen, kept, propagated, min(policy.least(layer, n_layers, n_tokens), kept)))
         if reduces and stage.keep is not None:
             seen = stage.keep
     return plans
@@ -377,4 +399,4 @@ def drops_tokens(policy: Policy, n_layers: int, n_tokens: int) -> bool:
     A plan's numbers are upper bounds where the policy decides online, so a layer that reduces at all counts.
     """
     plans = plan_layers(policy, n_layers, n_tokens)
-    return any(plan.kept < n_tokens or plan.propagated is not None for plan in plans)
+    return any(plan.least < n_tokens or plan.propagated is not None for plan in plans)

@@ -40,8 +40,16 @@ def warning(run: RunInfo, metrics: Metrics) -> str | None:
     """What to do where so little attention mass is kept that the answer is likely to be wrong."""
     if metrics.attention_kept is None or metrics.attention_kept >= LOW_ATTENTION:
         return None
-    flag = flag_of("kv_retention" if run.settings.get("kv_len") is None else "kv_len")
-    return f"{_kept(metrics.attention_kept)}: raise {flag}"
+    return f"{_kept(metrics.attention_kept)}: {_more(run.settings)}"
+
+
+def _more(settings: dict[str, Any]) -> str:
+    """What makes a policy with these settings keep more."""
+    if "drop_norm" in settings:
+        return f"lower {flag_of('drop_norm')}"
+    if settings.get("keep_mass") is not None:
+        return f"raise {flag_of('keep_mass' if settings['keep_mass_most'] == 1 else 'keep_mass_most')}"
+    return f"raise {flag_of('kv_retention' if settings.get('kv_len') is None else 'kv_len')}"
 
 
 def figures(output: Output) -> Rows:
@@ -64,7 +72,8 @@ def figures(output: Output) -> Rows:
             f" {_mebibytes(metrics.kv_bytes)} of {_mebibytes(metrics.kv_full_bytes)}",
         ),
     ]
-    rows += _reductions(run, metrics) + _attention(run, metrics) + _budget(run) + speculation_rows(metrics.speculation)
+    rows += _layers(run, metrics) + _reductions(run, metrics) + _attention(run, metrics) + _budget(run)
+    rows += speculation_rows(metrics.speculation)
     if metrics.peak_bytes is not None:
         rows.append(("peak memory", f"{_mebibytes(metrics.peak_bytes)} ({_peak_of(run)})"))
     return rows
@@ -88,6 +97,15 @@ def saved_figure(path: str) -> tuple[str, str]:
 
 def _reused(count: int) -> str:
     return f", after {count:,} that had been read" if count else ""
+
+
+def _layers(run: RunInfo, metrics: Metrics) -> Rows:
+    """How much the layers keep, where that was not known before they were scored."""
+    if run.settings.get("keep_mass") is None and "drop_norm" not in run.settings:
+        return []
+    whole = metrics.kv_full_entries // len(metrics.layer_entries)
+    least, most = (_percent(of(metrics.layer_entries), whole) for of in (min, max))
+    return [("layers", f"keep {least} to {most} of their entries")]
 
 
 def _reductions(run: RunInfo, metrics: Metrics) -> Rows:

@@ -34,7 +34,8 @@ class Answer:
         last_ids = request.all_ids[0, -_CONTEXT:].tolist()
         self._detokenizer = Detokenizer(tokenizer, last_ids)
         self._stops = StopStrings(request.params.stop)
-        self._kv_bytes = self._kv_entries = 0
+        self._kv_bytes = 0
+        self._layer_entries: tuple[int, ...] = ()
         self._layer_tokens: tuple[int, ...] = ()
         self._mass: list[LayerMass | None] = []
         self.token_ids: list[int] = []
@@ -44,7 +45,7 @@ class Answer:
 
     def prefilled(self, result: Prefill) -> None:
         """Book what the prefill has kept, and how many tokens each layer saw."""
-        self._kv_bytes, self._kv_entries = self.request.plan.nbytes, result.cache.entries
+        self._kv_bytes, self._layer_entries = self.request.plan.nbytes, result.cache.layer_entries
         self._layer_tokens = tuple(result.layer_tokens)
         self._mass = result.mass  # stays on the device: reading it would wait for the prefill
         turn, beginning = self.request.turn, self.request.beginning
@@ -102,15 +103,15 @@ class Answer:
         plan, times = self.request.plan, self._times
         n_prompt, n_new = self.request.n_prompt, len(self.token_ids)
         together, each = shares(self._mass)
-        heads = self._config.n_layers * self._config.n_kv_heads
+        heads, kv_entries = self._config.n_layers * self._config.n_kv_heads, sum(self._layer_entries)
         whole = n_prompt + (0 if self.request.turn is None else self.request.n_reused)
         return Metrics(
             prompt_tokens=n_prompt,
             new_tokens=n_new,
             ttft_s=times[0] - self.called_at if times else 0.0,
             decode_tokens_per_s=(n_new - 1) / (times[-1] - times[0]) if n_new > 1 else None,
-            kv_tokens=round(self._kv_entries / heads),
-            kv_entries=self._kv_entries,
+            kv_tokens=round(kv_entries / heads),
+            kv_entries=kv_entries,
             kv_full_entries=whole * heads,
             kv_bytes=self._kv_bytes,
             kv_full_bytes=plan.full_nbytes,
@@ -121,4 +122,5 @@ class Answer:
             layer_attention=each,
             reused_tokens=self.request.n_reused,
             speculation=self.speculated,
+            layer_entries=self._layer_entries,
         )

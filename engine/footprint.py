@@ -84,7 +84,7 @@ def footprint(
     workspace: dict[str, int] = {}
     steps = [shapes.decoding(slots, draws)]
     if plan.first_pass is not None:  # all tokens, but only the layers up to the one that chooses
-        whole = _Way(seen, seen, seen, 0, 0, keys_first=plan.first_pass.layer == 0, online=False)
+        whole = _Way(seen, seen, seen, 0, 0, keys_first=plan.first_pass.layer == 0, online=False, least=seen)
         _grow(workspace, shapes.buffers(whole))
         steps += [] if whole.keys_first else [shapes.of_layer(whole)]
         steps.append(max(shapes.projecting(seen, keys_only=True), shapes.scoring(seen, 1)))
@@ -113,7 +113,8 @@ class _Way(NamedTuple):
 
     seen, kept, out: tokens that it sees, entries that it keeps, tokens whose attention and MLP it computes. past:
     entries that its cache holds already. queries: of its last tokens, how many score (0: nothing is scored).
-    keys_first: queries only of the tokens that leave it. online: which these are shows then; perhaps all.
+    keys_first: queries only of the tokens that leave it. online: which these are shows then; perhaps all. least:
+    entries that it keeps at the least.
     """
 
     seen: int
@@ -123,6 +124,7 @@ class _Way(NamedTuple):
     queries: int
     keys_first: bool
     online: bool
+    least: int
 
     @classmethod
     def of(cls, plan: RequestPlan, index: int, on_cpu: bool) -> _Way:
@@ -133,13 +135,18 @@ class _Way(NamedTuple):
         drops = layer.propagated is not None or online
         keys_first = last or (drops and on_cpu)
         out = 1 if last else layer.propagated if keys_first and layer.propagated and not online else layer.seen
-        scores = drops or layer.kept < past + layer.seen
+        scores = drops or layer.least < past + layer.seen
         queries = (plan.policy.n_queries if drops else plan.policy.window) if scores else 0
-        return cls(layer.seen, layer.kept, out, past, queries, keys_first, online)
+        return cls(layer.seen, layer.kept, out, past, queries, keys_first, online, layer.least)
 
     @property
     def entries(self) -> int:
         return self.past + self.seen
+
+    @property
+    def counts(self) -> bool:
+        """Whether its scores say how many entries it keeps."""
+        return self.least < self.kept
 
 
 @dataclass(frozen=True)
@@ -220,7 +227,7 @@ class _Shapes:
             whole = past + layer.seen
             if layer.propagated is not None:
                 count += 3 * layer.propagated  # ids, positions, and which they are
-            if plan.compresses and (past or layer.kept < whole):
+            if plan.compresses and (past or layer.least < whole):
                 count += self.kv_heads * (layer.kept if not past else layer.kept + whole)
         return self.batch * count * _INDEX + self.table_growth(model)
 
@@ -240,7 +247,9 @@ class _Shapes:
                 queries = self.of_heads(way.seen, self.heads)
                 steps.append(self.querying(way.seen))
             steps.append(queries + self.scoring(way.entries, way.queries))
-        if way.kept < way.entries or self.plan.layout.per_head:
+        if way.counts:
+            steps.append(self.counting(way.entries))
+        if way.kept < way.entries or way.counts or self.plan.layout.per_head:
             steps.append(self.storing(way.entries, way.kept))
         attended, few = self.of_heads(way.out, self.heads), way.out < way.seen
         if few:  # q of these alone, and where they stand
@@ -300,6 +309,10 @@ class _Shapes:
         one = self.batch * self.heads * n_entries * _FLOAT  # of one query of each head
         made = n_queries * one + self.norming(n_entries)  # of the weights, when the logits are gone
         return max(keys + (2 * n_queries + 1) * one, made)
+
+    def counting(self, n_entries: int) -> int:
+        """How many entries to keep: scores, what each holds of their mass, and their order, for one number tried."""
+        return 6 * self.batch * self.kv_heads * n_entries * _INDEX
 
     def norming(self, n_entries: int) -> int:
         """Values through the output projection, some tokens at a time, for policies that ask for that."""

@@ -39,6 +39,7 @@ class Metrics:
     second; kv_tokens, kv_entries and kv_full_entries count both.
     speculation: what drafting tokens has brought, None where none were; kv_bytes are then those of the cache that
     decides, without the draft's.
+    layer_entries: kv_entries of each layer, which differ where scores say how many a layer keeps.
     """
 
     prompt_tokens: int
@@ -57,6 +58,7 @@ class Metrics:
     layer_attention: tuple[float | None, ...] = ()
     reused_tokens: int = 0
     speculation: Speculated | None = None
+    layer_entries: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -177,10 +177,10 @@ def plan_request(
         layers, first_pass = [LayerPlan(n_tokens, before + n_tokens, None) for before in past], None
     seen_at_most = [before + layers[0].seen for before in past]
     compresses = first_pass is not None or any(
-        plan.kept < most or plan.propagated is not None for plan, most in zip(layers, seen_at_most, strict=True)
+        plan.least < most or plan.propagated is not None for plan, most in zip(layers, seen_at_most, strict=True)
     )
     layout = _layout(policy, compresses) if cache is None else cache.layout
-    drops = any(plan.kept < most for plan, most in zip(layers, seen_at_most, strict=True))
+    drops = any(plan.least < most for plan, most in zip(layers, seen_at_most, strict=True))
     end = n_tokens + (0 if cache is None else cache.position)
     lookahead = max(0, min(policy.lookahead, limit - end)) if drops else 0
     probe = plan_probe(policy.probe, policy.name, n_tokens, limit, encode) if drops and policy.probe else None
@@ -226,11 +226,12 @@ def chooses_again(policy: Policy, n_layers: int, n_tokens: int, cache: Past) -> 
 
 def _layers_continued(policy: Policy, past: Sequence[int], n_tokens: int, n_in_all: int) -> list[LayerPlan]:
     """As `plan_layers`, for new tokens after `past` entries of each layer: budgets count from the whole sequence."""
-    plans = plan_layers(policy, len(past), n_tokens)
-    return [
-        LayerPlan(plan.seen, min(policy.budget(layer, len(past), n_in_all), before + plan.seen), plan.propagated)
-        for layer, (plan, before) in enumerate(zip(plans, past, strict=True))
-    ]
+    n_layers, continued = len(past), []
+    for layer, (plan, before) in enumerate(zip(plan_layers(policy, n_layers, n_tokens), past, strict=True)):
+        kept = min(policy.budget(layer, n_layers, n_in_all), before + plan.seen)
+        least = min(policy.least(layer, n_layers, n_in_all), kept)
+        continued.append(LayerPlan(plan.seen, kept, plan.propagated, least))
+    return continued
 
 
 def _layout(policy: Policy, compresses: bool) -> type[KVLayer]:

@@ -20,7 +20,15 @@ from fastkv.cache.kv_cache import KVCache
 from fastkv.cache.layer import Kept, Part
 from fastkv.cache.mass import LayerMass, MassOfLayers
 from fastkv.cache.policy import FirstPass, Observation, OnlineSelector
-from fastkv.cache.selection import positions_of, positions_of_each, select_entries, select_per_head, select_tokens
+from fastkv.cache.selection import (
+    PerHead,
+    positions_of,
+    positions_of_each,
+    select_each,
+    select_entries,
+    select_per_head,
+    select_tokens,
+)
 from fastkv.engine.attention import AUTO, attend_parts, causal_attention, take_tokens
 from fastkv.engine.competing import CompetingLayers
 from fastkv.engine.lookahead import Lookahead
@@ -211,7 +219,7 @@ class LayerRun:
         if self.whole is not None:
             self.whole.store(layer, k, v, None, state.positions.unsqueeze(1))
         sizes, past = self.layers[layer], self.plan.past[layer]
-        drops = sizes.kept < past + k.shape[2]
+        drops = sizes.least < past + k.shape[2]
         if not (drops or sizes.propagated is not None or self.selector is not None):
             return self._keep_all(layer, state, k, v), None
         positions = self._positions_with(layer, state.positions)
@@ -241,15 +249,26 @@ class LayerRun:
 
     def fill(self, observed: Observation, positions: Tensor) -> Tensor:
         """Let the policy score what a layer saw, at `positions` [B, Hkv, T], and keep its share. -> the scores."""
-        scores, kept = self._score(observed), None
-        layer, n_entries = observed.layer, observed.k.shape[2]
-        count = self.layers[layer].kept
-        if count < n_entries:
-            kept = self._best(observed, count, scores)
+        scores, sizes, n_entries = self._score(observed), self.layers[observed.layer], observed.k.shape[2]
+        most = min(sizes.kept, n_entries)
+        counts: Tensor | int = most
+        if sizes.least < most:
+            counts = self.policy.counts(observed, len(self.layers), scores, sizes.least, most)
+        if isinstance(counts, Tensor):
+            ranking = self.policy.ranking(observed, scores, counts)
+            self._store_each(observed, select_each(ranking, counts, self.policy.window), positions)
+            return scores
+        kept = self._best(observed, counts, scores) if counts < n_entries else None
         self.positions = positions if kept is None else positions_of(kept, positions)
-        self.cache.store(layer, observed.k, observed.v, kept, self.positions)
+        self.cache.store(observed.layer, observed.k, observed.v, kept, self.positions)
         self.mass.keep(observed, kept, self.policy.window)
         return scores
+
+    def _store_each(self, observed: Observation, kept: list[PerHead], positions: Tensor) -> None:
+        """Keep what each sequence has chosen of a layer's entries, at `positions` [B, Hkv, T]."""
+        self.positions = positions_of_each(kept, positions)
+        self.cache.store_each(observed.layer, observed.k, observed.v, kept, self.positions)
+        self.mass.keep(observed, kept, self.policy.window)
 
     def looked_ahead(self, logits: Tensor, end: int, eos_ids: Collection[int]) -> Iterator[tuple[int, Tensor]]:
         """Draft after the last layer, and let the layers choose again: each layer, and the positions that it now keeps.
@@ -275,10 +294,8 @@ class LayerRun:
             probed = repeat_prompt(self.model, self.plan.probe, ids, self.projection, self.workspace, layers)
             self.competing.score(self._score, probed)
         for observed, kept, positions in self.competing.chosen():
-            of_layer = positions_of_each(kept, positions)
-            self.cache.store_each(observed.layer, observed.k, observed.v, kept, of_layer)
-            self.mass.keep(observed, kept, self.policy.window)
-            yield observed.layer, of_layer
+            self._store_each(observed, kept, positions)
+            yield observed.layer, self.positions
 
     def _best(self, observed: Observation, count: int, scores: Tensor) -> Kept:
         """The entries that a layer keeps: `count` of each head, or on average."""

@@ -26,7 +26,7 @@ from fastkv.cache.setting import choice, number, one_or_more, setting, settings_
 from fastkv.cli_flags import build_parser
 
 FOLDER = ROOT / "cache" / "policies"
-SHARED_BY_METHODS = {"agnostic", "compressed", "online"}  # hold no policy of their own
+SHARED_BY_METHODS = {"agnostic", "compressed", "online", "scored", "window_scored"}  # hold no policy of their own
 PAGE = (ROOT / "docs" / "policies.md").read_text(encoding="utf-8")
 
 
@@ -94,11 +94,13 @@ def test_policies_import_torch_only_where_they_compute() -> None:
                 assert "scores" not in ast.unparse(node), path
 
 
+BY_MASS = ["keep_mass", "keep_mass_by", "keep_mass_most"]
 REFUSED = {
-    "kvzip": ["tsp_layer", "tsp_rate"],
+    "headkv": BY_MASS,
+    "kvzip": [*BY_MASS, "tsp_layer", "tsp_rate"],
     "restkv": ["values", "lookahead", "lookahead_reach"],
     "defensivekv": ["lookahead", "lookahead_reach"],
-    "defensivekv-layer": ["lookahead", "lookahead_reach"],
+    "defensivekv-layer": [*BY_MASS, "lookahead", "lookahead_reach"],
 }
 
 
@@ -115,7 +117,7 @@ def test_every_setting_says_what_it_takes_and_what_for(name: str) -> None:
 @pytest.mark.parametrize(("name", "field"), [(name, field) for name, fields in REFUSED.items() for field in fields])
 def test_what_a_derived_method_has_no_use_for_is_refused_and_not_listed(name: str, field: str) -> None:
     assert name not in SETTINGS[field].by_policy
-    with pytest.raises(FastKVError, match=f"^{field} is no setting of {name}; leave it at (0|None|False|1.0)$"):
+    with pytest.raises(FastKVError, match=f"^{field} is no setting of {name}; leave it at (0|None|False|1.0|layer)$"):
         POLICIES[name](**{field: 7})
 
 

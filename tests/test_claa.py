@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fastkv import CLAA, LLM, AdaKV, FastKV, FastKVAda, FastKVError, FastKVPaper, SamplingParams
-from fastkv.cache.policies.compressed import WindowScored
+from fastkv.cache.policies.window_scored import WindowScored
 from fastkv.cache.policy import Observation, OnlineSelector
 from fastkv.cache.selection import select_tokens
 from fastkv.engine.prefill import Prefill

@@ -293,9 +293,16 @@ def test_settings_of_the_policy_arrive(run: Run) -> None:
     texts = {name: {False: "no"}.get(value, str(value)) for name, value in given.items()}
     argv = [text for name, value in texts.items() for text in (f"--{name.replace('_', '-')}", value)]
     printed = json.loads(run("abcdefghij" * 50, "--json", "--max-tokens", "1", *argv).out)
-    assert printed["policy"] == {"name": "fastkv", **given}
+    unset = {"keep_mass": None, "keep_mass_by": "layer", "keep_mass_most": 1.0}  # does not go with --kv-len
+    assert printed["policy"] == {"name": "fastkv", **given, **unset}
     assert printed["metrics"]["tsp_tokens"] == 300
     assert printed["metrics"]["kv_tokens"] == 200
+    argv = ["--keep-mass", "0.5", "--keep-mass-by", "head", "--keep-mass-most", "0.4", "--min-tokens", "16"]
+    printed = json.loads(run("abcdefghij" * 50, "--json", "--max-tokens", "1", *argv).out)
+    found = [printed["policy"][name] for name in unset]
+    assert found == [0.5, "head", 0.4]
+    assert max(printed["metrics"]["layer_entries"]) <= 200 * 2
+    assert len(set(printed["metrics"]["layer_entries"])) > 1
 
 
 def test_a_decode_budget_bounds_the_answer_and_is_told(run: Run) -> None:

@@ -590,6 +590,9 @@ WRONG = {
     "--share": ["-0.1", "nan", "inf", "x"],
     "--narrow": ["-0.1", "1.1", "nan", "x", ""],
     "--min-tokens": NO_COUNT,
+    "--keep-mass": NO_SHARE,
+    "--keep-mass-by": ["", "model", "head"],  # of nothing, without --keep-mass
+    "--keep-mass-most": [*NO_SHARE, "0.5"],
     "--max-tokens": [*NO_COUNT, "100000", "9" * 40, "9" * 4000],
     "--decode-budget": [*NO_COUNT, "31", "9" * 40],
     "--speculation": ["", "self,ngram", "NGRAM"],
@@ -659,6 +662,7 @@ OF_ONE_POLICY = {
     "--future": ("expected-attention", [*NO_COUNT, "9" * 9]),
     "--epsilon": ("expected-attention", ["-0.1", "nan", "x"]),
     "--alpha": ("restkv", ["0", "1.1", "x"]),
+    "--drop-norm": ("dbudget", ["-0.1", "1.1", "nan", "x"]),
 }
 
 

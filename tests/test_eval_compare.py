@@ -38,6 +38,9 @@ def heads(tmp_path: Path) -> Path:
     return path
 
 
+EQUAL = [name for name in POLICIES if name != "dbudget"]
+NO_BUDGET = "dbudget is left out: it has no budget that could be made equal"
+
 # Settings
 
 
@@ -46,7 +49,7 @@ def heads(tmp_path: Path) -> Path:
 def test_every_policy_plans_the_same_number_of_entries(heads: Path, retention: float, lengths: tuple[int, ...]) -> None:
     """A policy that joins POLICIES is in the comparison, and is held to this."""
     found, left_out = equal_policies(None, [retention], Terms(8, 2, lengths, heads))
-    assert ({one.title for one in found}, left_out) == (set(POLICIES), [])
+    assert ({one.title for one in found}, left_out) == (set(EQUAL), [NO_BUDGET])
     assert (found[0].title, found[0].retention) == ("full", None)
     for spec in found[1:]:
         for n_tokens in lengths:
@@ -81,9 +84,9 @@ def test_no_decay_comes_nearer(n_layers: int, retention: float) -> None:
 
 def test_a_label_is_what_policy_takes(heads: Path) -> None:
     """Each one, given to fastkv-eval, is that policy again."""
-    texts = ["fastkv:tsp_layer=1/3/5,tsp_rate=0.5/0.3/0.2", *POLICIES]
+    texts = ["fastkv:tsp_layer=1/3/5,tsp_rate=0.5/0.3/0.2", *EQUAL]
     found, _ = equal_policies(texts, [0.1, 0.2], Terms(8, 2, (900,), heads))
-    assert len(found) == 1 + 2 * len(POLICIES)
+    assert len(found) == 1 + 2 * len(EQUAL)
     again = parse_policies([one.label for one in found], 8)
     assert [one.policy for one in again] == [one.policy for one in found]
 
@@ -126,10 +129,11 @@ def test_who_cannot_keep_as_much_takes_no_part() -> None:
     """Left out with a line where all were asked for, and a mistake where it was named."""
     found, left_out = equal_policies(None, [0.1, 0.7], Terms(8, 2, (1000,)))
     assert left_out[0] == "headkv is left out: it needs --head-scores FILE"
-    assert left_out[1].startswith("pyramidkv is left out: it keeps ")
-    assert left_out[1].endswith(" % less than the others at --kv-retention 0.7")
-    assert len(left_out) == 2
-    assert {one.title for one in found if one.retention == 0.7} == set(POLICIES) - {"full", "headkv", "pyramidkv"}
+    assert left_out[1] == NO_BUDGET
+    assert left_out[2].startswith("pyramidkv is left out: it keeps ")
+    assert left_out[2].endswith(" % less than the others at --kv-retention 0.7")
+    assert len(left_out) == 3
+    assert {one.title for one in found if one.retention == 0.7} == set(EQUAL) - {"full", "headkv", "pyramidkv"}
 
 
 @pytest.mark.parametrize(
@@ -138,6 +142,8 @@ def test_who_cannot_keep_as_much_takes_no_part() -> None:
         (["headkv"], "--policy headkv: it needs --head-scores FILE"),
         (["fastkv:tsp_rate=0.05"], "--policy fastkv:tsp_rate=0.05: it keeps 25.0 % less than the others"),
         (["fastkv:kv_retention=0.2"], "--policy fastkv:kv_retention=0.2: kv_retention is what makes the policies keep"),
+        (["snapkv:keep_mass=0.9"], "keep_mass is what makes the policies keep the same"),
+        (["dbudget"], "--policy dbudget: it has no budget that could be made equal"),
         (["snapkv:min-tokens=64"], "min_tokens is what makes the policies keep the same"),
         (["pyramidinfer:decay=0.5"], "decay is what makes the policies keep the same"),
         (["pyramidinfer:first_layer=4"], "% more than the others at --kv-retention 0.1"),
@@ -376,12 +382,12 @@ def test_the_bundled_model(command: Callable[..., tuple[int, str, str]], tmp_pat
 
 
 def test_all_policies_without_a_table_of_heads(command: Callable[..., tuple[int, str, str]]) -> None:
-    """headkv is left out with one line, on stderr and below the tables."""
+    """headkv and dbudget are left out with one line each, on stderr and below the tables."""
     status, out, err = command(SMALL)
-    assert (status, err) == (0, "headkv is left out: it needs --head-scores FILE\n")
+    assert (status, err) == (0, f"headkv is left out: it needs --head-scores FILE\n{NO_BUDGET}\n")
     named = [row[0] for row in rows(out)[2:]]
-    assert named == ["full", *(name for name in POLICIES if name not in ("full", "headkv"))]
-    assert out.endswith(err)
+    assert named == ["full", *(name for name in EQUAL if name not in ("full", "headkv"))]
+    assert out.endswith(err.replace("\n", "\n\n", 1))
 
 
 def test_a_run_that_is_interrupted_writes_no_page(

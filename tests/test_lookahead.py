@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fastkv import ASL, LLM, AdaKV, FastKV, FastKVError, PyramidKV, SamplingParams, SnapKV, StructKV
-from fastkv.cache.policies.compressed import WindowScored
+from fastkv.cache.policies.window_scored import WindowScored
 from fastkv.cache.policy import Policy
 from fastkv.cache.scores import value_norms
 from fastkv.cli import main

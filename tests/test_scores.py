@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fastkv import FastKV, SnapKV
-from fastkv.cache.policies.compressed import WindowScored
+from fastkv.cache.policies.window_scored import WindowScored
 from fastkv.cache.policy import Drafted, Observation
 from fastkv.cache.scores import forward_pooled
 from fastkv.cache.selection import select_entries, select_per_head, select_tokens

@@ -27,6 +27,7 @@ from fastkv.cache.policies.restkv import ReSTKV as ReSTKV
 from fastkv.cache.policies.tova import TOVA as TOVA
 from fastkv.cache.policies.h2o import H2O as H2O
 from fastkv.cache.policies.streamingllm import StreamingLLM as StreamingLLM
+from fastkv.cache.policies.dbudget import DBudgetKV as DBudgetKV
 from fastkv.cache.policies.keydiff import KeyDiff as KeyDiff
 from fastkv.cache.policies.compactor import Compactor as Compactor
 from fastkv.cache.policies.expected_attention import ExpectedAttention as ExpectedAttention

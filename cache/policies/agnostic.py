@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from fastkv.cache.policies.adakv import FLOOR_HELP
-from fastkv.cache.policies.compressed import Compressed
+from fastkv.cache.policies.scored import Scored
 from fastkv.cache.policy import Stage
 from fastkv.cache.setting import choice, number, setting, whole
 from fastkv.errors import FastKVError
@@ -23,7 +23,7 @@ BUDGETS_HELP = "even: each KV head keeps as many entries; heads: those of a laye
 
 
 @dataclass(frozen=True, kw_only=True)
-class QueryAgnostic(Compressed):
+class QueryAgnostic(Scored):
     """Compressed by scores that look at no question, so that the cache serves whatever is asked of it later.
 
     budgets: "even"; "heads": the best entries of a layer win, each KV head having `head_floor` of the budget for
@@ -70,8 +70,12 @@ class QueryAgnostic(Compressed):
         return max(0, n_layers // 2 - 1) if self.tsp_layer is None else self.tsp_layer
 
     @property
-    def per_head(self) -> bool:
+    def heads_compete(self) -> bool:
         return self.budgets != "even"
+
+    @property
+    def per_head(self) -> bool:
+        return self.heads_compete or super().per_head
 
     @property
     def over_layers(self) -> bool:
@@ -89,7 +93,15 @@ class QueryAgnostic(Compressed):
         return max(super().count(length, rate, n_tokens), min(self.sinks + self.window, n_tokens))
 
     def head_budgets(self, layer: int, n_layers: int, count: int, scores: Tensor) -> Tensor:
+        if not self.heads_compete:
+            return super().head_budgets(layer, n_layers, count, scores)
         return self.layer_budgets(count, scores, self.head_floor)
+
+    def mass(self, observed: Observation, scores: Tensor) -> Tensor:
+        """As elsewhere, of the entries between the ends; the sinks, which are always kept, weigh nothing."""
+        from torch.nn.functional import pad
+
+        return pad(super().mass(observed, scores[..., self.sinks :]), (self.sinks, 0))
 
     def layer_budgets(self, count: int, scores: Tensor, floor: float) -> Tensor:
         """Of a layer whose heads compete for `count` entries each on average, with this floor: int64 [B, Hkv]."""

@@ -43,6 +43,9 @@ class CLAA(FastKVPaper):
     def budget(self, layer: int, n_layers: int, n_tokens: int) -> int:
         return n_tokens if layer < self.full_layers else super().budget(layer, n_layers, n_tokens)
 
+    def least(self, layer: int, n_layers: int, n_tokens: int) -> int:
+        return n_tokens if layer < self.full_layers else super().least(layer, n_layers, n_tokens)
+
     def online_selector(self, n_layers: int, n_tokens: int) -> _LastLayers:
         return _LastLayers(self.tsp_layer_of(n_layers), self.lookback)
 

@@ -37,5 +37,7 @@ class CriticalKV(SnapKV):
 
         chosen = best(scores, (counts - self.window) // 2)
         chosen[..., : self.sinks] = True
-        norms = observed.output_norms(observed.v[:, :, : scores.shape[-1]], self.norm).mean(dim=2)
-        return ((scores + _LEAST_SCORE) * norms).masked_fill(chosen, float("inf"))
+        if "norms" not in observed.noted:
+            norms = observed.output_norms(observed.v[:, :, : scores.shape[-1]], self.norm)
+            observed.noted["norms"] = norms.mean(dim=2)
+        return ((scores + _LEAST_SCORE) * observed.noted["norms"]).masked_fill(chosen, float("inf"))

@@ -75,7 +75,7 @@ class DefensiveKV(AdaKV):
         from fastkv.cache.scores import ranks
 
         n_tokens = mean.shape[-1] + self.window
-        most = self.count(self.kv_len, self.kv_retention, n_tokens) - self.window
+        most = self.most(n_tokens) - self.window
         of_window = 1 - mean.sum(dim=-1, keepdim=True)
         held = of_window + mean.sort(dim=-1, descending=True).values.cumsum(dim=-1)
         count = (held < self.certain_mass).sum(dim=-1, keepdim=True).clamp(min(self.sinks, most), most)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from fastkv.cache.policies.defensivekv import DefensiveKV
+from fastkv.cache.setting import no_setting
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -23,6 +24,11 @@ class DefensiveKVLayer(DefensiveKV):
 
     name: ClassVar[str] = "defensivekv-layer"
     over_layers = True
+
+    # All layers share one budget.
+    keep_mass: float | None = no_setting(None)
+    keep_mass_by: str = no_setting("layer")
+    keep_mass_most: float = no_setting(1.0)
 
     def model_budgets(self, counts: Sequence[int], scores: Sequence[Tensor]) -> list[Tensor]:
         from fastkv.cache.selection import competed_counts_of_layers

@@ -6,7 +6,8 @@ import dataclasses
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from fastkv.cache.policies.compressed import MAX_KERNEL, WindowScored
+from fastkv.cache.policies.compressed import MAX_KERNEL
+from fastkv.cache.policies.window_scored import WindowScored
 from fastkv.cache.policy import Observation, Policy, Stage
 from fastkv.cache.setting import number, one_or_more, redefined, setting, whole
 from fastkv.errors import FastKVError

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 from fastkv.cache.head_table import Budgets, Table, read_table, share_out
 from fastkv.cache.policies.snapkv import SnapKV
-from fastkv.cache.setting import Values, number, setting
+from fastkv.cache.setting import Values, no_setting, number, setting
 from fastkv.errors import FastKVError
 
 if TYPE_CHECKING:
@@ -47,6 +47,11 @@ class HeadKV(SnapKV):
     beta: float = setting(
         1.35, number(1), "a head keeps 1 - 1/BETA of the budget, the rest is shared by its score", metavar="B"
     )
+
+    # Its table says how many entries a head keeps.
+    keep_mass: float | None = no_setting(None)
+    keep_mass_by: str = no_setting("layer")
+    keep_mass_most: float = no_setting(1.0)
 
     def __post_init__(self) -> None:
         super().__post_init__()

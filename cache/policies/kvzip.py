@@ -40,6 +40,10 @@ class KVzip(QueryAgnostic):
     budgets: str = redefined(QueryAgnostic, "budgets", "model")
     head_floor: float = redefined(QueryAgnostic, "head_floor", 0.0)
     window: int = redefined(QueryAgnostic, "window", 1)
+    # All layers share one budget, and are chosen from at once.
+    keep_mass: float | None = no_setting(None)
+    keep_mass_by: str = no_setting("layer")
+    keep_mass_most: float = no_setting(1.0)
     tsp_layer: int | None = no_setting(None)  # the whole prompt is repeated, by all layers
     tsp_rate: float = no_setting(1.0)
     chunk: int = setting(2000, whole(1), "tokens of the prompt that the model repeats at a time", metavar="N")

@@ -90,7 +90,7 @@ class ReSTKV(SnapKV):
     def _drifts(self, attention: Tensor) -> list[float]:
         """For each prompt, by how many tokens the later half of the window looks further on than the earlier one."""
         n_queries, n_before = attention.shape[3:]
-        keep = self.count(self.kv_len, self.kv_retention, n_before + self.window) - self.window
+        keep = self.fewest(n_before + self.window) - self.window
         if n_queries < 2 or keep < 1:
             return [0.0] * attention.shape[0]
         halves = attention.split((n_queries // 2, n_queries - n_queries // 2), dim=3)

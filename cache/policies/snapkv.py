@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from fastkv.cache.policies.compressed import WindowScored
+from fastkv.cache.policies.window_scored import WindowScored
 
 
 @dataclass(frozen=True, kw_only=True)

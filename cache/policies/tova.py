@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from fastkv.cache.policies.compressed import WindowScored
+from fastkv.cache.policies.window_scored import WindowScored
 from fastkv.cache.setting import redefined
 
 if TYPE_CHECKING:
@@ -34,3 +34,7 @@ class TOVA(WindowScored):
     def score(self, observed: Observation) -> Tensor:
         scores = super().score(observed)
         return scores.mean(dim=1, keepdim=True).expand_as(scores)
+
+    def mass(self, observed: Observation, scores: Tensor) -> Tensor:
+        mass = super().mass(observed, scores)
+        return mass.mean(dim=1, keepdim=True).expand_as(mass)

@@ -24,7 +24,13 @@ from fastkv.eval.policy_spec import PolicySpec, check_twin
 
 FLOOR = 8  # the min_tokens of all: the least that a window of eight tokens allows
 NEAR = 0.05  # how far from the others a policy without a budget may be
-EQUAL = ("kv_retention", "kv_len", "min_tokens", "decay")  # what makes the entries equal is nobody's own setting
+EQUAL = (
+    "kv_retention",
+    "kv_len",
+    "keep_mass",
+    "min_tokens",
+    "decay",
+)  # what makes the entries equal is nobody's own setting
 STEPS = 100_000  # decays from 0 to 1 that are tried
 
 

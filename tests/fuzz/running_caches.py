@@ -186,11 +186,15 @@ def _check_selection(case: Case, policy: Policy, pre: Prefill) -> None:
             require(set(head) <= set(tokens[0].tolist()), "what is kept was seen", (head, tokens))
             window = min(policy.window, length)
             require(not window or head[-window:] == list(range(length - window, length)), "the window is kept", head)
-            require(policy.per_head or len(head) == plan.kept, "as many are kept as planned", (len(head), plan))
+            planned_here = policy.per_head or plan.least <= len(head) <= plan.kept
+            require(planned_here, "as many are kept as planned", (len(head), plan))
         require(tokens.shape[1] <= plan.seen, "no more tokens are seen than planned", (tokens, plan))
     found, planned = [sum(heads) for heads in counts], [case.model.n_kv_heads * plan.kept for plan in plans]
-    totals = (sum(found), sum(planned)) if policy.over_layers else (found, planned)
-    require(totals[0] == totals[1], "as many entries are kept as planned", totals)
+    totals = ([sum(found)], [sum(planned)], [sum(planned)]) if policy.over_layers else (found, planned, planned)
+    if any(plan.least < plan.kept for plan in plans):
+        totals = (found, [case.model.n_kv_heads * plan.least for plan in plans], planned)
+    between = all(low <= here <= high for here, low, high in zip(*totals, strict=True))
+    require(between, "as many entries are kept as planned", totals)
     require(pre.cache.lengths.squeeze(1).tolist() == counts, "the cache knows how many entries it has", counts)
 
 
