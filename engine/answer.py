@@ -42,7 +42,8 @@ class Answer:
 
     def prefilled(self, result: Prefill) -> None:
         """Book what the prefill has kept, and how many tokens each layer saw."""
-        self._kv_bytes, self._kv_entries = self.request.plan.nbytes, result.cache.entries
+        plan = self.request.plan
+        self._kv_bytes, self._kv_entries = plan.nbytes + plan.index_nbytes, result.cache.entries
         self._layer_tokens = tuple(result.layer_tokens)
         self._mass = result.mass  # stays on the device: reading it would wait for the prefill
         turn, beginning = self.request.turn, self.request.beginning

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from fastkv.cache.kv_cache import KVCache
 from fastkv.engine.decode_attention import EagerAttention, StepAttention
+from fastkv.engine.few_reads import FewReads
 from fastkv.models.llama import Llama
 
 
@@ -14,8 +15,9 @@ from fastkv.models.llama import Llama
 def decode_step(model: Llama, cache: KVCache, ids: Tensor) -> Tensor:
     """Append T tokens to each of the B sequences of a cache: ids int64 [B, T] -> logits float32 [B, T, V].
 
-    Tokens attend to all entries that the cache holds, and causally to one another. Their positions follow on the
-    sequence so far, however few entries there are. Raises FastKVError when a cache or the context is full; nothing has
+    Tokens attend to all entries that the cache holds, and causally to one another; one token alone to those that the
+    cache's reader chooses, where it has one. Their positions follow on the sequence so far, however few entries there
+    are. Raises FastKVError when a cache or the context is full; nothing has
     changed then.
     """
     count = ids.shape[1]
@@ -25,7 +27,9 @@ def decode_step(model: Llama, cache: KVCache, ids: Tensor) -> Tensor:
     positions = cache.pool.next_position[cache.slots.start : cache.slots.stop].unsqueeze(1)
     if count > 1:
         positions = positions + torch.arange(count, device=ids.device)
-    attention = EagerAttention(cache.pool, [cache.slots], count, model.config.windows)
+    attention: StepAttention = EagerAttention(cache.pool, [cache.slots], count, model.config.windows)
+    if cache.reader is not None and count == 1:
+        attention = FewReads([cache], model.config.windows)
     logits = run_layers(model, ids, positions, attention)
     cache.advance(count)
     return logits

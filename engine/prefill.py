@@ -102,6 +102,7 @@ def prefill(
     for layer, positions in run.looked_ahead(logits, start + plan.layers[0].seen, eos_ids):
         kept[layer] = positions
     cache.end(start + plan.layers[0].seen, plan.position_limit)
+    cache.reader = plan.reader(cache)
     if origins is not None:
         tokens = [origins.gather(1, positions) for positions in tokens]
         kept = [origins.unsqueeze(1).expand(-1, of.shape[1], -1).gather(2, of) for of in kept]
