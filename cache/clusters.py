@@ -15,10 +15,11 @@ from fastkv.cache.reader import IndexSizes
 from fastkv.kernels.key_products import products
 
 ROUNDS = 20  # of k-means at most
+SETTLED = 0.01  # share of the keys that may still move at the end
 PER_CLUSTER = 80  # tokens of a prompt
 BLOCK = 320  # tokens of an answer that are clustered together, at most
 BLOCK_PER_CLUSTER = 40  # of them
-_VALUES = 2**22  # products of keys and centroids that are held at a time
+_VALUES = 2**20  # products of keys and centroids that are held at a time
 _INDEX, _FLOAT = 8, 4  # bytes
 
 
@@ -53,10 +54,11 @@ class Clusters:
     @staticmethod
     def scratch_of(sizes: IndexSizes, per_cluster: int = PER_CLUSTER) -> int:
         """Bytes that `learn` holds meanwhile: keys in float32 twice, which cluster each is in, and some products."""
-        n_keys = sizes.batch * sizes.n_kv_heads * sizes.n_entries
-        held = n_keys * (2 * sizes.head_dim * _FLOAT + 3 * _INDEX)
-        clusters = sizes.batch * sizes.n_kv_heads * (sizes.n_entries // per_cluster + 1)
-        return held + _FLOAT * (max(_VALUES, clusters) + 2 * clusters * sizes.head_dim)
+        count = sizes.n_entries // per_cluster + 1
+        heads = sizes.batch * sizes.n_kv_heads
+        held = heads * sizes.n_entries * (2 * sizes.head_dim * _FLOAT + 3 * _INDEX)
+        products = max(heads * count, min(_VALUES, heads * sizes.n_entries * count))
+        return held + _FLOAT * (products + 3 * heads * count * sizes.head_dim)
 
     @property
     def nbytes(self) -> int:
@@ -133,20 +135,23 @@ def k_means(keys: Tensor, count: int) -> Tensor:
     """Clusters by the cosine: float32 keys [H, n, D] -> int64 [H, n], in which of `count` clusters each key is.
 
     Evenly spaced keys are the first centroids, so that equal keys give equal clusters. A centroid is the direction of
-    its keys' mean; one that has lost all keys stays where it was. It ends when no key moves, or after ROUNDS.
+    its keys' mean; one that has lost all keys stays where it was. A head is done when hardly a key moves, whatever the
+    others do, or after ROUNDS.
     """
     unit = F.normalize(keys, dim=2)
     first = torch.arange(count, device=keys.device) * keys.shape[1] // count
     centroids = unit[:, first]
     of_key = _nearest(unit, centroids)
+    moving = torch.ones(len(keys), 1, dtype=torch.bool, device=keys.device)
     for _ in range(ROUNDS - 1):
         sums = _sums(unit, of_key, count)
-        moved = sums.abs().sum(dim=2, keepdim=True) > 0
-        centroids = torch.where(moved, F.normalize(sums, dim=2), centroids)
-        nearest = _nearest(unit, centroids)
-        if torch.equal(nearest, of_key):
-            break
+        has_keys = sums.abs().sum(dim=2, keepdim=True) > 0
+        centroids = torch.where(has_keys, F.normalize(sums, dim=2), centroids)
+        nearest = _nearest(unit, centroids).where(moving, of_key)
+        moving = (nearest != of_key).sum(dim=1, keepdim=True) > SETTLED * keys.shape[1]
         of_key = nearest
+        if not bool(moving.any()):
+            break
     return of_key
 
 
@@ -157,7 +162,7 @@ def _nearest(unit: Tensor, centroids: Tensor) -> Tensor:
     some = max(1, _VALUES // (n_heads * centroids.shape[1]))
     for start in range(0, n_keys, some):
         part = slice(start, start + some)
-        nearest[:, part] = (unit[:, part] @ centroids.transpose(1, 2)).argmax(dim=2)
+        nearest[:, part] = (unit[:, part] @ centroids.transpose(1, 2)).max(dim=2).indices
     return nearest
 
 

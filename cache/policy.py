@@ -351,11 +351,12 @@ class Policy:
         """Of that index: bytes that it holds, and that it takes besides while it learns."""
         raise NotImplementedError(f"{type(self).__name__} reads everything")
 
-    def keeping_all(self) -> Policy:
-        """What keeps all tokens that come after those of this policy: a step reads them as it says."""
-        from fastkv.cache.policies.full import FullKV
+    def keeping_all(self) -> Policy | None:
+        """What keeps all tokens that come after those of this policy, and reads in a step what this one does.
 
-        return FullKV()
+        None: FullKV, which reads everything.
+        """
+        return None
 
 
 @dataclass(frozen=True)

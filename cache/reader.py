@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from fastkv.cache.layer import KVLayer
+from fastkv.cache.pool import bucket
 
 
 @dataclass(frozen=True)
@@ -79,6 +80,7 @@ class Reader:
         """budget: of a sequence of so many tokens, the entries that a step reads of a head. entry_bytes: of one."""
         self._indices, self._budget, self._entry_bytes = indices, budget, entry_bytes
         self.steps, self.read_bytes = 0, [0] * len(indices)
+        self._rows: Tensor | None = None
 
     @property
     def nbytes(self) -> int:
@@ -115,6 +117,15 @@ class Reader:
         for index, count in zip(self._indices, counts, strict=True):
             if index is not None:
                 index.forget(count)
+
+    def rows(self, count: int, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Memory for what is read of K and of V: `count` rows each, like [n, D]. All layers and steps use the same.
+
+        New memory in each layer would cost more than the reading, on a CPU: the system clears it, page by page.
+        """
+        if self._rows is None or self._rows.shape[1] < count:
+            self._rows = like.new_empty(2, bucket(count), like.shape[1])
+        return self._rows[0, :count], self._rows[1, :count]
 
     def _book(self, layer: int, index: Index | None, chosen: Tensor | None, n_entries: int, n_heads: int) -> None:
         """Count what a step reads; n_heads: of all sequences."""

@@ -67,11 +67,11 @@ class _ChosenAttention:
             return attend_parts(storage.read(self._slots, 1), q, window)
         if chosen.dtype == torch.bool:
             return of_heads(storage.read(self._slots, 1), q, chosen)
-        return decode_attention(q, *taken(self._pool, layer, self._slots, chosen))
+        return decode_attention(q, *taken(self._pool, layer, self._slots, chosen, self._reader))
 
 
-def taken(pool: KVPool, layer: int, slots: range, chosen: Tensor) -> tuple[Tensor, Tensor]:
-    """K and V of some entries of each head: chosen int64 [B, Hkv, m] -> [B, Hkv, m, D] each."""
+def taken(pool: KVPool, layer: int, slots: range, chosen: Tensor, reader: Reader) -> tuple[Tensor, Tensor]:
+    """K and V of some entries of each head: chosen int64 [B, Hkv, m] -> [B, Hkv, m, D] each, valid until the next."""
     storage = pool.layers[layer]
     flat = storage.flat()
     if flat is None:
@@ -79,8 +79,9 @@ def taken(pool: KVPool, layer: int, slots: range, chosen: Tensor) -> tuple[Tenso
         index = chosen.unsqueeze(3).expand(-1, -1, -1, k.shape[3])
         return k.gather(2, index), v.gather(2, index)
     rows = (chosen + _first_rows(pool, storage, layer, slots)).flatten()
-    k, v = (memory.index_select(0, rows).view(*chosen.shape, -1) for memory in flat)
-    return k, v
+    outs = reader.rows(len(rows), flat[0])
+    k, v = (torch.index_select(memory, 0, rows, out=out) for memory, out in zip(flat, outs, strict=True))
+    return k.view(*chosen.shape, -1), v.view(*chosen.shape, -1)
 
 
 def _first_rows(pool: KVPool, storage: KVLayer, layer: int, slots: range) -> Tensor:
@@ -99,15 +100,21 @@ def of_heads(parts: Sequence[Part], q: Tensor, reads: Tensor) -> Tensor:
     attended, group = torch.zeros_like(q), q.shape[1] // reads.shape[1]
     wanted = reads.tolist()
     for part in parts:
-        for row in range(len(wanted))[part.sequences]:
-            of_row = slice(row - (part.sequences.start or 0), row - (part.sequences.start or 0) + 1)
-            heads = range(reads.shape[1])[part.heads]
-            for does, alike in groupby(heads, lambda head, row=row: wanted[row][head]):
-                if not does:
-                    continue
-                run = list(alike)
-                inside = slice(run[0] - heads.start, run[-1] + 1 - heads.start)
-                queries = slice(run[0] * group, (run[-1] + 1) * group)
-                k, v = part.k[of_row, inside], part.v[of_row, inside]
+        rows, heads = range(len(wanted))[part.sequences], range(reads.shape[1])[part.heads]
+        for row in rows:
+            in_part = slice(row - rows.start, row - rows.start + 1)
+            for run in _runs([head for head in heads if wanted[row][head]]):
+                inside = slice(run.start - heads.start, run.stop - heads.start)
+                queries = slice(run.start * group, run.stop * group)
+                k, v = part.k[in_part, inside], part.v[in_part, inside]
                 attended[row : row + 1, queries] = decode_attention(q[row : row + 1, queries], k, v)
     return attended
+
+
+def _runs(heads: Sequence[int]) -> list[range]:
+    """Rising numbers as runs of neighbours."""
+    runs: list[range] = []
+    for head in heads:
+        first = runs.pop().start if runs and runs[-1].stop == head else head
+        runs.append(range(first, head + 1))
+    return runs

@@ -16,6 +16,7 @@ from fastkv.cache.kv_cache import KVCache
 from fastkv.cache.layer import EntryShape, KVLayer
 from fastkv.cache.model_wide import ModelWideLayer
 from fastkv.cache.per_head import PerHeadLayer
+from fastkv.cache.policies.full import FullKV
 from fastkv.cache.policy import FirstPass, LayerPlan, Policy, drops_tokens, plan_layers
 from fastkv.cache.pool import KVPool, bytes_of, round_up
 from fastkv.cache.reader import Index, IndexSizes, Reader
@@ -273,6 +274,11 @@ def _check_reads_few(plan: RequestPlan, cache: Past | None) -> None:
 def _bounded_capacities(plan: RequestPlan, budget: DecodeBudget) -> tuple[int, ...]:
     """Entries of each layer's KV heads, where they are dropped again while the answer grows."""
     return tuple(round_up(min(layer.kept + plan.max_tokens, budget.most(layer.kept))) for layer in plan.layers)
+
+
+def keeping_all(policy: Policy) -> Policy:
+    """What keeps whole whatever comes after the tokens of a policy."""
+    return policy.keeping_all() or FullKV()
 
 
 def chooses_again(policy: Policy, n_layers: int, n_tokens: int, cache: Past) -> bool:

@@ -8,6 +8,7 @@ from typing import Protocol
 
 from fastkv.cache.policy import Policy
 from fastkv.cache.snapshot import Snapshot
+from fastkv.engine.plan import keeping_all
 from fastkv.models.llama import Llama
 
 
@@ -66,4 +67,4 @@ class Turn:
     @property
     def working_policy(self) -> Policy:
         """What decides how the prompt is kept."""
-        return self.policy if self.compress else self.policy.keeping_all()
+        return self.policy if self.compress else keeping_all(self.policy)

@@ -26,7 +26,7 @@ from fastkv.cache.setting import choice, number, one_or_more, setting, settings_
 from fastkv.cli_flags import build_parser
 
 FOLDER = ROOT / "cache" / "policies"
-SHARED_BY_METHODS = {"agnostic", "compressed", "online"}  # hold no policy of their own
+SHARED_BY_METHODS = {"agnostic", "compressed", "online", "optional_tsp", "read_few"}  # hold no policy of their own
 PAGE = (ROOT / "docs" / "policies.md").read_text(encoding="utf-8")
 
 
@@ -231,7 +231,8 @@ def test_which_policies_compress_again() -> None:
     again = {name for name, policy in POLICIES.items() if policy.compresses_again}
     by_window = {"fastkv", "fastkv-paper", "claa", "snapkv", "pyramidkv", "criticalkv", "restkv", "tova"}
     where_heads_are_even = {"keydiff", "expected-attention"}
-    assert again == by_window | where_heads_are_even | {"streamingllm", "pyramidinfer", "structkv", "asl"}
+    reads_few = {"quest", "clusterkv", "rocketkv", "sinkrouter"}
+    assert again == by_window | where_heads_are_even | reads_few | {"streamingllm", "pyramidinfer", "structkv", "asl"}
 
 
 @pytest.mark.parametrize("policy", [FastKV(), SnapKV(), StreamingLLM(), PyramidInfer()], ids=lambda one: one.name)

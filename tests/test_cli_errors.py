@@ -656,6 +656,11 @@ OF_ONE_POLICY = {
     "--future": ("expected-attention", [*NO_COUNT, "9" * 9]),
     "--epsilon": ("expected-attention", ["-0.1", "nan", "x"]),
     "--alpha": ("restkv", ["0", "1.1", "x"]),
+    "--read-retention": ("quest", NO_SHARE),
+    "--read-len": ("clusterkv", [*NO_COUNT, "17"]),
+    "--dense-layers": ("sinkrouter", ["-1", "1.5", "x"]),
+    "--page": ("quest", NO_COUNT),
+    "--per-cluster": ("clusterkv", NO_COUNT),
 }
 
 

@@ -27,9 +27,9 @@ class RocketKV(ReadByBudget):
     kv_retention: 1 (default) keeps tokens / c^a; below 1, or with kv_len, this wins. window, kernel: of the scores.
     dense_layers: 0, unlike the others of its kind. The other settings are those of ReadByBudget and ReadFew.
 
-    What differs from the paper: the newest page is always read. The estimate is not divided by the root of the share
-    that the channels have of the query: the order of the pages stays the same. Raises FastKVError for a value out of
-    range.
+    What differs from the paper: its window is 32; the newest page is always read. The estimate is not divided by the
+    root of the share that the channels have of the query: the order of the pages stays the same. Raises FastKVError for
+    a value out of range.
     """
 
     name: ClassVar[str] = "rocketkv"
@@ -37,7 +37,6 @@ class RocketKV(ReadByBudget):
     kv_retention: float = setting(
         1.0, number(0, 1, above=True), "share of the prompt whose KV each layer keeps; 1: tokens / c^a", metavar="R"
     )
-    window: int = redefined(WindowScored, "window", 32)
     kernel: int = redefined(WindowScored, "kernel", 63)
     dense_layers: int = redefined(ReadByBudget, "dense_layers", 0)
 
