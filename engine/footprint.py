@@ -100,8 +100,10 @@ def footprint(
         lists += slots * shapes.sums(plan.evicts)
         steps.append(shapes.evicting(plan.evicts))
     if any(plan.reads_few):
-        lists += max(batch, slots) * (plan.index_nbytes + shapes.rows_read())
+        lists += max(batch, slots) * plan.index_nbytes
         steps.append(batch * max(taken for _, taken in plan.index_bytes))
+    if any(plan.reads_few) and plan.max_tokens:
+        lists += max(batch, slots) * shapes.rows_read()
         steps.append(slots * shapes.choosing())
     return Footprint(cache, batch * plan.held_nbytes, workspace, lists, max(steps))
 
