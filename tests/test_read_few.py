@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import logging
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -404,6 +406,33 @@ def test_prompts_that_begin_alike_are_read_by_their_policy(tiny_llm: LLM) -> Non
     assert [output.metrics.reused_tokens for output in together] == [0, 300]
     assert [output.token_ids for output in together] == [output.token_ids for output in alone]
     assert [output.metrics.read_bytes for output in together] == [output.metrics.read_bytes for output in alone]
+
+
+def test_a_layer_with_a_sliding_window_reads_that(tmp_path: Path) -> None:
+    """Once entries have left it; before, its steps choose as those of any layer."""
+    config = {
+        "architectures": ["MistralForCausalLM"],
+        "vocab_size": 256,
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "head_dim": 8,
+        "max_position_embeddings": 512,
+        "sliding_window": 150,
+        "rms_norm_eps": 1e-5,
+    }
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    llm = LLM(tmp_path, dtype="float32", device="cpu", load_format="dummy")
+    quest = Quest(read_len=48, dense_layers=0)
+    for n_tokens, read in ((100, 32 + 4 + 1), (200, 150)):
+        few = llm.generate(PROMPT[:n_tokens], params(2), quest).metrics
+        extremes = 6 * 2 * 8 * 4 if n_tokens == 100 else 0
+        assert few.read_bytes == read * 2 * 8 * 4 + extremes
+        caches = [llm.prefill(PROMPT[:n_tokens], each).cache for each in (quest, FullKV())]
+        ours, theirs = (llm.decode(cache, torch.tensor([9])) for cache in caches)
+        assert torch.allclose(ours, theirs, atol=1e-6) == (n_tokens == 200)
 
 
 # --- what does not go ---
