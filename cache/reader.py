@@ -23,15 +23,14 @@ from fastkv.cache.pool import bucket
 class IndexSizes:
     """Of which keys an index is made.
 
-    batch, n_kv_heads, head_dim, dtype: of a layer's keys. n_tokens: of the sequences so far. n_entries: that each head
-    has of them; capacity: that it may ever have. budget: entries that a step reads of a head now.
+    batch, n_kv_heads, head_dim, dtype: of a layer's keys. n_entries: that each head has; capacity: that it may ever
+    have. budget: entries that a step reads of a head now.
     """
 
     batch: int
     n_kv_heads: int
     head_dim: int
     dtype: torch.dtype
-    n_tokens: int
     n_entries: int
     capacity: int
     budget: int

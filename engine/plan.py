@@ -116,10 +116,9 @@ class RequestPlan:
 
     def index_sizes(self, n_entries: int, room: int, batch: int = 1) -> IndexSizes:
         """Of the index of a layer that has so many entries of each head, and room for more."""
-        n_tokens = self.start + self.n_tokens
-        budget = self.policy.read_budget(n_tokens)
+        budget = self.policy.read_budget(self.start + self.n_tokens)
         keys = (batch, self.shape.n_kv_heads, self.shape.head_dim, self.shape.dtype)
-        return IndexSizes(*keys, n_tokens, n_entries, n_entries + room, budget)
+        return IndexSizes(*keys, n_entries, n_entries + room, budget)
 
     def reader(self, cache: KVCache) -> Reader | None:
         """What chooses the entries that the steps of a cache read, which a prefill has filled; None: they read all."""

@@ -18,6 +18,7 @@ from fastkv.cache.clusters import Clusters
 from fastkv.cache.first_key import FirstKey
 from fastkv.cache.pages import Pages
 from fastkv.cache.policies.rocketkv import kept_share, pages_of
+from fastkv.cache.pool import bucket
 from fastkv.cache.reader import Index, IndexSizes
 from fastkv.engine import few_reads
 from fastkv.engine.few_reads import of_heads
@@ -47,7 +48,7 @@ def params(max_tokens: int) -> SamplingParams:
 
 
 def sizes(n_entries: int, room: int = 100, budget: int = 32) -> IndexSizes:
-    return IndexSizes(1, HEADS, DIM, torch.float32, n_entries, n_entries, n_entries + room, budget)
+    return IndexSizes(1, HEADS, DIM, torch.float32, n_entries, n_entries + room, budget)
 
 
 def keys_and_queries(n_entries: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
@@ -380,6 +381,14 @@ def test_the_index_is_as_large_as_planned(tiny_llm: LLM, policy: Policy) -> None
     without = dataclasses.replace(plan, policy=SinkRouter(tau=2))
     said, less = (footprint(tiny_llm.model, each, each.nbytes) for each in (plan, without))
     assert said.lists - less.lists >= plan.index_nbytes + gathered
+
+
+def test_memory_for_slots_has_the_index_in_it(tiny_llm: LLM) -> None:
+    slots = bucket(304) * 6 * 2 * 2 * tiny_llm.config.head_dim * 4
+    least = slots + 6 * 2 * 19 * 2 * tiny_llm.config.head_dim * 4
+    with pytest.raises(FastKVError, match=f"kv_memory must be at least {least:,} bytes"):
+        tiny_llm.generate([PROMPT], params(4), Quest(read_len=64, dense_layers=0), kv_memory=least - 1)
+    tiny_llm.generate([PROMPT], params(4), Quest(read_len=64, dense_layers=0), kv_memory=least)
 
 
 def test_a_session_goes_on_as_its_policy_reads(tiny_llm: LLM) -> None:
