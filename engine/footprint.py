@@ -100,11 +100,10 @@ def footprint(
         lists += slots * shapes.sums(plan.evicts)
         steps.append(shapes.evicting(plan.evicts))
     if any(plan.reads_few):
-        lists += max(batch, slots) * plan.index_nbytes
-        steps.append(batch * max(taken for _, taken in plan.index_bytes))
-    if any(plan.reads_few) and plan.max_tokens:
-        lists += max(batch, slots) * shapes.rows_read()
-        steps.append(slots * shapes.choosing())
+        index, reading = plan.index_nbytes, shapes.rows_read() if plan.max_tokens else 0
+        lists += (slots - 1) * (index + reading)  # of those that decode meanwhile; its own comes after the layers
+        steps.append(batch * (index + max(taken for _, taken in plan.index_bytes)))
+        steps.append(batch * (index + reading) + (shapes.choosing() if plan.max_tokens else 0) + steps[0])
     return Footprint(cache, batch * plan.held_nbytes, workspace, lists, max(steps))
 
 

@@ -380,7 +380,10 @@ def test_the_index_is_as_large_as_planned(tiny_llm: LLM, policy: Policy) -> None
     gathered = 0 if cache.reader._rows is None else cache.reader._rows.nbytes
     without = dataclasses.replace(plan, policy=SinkRouter(tau=2))
     said, less = (footprint(tiny_llm.model, each, each.nbytes) for each in (plan, without))
-    assert said.lists - less.lists >= plan.index_nbytes + gathered
+    assert said.lists == less.lists
+    assert said.step >= plan.index_nbytes + gathered
+    several, fewer = (footprint(tiny_llm.model, plan, plan.nbytes, slots=slots) for slots in (3, 1))
+    assert several.lists - fewer.lists >= 2 * (plan.index_nbytes + gathered)
 
 
 def test_memory_for_slots_has_the_index_in_it(tiny_llm: LLM) -> None:
