@@ -20,22 +20,16 @@ class Pages:
     """Pages of `page` entries each. See Index.
 
     channels: how many are looked up, those with the largest sum of |q| over a group (None: all). share: of a step's
-    budget that goes to entries. least: pages that are read at least.
+    budget that goes to entries.
 
     extremes: [B, Hkv, 2 D, P] in the dtype of the keys: of each channel the greatest value, then the least ones. Where
     a page is one entry both are the key, and [B, Hkv, D, P] has it once.
     """
 
     def __init__(
-        self,
-        sizes: IndexSizes,
-        device: torch.device,
-        page: int,
-        channels: int | None = None,
-        share: float = 1.0,
-        least: int = 1,
+        self, sizes: IndexSizes, device: torch.device, page: int, channels: int | None = None, share: float = 1.0
     ) -> None:
-        self._page, self._share, self._least = page, share, least
+        self._page, self._share = page, share
         self._channels = None if channels is None or channels >= sizes.head_dim else channels
         self._known, self._key_bytes = 0, sizes.key_bytes
         self.extremes = torch.zeros(self.shape(sizes, page), dtype=sizes.dtype, device=device)
@@ -79,7 +73,7 @@ class Pages:
 
     def choose(self, q: Tensor, n_entries: int, budget: int) -> Tensor | None:
         before = (n_entries - 1) // self._page  # pages before the newest one
-        count = max(self._least, int(budget * self._share) // self._page) - 1
+        count = max(1, int(budget * self._share) // self._page) - 1
         if n_entries <= budget or count >= before:
             return None
         newest = torch.arange(before * self._page, n_entries, device=q.device).expand(*q.shape[:2], -1)

@@ -125,16 +125,17 @@ def test_pages_learnt_one_by_one_are_those_learnt_at_once(page: int) -> None:
 @pytest.mark.parametrize("n_entries", [33, 39, 40])
 def test_the_newest_page_is_always_read_whole_or_not(n_entries: int) -> None:
     k, q, _ = keys_and_queries(n_entries)
-    pages = learnt(Pages(sizes(n_entries), CPU, 8, least=3), k, n_entries)
-    chosen = pages.choose(q, n_entries, 8)
+    pages = learnt(Pages(sizes(n_entries), CPU, 8), k, n_entries)
+    chosen = pages.choose(q, n_entries, 25)
     assert chosen is not None
-    assert chosen.shape[2] == 2 * 8 + n_entries - 32  # three pages at least
+    assert chosen.shape[2] == 2 * 8 + n_entries - 32
     for head in chosen[0].tolist():
         assert len(set(head)) == len(head)
         assert set(range(32, n_entries)) <= set(head)
         others = {entry // 8 for entry in head if entry < 32}
         assert sorted(head) == sorted([*(8 * page + i for page in others for i in range(8)), *range(32, n_entries)])
     assert pages.choose(q, n_entries, 40) is None
+    assert [Quest(read_len=5, page=8).read_budget(n_tokens) for n_tokens in (20, 99)] == [20, 24]  # three at least
 
 
 # --- clusters ---

@@ -32,10 +32,13 @@ class Quest(ReadByBudget):
 
     page: int = setting(16, whole(1), "entries of a page", metavar="N")
 
+    def read_budget(self, n_tokens: int) -> int:
+        return max(super().read_budget(n_tokens), min(LEAST_PAGES * self.page, n_tokens))
+
     def index(self, layer: int, sizes: IndexSizes, device: torch.device) -> Index:
         from fastkv.cache.pages import Pages
 
-        return Pages(sizes, device, self.page, least=LEAST_PAGES)
+        return Pages(sizes, device, self.page)
 
     def index_bytes(self, layer: int, sizes: IndexSizes) -> tuple[int, int]:
         from fastkv.cache.pages import Pages
