@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fastkv.cache.layer import EntryShape, Kept, KVLayer, Part
 from fastkv.cache.pool import KVPool, round_up
+from fastkv.cache.reader import Reader
 from fastkv.cache.selection import PerHead
 from fastkv.cache.snapshot import Snapshot
 from fastkv.errors import FastKVError, check_integer
@@ -22,6 +23,7 @@ class KVCache:
     on are beyond what the model can tell apart. room: tokens that can still be appended.
     unfinished: whether a prefill is under way, or failed: then the layers do not belong together.
     whole_from: the position from which on every layer holds every token; what stands before it was chosen by a policy.
+    reader: chooses what a step of one token reads (None: everything). It is made by a prefill, and is in no snapshot.
 
     Filled by a prefill: `begin`, for each layer `store` or `extend`, then `end`. Each decode step then appends to every
     layer and calls `advance`.
@@ -34,6 +36,7 @@ class KVCache:
         self.position = self.whole_from = 0
         self._chosen: list[Tensor | None] = [None] * len(pool.layers)  # int64 [B, Hkv, n], before whole_from
         self.unfinished, self._whole = False, True
+        self.reader: Reader | None = None
         self._row: tuple[tuple[int, int], Tensor] | None = None  # of which positions, and these
 
     @property
@@ -48,8 +51,9 @@ class KVCache:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of its slots for keys and values."""
-        return self.pool.nbytes // self.pool.n_slots * self.batch
+        """Bytes of its slots for keys and values, and of what chooses among them."""
+        index = 0 if self.reader is None else self.reader.nbytes
+        return self.pool.nbytes // self.pool.n_slots * self.batch + index
 
     @property
     def next_position(self) -> Tensor:
@@ -68,6 +72,12 @@ class KVCache:
     def mean(self, layer: int) -> int:
         """Live entries of a head of a layer on average, rounded up."""
         return -(-self.layers[layer].entries(self.slots[0]) // self.pool.shape.n_kv_heads)
+
+    @property
+    def is_even(self) -> bool:
+        """Whether the heads of each layer have the same number of entries."""
+        n_heads = self.pool.shape.n_kv_heads
+        return all(layer.entries(self.slots[0]) == n_heads * layer.count(self.slots[0]) for layer in self.layers)
 
     @property
     def entries(self) -> int:
@@ -112,7 +122,7 @@ class KVCache:
 
         whole: each layer will keep every new token. room: tokens that can be appended after the prefill.
         """
-        self.unfinished, self._whole = True, whole
+        self.unfinished, self._whole, self.reader = True, whole, None
         self.room = self._entry_room = room
 
     def store(self, layer: int, k: Tensor, v: Tensor, kept: Kept, positions: Tensor) -> None:
@@ -174,6 +184,8 @@ class KVCache:
             )
         for layer in self.layers:
             layer.truncate(self.slots, count)
+        if self.reader is not None:
+            self.reader.forget([self.count(layer) for layer in range(len(self.layers))])
         self.position -= count
         self.room += count
         self.next_position.fill_(self.position)

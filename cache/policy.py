@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from fastkv.cache.layer import KVLayer
+    from fastkv.cache.reader import Index, IndexSizes
 
 
 @dataclass(frozen=True)
@@ -345,6 +346,31 @@ class Policy:
         """Float32 values that `score` holds at its worst moment, to be told before a request is accepted.
 
         None: what the attention of the queries that it looks at takes.
+        """
+        return None
+
+    # --- decode steps that read few of the entries (cache/reader.py) ---
+
+    def reads_few(self, layer: int, n_entries: int, n_tokens: int) -> bool:
+        """Whether a step may read fewer than all entries of a layer, `n_entries` of each head and `n_tokens` so far."""
+        return False
+
+    def read_budget(self, n_tokens: int) -> int:
+        """Entries that a step reads of each KV head, where the sequence has so many tokens with the step's own."""
+        return n_tokens
+
+    def index(self, layer: int, sizes: IndexSizes, device: torch.device) -> Index:
+        """What chooses the entries that a step reads of a layer. Asked only where the policy `reads_few`."""
+        raise NotImplementedError(f"{type(self).__name__} reads everything")
+
+    def index_bytes(self, layer: int, sizes: IndexSizes) -> tuple[int, int]:
+        """Of that index: bytes that it holds, and that it takes besides while it learns."""
+        raise NotImplementedError(f"{type(self).__name__} reads everything")
+
+    def keeping_all(self) -> Policy | None:
+        """What keeps all tokens that come after those of this policy, and reads in a step what this one does.
+
+        None: FullKV, which reads everything.
         """
         return None
 

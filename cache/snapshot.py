@@ -51,6 +51,12 @@ class Snapshot:
         """Entries of a head of a layer on average, rounded up."""
         return -(-self.entries[layer] // self.shape.n_kv_heads)
 
+    @property
+    def is_even(self) -> bool:
+        """Whether the heads of each layer have the same number of entries."""
+        pairs = zip(self.longest, self.entries, strict=True)
+        return all(entries == self.shape.n_kv_heads * longest for longest, entries in pairs)
+
     def for_layout(self, layout: type[KVLayer]) -> Snapshot:
         """The same entries, for layers of a layout: that of the snapshot, or one for heads of different lengths.
 

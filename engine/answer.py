@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 
 from fastkv.cache.mass import LayerMass, shares
+from fastkv.cache.reader import Reader
 from fastkv.engine.output import Metrics, Output, Piece, RunInfo
 from fastkv.engine.prefill import Prefill
 from fastkv.engine.request import Request
@@ -36,6 +37,7 @@ class Answer:
         self._stops = StopStrings(request.params.stop)
         self._kv_bytes = 0
         self._layer_entries: tuple[int, ...] = ()
+        self._reader: Reader | None = None
         self._layer_tokens: tuple[int, ...] = ()
         self._mass: list[LayerMass | None] = []
         self.token_ids: list[int] = []
@@ -45,7 +47,8 @@ class Answer:
 
     def prefilled(self, result: Prefill) -> None:
         """Book what the prefill has kept, and how many tokens each layer saw."""
-        self._kv_bytes, self._layer_entries = self.request.plan.nbytes, result.cache.layer_entries
+        plan, self._reader = self.request.plan, result.cache.reader
+        self._kv_bytes, self._layer_entries = plan.nbytes + plan.index_nbytes, result.cache.layer_entries
         self._layer_tokens = tuple(result.layer_tokens)
         self._mass = result.mass  # stays on the device: reading it would wait for the prefill
         turn, beginning = self.request.turn, self.request.beginning
@@ -99,6 +102,16 @@ class Answer:
             decode_budget=None if budget is None else budget.entries,
         )
 
+    def _read_bytes(self) -> int | None:
+        """See Metrics.read_bytes."""
+        if self._reader is not None and self._reader.steps:
+            return sum(self._reader.read_bytes) // self._reader.steps
+        steps, plan = len(self.token_ids) - 1, self.request.plan
+        if self._reader is not None or steps < 1 or plan.evicts is not None:
+            return None
+        appended = self._config.n_layers * self._config.n_kv_heads * (1 + steps) // 2  # by each step one more
+        return (sum(self._layer_entries) + appended) * 2 * plan.shape.head_dim * plan.shape.dtype.itemsize
+
     def _metrics(self) -> Metrics:
         plan, times = self.request.plan, self._times
         n_prompt, n_new = self.request.n_prompt, len(self.token_ids)
@@ -123,4 +136,5 @@ class Answer:
             reused_tokens=self.request.n_reused,
             speculation=self.speculated,
             layer_entries=self._layer_entries,
+            read_bytes=self._read_bytes(),
         )

@@ -81,7 +81,7 @@ def slots_that_fit(runtime: Runtime, requests: Sequence[Request], batch_size: in
     kv_memory: None means what the device has left, less what the largest prefill takes. A slot has room for the
     largest request. Raises FastKVError if not even one fits.
     """
-    most, one = min(batch_size, len(requests)), _slot_bytes(requests)
+    most, one = min(batch_size, len(requests)), _slot_bytes(requests) + _index_bytes(requests)
     if kv_memory is not None and one > kv_memory:
         raise FastKVError(
             f"kv_memory must be at least {one:,} bytes ({-(-one // 2**20):,} MiB) for the largest of these prompts and "
@@ -97,7 +97,7 @@ def slots_there(
     """The same, of `most`, where what requests share takes `held` bytes of the memory: 0 if not even one fits."""
     one = _slot_bytes(requests)
     if kv_memory is not None:
-        return min(most, max(0, kv_memory - held) // one)
+        return min(most, max(0, kv_memory - held) // (one + _index_bytes(requests)))
     available = available_bytes(runtime.model.device)
     return most if available is None else _slots_in(available, runtime, requests, most, one, held)
 
@@ -105,6 +105,11 @@ def slots_there(
 def _slot_bytes(requests: Sequence[Request]) -> int:
     """Bytes of a slot with room for the largest of them."""
     return bytes_of(layout_of(requests), capacities_of(requests), requests[0].plan.shape)
+
+
+def _index_bytes(requests: Sequence[Request]) -> int:
+    """Bytes of the largest index of a request whose steps read few of its entries; a footprint has it by itself."""
+    return max(request.plan.index_nbytes for request in requests)
 
 
 def _slots_in(available: int, runtime: Runtime, requests: Sequence[Request], most: int, one: int, held: int = 0) -> int:

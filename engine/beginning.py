@@ -52,6 +52,11 @@ class Beginning:
         """How its entries are stored."""
         return self.plan.layout
 
+    @property
+    def is_even(self) -> bool:
+        """Whether the heads of each layer surely have the same number of entries."""
+        return not self.layout.per_head
+
     def count(self, layer: int) -> int:
         """Entries of the longest head of a layer, at most."""
         return self.plan.n_tokens if self.layout.per_head else self.plan.layers[layer].kept

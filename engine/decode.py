@@ -7,6 +7,7 @@ from torch import Tensor
 
 from fastkv.cache.kv_cache import KVCache
 from fastkv.engine.decode_attention import EagerAttention, RecordedAttention, StepAttention
+from fastkv.engine.few_reads import FewReads
 from fastkv.models.llama import Llama
 
 
@@ -16,9 +17,10 @@ def decode_step(
 ) -> Tensor:
     """Append T tokens to each of the B sequences of a cache: ids int64 [B, T] -> logits float32 [B, T, V].
 
-    Tokens attend to all entries that the cache holds, and causally to one another. Their positions follow on the
-    sequence so far, however few entries there are. entries: gets k and v [B, Hkv, T, D] of each layer. Raises
-    FastKVError when a cache or the context is full; nothing has changed then.
+    Tokens attend to all entries that the cache holds, and causally to one another; one token alone to those that the
+    cache's reader chooses, where it has one. Their positions follow on the sequence so far, however few entries there
+    are. entries: gets k and v [B, Hkv, T, D] of each layer. Raises FastKVError when a cache or the context is full;
+    nothing has changed then.
     """
     count = ids.shape[1]
     cache.check_room(count)
@@ -28,6 +30,8 @@ def decode_step(
     if count > 1:
         positions = positions + torch.arange(count, device=ids.device)
     attention: StepAttention = EagerAttention(cache.pool, [cache.slots], count, model.config.windows)
+    if cache.reader is not None and count == 1:
+        attention = FewReads([cache], model.config.windows)
     if entries is not None:
         attention = RecordedAttention(attention, entries)
     logits = run_layers(model, ids, positions, attention)

@@ -59,8 +59,7 @@ class DecodeBatch:
         self._buffers = runtime.buffers.lease()
         layout, capacities = layout_of(to_come), capacities_of(to_come)
         self._state = self._buffers.state_for(layout, capacities, n_slots, runtime.model, kv_memory)
-        evicts = any(request.plan.evicts is not None for request in to_come)
-        self._stepper = runtime.stepper(self._buffers, evicts)
+        self._stepper = runtime.stepper(self._buffers, next(filter(None, (each.plan.eager for each in to_come)), ""))
         self._at_work: dict[int, _Sequence] = {}
         self._n_slots = n_slots
         self._unread: deque[tuple[dict[int, _Sequence], Callable[[], list[int]]]] = deque()

@@ -99,6 +99,11 @@ def footprint(
     if plan.evicts is not None:
         lists += slots * shapes.sums(plan.evicts)
         steps.append(shapes.evicting(plan.evicts))
+    if any(plan.reads_few):
+        index, reading = plan.index_nbytes, shapes.rows_read() if plan.max_tokens else 0
+        lists += (slots - 1) * (index + reading)  # of those that decode meanwhile; its own comes after the layers
+        steps.append(batch * (index + max(taken for _, taken in plan.index_bytes)))
+        steps.append(batch * (index + reading) + (shapes.choosing() if plan.max_tokens else 0) + steps[0])
     return Footprint(cache, batch * plan.held_nbytes, workspace, lists, max(steps))
 
 
@@ -389,6 +394,23 @@ class _Shapes:
             work = max(work, 2 * self.of_heads(most, self.kv_heads))
         keys = self.of_heads(most, self.kv_heads) // self.item * _FLOAT if self.copies_keys else 0
         return max(stays + work, keys + 3 * self.heads * most * _FLOAT)
+
+    # --- steps that read few entries (cache/reader.py) ---
+
+    def rows_read(self) -> int:
+        """Of one sequence: K and V of what a step reads, gathered."""
+        return 2 * self._most_read * self.kv_heads * self.head_dim * self.item * 9 // 8  # see cache/pool.py: bucket
+
+    def choosing(self) -> int:
+        """Of one sequence: which entries a step reads, joined and as rows; scores and order of what is ranked."""
+        ranked = max(layer.kept for layer in self.plan.layers) + self.plan.max_tokens
+        return self.kv_heads * (4 * self._most_read * _INDEX + ranked * (_FLOAT + _INDEX))
+
+    @property
+    def _most_read(self) -> int:
+        """Entries that a step reads of a head, at most."""
+        plan = self.plan
+        return plan.policy.read_budget(plan.start + plan.n_tokens + plan.max_tokens)
 
     def decoding(self, slots: int, draws: bool) -> int:
         """A step of `slots` sequences: its MLP, or its logits, and what is drawn from them."""

@@ -27,10 +27,10 @@ class Metrics:
     decode_tokens_per_s: (new_tokens - 1) / the time after the first token, None for a single token. kv_tokens: prompt
     tokens that a layer keeps (the mean over layers, rounded).
     kv_entries and kv_full_entries: prompt entries kept, and what a full cache keeps. kv_bytes: the slots for K and V,
-    room for max_tokens included; kv_full_bytes: those of a full cache. tsp_tokens: prompt tokens that reach the last
-    layer; layer_tokens: that each layer sees. peak_bytes: on a GPU the most memory allocated during the request, on a
-    CPU the most resident memory of the whole process meanwhile (where the system cannot begin anew: so far); None where
-    the system does not say.
+    room for max_tokens included, and the index of the keys where steps read few; kv_full_bytes: those of a full cache.
+    tsp_tokens: prompt tokens that reach the last layer; layer_tokens: that each layer sees. peak_bytes: on a GPU the
+    most memory allocated during the request, on a CPU the most resident memory of the whole process meanwhile (where
+    the system cannot begin anew: so far); None where the system does not say.
     attention_kept: the share of the attention mass that all layers keep together, in [0, 1], which tells how far the
     answer can be trusted; layer_attention: that of each layer, what was dropped before it counted as dropped. None
     where that was not measured (cache/mass.py).
@@ -40,6 +40,9 @@ class Metrics:
     speculation: what drafting tokens has brought, None where none were; kv_bytes are then those of the cache that
     decides, without the draft's.
     layer_entries: kv_entries of each layer, which differ where scores say how many a layer keeps.
+    read_bytes: of K and V, and of the index that chooses among them, which a decode step reads in all layers, the mean
+    over the steps so far. None where there was none, or a decode_budget has dropped entries meanwhile. What a layer
+    with a sliding window leaves out counts as read, unless the policy reads few.
     """
 
     prompt_tokens: int
@@ -59,6 +62,7 @@ class Metrics:
     reused_tokens: int = 0
     speculation: Speculated | None = None
     layer_entries: tuple[int, ...] = ()
+    read_bytes: int | None = None
 
 
 @dataclass(frozen=True)

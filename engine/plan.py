@@ -16,8 +16,10 @@ from fastkv.cache.kv_cache import KVCache
 from fastkv.cache.layer import EntryShape, KVLayer
 from fastkv.cache.model_wide import ModelWideLayer
 from fastkv.cache.per_head import PerHeadLayer
+from fastkv.cache.policies.full import FullKV
 from fastkv.cache.policy import FirstPass, LayerPlan, Policy, drops_tokens, plan_layers
 from fastkv.cache.pool import KVPool, bytes_of, round_up
+from fastkv.cache.reader import Index, IndexSizes, Reader
 from fastkv.engine.probe import Encode, ProbePlan, plan_probe
 from fastkv.errors import FastKVError
 from fastkv.models.config import ModelConfig
@@ -37,6 +39,10 @@ class Past(Protocol):
     @property
     def layout(self) -> type[KVLayer]:
         """How its entries are stored."""
+
+    @property
+    def is_even(self) -> bool:
+        """Whether the heads of each layer have the same number of entries."""
 
     def count(self, layer: int) -> int:
         """Entries of the longest head of a layer."""
@@ -81,6 +87,53 @@ class RequestPlan:
         if budget is None:
             return None
         return budget if self.max_tokens > budget.steps(max(self.longest)) else None
+
+    @property
+    def eager(self) -> str:
+        """What its steps have, in words, that neither a graph nor a compiled step can follow; empty: nothing."""
+        if self.evicts is not None:
+            return "a decode_budget"
+        return f"policy {self.policy.name}, which chooses what a step reads," if any(self.reads_few) else ""
+
+    @property
+    def reads_few(self) -> tuple[bool, ...]:
+        """Of each layer, whether a step may read fewer than all entries, before the answer has its full length."""
+        end = self.start + self.n_tokens + self.max_tokens
+        kept = (layer.kept + self.max_tokens for layer in self.layers)
+        return tuple(self.policy.reads_few(index, count, end) for index, count in enumerate(kept))
+
+    @property
+    def index_nbytes(self) -> int:
+        """Bytes of what chooses the entries that the steps of one sequence read."""
+        return sum(held for held, _ in self.index_bytes)
+
+    @property
+    def index_bytes(self) -> list[tuple[int, int]]:
+        """Of each layer that has an index, what Policy.index_bytes says, for one sequence."""
+        sizes = (self.index_sizes(layer.kept, self.max_tokens) for layer in self.layers)
+        pairs = enumerate(zip(self.reads_few, sizes, strict=True))
+        return [self.policy.index_bytes(layer, each) for layer, (few, each) in pairs if few]
+
+    def index_sizes(self, n_entries: int, room: int, batch: int = 1) -> IndexSizes:
+        """Of the index of a layer that has so many entries of each head, and room for more."""
+        budget = self.policy.read_budget(self.start + self.n_tokens)
+        keys = (batch, self.shape.n_kv_heads, self.shape.head_dim, self.shape.dtype)
+        return IndexSizes(*keys, n_entries, n_entries + room, budget)
+
+    def reader(self, cache: KVCache) -> Reader | None:
+        """What chooses the entries that the steps of a cache read, which a prefill has filled; None: they read all."""
+        reads_few = self.reads_few
+        if not any(reads_few):
+            return None
+        indices: list[Index | None] = []
+        for layer, few in enumerate(reads_few):
+            sizes = self.index_sizes(cache.count(layer), cache.room, cache.batch)
+            indices.append(self.policy.index(layer, sizes, cache.pool.device) if few else None)
+        entry_bytes = 2 * self.shape.head_dim * self.shape.dtype.itemsize
+        reader = Reader(indices, self.policy.read_budget, entry_bytes)
+        for layer, storage in enumerate(cache.layers):
+            reader.prepare(layer, storage, cache.slots)
+        return reader
 
     @property
     def longest(self) -> list[int]:
@@ -205,12 +258,34 @@ def plan_request(
         shape,
         decode_budget,
     )
+    if any(plan.reads_few):
+        _check_reads_few(plan, cache)
     return plan if plan.evicts is None else dataclasses.replace(plan, capacities=_bounded_capacities(plan, plan.evicts))
+
+
+def _check_reads_few(plan: RequestPlan, cache: Past | None) -> None:
+    """FastKVError for what does not go with steps that read few of the entries."""
+    if plan.decode_budget is not None:
+        raise FastKVError(
+            f"decode_budget does not go with policy {plan.policy.name}, whose steps read few of all entries: leave one "
+            "of them out",
+            setting="decode_budget",
+        )
+    if cache is not None and not cache.is_even:
+        raise FastKVError(
+            f"policy {plan.policy.name} cannot go on with a cache whose heads hold different numbers of entries: take "
+            "policy full"
+        )
 
 
 def _bounded_capacities(plan: RequestPlan, budget: DecodeBudget) -> tuple[int, ...]:
     """Entries of each layer's KV heads, where they are dropped again while the answer grows."""
     return tuple(round_up(min(layer.kept + plan.max_tokens, budget.most(layer.kept))) for layer in plan.layers)
+
+
+def keeping_all(policy: Policy) -> Policy:
+    """What keeps whole whatever comes after the tokens of a policy."""
+    return policy.keeping_all() or FullKV()
 
 
 def chooses_again(policy: Policy, n_layers: int, n_tokens: int, cache: Past) -> bool:

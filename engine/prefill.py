@@ -114,6 +114,7 @@ def prefill(
         kept[layer] = positions
     for each in (cache,) if whole is None else (cache, whole):
         each.end(start + plan.layers[0].seen, plan.position_limit)
+    cache.reader = plan.reader(cache)
     if origins is not None:
         tokens = [origins.gather(1, positions) for positions in tokens]
         kept = [origins.unsqueeze(1).expand(-1, of.shape[1], -1).gather(2, of) for of in kept]

@@ -15,11 +15,10 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from fastkv.cache.policies import FullKV
 from fastkv.cache.policy import Policy
 from fastkv.engine.batch import slots_that_fit, slots_there
 from fastkv.engine.beginning import Beginning
-from fastkv.engine.plan import plan_request, position_limit
+from fastkv.engine.plan import keeping_all, plan_request, position_limit
 from fastkv.engine.probe import Encode
 from fastkv.engine.request import Request
 from fastkv.engine.runtime import Runtime
@@ -120,8 +119,8 @@ def _continued(model: Llama, requests: Sequence[Request], begun: Sequence[tuple[
         beginning = replace(shared_beginning)
         for member in group.members:
             one = requests[member]
-            ids, limit = one.ids[:, group.length :], one.plan.position_limit
-            plan = plan_request(model.config, FullKV(), ids.shape[1], one.max_tokens, model.dtype, limit, beginning)
+            ids, limit, rest = one.ids[:, group.length :], one.plan.position_limit, keeping_all(one.plan.policy)
+            plan = plan_request(model.config, rest, ids.shape[1], one.max_tokens, model.dtype, limit, beginning)
             first = member == group.members[0]
             shared[member] = replace(one, ids=ids, plan=plan, beginning=beginning, reads_beginning=first)
     return shared

@@ -9,14 +9,13 @@ import torch
 from torch import Tensor
 
 from fastkv.cache.kv_cache import KVCache, shortened
-from fastkv.cache.policies import FullKV
 from fastkv.cache.pool import bytes_of
 from fastkv.cache.snapshot import Snapshot
 from fastkv.engine.beginning import Beginning
 from fastkv.engine.decode_batch import capacities_of, layout_of
 from fastkv.engine.footprint import footprint
 from fastkv.engine.memory import available_bytes
-from fastkv.engine.plan import plan_request
+from fastkv.engine.plan import keeping_all, plan_request
 from fastkv.engine.prefix import LEAST, common
 from fastkv.engine.request import Request
 from fastkv.engine.runtime import Runtime
@@ -92,7 +91,8 @@ def continued(runtime: Runtime, request: Request, store: PrefixStore) -> Request
     n_layers = len(whole.layers)
     beginning = Beginning(request.ids[:, :length], begun, waiting=1, layer_tokens=(length,) * n_layers)
     ids, limit = request.ids[:, length:], whole.position_limit
-    plan = plan_request(model.config, FullKV(), ids.shape[1], request.max_tokens, model.dtype, limit, beginning)
+    rest = keeping_all(whole.policy)
+    plan = plan_request(model.config, rest, ids.shape[1], request.max_tokens, model.dtype, limit, beginning)
     shorter = replace(request, ids=ids, plan=plan, beginning=beginning)
     slot = bytes_of(layout_of([shorter]), capacities_of([shorter]), plan.shape)
     needed = footprint(model, plan, slot + 2 * begun.nbytes, draws=request.params.temperature > 0)

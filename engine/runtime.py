@@ -34,15 +34,16 @@ class Runtime:
         """Whether a step is launched before the tokens of the last one are read: a GPU works on meanwhile."""
         return self.model.device.type == "cuda"
 
-    def stepper(self, buffers: Buffers, evicts: bool = False) -> Stepper:
+    def stepper(self, buffers: Buffers, eager: str = "") -> Stepper:
         """What makes the steps of the sequences in the slots of these buffers.
 
-        evicts: whether any of them may drop entries meanwhile, which neither a graph nor a compiled step can follow.
+        eager: what any of them has that neither a graph nor a compiled step can follow: entries that are dropped
+        meanwhile, or chosen anew in each step. In words; empty where there is no such thing.
         """
         assert buffers.state is not None, "the slots come first"
-        if evicts:
-            self._say_eager()
-        if evicts or not self.cuda_graph:
+        if eager:
+            self._say_eager(eager)
+        if eager or not self.cuda_graph:
             return EagerStepper(self.model, buffers.state, self.step_threads)
         if buffers.stepper is None:
             stepper = GraphStepper(self.model, buffers.state)
@@ -56,11 +57,11 @@ class Runtime:
         _log.warning("CUDA graphs are off, decoding is slower: %s", error)
         return EagerStepper(self.model, state)
 
-    def _say_eager(self) -> None:
+    def _say_eager(self, why: str) -> None:
         if (self.cuda_graph or self.model.row is not None) and not self._said_eager:
             self._said_eager = True
             kind = "CUDA graphs" if self.cuda_graph else "compiled steps"
-            _log.warning("answers with a decode_budget are made without %s, which is slower", kind)
+            _log.warning("answers with %s are made without %s, which is slower", why, kind)
 
     def _say_if_slow(self, reason: str | None) -> None:
         if reason is not None and not self._said_slow:

@@ -14,6 +14,7 @@ from fastkv.cache.kv_cache import KVCache
 from fastkv.cache.pool import KVPool
 from fastkv.engine.decode import run_layers
 from fastkv.engine.decode_attention import EagerAttention, ObservedAttention, StepAttention
+from fastkv.engine.few_reads import FewReads
 from fastkv.engine.sampler import Sampler
 from fastkv.kernels.threads import as_many
 from fastkv.models.llama import Llama
@@ -67,7 +68,7 @@ class EagerStepper:
         state, runs = self._state, runs_of(sorted(caches))
         for cache in caches.values():
             cache.check_room()
-        in_order = (caches[slot] for slot in sorted(caches))
+        in_order = [caches[slot] for slot in sorted(caches)]
         bounded = {row: cache for row, cache in enumerate(in_order) if isinstance(cache, BoundedCache)}
         for each in bounded.values():
             each.make_way()
@@ -75,7 +76,9 @@ class EagerStepper:
         ids = state.tokens[slots].clamp_min(0).unsqueeze(1)  # what was not finite is no token: see Sampler
         positions = state.pool.next_position[slots].unsqueeze(1)
         attention: StepAttention = EagerAttention(state.pool, runs, 1, self._model.config.windows)
-        if bounded:
+        if any(cache.reader is not None for cache in in_order):
+            attention = FewReads(in_order, self._model.config.windows)
+        elif bounded:
             attention = ObservedAttention(attention, bounded)
         logits = run_layers(self._model, ids, positions, attention)
         for cache in caches.values():

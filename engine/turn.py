@@ -6,9 +6,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from fastkv.cache.policies import FullKV
 from fastkv.cache.policy import Policy
 from fastkv.cache.snapshot import Snapshot
+from fastkv.engine.plan import keeping_all
 from fastkv.models.llama import Llama
 
 
@@ -67,4 +67,4 @@ class Turn:
     @property
     def working_policy(self) -> Policy:
         """What decides how the prompt is kept."""
-        return self.policy if self.compress else FullKV()
+        return self.policy if self.compress else keeping_all(self.policy)

@@ -26,10 +26,10 @@ class Record:
 
     length is None where texts have their own; cut says that such a text lost its middle. Times in seconds, sizes in
     bytes. kv_bytes is what was allocated, room for the answer included; kv_entries are the prompt entries kept (a
-    token's K and V in one KV head), kv_full_entries those of a full cache. attention_kept: of Metrics; None in older
-    files, too. Where the question came later, context_tokens of the prompt's were read before it, in context_s, and
-    ttft_s counts from the question. turn: which of several questions about one text, from 1 on; kv_bytes then has room
-    for all of them.
+    token's K and V in one KV head), kv_full_entries those of a full cache. attention_kept, read_bytes: of Metrics;
+    None in older files, too. Where the question came later, context_tokens of the prompt's were read before it, in
+    context_s, and ttft_s counts from the question. turn: which of several questions about one text, from 1 on; kv_bytes
+    then has room for all of them.
     """
 
     id: str
@@ -52,13 +52,14 @@ class Record:
     kv_full_entries: int
     cut: bool = False
     attention_kept: float | None = None
+    read_bytes: int | None = None
     context_tokens: int | None = None
     context_s: float | None = None
     turn: int | None = None
 
 
 _FIELDS = {field.name for field in fields(Record)}
-_LATER = {"attention_kept", "context_tokens", "context_s", "turn"}  # fields that older files lack
+_LATER = {"attention_kept", "read_bytes", "context_tokens", "context_s", "turn"}  # fields that older files lack
 MEASURED = sorted(_FIELDS & {field.name for field in fields(Metrics)})  # as the engine measures them
 
 

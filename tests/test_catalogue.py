@@ -26,7 +26,15 @@ from fastkv.cache.setting import choice, number, one_or_more, setting, settings_
 from fastkv.cli_flags import build_parser
 
 FOLDER = ROOT / "cache" / "policies"
-SHARED_BY_METHODS = {"agnostic", "compressed", "online", "scored", "window_scored"}  # hold no policy of their own
+SHARED_BY_METHODS = {
+    "agnostic",
+    "compressed",
+    "online",
+    "optional_tsp",
+    "read_few",
+    "scored",
+    "window_scored",
+}  # no policy
 PAGE = (ROOT / "docs" / "policies.md").read_text(encoding="utf-8")
 
 
@@ -108,7 +116,7 @@ REFUSED = {
 def test_every_setting_says_what_it_takes_and_what_for(name: str) -> None:
     declared = settings_of(POLICIES[name])
     fields = [field.name for field in dataclasses.fields(POLICIES[name])]  # type: ignore[arg-type]
-    assert [field for field in fields if field not in declared] == REFUSED.get(name, [])
+    assert sorted(set(fields) - set(declared)) == sorted(REFUSED.get(name, []))
     for one in declared.values():
         assert one.help
         assert one.metavar
@@ -233,7 +241,8 @@ def test_which_policies_compress_again() -> None:
     again = {name for name, policy in POLICIES.items() if policy.compresses_again}
     by_window = {"fastkv", "fastkv-paper", "claa", "snapkv", "pyramidkv", "criticalkv", "restkv", "tova"}
     where_heads_are_even = {"keydiff", "expected-attention"}
-    assert again == by_window | where_heads_are_even | {"streamingllm", "pyramidinfer", "structkv", "asl"}
+    reads_few = {"quest", "clusterkv", "rocketkv", "sinkrouter"}
+    assert again == by_window | where_heads_are_even | reads_few | {"streamingllm", "pyramidinfer", "structkv", "asl"}
 
 
 @pytest.mark.parametrize("policy", [FastKV(), SnapKV(), StreamingLLM(), PyramidInfer()], ids=lambda one: one.name)

@@ -203,6 +203,14 @@ def test_a_row_for_each_policy() -> None:
     assert len(rows(text)) == 4  # one length needs no table by length
 
 
+def test_what_a_step_reads_has_a_column_where_all_records_say_it() -> None:
+    full, half = rival("full", None), rival("half", 0.5)
+    told = [record(one, index, read_bytes=(index + 1) << 20) for index in (0, 1) for one in (full, half)]
+    assert [row[-1] for row in rows(render(told, [full, half], 256))] == ["read a step, MiB", "---", "1.500", "1.500"]
+    older = [replace(told[0], read_bytes=None), *told[1:]]
+    assert rows(render(older, [full, half], 256))[0][-1] == "allocated, MiB"
+
+
 def test_scores_and_gains_by_length() -> None:
     full, tenth = rival("full", None), rival("tenth")
     records = [record(full, 0, length) for length in (500, 2000)]

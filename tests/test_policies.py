@@ -41,6 +41,8 @@ def small(name: str, n_layers: int = 6) -> Policy:
         return make(name, full_layers=1, drop_norm=0.2, min_tokens=8)
     if name == "pyramidinfer":
         return make(name, first_layer=1, decay=0.6, floor=0.1, min_tokens=8)
+    if name == "sinkrouter":
+        return make(name, kv_len=40, tau=2)  # skips nothing; the others of its kind read 128 entries at least
     return make(name, n_layers, kv_len=40) if name != "full" else make(name)
 
 
@@ -50,8 +52,10 @@ def unbounded(name: str) -> Policy:
         return make(name, drop_norm=0)
     if name == "pyramidinfer":
         return make(name, decay=1.0)
+    if name == "sinkrouter":
+        return make(name, kv_len=999, tau=2)
     known = {field.name for field in dataclasses.fields(POLICIES[name])}  # type: ignore[arg-type]
-    return make(name, **{setting: 999 for setting in ("kv_len", "tsp_len") if setting in known})
+    return make(name, **{setting: 999 for setting in ("kv_len", "tsp_len", "read_len") if setting in known})
 
 
 def counts(kept: Tensor) -> Tensor:

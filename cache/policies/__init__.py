@@ -32,6 +32,10 @@ from fastkv.cache.policies.keydiff import KeyDiff as KeyDiff
 from fastkv.cache.policies.compactor import Compactor as Compactor
 from fastkv.cache.policies.expected_attention import ExpectedAttention as ExpectedAttention
 from fastkv.cache.policies.kvzip import KVzip as KVzip
+from fastkv.cache.policies.quest import Quest as Quest
+from fastkv.cache.policies.clusterkv import ClusterKV as ClusterKV
+from fastkv.cache.policies.rocketkv import RocketKV as RocketKV
+from fastkv.cache.policies.sinkrouter import SinkRouter as SinkRouter
 from fastkv.cache.policies.gemfilter import GemFilter as GemFilter
 from fastkv.cache.policies.pyramidinfer import PyramidInfer as PyramidInfer
 from fastkv.cache.policies.structkv import StructKV as StructKV

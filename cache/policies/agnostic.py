@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from fastkv.cache.policies.adakv import FLOOR_HELP
+from fastkv.cache.policies.optional_tsp import OptionalTSP
 from fastkv.cache.policies.scored import Scored
-from fastkv.cache.policy import Stage
 from fastkv.cache.setting import choice, number, setting, whole
 from fastkv.errors import FastKVError
 
@@ -17,29 +17,23 @@ if TYPE_CHECKING:
 
     from fastkv.cache.policy import Observation
 
-TSP_LAYER_HELP = "layer after whose attention tokens are dropped, with --tsp-rate below 1"
-TSP_RATE_HELP = "share of the prompt that is propagated after it, by the same scores; 1: no TSP"
 BUDGETS_HELP = "even: each KV head keeps as many entries; heads: those of a layer compete; model: those of all layers"
 
 
 @dataclass(frozen=True, kw_only=True)
-class QueryAgnostic(Scored):
+class QueryAgnostic(Scored, OptionalTSP):
     """Compressed by scores that look at no question, so that the cache serves whatever is asked of it later.
 
     budgets: "even"; "heads": the best entries of a layer win, each KV head having `head_floor` of the budget for
     certain (AdaKV); "model": the best of all layers win, and K and V of all tokens stay in memory until the last layer
     has been scored. sinks, window: the first and the last tokens, always kept; a budget has room for both.
-    tsp_rate: below 1, TSP as in FastKV: after `tsp_layer` (None: half way up) this share of the prompt is propagated,
-    the tokens with the best sum over the KV heads of these very scores. Not where layers compete, which must see the
-    same tokens.
+    tsp_rate, tsp_layer: OptionalTSP's. Not where layers compete, which must see the same tokens.
     """
 
     budgets: str = setting("even", choice("even", "heads", "model"), BUDGETS_HELP, metavar="even|heads|model")
     head_floor: float = setting(0.2, number(0, 1), FLOOR_HELP, metavar="R")
     sinks: int = setting(4, whole(0), "first tokens that are always kept", metavar="N")
     window: int = setting(4, whole(1), "last tokens, always kept", metavar="W")
-    tsp_layer: int | None = setting(None, whole(0), TSP_LAYER_HELP, metavar="I", unset="half way up")
-    tsp_rate: float = setting(1.0, number(0, 1, above=True), TSP_RATE_HELP, metavar="R")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -49,25 +43,6 @@ class QueryAgnostic(Scored):
                 "take budgets even or heads",
                 setting="tsp_rate",
             )
-
-    def validate(self, n_layers: int, n_kv_heads: int | None = None) -> None:
-        if self.tsp_layer is not None and self.tsp_layer >= n_layers:
-            raise FastKVError(
-                f"tsp_layer must be below the model's number of layers ({n_layers}), not {self.tsp_layer}",
-                setting="tsp_layer",
-            )
-
-    def settings(self, n_layers: int) -> dict[str, Any]:
-        return super().settings(n_layers) | {"tsp_layer": self._tsp_layer_of(n_layers)}
-
-    def stages(self, n_layers: int, n_tokens: int) -> list[Stage]:
-        keep, layer = self.count(None, self.tsp_rate, n_tokens), self._tsp_layer_of(n_layers)
-        if keep >= n_tokens or layer + 1 >= n_layers:
-            return super().stages(n_layers, n_tokens)
-        return [Stage(range(layer + 1), keep), Stage(range(layer + 1, n_layers))]
-
-    def _tsp_layer_of(self, n_layers: int) -> int:
-        return max(0, n_layers // 2 - 1) if self.tsp_layer is None else self.tsp_layer
 
     @property
     def heads_compete(self) -> bool:

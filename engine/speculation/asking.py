@@ -49,7 +49,7 @@ def drafted_by_model(
         config, policy, plan.n_tokens, plan.max_tokens, model.dtype, limit, encode=encode, reduces=False
     )
     request = replace(whole, speculation=speculation, draft_plan=draft_plan)
-    _check_fits(runtime, request, draft_plan.nbytes)
+    _check_fits(runtime, request, draft_plan.nbytes + draft_plan.index_nbytes)
     return request
 
 

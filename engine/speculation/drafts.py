@@ -60,7 +60,7 @@ class SelfDraft:
         slot = self._state.pool.take()
         self._slots = range(slot, slot + 1)
         self.cache: KVCache = plan.cache_in(self._state.pool, self._slots)
-        self._stepper = runtime.stepper(self._buffers)
+        self._stepper = runtime.stepper(self._buffers, plan.eager)
         self._behind: list[int] = []  # tokens of the text that its cache lacks, the last one of the text included
 
     def start(self, params: SamplingParams, ids: Tensor) -> None:

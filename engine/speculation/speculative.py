@@ -72,7 +72,7 @@ class SpeculativeBatch(DecodeBatch):
             self._kind,
             **counts,
             speed_up=None if step is None or not self._seconds else brought * step / self._seconds,
-            draft_kv_bytes=0 if plan is None else plan.nbytes,
+            draft_kv_bytes=0 if plan is None else plan.nbytes + plan.index_nbytes,
             draft_weight_bytes=weight_bytes(drafting) if drafting is not None and own else 0,
             draft_seconds=self._drafting_seconds,
             verify_seconds=self._verifying_seconds,

@@ -20,7 +20,8 @@ MIB = 2**20
 NOTE = """\
 Scores in %, differences to full in points over the same examples, with 95 % confidence intervals. First token and
 decode: medians; × full: how many times as fast as the full cache on the same example, the median. KV: what the kept
-entries of a prompt take, the mean; allocated: the cache with room for the answer, in whole blocks of slots."""
+entries of a prompt take, the mean; allocated: the cache with room for the answer, in whole blocks of slots. Read a
+step: K, V and what chooses among them, in all layers, the mean."""
 
 
 def render(
@@ -40,8 +41,11 @@ def render(
             compared = [spec for spec in specs if spec.retention in (None, retention)]
             count = f"{len(of_task)} example{'s' * (len(of_task) != 1)}"
             title = f"### {task}, {100 * retention:g} % of the KV cache: {count}"
-            header = [*_SCORES, *(_CONTEXT if after else []), *_COSTS]
-            rows = markdown(header, [_row(spec, full, of_task, entry_bytes) for spec in compared])
+            told = _reads_are_told(compared, of_task)
+            header = [*_SCORES, *(_CONTEXT if after else []), *_COSTS, *(_READS if told else [])]
+            lines = [_row(spec, full, of_task, entry_bytes) for spec in compared]
+            read = [[_read_cell(spec, of_task)] if told else [] for spec in compared]
+            rows = markdown(header, [[*line, *cell] for line, cell in zip(lines, read, strict=True)])
             parts += [title, rows + _kept_note(of_task, compared, retention), _by_length(compared, of_task)]
     settings = ", ".join(f"`{spec.label}`" for spec in specs)
     policies = f"The policies, with all that is not their default: {settings}."
@@ -57,6 +61,18 @@ def retentions_of(specs: Sequence[PolicySpec]) -> list[float]:
 _SCORES = ["policy", "score", "− full"]
 _CONTEXT = ["context, s", "× full"]  # where questions came later
 _COSTS = ["first token, s", "× full", "decode, tokens/s", "× full", "KV kept", "KV, MiB", "allocated, MiB"]
+
+_READS = ["read a step, MiB"]  # where that is known of every answer
+
+
+def _reads_are_told(specs: Sequence[PolicySpec], answers: shared.Answers) -> bool:
+    """Whether all of these records say what a step has read; older files and answers of one token do not."""
+    return all(example[spec.label].read_bytes is not None for example in answers for spec in specs)
+
+
+def _read_cell(spec: PolicySpec, answers: shared.Answers) -> str:
+    """What a step has read of K, V and an index, in all layers: the mean over the examples."""
+    return f"{fmean(example[spec.label].read_bytes or 0 for example in answers) / MIB:.3f}"
 
 
 def _row(spec: PolicySpec, full: PolicySpec, answers: shared.Answers, entry_bytes: int) -> list[str]:

@@ -63,6 +63,11 @@ VALUES: dict[str, st.SearchStrategy[Any]] = {
     "score_decay": _shares,
     "reading": st.sampled_from(["paper", "code"]),
     "tau": st.sampled_from([0.01, 0.3, 2.0]),
+    "read_retention": _rates,
+    "read_len": st.integers(1, 70),
+    "dense_layers": _layers,
+    "page": st.sampled_from([1, 4, 16]),
+    "per_cluster": st.sampled_from([1, 8, 80]),
 }
 MADE_FROM_THE_MODEL = ("head_scores",)
 

@@ -1,0 +1,179 @@
+"""Clusters: an index of keys that point the same way (arXiv 2412.03213), each of which a step reads whole or not.
+
+The keys of a prompt are clustered once, by the cosine; those that steps append wait, and are clustered a block at a
+time. A step ranks the clusters by the product of the query with their mean keys, and reads them from the best on until
+its budget is used up. The first entries and those that wait are read in any case.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastkv.cache.reader import IndexSizes
+from fastkv.kernels.key_products import products
+
+ROUNDS = 20  # of k-means at most
+SETTLED = 0.01  # share of the keys that may still move at the end
+PER_CLUSTER = 80  # tokens of a prompt
+BLOCK = 320  # tokens of an answer that are clustered together, at most
+BLOCK_PER_CLUSTER = 40  # of them
+_VALUES = 2**20  # products of keys and centroids that are held at a time
+_INDEX, _FLOAT = 8, 4  # bytes
+
+
+class Clusters:
+    """Of all entries but the first `sinks` and the newest ones. See Index.
+
+    means: float32 [B, Hkv, C, D], of the keys as they are. order: int32 [B, Hkv, N], the entries, one cluster after
+    another. starts, counts: int64 [B, Hkv, C], which of them are a cluster's.
+    """
+
+    def __init__(
+        self, sizes: IndexSizes, device: torch.device, sinks: int, per_cluster: int = PER_CLUSTER, block: int = BLOCK
+    ) -> None:
+        self._sinks, self._per_cluster = sinks, per_cluster
+        self._block = block_of(sizes, sinks, block)
+        self._heads, self._head_dim = (sizes.batch, sizes.n_kv_heads), sizes.head_dim
+        self._known = self._n_clusters = 0
+        n_clusters = most_clusters(sizes, sinks, per_cluster, self._block)
+        self.means = torch.zeros(*self._heads, n_clusters, sizes.head_dim, device=device)
+        self.order = torch.zeros(*self._heads, max(0, sizes.capacity - sinks), dtype=torch.int32, device=device)
+        self.starts, self.counts = (
+            torch.zeros(*self._heads, n_clusters, dtype=torch.int64, device=device) for _ in range(2)
+        )
+
+    @staticmethod
+    def bytes_of(sizes: IndexSizes, sinks: int, per_cluster: int = PER_CLUSTER, block: int = BLOCK) -> int:
+        """Bytes of its tensors."""
+        n_clusters = most_clusters(sizes, sinks, per_cluster, block_of(sizes, sinks, block))
+        each = n_clusters * (sizes.head_dim * _FLOAT + 2 * _INDEX) + max(0, sizes.capacity - sinks) * 4
+        return sizes.batch * sizes.n_kv_heads * each
+
+    @staticmethod
+    def scratch_of(sizes: IndexSizes, per_cluster: int = PER_CLUSTER) -> int:
+        """Bytes that `learn` holds meanwhile: keys in float32 twice, which cluster each is in, and some products."""
+        count = sizes.n_entries // per_cluster + 1
+        heads = sizes.batch * sizes.n_kv_heads
+        held = heads * sizes.n_entries * (2 * sizes.head_dim * _FLOAT + 3 * _INDEX)
+        products = max(heads * count, min(_VALUES, heads * sizes.n_entries * count))
+        return held + _FLOAT * (products + 3 * heads * count * sizes.head_dim)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(each.nbytes for each in (self.means, self.order, self.starts, self.counts))
+
+    def due(self, n_entries: int) -> bool:
+        waiting = n_entries - max(self._known, self._sinks)
+        return waiting > (self._block if self._known else 1)
+
+    def learn(self, k: Tensor) -> None:
+        begun = self._known > 0
+        first, end = max(self._known, self._sinks), k.shape[2] - 1  # the newest is always read
+        per_cluster = BLOCK_PER_CLUSTER if begun else self._per_cluster
+        count = min(max(1, (end - first) // per_cluster), self.means.shape[2] - self._n_clusters)
+        keys = k[:, :, first:end].flatten(0, 1).float()
+        of_key = k_means(keys, count)  # [B * Hkv, n]
+        order = of_key.argsort(dim=1, stable=True)
+        counts = torch.zeros(len(keys), count, dtype=torch.int64, device=k.device)
+        counts.scatter_add_(1, of_key, torch.ones_like(of_key))
+        new, old = slice(self._n_clusters, self._n_clusters + count), first - self._sinks
+        means = _sums(keys, of_key, count) / counts.clamp_min(1).unsqueeze(2)
+        self.means[:, :, new] = means.unflatten(0, self._heads)
+        self.order[:, :, old : old + end - first] = (order + first).unflatten(0, self._heads)
+        self.starts[:, :, new] = (counts.cumsum(1) - counts + old).unflatten(0, self._heads)
+        self.counts[:, :, new] = counts.unflatten(0, self._heads)
+        self._known, self._n_clusters = end, self._n_clusters + count
+
+    def forget(self, n_entries: int) -> None:
+        if n_entries < self._known:  # a cluster may have some of what is gone
+            self._known = self._n_clusters = 0
+
+    def choose(self, q: Tensor, n_entries: int, budget: int) -> Tensor | None:
+        sinks = min(self._sinks, n_entries)
+        first = max(self._known, sinks)  # of those that wait
+        room = budget - sinks - (n_entries - first)
+        if n_entries <= budget or room >= first - sinks:
+            return None
+        parts = [_range(0, sinks, q), _range(first, n_entries, q)]
+        if room > 0:
+            parts.insert(1, self._best(q, room))
+        return torch.cat(parts, dim=2)
+
+    def _best(self, q: Tensor, room: int) -> Tensor:
+        """So many entries of the best clusters, of the last one only its first: int64 [B, Hkv, room]."""
+        n = self._n_clusters
+        scores = products(q.sum(dim=2, keepdim=True).float(), self.means[:, :, :n]).squeeze(2)  # [B, Hkv, C]
+        ranked = scores.argsort(dim=-1, descending=True)
+        counts = self.counts[..., :n].gather(2, ranked)
+        ends = counts.cumsum(2)
+        shifts = self.starts[..., :n].gather(2, ranked) - (ends - counts)
+        places = torch.arange(room, device=q.device).expand(*ranked.shape[:2], -1).contiguous()
+        of_place = torch.searchsorted(ends, places, right=True)
+        return self.order.gather(2, shifts.gather(2, of_place) + places).long()
+
+    @property
+    def read_bytes(self) -> int:
+        heads, n = self._heads[0] * self._heads[1], self._n_clusters
+        return heads * n * (self._head_dim * _FLOAT + 2 * _INDEX)
+
+
+def block_of(sizes: IndexSizes, sinks: int, block: int) -> int:
+    """Entries that wait at most: no more than leave room for as many of clusters."""
+    return max(1, min(block, (sizes.budget - sinks) // 2))
+
+
+def most_clusters(sizes: IndexSizes, sinks: int, per_cluster: int, block: int) -> int:
+    """Clusters of the prompt, and of what may be appended."""
+    of_prompt = max(1, max(0, sizes.n_entries - sinks) // per_cluster)
+    of_block = max(1, block // BLOCK_PER_CLUSTER)
+    return of_prompt + (1 + max(0, sizes.capacity - sizes.n_entries) // block) * of_block
+
+
+def k_means(keys: Tensor, count: int) -> Tensor:
+    """Clusters by the cosine: float32 keys [H, n, D] -> int64 [H, n], in which of `count` clusters each key is.
+
+    Evenly spaced keys are the first centroids, so that equal keys give equal clusters. A centroid is the direction of
+    its keys' mean; one that has lost all keys stays where it was. A head is done when hardly a key moves, whatever the
+    others do, or after ROUNDS.
+    """
+    unit = F.normalize(keys, dim=2)
+    first = torch.arange(count, device=keys.device) * keys.shape[1] // count
+    centroids = unit[:, first]
+    of_key = _nearest(unit, centroids)
+    moving = torch.ones(len(keys), 1, dtype=torch.bool, device=keys.device)
+    for _ in range(ROUNDS - 1):
+        sums = _sums(unit, of_key, count)
+        has_keys = sums.abs().sum(dim=2, keepdim=True) > 0
+        centroids = torch.where(has_keys, F.normalize(sums, dim=2), centroids)
+        nearest = _nearest(unit, centroids).where(moving, of_key)
+        moving = (nearest != of_key).sum(dim=1, keepdim=True) > SETTLED * keys.shape[1]
+        of_key = nearest
+        if not bool(moving.any()):
+            break
+    return of_key
+
+
+def _nearest(unit: Tensor, centroids: Tensor) -> Tensor:
+    """The centroid that each key points to most: [H, n, D] and [H, C, D] -> int64 [H, n]; some keys at a time."""
+    n_heads, n_keys, _ = unit.shape
+    nearest = torch.empty(n_heads, n_keys, dtype=torch.int64, device=unit.device)
+    some = max(1, _VALUES // (n_heads * centroids.shape[1]))
+    for start in range(0, n_keys, some):
+        part = slice(start, start + some)
+        nearest[:, part] = (unit[:, part] @ centroids.transpose(1, 2)).max(dim=2).indices
+    return nearest
+
+
+def _sums(keys: Tensor, of_key: Tensor, count: int) -> Tensor:
+    """The sums of the keys of each cluster: [H, n, D] and int64 [H, n] -> [H, count, D]."""
+    n_heads, _, head_dim = keys.shape
+    first = torch.arange(n_heads, device=keys.device).unsqueeze(1) * count
+    sums = torch.zeros(n_heads * count, head_dim, device=keys.device)
+    return sums.index_add_(0, (of_key + first).flatten(), keys.flatten(0, 1)).view(n_heads, count, head_dim)
+
+
+def _range(first: int, end: int, q: Tensor) -> Tensor:
+    """The entries first … end - 1 of each head: int64 [B, Hkv, n]."""
+    return torch.arange(first, end, device=q.device).expand(*q.shape[:2], -1)
