@@ -10,6 +10,7 @@ from fastkv.cache.policies.optional_tsp import OptionalTSP
 from fastkv.cache.policies.window_scored import WindowScored
 from fastkv.cache.policy import Policy
 from fastkv.cache.setting import number, redefined, setting, whole
+from fastkv.errors import FastKVError
 
 _ALL = 2**62  # tokens: more than any prompt has
 DENSE_LAYERS_HELP = "first layers, whose steps read everything"
@@ -29,6 +30,14 @@ class ReadFew(WindowScored, OptionalTSP):
 
     kv_retention: float = redefined(WindowScored, "kv_retention", 1.0)
     dense_layers: int = setting(2, whole(0), DENSE_LAYERS_HELP, metavar="N")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.per_head:
+            raise FastKVError(
+                f"a step of {self.name} reads heads of equal length: leave keep_mass_by at layer",
+                setting="keep_mass_by",
+            )
 
     def least_budget(self, n_tokens: int) -> int:
         return min(super().least_budget(n_tokens), self.count(None, self.tsp_rate, n_tokens))

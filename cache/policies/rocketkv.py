@@ -24,8 +24,8 @@ class RocketKV(ReadByBudget):
     alone where the query is largest, and reads the best pages: half of what it reads are channels of pages, half are
     entries. So what it reads is less in bytes than the entries that read_retention or read_len says.
 
-    kv_retention: 1 (default) keeps tokens / c^a; below 1, or with kv_len, this wins. window, kernel: of the scores.
-    dense_layers: 0, unlike the others of its kind. The other settings are those of ReadByBudget and ReadFew.
+    kv_retention: 1 (default) keeps tokens / c^a; below 1, or with kv_len or keep_mass, this wins. window,
+    kernel: of the scores. dense_layers: 0, unlike the others of its kind. The other settings are those of ReadByBudget and ReadFew.
 
     What differs from the paper: its window is 32; the newest page is always read. The estimate is not divided by the
     root of the share that the channels have of the query: the order of the pages stays the same. Raises FastKVError for
@@ -41,9 +41,14 @@ class RocketKV(ReadByBudget):
     dense_layers: int = redefined(ReadByBudget, "dense_layers", 0)
 
     def budget(self, layer: int, n_layers: int, n_tokens: int) -> int:
-        if self.kv_len is not None or self.kv_retention < 1 or layer < self.dense_layers:
+        if self._says_otherwise or layer < self.dense_layers:
             return super().budget(layer, n_layers, n_tokens)
         return self.count(None, kept_share(n_tokens / self.read_budget(n_tokens)), n_tokens)
+
+    @property
+    def _says_otherwise(self) -> bool:
+        """Whether a setting says how much is kept, in place of c^-a."""
+        return self.kv_len is not None or self.kv_retention < 1 or self.keep_mass is not None
 
     def least_budget(self, n_tokens: int) -> int:
         return min(super().least_budget(n_tokens), self.budget(self.dense_layers, 0, n_tokens))
