@@ -204,3 +204,13 @@ def test_loading_counts_what_stays(archive_folder: Path, monkeypatch: pytest.Mon
 
 def test_free_memory_of_the_process_is_there_for_it() -> None:
     assert limits.heap_free() >= 0
+
+
+@pytest.mark.parametrize("shape", ["narrow", "short dtype"])
+@pytest.mark.parametrize("by", ["layer", "head"])
+@pytest.mark.parametrize("name", ["fastkv", "tova", "criticalkv"])
+def test_scores_that_decide_how_many_are_counted(models: dict[str, LLM], name: str, by: str, shape: str) -> None:
+    """The most is said: what is kept is less by then."""
+    policy = POLICIES[name](keep_mass=0.99, keep_mass_by=by)  # type: ignore[call-arg]
+    said, alive = both(models[shape], policy, 1100)
+    assert 0.95 * alive < said.total < 1.2 * alive, (said, alive)

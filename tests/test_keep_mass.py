@@ -14,7 +14,7 @@ from fastkv import CLAA, LLM, DBudgetKV, FastKV, FastKVError, FullKV, KeyDiff, P
 from fastkv.cache.keep_mass import norm_counts, smallest, smallest_of_each
 from fastkv.cache.policies.read_few import ReadFew
 from fastkv.cache.policies.scored import Scored
-from fastkv.cache.policy import Observation, Policy, plan_layers
+from fastkv.cache.policy import Drafted, Observation, Policy, plan_layers
 from fastkv.cache.scores import window_attention
 from fastkv.cache.setting import settings_of
 from fastkv.console.summary import figures, warning
@@ -225,12 +225,24 @@ def test_a_sequence_goes_on_by_mass(tiny_llm: LLM) -> None:
 
 
 def test_a_lookahead_counts_what_the_draft_attends_to(tiny_llm: LLM) -> None:
+    """Of a sequence that has drafted nothing, the window's attention."""
+    generator = torch.Generator().manual_seed(2)
+    q, k = torch.randn(2, 4, 8, 8, generator=generator), torch.randn(2, 2, 40, 8, generator=generator)
+    drafted = Drafted(q[:, :, :3], k[:, :, :3], torch.tensor([[True, True, False], [False] * 3]))
+    policy = SnapKV(keep_mass=0.5, lookahead=3)
+    plain, ahead = (Observation(0, q, k, k, drafted=of) for of in (None, drafted))
+    mass = policy.mass(ahead, policy.score(ahead))
+    torch.testing.assert_close(mass[0], drafted.attention(k).sum(dim=(2, 3))[0])
+    torch.testing.assert_close(mass[1], policy.mass(plain, policy.score(plain))[1])
     params = SamplingParams(max_tokens=4, ignore_eos=True)
     for by in ("layer", "head"):
-        plain, ahead = (
-            tiny_llm.generate(PROMPT[0].tolist(), params, made("snapkv", keep_mass_by=by, lookahead=n)) for n in (0, 4)
-        )
-        assert plain.metrics.layer_entries != ahead.metrics.layer_entries
+        out = tiny_llm.generate(PROMPT[0].tolist(), params, made("snapkv", keep_mass_by=by, lookahead=4))
+        assert 12 * LEAST < out.metrics.kv_entries < out.metrics.kv_full_entries
+
+
+def test_tova_keeps_the_same_in_all_heads(tiny_llm: LLM) -> None:
+    for kept in tiny_llm.prefill(PROMPT, made("tova", keep_mass_by="head")).kept:
+        assert torch.equal(kept[:, 0], kept[:, 1])
 
 
 @pytest.mark.parametrize(
