@@ -86,7 +86,8 @@ class Case:
 def run_unbounded(case: Case) -> None:
     """A budget of all that there is keeps all that there is: the full cache, its logits and its tokens."""
     llm, (ids, *_), most = load(case.model), case.prompts(), 2 * CONTEXT
-    wanted = {"kv_len": most, "min_tokens": most, "decay": 1.0}
+    wanted = {"kv_len": most, "min_tokens": most, "decay": 1.0, "read_len": most}
+    wanted |= {"tau": 2.0} if case.policy == "sinkrouter" else {}
     tsp = (
         {"tsp_len": tuple(most + 1 - place for place in range(_layers_of(case)))}
         if _layers_of(case) > 1
@@ -171,7 +172,8 @@ def _check_entries(pre: Prefill, entries: list[Entries], positions: Kept, kept: 
 
 
 def _check_decoding(llm: LLM, cache: KVCache, case: Case) -> None:
-    """A token at a time, then the last two of them at once."""
+    """A token at a time, then the last two of them at once; all is read (tests/test_read_few.py has the others)."""
+    cache.reader = None
     slow, new = SlowTwin(llm, cache, cache.position), torch.tensor([prompt(case.new, case.seed + 98)])
     for step in new.split([*[1] * max(0, case.new - 2), min(2, case.new)], dim=1):
         require_close(llm.decode(cache, step), slow.run(step), "decoding attends to what was kept")
