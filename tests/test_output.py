@@ -12,9 +12,10 @@ import pytest
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full on this system")
 @pytest.mark.parametrize("flags", [[], ["--json"]])
-def test_a_full_disk(archive_folder: Path, flags: list[str]) -> None:
-    prompt = str(archive_folder.parent / "prompt.txt")
-    command = [sys.executable, "-m", "fastkv", "--model", str(archive_folder), "--prompt", prompt, "--quiet", *flags]
+def test_a_full_disk(archive_folder: Path, flags: list[str], tmp_path: Path) -> None:
+    prompt = tmp_path / "prompt.txt"
+    prompt.write_text("The access code of the amber gate is")
+    command = [sys.executable, "-m", "fastkv", "--model", archive_folder, "--prompt", prompt, "--quiet", *flags]
     with open("/dev/full", "w") as full:
         done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
     assert done.returncode == 1
