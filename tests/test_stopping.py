@@ -136,6 +136,7 @@ def stories() -> LLM:
     return LLM(STORIES, device="cpu")
 
 
+@functools.cache
 def generate(*stops: str, max_tokens: int = 80, **more: object) -> Output:
     """The story, by `generate`; `stream` must tell the same, piece by piece."""
     params = SamplingParams(max_tokens=max_tokens, stop=stops, **more)  # type: ignore[arg-type]
