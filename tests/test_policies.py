@@ -160,10 +160,10 @@ def test_prompts_of_one_tensor_are_decoded_as_alone(tiny_llm: LLM, name: str) ->
 
 @pytest.mark.parametrize("name", POLICIES)
 def test_in_a_batch_each_is_as_alone(tiny_llm: LLM, name: str) -> None:
-    prompts = [PROMPT[0, :count].tolist() for count in (300, 41, 200, 9)]
-    params = SamplingParams(max_tokens=8, ignore_eos=True)
+    prompts = [PROMPT[0, :count].tolist() for count in (300, 41, 9)]
+    params = SamplingParams(max_tokens=5, ignore_eos=True)
     alone = [tiny_llm.generate(prompt, params, small(name)).token_ids for prompt in prompts]
-    together = tiny_llm.generate(prompts, params, small(name), batch_size=3)
+    together = tiny_llm.generate(prompts, params, small(name), batch_size=2)
     assert [output.token_ids for output in together] == alone
 
 
@@ -175,11 +175,10 @@ FAMILIES: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("name", POLICIES)
-@pytest.mark.parametrize("family", FAMILIES)
-def test_on_every_family(tmp_path: Path, name: str, family: str) -> None:
+@pytest.fixture(scope="module", params=FAMILIES)
+def of_family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> LLM:
     config = {
-        "architectures": [family],
+        "architectures": [request.param],
         "vocab_size": 64,
         "hidden_size": 32,
         "intermediate_size": 48,
@@ -188,12 +187,18 @@ def test_on_every_family(tmp_path: Path, name: str, family: str) -> None:
         "num_key_value_heads": 2,
         "max_position_embeddings": 512,
         "rms_norm_eps": 1e-5,
-        **FAMILIES[family],
+        **FAMILIES[request.param],
     }
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    llm = LLM(tmp_path, dtype="float32", device="cpu", load_format="dummy")
-    out = llm.generate([n % 64 for n in range(200)], SamplingParams(max_tokens=5, ignore_eos=True), small(name, 4))
-    assert len(out.token_ids) == 5
+    folder = tmp_path_factory.mktemp("family")
+    (folder / "config.json").write_text(json.dumps(config))
+    return LLM(folder, dtype="float32", device="cpu", load_format="dummy")
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_on_every_family(of_family: LLM, name: str) -> None:
+    prompt, params = [n % 64 for n in range(200)], SamplingParams(max_tokens=3, ignore_eos=True)
+    out = of_family.generate(prompt, params, small(name, 4))
+    assert len(out.token_ids) == 3
     if name in BUDGETED:
         assert out.metrics.kv_tokens == 40
 
