@@ -15,4 +15,4 @@ if TYPE_CHECKING:
 
 
 def test_hostile_flags_and_files_answer_or_are_refused(fuzz: Fuzz) -> None:
-    fuzz(commands(), run_command, ordinary=400, share=0.3)
+    fuzz(commands(), run_command, ordinary=150, share=0.3)

@@ -16,4 +16,4 @@ if TYPE_CHECKING:
 
 @pytest.mark.parametrize("what", EDITS)
 def test_a_hostile_folder_answers_or_is_refused(fuzz: Fuzz, what: str) -> None:
-    fuzz(folders(what), run_folder, ordinary=60, share=0.06)
+    fuzz(folders(what), run_folder, ordinary=20, share=0.06)

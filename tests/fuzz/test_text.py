@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 
 
 def test_a_text_is_what_its_tokens_decode_to(fuzz: Fuzz) -> None:
-    fuzz(answers(), run_answer, ordinary=100, share=0.06)
+    fuzz(answers(), run_answer, ordinary=25, share=0.06)
 
 
 def test_calls_of_any_kind_answer_or_are_refused(fuzz: Fuzz) -> None:
-    fuzz(calls(), run_call, ordinary=200, share=0.04)
+    fuzz(calls(), run_call, ordinary=80, share=0.04)
