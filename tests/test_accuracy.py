@@ -15,20 +15,20 @@ from fastkv.cache.policy import Policy
 from fastkv.eval.example import Example
 from fastkv.eval.tasks.archive import make_prompt
 
-EXAMPLES = 20
+EXAMPLES = 10
 PARAMS = SamplingParams(max_tokens=8)
 TENTH = {"kv_retention": 0.1, "min_tokens": 8}
 
 
 @pytest.fixture(scope="module")
 def questions(archive_folder: Path) -> list[Example]:
-    """Texts of about 1,000 tokens, the record asked for at five depths."""
+    """Texts of about 600 tokens, the record asked for at five depths."""
     tokenizer = Tokenizer.from_file(str(archive_folder / "tokenizer.json"))
 
     def encode(text: str) -> list[int]:
         return tokenizer.encode(text, add_special_tokens=False).ids
 
-    return [make_prompt(encode, 1000, depth=(seed % 5) / 4, seed=seed) for seed in range(EXAMPLES)]
+    return [make_prompt(encode, 600, depth=(seed % 5) / 4, seed=seed) for seed in range(EXAMPLES)]
 
 
 def right(llm: LLM, questions: list[Example], policy: Policy) -> int:
@@ -40,7 +40,7 @@ def right(llm: LLM, questions: list[Example], policy: Policy) -> int:
 
 def test_a_tenth_of_the_cache_answers_as_well_as_all_of_it(archive_llm: LLM, questions: list[Example]) -> None:
     full = right(archive_llm, questions, FullKV())
-    assert full >= EXAMPLES - 4
+    assert full >= EXAMPLES - 2
     assert right(archive_llm, questions, FastKV(**TENTH)) >= full - 1
     assert right(archive_llm, questions, FastKV(tsp_rate=1.0, **TENTH)) >= full - 1
 
