@@ -285,13 +285,11 @@ def test_positions_and_lengths_after_the_answer_are_these(figures: dict[str, Any
 
 def test_the_weaknesses_show(script: ModuleType, archive_llm: LLM) -> None:
     """A small version of the measurements, so that what the page reports can still be measured."""
-    late = {
-        name: [script.late_questions(archive_llm, seed, policy) for seed in (0, 2, 3)] for name, policy in policies()
-    }
+    late = {name: [script.late_questions(archive_llm, seed, policy) for seed in (0, 2)] for name, policy in policies()}
     several = {name: script.several_questions(archive_llm, 0, policy) for name, policy in policies()}
     for case in ("fed after the prefill", "first in the prompt, fed again after the prefill"):
         assert sum(one[case] for one in late["full"]) > sum(one[case] for one in late["FastKV"])
-    assert sum(one["last in the prompt"] for one in late["FastKV"]) == 3
+    assert sum(one["last in the prompt"] for one in late["FastKV"]) == 2
     assert sum(several["full"].values()) > 0.5 > sum(several["FastKV"].values())
 
 
