@@ -175,19 +175,46 @@ import sys
 from fastkv.cli_flags import NAMED_SETTINGS
 from fastkv.console.parser import guarded
 from fastkv.models.hub import model_folder
-sys.exit(guarded("fastkv-run", lambda: print(model_folder(*sys.argv[1:])), NAMED_SETTINGS))
+def find(*argv):
+    sys.exit(guarded("fastkv-run", lambda: print(model_folder(*argv)), NAMED_SETTINGS))
+"""
+FIND_HERE = f"{FIND}\nfind(*sys.argv[1:])"
+# A process that has imported what there is to import, and becomes two for each model to find. The hub's library reads
+# the environment while it is imported, so it is imported anew in each.
+FINDER = f"""
+import json, os
+from huggingface_hub import snapshot_download
+{FIND}
+for line in sys.stdin:
+    argv, environment, folder, out, err = json.loads(line)
+    if child := os.fork():
+        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+        continue
+    for number, path in enumerate((os.devnull, out, err)):
+        os.dup2(os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC), number)
+    os.chdir(folder)
+    os.environ.clear()
+    os.environ.update(environment)
+    for name in [name for name in sys.modules if name.partition(".")[0] == "huggingface_hub"]:
+        del sys.modules[name]
+    find(*argv)
 """
 
 
 @pytest.fixture
-def start(hub: Hub, tmp_path: Path) -> Callable[..., subprocess.Popen[str]]:
-    """start(*python_arguments, **variables): Python in a process of its own, that knows our hub and an empty cache."""
+def environment(hub: Hub, tmp_path: Path) -> dict[str, str]:
+    """Variables of a process that knows our hub and an empty cache."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING"))}
+    ours = {"HF_ENDPOINT": hub.endpoint, "HF_HOME": str(tmp_path / "home"), "OMP_NUM_THREADS": "1"}
+    plain = {"HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "NO_PROXY": "127.0.0.1"}
+    return {**kept, **ours, **plain}
 
-    def call(*argv: str, stderr: int = subprocess.PIPE, **variables: str) -> subprocess.Popen[str]:
-        kept = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING"))}
-        ours = {"HF_ENDPOINT": hub.endpoint, "HF_HOME": str(tmp_path / "home"), "OMP_NUM_THREADS": "1"}
-        plain = {"HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "NO_PROXY": "127.0.0.1"}
-        environment = {**kept, **ours, **plain, **variables}
+
+@pytest.fixture
+def start(environment: dict[str, str]) -> Callable[..., subprocess.Popen[str]]:
+    """start(*python_arguments): Python in a process of its own, with these variables."""
+
+    def call(*argv: str, stderr: int = subprocess.PIPE) -> subprocess.Popen[str]:
         return subprocess.Popen(
             [sys.executable, *argv], env=environment, text=True, stdout=subprocess.PIPE, stderr=stderr
         )
@@ -198,14 +225,41 @@ def start(hub: Hub, tmp_path: Path) -> Callable[..., subprocess.Popen[str]]:
 Start = Callable[..., "subprocess.Popen[str]"]
 
 
+@pytest.fixture(scope="module")
+def finder() -> Iterator[subprocess.Popen[str]]:
+    if not hasattr(os, "fork"):
+        pytest.skip("no fork on this system")
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen([sys.executable, "-c", FINDER], text=True, **pipes) as process:  # type: ignore[call-overload]
+        yield process
+        process.stdin.close()
+
+
+Ended = tuple[int, str, str]  # the exit status, and what was written to standard output and error
+
+
 @pytest.fixture
-def find(start: Start) -> Callable[..., Path]:
+def looked(finder: subprocess.Popen[str], environment: dict[str, str], tmp_path: Path) -> Callable[..., Ended]:
+    """looked(model, revision, **variables): what came of FIND in a process of its own."""
+
+    def call(*argv: str, **variables: str) -> Ended:
+        written = [str(tmp_path / name) for name in ("stdout", "stderr")]
+        assert finder.stdin is not None
+        assert finder.stdout is not None
+        print(json.dumps([argv, {**environment, **variables}, os.getcwd(), *written]), file=finder.stdin, flush=True)
+        status = int(finder.stdout.readline())
+        return status, *(Path(path).read_text() for path in written)  # type: ignore[return-value]
+
+    return call
+
+
+@pytest.fixture
+def find(looked: Callable[..., Ended]) -> Callable[..., Path]:
     """find(model, revision, **variables): the folder of a model, which must be found."""
 
     def call(*argv: str, **variables: str) -> Path:
-        process = start("-c", FIND, *argv, **variables)
-        out, err = process.communicate(timeout=60)
-        assert process.returncode == 0, err
+        status, out, err = looked(*argv, **variables)
+        assert status == 0, err
         assert err == ""  # no progress bar where there is no terminal
         return Path(out.removesuffix("\n"))
 
@@ -213,13 +267,12 @@ def find(start: Start) -> Callable[..., Path]:
 
 
 @pytest.fixture
-def complaint(start: Start) -> Callable[..., str]:
+def complaint(looked: Callable[..., Ended]) -> Callable[..., str]:
     """complaint(model, revision, **variables): what is said of a model that is not found."""
 
     def call(*argv: str, **variables: str) -> str:
-        process = start("-c", FIND, *argv, **variables)
-        out, err = process.communicate(timeout=60)
-        check(process.returncode, out, err)
+        status, out, err = looked(*argv, **variables)
+        check(status, out, err)
         return err
 
     return call
@@ -443,7 +496,7 @@ def test_a_terminal_shows_progress(start: Start) -> None:
     pty, fcntl, termios = (pytest.importorskip(name) for name in ("pty", "fcntl", "termios"))
     ours, theirs = pty.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("4H", 24, 80, 0, 0))
-    process = start("-c", FIND, "org/tiny", stderr=theirs)
+    process = start("-c", FIND_HERE, "org/tiny", stderr=theirs)
     os.close(theirs)
     shown = b""
     while True:
