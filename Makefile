@@ -19,8 +19,9 @@ run: $(VENV)/run.stamp
 	@echo "== full cache" >&2
 	$(BIN)/fastkv-run --model $(EXAMPLE)/model --prompt $(EXAMPLE)/prompt.txt --policy full
 
+# The files that take longest come first (tests/conftest.py). Compiled code is kept: tests start many processes.
 test: $(VENV)/test.stamp
-	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
+	PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 fuzz: $(VENV)/test.stamp
 	rm -rf .fuzz

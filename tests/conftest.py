@@ -31,6 +31,33 @@ os.environ["FASTKV_CACHE"] = str(Path(tempfile.gettempdir(), f"fastkv-tests-{os.
 os.environ["FASTKV_CALIBRATION"] = "off"  # what is measured differs from run to run; tests of it stand in for the clock
 _counter = itertools.count()
 
+# What takes longest, the first of all first: begun last, one of them would run alone when all else is done.
+LONGEST = (
+    "test_compile.py",
+    "test_benchmarks.py",
+    "test_compiled_row.py",
+    "test_folders.py",
+    "test_int8.py",
+    "test_hub.py",
+    "test_cli.py",
+    "test_policies.py",
+    "test_report_browser.py",
+    "test_batch.py",
+    "test_text.py",
+    "test_eval_tsp_layers.py",
+    "test_eval_compare.py",
+    "test_families.py",
+    "test_train.py",
+    "test_weights.py",
+    "test_chat_command.py",
+    "test_cli_errors.py",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    places = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path.name, len(places)))
+
 
 @pytest.fixture(autouse=True)
 def cache_folder(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
