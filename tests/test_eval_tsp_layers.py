@@ -347,7 +347,7 @@ def test_the_bundled_model_is_advised_well(
     from matplotlib.image import imread
 
     files = f"--plot {tmp_path}/picture.png --json {tmp_path}/figures.json"
-    examples = f"--task archive --length 512 --depth 0.2 0.8 --examples 4 --policy fastkv-paper:min_tokens=8{layer}"
+    examples = f"--task archive --length 512 --depth 0.2 0.8 --examples 2 --policy fastkv-paper:min_tokens=8{layer}"
     assert command(f"--model {{model}} --dtype float32 --tsp-rate 0.1 0.2 {examples} {files}") == 0
     out, err = capfd.readouterr()
     assert err == ""
@@ -355,7 +355,7 @@ def test_the_bundled_model_is_advised_well(
     assert report["advice"] == {"tsp_layer": advice, "tsp_rate": 0.2, "is_default": not layer}
     assert [layers[0] for layers in report["settled"]] == [3, 3]
     right = {one["layer"]: sum(map(sum, one["scores"].values())) for one in report["checked"]}
-    assert right[3] == max(right.values()) >= 7
+    assert right[3] == max(right.values()) >= 3
     if layer:
         assert out.splitlines()[-1].startswith("Advice: --tsp-layer 3 --tsp-rate 0.2. ")
     else:
