@@ -10,7 +10,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -30,6 +30,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # for the commands that tests sta
 os.environ["FASTKV_CACHE"] = str(Path(tempfile.gettempdir(), f"fastkv-tests-{os.getpid()}"))
 os.environ["FASTKV_CALIBRATION"] = "off"  # what is measured differs from run to run; tests of it stand in for the clock
 _counter = itertools.count()
+_scripts: dict[str, ModuleType] = {}  # of benchmarks/
 
 # What takes longest, the first of all first: begun last, one of them would run alone when all else is done.
 LONGEST = (
@@ -135,9 +136,9 @@ def archive_llm(archive_folder: Path) -> LLM:
 
 @pytest.fixture
 def benchmarks(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """The modules of benchmarks/, which is a folder of scripts and no package."""
+    """The modules of benchmarks/, which is a folder of scripts and no package; imported once, hidden between tests."""
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     names = [path.stem for path in (ROOT / "benchmarks").glob("*.py")]
+    sys.modules.update(_scripts)
     yield SimpleNamespace(**{name: importlib.import_module(name) for name in names})
-    for name in names:
-        sys.modules.pop(name, None)
+    _scripts.update({name: sys.modules.pop(name) for name in names})
