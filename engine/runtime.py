@@ -37,12 +37,14 @@ class Runtime:
     def stepper(self, buffers: Buffers, evicts: bool = False) -> Stepper:
         """What makes the steps of the sequences in the slots of these buffers.
 
-        evicts: whether any of them may drop entries meanwhile, which neither a graph nor a compiled step can follow.
+        evicts: whether any of them may drop entries meanwhile, which neither a graph nor a compiled step can follow;
+        nor do they follow entries that are packed as they become old.
         """
         assert buffers.state is not None, "the slots come first"
-        if evicts:
-            self._say_eager()
-        if evicts or not self.cuda_graph:
+        kv_dtype = buffers.state.pool.layout.kv_dtype
+        if evicts or kv_dtype is not None:
+            self._say_eager("with a decode_budget" if evicts else f"over {kv_dtype} entries")
+        if evicts or kv_dtype is not None or not self.cuda_graph:
             return EagerStepper(self.model, buffers.state, self.step_threads)
         if buffers.stepper is None:
             stepper = GraphStepper(self.model, buffers.state)
@@ -56,11 +58,11 @@ class Runtime:
         _log.warning("CUDA graphs are off, decoding is slower: %s", error)
         return EagerStepper(self.model, state)
 
-    def _say_eager(self) -> None:
+    def _say_eager(self, how: str) -> None:
         if (self.cuda_graph or self.model.row is not None) and not self._said_eager:
             self._said_eager = True
             kind = "CUDA graphs" if self.cuda_graph else "compiled steps"
-            _log.warning("answers with a decode_budget are made without %s, which is slower", kind)
+            _log.warning("answers %s are made without %s, which is slower", how, kind)
 
     def _say_if_slow(self, reason: str | None) -> None:
         if reason is not None and not self._said_slow:

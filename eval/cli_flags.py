@@ -57,7 +57,7 @@ FLAGS: dict[str, dict[str, Any]] = {
 MODES, MOST_QUESTIONS = ("turns", "requests"), 20
 TEXTS = ("length", "depth", "seed", "examples")  # which texts are drawn
 # What a complaint names the flag of; the settings of policies are named in its message already.
-SETTINGS = {*FLAGS, "model", "loss", "device", "dtype", "weights", "threads", "revision"} - {"policy"}
+SETTINGS = {*FLAGS, "model", "loss", "device", "dtype", "weights", "kv_dtype", "threads", "revision"} - {"policy"}
 
 SUMMARIES = {
     **{task.name: task.summary for task in GENERATED.values()},
