@@ -26,7 +26,6 @@ from fastkv.kernels.packing import SCHEMES, Packed, Scheme, pack, unpack
 
 SINKS = 4  # first entries of a head: their keys are unlike all others (arXiv 2309.17453), and would spoil a block
 REWIND = 32  # newest entries that are never packed
-KV_DTYPES = tuple(SCHEMES)
 
 
 @dataclass
@@ -120,7 +119,7 @@ class QuantisedLayer:
         ]
 
     def attend(self, slots: range, q: Tensor, window: int | None = None) -> Tensor:
-        attended = torch.empty_like(q)
+        attended = q.new_empty(q.shape)
         n_new, n_heads = q.shape[2], self._shape.n_kv_heads
         for index, slot in enumerate(slots):
             rows = q[index].reshape(n_heads, -1, q.shape[3])  # [Hkv, G * T, D]

@@ -20,7 +20,6 @@ from fastkv.cache.layer import EntryShape
 from fastkv.cache.policies import FastKV
 from fastkv.cache.policy import Policy
 from fastkv.cache.pool import bytes_of
-from fastkv.cache.quantised import KV_DTYPES
 from fastkv.engine.attention import check_backend
 from fastkv.engine.batch import DEFAULT_BATCH_SIZE, Batch, run_batch
 from fastkv.engine.compile import compile_layers
@@ -55,6 +54,7 @@ from fastkv.engine.session_file import read_session
 from fastkv.engine.turn import Turn
 from fastkv.errors import FastKVError, brief, check_choice, check_integer, check_switch, writable
 from fastkv.kernels.out_of_memory import LOADING, REQUEST
+from fastkv.kernels.packing import KV_DTYPES
 from fastkv.kernels.threads import as_many, step_threads
 from fastkv.models.checkpoint import stored_dtype
 from fastkv.models.config import ModelConfig

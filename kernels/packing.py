@@ -79,6 +79,7 @@ class Scheme:
 
 
 SCHEMES = {"int8": Scheme(8, 64, signed=True), "int4": Scheme(4, 32, signed=False)}
+KV_DTYPES = tuple(SCHEMES)
 
 
 def pack(scheme: Scheme, k: Tensor, v: Tensor, into: Packed) -> None:
