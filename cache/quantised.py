@@ -33,7 +33,8 @@ class _Run:
     """Heads of a slot that hold equally many entries.
 
     first: their first block in the slot's memory; room: blocks that each of them has. stored: entries, without those
-    that decode steps have appended. packed: blocks.
+    that decode steps have appended. packed: blocks. views: of them, [h, n, …], until there are more: a step takes less
+    time than to make them anew for each layer.
     """
 
     heads: slice
@@ -41,6 +42,7 @@ class _Run:
     room: int
     stored: int = 0
     packed: int = 0
+    views: Packed | None = None
 
     @property
     def n_heads(self) -> int:
@@ -119,17 +121,14 @@ class QuantisedLayer:
         ]
 
     def attend(self, slots: range, q: Tensor, window: int | None = None) -> Tensor:
-        attended = q.new_empty(q.shape)
-        n_new, n_heads = q.shape[2], self._shape.n_kv_heads
-        for index, slot in enumerate(slots):
-            rows = q[index].reshape(n_heads, -1, q.shape[3])  # [Hkv, G * T, D]
-            target = attended[index].view(rows.shape)
-            for run in self._runs[slot]:
-                packed, exact = self._blocks(slot, run), slice(self._n_exact(slot, run) + n_new)
-                k, v = self.k[slot, run.heads, exact], self.v[slot, run.heads, exact]
-                hidden = self._hidden(run, k.shape[1], rows.shape[1], n_new, window)
-                target[run.heads] = packed_attention(self._scheme, rows[run.heads], packed, k, v, hidden)
-        return attended
+        rows = q.reshape(len(slots), self._shape.n_kv_heads, -1, q.shape[3])  # [B, Hkv, G * T, D]
+        n_new = q.shape[2]
+        attended = [
+            self._attend(slot, run, rows[index, run.heads], n_new, window)
+            for index, slot in enumerate(slots)
+            for run in self._runs[slot]
+        ]
+        return (attended[0] if len(attended) == 1 else torch.cat(attended)).view(q.shape)
 
     def padded(self, slots: range, span: int) -> tuple[Tensor, Tensor]:
         raise NotImplementedError("only where graphs are captured")
@@ -241,8 +240,20 @@ class QuantisedLayer:
         """Exact entries of each head, the first ones included."""
         return run.stored + self._appended[slot] - run.packed * self._scheme.block
 
+    def _attend(self, slot: int, run: _Run, rows: Tensor, n_new: int, window: int | None) -> Tensor:
+        """rows [h, G * T, D] -> the same shape."""
+        exact = slice(self._n_exact(slot, run) + n_new)
+        k, v = self.k[slot, run.heads, exact], self.v[slot, run.heads, exact]
+        hidden = self._hidden(run, k.shape[1], rows.shape[1], n_new, window)
+        return packed_attention(self._scheme, rows, self._blocks(slot, run), k, v, hidden)
+
     def _blocks(self, slot: int, run: _Run) -> Packed:
         """The blocks that a run has, [h, n, …]: views."""
+        if run.views is None or run.views.k.shape[1] != run.packed:
+            run.views = self._views(slot, run)
+        return run.views
+
+    def _views(self, slot: int, run: _Run) -> Packed:
         here = slice(run.first, run.first + run.n_heads * run.room)
         blocks = (each[slot, here].unflatten(0, (run.n_heads, run.room)) for each in self._packed)
         return Packed(*(each[:, : run.packed] for each in blocks))

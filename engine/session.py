@@ -204,7 +204,7 @@ class Session:
         there is one of them whole, and of several that are saved the last one stays. Ways back (`undo`) are not kept.
 
         Raises FastKVError, and leaves the earlier file, where it cannot be written, for a policy that is not fastkv's
-        own, and while a turn runs.
+        own, for entries of a kv_dtype, and while a turn runs.
         """
         with self._lock:
             self._check_idle()
