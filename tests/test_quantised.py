@@ -22,6 +22,9 @@ from fastkv.cache.pool import KVPool
 from fastkv.cache.quantised import REWIND, SINKS, QuantisedLayer, quantised
 from fastkv.cache.selection import PerHead
 from fastkv.engine.attention import attend_parts
+from fastkv.engine.decode_attention import EagerAttention
+from fastkv.engine.runtime import Runtime
+from fastkv.engine.step import EagerStepper
 from fastkv.kernels.packing import KV_DTYPES, SCHEMES, Packed, pack, unpack
 
 PLAIN = (DenseLayer, PerHeadLayer, ModelWideLayer)
@@ -265,6 +268,7 @@ def test_together_is_as_alone(llm: LLM, kv_dtype: str) -> None:
         together = llm.generate(prompts, params, policy, batch_size=2)
         assert [out.token_ids for out in together] == [out.token_ids for out in alone]
         assert {out.run.kv_dtype for out in together} == {kv_dtype}
+        assert not any(out.metrics.reused_tokens for out in together)  # a shared beginning would be packed too early
 
 
 @every_dtype
@@ -284,6 +288,15 @@ def test_a_session_goes_on_and_back(llm: LLM, kv_dtype: str) -> None:
     assert session.generate([8], SamplingParams(max_tokens=2)).run.kv_dtype == kv_dtype
 
 
+def test_no_graph_and_no_compiled_step_follows_them(llm: LLM, caplog: pytest.LogCaptureFixture) -> None:
+    runtime = Runtime(llm.model, cuda_graph=True, attention="auto")
+    buffers = runtime.buffers.lease()
+    pool = buffers.state_for(quantised(DenseLayer, "int4"), [64] * llm.config.n_layers, 1, llm.model).pool
+    assert isinstance(runtime.stepper(buffers), EagerStepper)
+    assert "over int4 entries are made without CUDA graphs, which is slower" in caplog.text
+    assert not EagerAttention(pool, [range(1)], 1, llm.config.windows).is_one_row
+
+
 def test_a_sequence_continues_from_its_cache(llm: LLM) -> None:
     """The new tokens attend to one another as they are, and the room grows."""
     more = torch.randint(3, 256, (1, 150), generator=torch.Generator().manual_seed(2))
@@ -297,6 +310,18 @@ def test_a_sequence_continues_from_its_cache(llm: LLM) -> None:
     for name in ("full", "adakv"):
         spread = logits[None, name].std()
         assert (logits["int8", name] - logits[None, name]).abs().max() < 0.15 * spread
+
+
+def test_packed_entries_are_not_chosen_from_again(llm: LLM) -> None:
+    """They would be packed a second time. What comes later is kept whole, and counted on the device, too."""
+    llm.kv_dtype = "int8"
+    policy = SnapKV(kv_len=150)
+    cache = llm.prefill(PROMPT, policy, 4).cache
+    kept = cache.positions(0)
+    llm.prefill(PROMPT[:, :200], policy, 4, cache=cache)
+    assert torch.equal(cache.positions(0)[:, :, :150], kept)
+    assert cache.count(0) == 350
+    assert cache.lengths.eq(350).all()
 
 
 def test_what_does_not_go_with_them(llm: LLM, tiny_folder: Path, tmp_path: Path) -> None:
