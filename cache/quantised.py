@@ -33,13 +33,15 @@ class _Run:
     """Heads of a slot that hold equally many entries.
 
     first: their first block in the slot's memory; room: blocks that each of them has. stored: entries, without those
-    that decode steps have appended. packed: blocks. views: of them, [h, n, …], until there are more: a step takes less
-    time than to make them anew for each layer.
+    that decode steps have appended. packed: blocks. k, v: exact entries, [h, E, D]; views: of the blocks, [h, n, …],
+    until there are more of them. To make these anew for each layer of each step takes a share of its time.
     """
 
     heads: slice
     first: int
     room: int
+    k: Tensor
+    v: Tensor
     stored: int = 0
     packed: int = 0
     views: Packed | None = None
@@ -158,9 +160,9 @@ class QuantisedLayer:
         runs = self._runs[slot]
         blocks = [self._blocks(slot, run) for run in runs]
         state = {name: torch.cat([getattr(each, name).flatten(0, 1) for each in blocks]) for name in Packed._fields}
-        for name, memory in (("exact_k", self.k), ("exact_v", self.v)):
-            parts = [memory[slot, run.heads, : self._n_exact(slot, run)].flatten(0, 1) for run in runs]
-            state[name] = torch.cat(parts)
+        n_exact = [self._n_exact(slot, run) for run in runs]
+        state["exact_k"] = torch.cat([run.k[:, :n].flatten(0, 1) for run, n in zip(runs, n_exact, strict=True)])
+        state["exact_v"] = torch.cat([run.v[:, :n].flatten(0, 1) for run, n in zip(runs, n_exact, strict=True)])
         counts = [run.stored + self._appended[slot] for run in runs for _ in range(run.n_heads)]
         n_packed = [run.packed for run in runs for _ in range(run.n_heads)]
         return {**state, "counts": torch.tensor(counts), "blocks": torch.tensor(n_packed)}
@@ -175,9 +177,9 @@ class QuantisedLayer:
             here, n_exact = slice(block, block + run.n_heads * run.packed), self._n_exact(slot, run)
             for target, source in zip(self._blocks(slot, run), packed.part(here), strict=True):
                 target.copy_(source.view(target.shape))
-            for memory, name in ((self.k, "exact_k"), (self.v, "exact_v")):
-                exact = state[name][first : first + run.n_heads * n_exact]
-                memory[slot, run.heads, :n_exact] = exact.view(run.n_heads, n_exact, -1)
+            for exact, name in ((run.k, "exact_k"), (run.v, "exact_v")):
+                rows = state[name][first : first + run.n_heads * n_exact]
+                exact[:, :n_exact] = rows.view(run.n_heads, n_exact, rows.shape[1])
             block, first = here.stop, first + run.n_heads * n_exact
         self.lengths[slot].copy_(torch.tensor(counts))
 
@@ -208,7 +210,10 @@ class QuantisedLayer:
 
     def _runs_of(self, slot: int, counts: Sequence[int], room: int) -> list[_Run]:
         """Runs of heads that are to hold `counts` entries and `room` more; they hold none yet."""
-        return [_Run(slice(0, len(counts)), 0, self._packed.k.shape[1] // len(counts))]
+        return [self._run(slot, slice(0, len(counts)), 0, self._packed.k.shape[1] // len(counts))]
+
+    def _run(self, slot: int, heads: slice, first: int, room: int) -> _Run:
+        return _Run(heads, first, room, self.k[slot, heads], self.v[slot, heads])
 
     # --- entries ---
 
@@ -223,17 +228,16 @@ class QuantisedLayer:
         before = self._n_exact(slot, run)
         end = before + k.shape[1]
         more = _blocks_over(end, self._scheme)
-        exact_k, exact_v = self.k[slot, run.heads], self.v[slot, run.heads]
         if not more:
-            exact_k[:, before:end], exact_v[:, before:end] = k, v
+            run.k[:, before:end], run.v[:, before:end] = k, v
             return
         if before:
-            k, v = torch.cat((exact_k[:, :before], k), dim=1), torch.cat((exact_v[:, :before], v), dim=1)
+            k, v = torch.cat((run.k[:, :before], k), dim=1), torch.cat((run.v[:, :before], v), dim=1)
         old = slice(SINKS, SINKS + more * self._scheme.block)
         run.packed += more
         pack(self._scheme, k[:, old], v[:, old], self._blocks(slot, run).part((slice(None), slice(-more, None))))
         rest = k.shape[1] - old.stop
-        for exact, new in ((exact_k, k), (exact_v, v)):
+        for exact, new in ((run.k, k), (run.v, v)):
             exact[:, :SINKS], exact[:, SINKS : SINKS + rest] = new[:, :SINKS], new[:, old.stop :]
 
     def _n_exact(self, slot: int, run: _Run) -> int:
@@ -243,7 +247,7 @@ class QuantisedLayer:
     def _attend(self, slot: int, run: _Run, rows: Tensor, n_new: int, window: int | None) -> Tensor:
         """rows [h, G * T, D] -> the same shape."""
         exact = slice(self._n_exact(slot, run) + n_new)
-        k, v = self.k[slot, run.heads, exact], self.v[slot, run.heads, exact]
+        k, v = run.k[:, exact], run.v[:, exact]
         hidden = self._hidden(run, k.shape[1], rows.shape[1], n_new, window)
         return packed_attention(self._scheme, rows, self._blocks(slot, run), k, v, hidden)
 
@@ -265,7 +269,7 @@ class QuantisedLayer:
         k, v = (self.k.new_empty(size) for _ in range(2))
         first = min(SINKS, n_exact)
         middle = slice(first, first + n_packed)
-        for out, exact in ((k, self.k[slot, run.heads]), (v, self.v[slot, run.heads])):
+        for out, exact in ((k, run.k), (v, run.v)):
             out[:, :first], out[:, middle.stop :] = exact[:, :first], exact[:, first:n_exact]
         if run.packed:
             unpack(self._scheme, self._blocks(slot, run), k[:, middle], v[:, middle])
@@ -306,7 +310,7 @@ class QuantisedPerHeadLayer(QuantisedLayer):
         runs, first = [], self._first_block(slot)
         for head, count in enumerate(counts):
             blocks = _blocks_over(count + room, self._scheme)
-            runs.append(_Run(slice(head, head + 1), first, blocks))
+            runs.append(self._run(slot, slice(head, head + 1), first, blocks))
             first += blocks
         assert first <= self._packed.k.shape[1], "more entries than a pool has room for"
         return runs
