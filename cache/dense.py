@@ -26,6 +26,7 @@ class DenseLayer:
     """K and V of one layer, [S, Hkv, C, D] each (see KVLayer)."""
 
     per_head: ClassVar[bool] = False
+    kv_dtype: ClassVar[str | None] = None
 
     def __init__(self, memory: LayerMemory) -> None:
         self.capacity = memory.capacity
@@ -48,6 +49,9 @@ class DenseLayer:
 
     def entries(self, slot: int) -> int:
         return self.count(slot) * self.k.shape[1]
+
+    def forgettable(self, slot: int) -> int:
+        return self.count(slot)
 
     def store(self, slots: range, k: Tensor, v: Tensor, kept: Kept, room: int) -> None:
         assert kept is None or isinstance(kept, Tensor), "heads of different lengths belong into a PerHeadLayer"
@@ -97,6 +101,9 @@ class DenseLayer:
             return [part]
         live = self.lengths[slots.start : slots.stop, :, None, None] + new  # the device knows: the host need not wait
         return [Part(part.k, part.v, live=live)]
+
+    def attend(self, slots: range, q: Tensor, window: int | None = None) -> Tensor:
+        raise NotImplementedError("the engine attends to what `read` gives")
 
     def padded(self, slots: range, span: int) -> tuple[Tensor, Tensor]:
         return self.k[slots.start : slots.stop, :, :span], self.v[slots.start : slots.stop, :, :span]

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fastkv.cache.layer import EntryShape, Kept, KVLayer, Part
 from fastkv.cache.pool import KVPool, round_up
+from fastkv.cache.quantised import REWIND
 from fastkv.cache.reader import Reader
 from fastkv.cache.selection import PerHead
 from fastkv.cache.snapshot import Snapshot
@@ -89,6 +90,11 @@ class KVCache:
         """Live entries of each layer, over all heads; of the first sequence, where they differ."""
         return tuple(layer.entries(self.slots[0]) for layer in self.layers)
 
+    @property
+    def forgettable(self) -> int:
+        """How many of the newest tokens its layouts can forget."""
+        return min(layer.forgettable(slot) for layer in self.layers for slot in self.slots)
+
     def positions(self, layer: int, end: int | None = None) -> Tensor:
         """The positions of the live entries of a layer: int64 [B, Hkv, n], ascending.
 
@@ -161,6 +167,11 @@ class KVCache:
             raise FastKVError(
                 f"the cache is full: it has room for {self.room} more tokens, not {count}; prefill with more max_tokens"
             )
+        if count > REWIND and self.layout.kv_dtype is not None:
+            raise FastKVError(
+                f"a step over {self.layout.kv_dtype} entries takes {REWIND} tokens at most, not {count}; "
+                "a prefill that continues the cache takes any number"
+            )
         if self.position + count > self.position_limit:
             raise FastKVError(f"the sequence has reached the limit of {self.position_limit} tokens")
 
@@ -177,9 +188,10 @@ class KVCache:
         them cannot come back.
         """
         check_integer("count", count, 0)
-        if count > self.position - self.whole_from:
+        most = min(self.position - self.whole_from, self.forgettable)
+        if count > most:
             raise FastKVError(
-                f"the cache can forget its last {self.position - self.whole_from} tokens, not {count}: "
+                f"the cache can forget its last {most} tokens, not {count}: "
                 "what stands before them was compressed, or never there"
             )
         for layer in self.layers:
@@ -225,6 +237,7 @@ class KVCache:
             tuple(layer.entries(slot) for layer in self.layers),
             self.position,
             self.whole_from,
+            self.forgettable,
         )
 
     def restore(self, snapshot: Snapshot, room: int) -> None:

@@ -7,6 +7,7 @@ The device's is a tensor for each slot and head: it is what a captured CUDA grap
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar, NamedTuple, Protocol
 
@@ -42,13 +43,19 @@ class Part(NamedTuple):
     live: Tensor | None = None
 
 
+def followed(part: Part, k: Tensor, v: Tensor) -> Part:
+    """The live entries of a part (all n), copied, and after them those of k and v [B, Hkv, T, D] that belong there."""
+    new = k[part.sequences, part.heads], v[part.sequences, part.heads]
+    return part._replace(k=torch.cat((part.k, new[0]), dim=2), v=torch.cat((part.v, new[1]), dim=2))
+
+
 @dataclass(frozen=True)
 class LayerMemory:
     """What a pool hands to a layer when it makes it.
 
     lengths, starts: int64 [S, Hkv], views on the pool's: live entries of each head, and where the first one lies.
     appended: for each slot how many tokens decode steps have added; one list for all layers of a pool.
-    before: the layer before this one in the pool (None: it is the first). total: the capacities of all layers together.
+    before: the layer before this one in the pool (None: it is the first). capacities: of all layers.
     host: where K and V lie on a CPU; one for all layers of a pool.
     """
 
@@ -58,7 +65,7 @@ class LayerMemory:
     starts: Tensor
     appended: list[int]
     before: KVLayer | None = None
-    total: int = 0
+    capacities: Sequence[int] = ()
     host: HostMemory = field(default_factory=HostMemory)
 
 
@@ -69,6 +76,7 @@ class KVLayer(Protocol):
     """
 
     per_head: ClassVar[bool]  # takes entries by head (`PerHead`), and heads of different lengths
+    kv_dtype: ClassVar[str | None]  # of fewer bits than the model's, which is None
     capacity: int
 
     def __init__(self, memory: LayerMemory) -> None: ...
@@ -85,6 +93,9 @@ class KVLayer(Protocol):
 
     def entries(self, slot: int) -> int:
         """Live entries of a slot over all heads, as the host knows them."""
+
+    def forgettable(self, slot: int) -> int:
+        """How many of the newest entries `truncate` can forget of each head."""
 
     def store(self, slots: range, k: Tensor, v: Tensor, kept: Kept, room: int) -> None:
         """Replace what the slots hold by the `kept` of k and v [B, Hkv, T, D], with `room` for more of each head."""
@@ -105,6 +116,13 @@ class KVLayer(Protocol):
         """The live entries and the `new` ones that were appended and not counted yet, by the host's counts.
 
         The parts cover every sequence and head once. Views wherever the layout has them.
+        """
+
+    def attend(self, slots: range, q: Tensor, window: int | None = None) -> Tensor:
+        """Of a layout with a `kv_dtype`: attention of q [B, Hq, T, D], the queries of the last T entries, to all.
+
+        These were appended and are not counted yet; queries are causal, and see `window` entries. -> as q. The other
+        layouts leave it to the engine, by `read`.
         """
 
     def padded(self, slots: range, span: int) -> tuple[Tensor, Tensor]:

@@ -54,6 +54,6 @@ class ModelWideLayer(PerHeadLayer):
 
     def _memory(self, memory: LayerMemory) -> tuple[Tensor, Tensor]:
         if memory.before is None:
-            return new_memory(memory, memory.total)
+            return new_memory(memory, sum(memory.capacities))
         assert isinstance(memory.before, ModelWideLayer)
         return memory.before.k, memory.before.v

@@ -55,7 +55,7 @@ class KVPool:
             for index, capacity in enumerate(capacities):
                 before = self.layers[-1] if self.layers else None
                 counts = (self.lengths[index], self.starts[index], self.appended)
-                self.layers.append(layout(LayerMemory(capacity, shape, *counts, before, sum(capacities), host)))
+                self.layers.append(layout(LayerMemory(capacity, shape, *counts, before, capacities, host)))
         self._free = list(range(n_slots - 1, -1, -1))
 
     @property

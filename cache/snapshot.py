@@ -20,7 +20,8 @@ class Snapshot:
     layout, shape: of the layers that they come from. layers: of each what its KVLayer.state gave. chosen: of each the
     positions of its entries before `whole_from`, int64 [1, Hkv, n] as KVCache.positions has them, ascending; None where
     a policy never chose. longest: of each the live entries of its longest head; entries: those of all its heads.
-    position: the next token's. whole_from: from here on every layer holds every token.
+    position: the next token's. whole_from: from here on every layer holds every token. newest: tokens that the layers
+    can forget (None: as many as they hold).
     """
 
     layout: type[KVLayer]
@@ -31,10 +32,19 @@ class Snapshot:
     entries: tuple[int, ...]
     position: int
     whole_from: int
+    newest: int | None = None
+
+    @property
+    def forgettable(self) -> int:
+        """Tokens at the end that can be forgotten."""
+        whole = self.position - self.whole_from
+        return whole if self.newest is None else min(whole, self.newest)
 
     @property
     def nbytes(self) -> int:
         """Bytes of keys and values."""
+        if self.layout.kv_dtype is not None:
+            return sum(each.nbytes for state in self.layers for each in state.values())
         one = 2 * self.shape.head_dim * self.shape.dtype.itemsize
         return sum(self.entries) * one
 
@@ -62,10 +72,13 @@ class Snapshot:
 
         Raises FastKVError for a layout that cannot take them.
         """
-        if layout is self.layout or (layout.per_head and self.layout.per_head):
+        alike = layout.kv_dtype == self.layout.kv_dtype
+        if layout is self.layout or (alike and layout.per_head and self.layout.per_head):
             return self
-        if layout.per_head and self.layout is DenseLayer:
+        if alike and layout.per_head and self.layout is DenseLayer:
             return replace(self, layout=layout, layers=tuple(map(_by_head, self.layers)))
+        if alike and layout.per_head and layout.kv_dtype is not None:  # whose states are the same in all layouts
+            return replace(self, layout=layout)
         raise FastKVError(
             f"a cache in the layout {self.layout.__name__} cannot go on in one of {layout.__name__}: "
             "run these requests in lists of their own"

@@ -114,6 +114,8 @@ def document_of(args: argparse.Namespace) -> Document | None:
     for name in ("cache", "save_cache"):
         if getattr(args, name) in ("", "-"):
             raise FastKVError(f"{flag_of(name)} takes the name of a file, not {brief(getattr(args, name))}")
+    if args.kv_dtype is not None and (args.cache or args.save_cache):
+        raise FastKVError("entries of a file are in the model's dtype: leave it out", setting="kv_dtype")
     if args.report is not None:
         raise FastKVError("--report shows a prompt that is read as one: leave it, or --context and --cache out")
     given = {"chat": args.chat, "system": args.system, "chat_arg": args.chat_arg}

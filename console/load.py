@@ -38,6 +38,7 @@ def load_by_flags(args: argparse.Namespace, policy: Policy | None) -> LLM:
         policy=policy,
         dtype=args.dtype,
         weights=args.weights,
+        kv_dtype=args.kv_dtype,
         device=args.device,
         revision=args.revision,
         cuda_graph=not args.no_cuda_graph,

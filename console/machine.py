@@ -20,6 +20,7 @@ def machine(llm: LLM) -> dict[str, Any]:
     return {
         "device": torch.cuda.get_device_name(llm.device) if llm.device.type == "cuda" else str(llm.device),
         "dtype": llm.model.precision,
+        **({} if llm.kv_dtype is None else {"kv_dtype": llm.kv_dtype}),
         "fastkv": __version__,
         "torch": torch.__version__,
     }

@@ -52,6 +52,7 @@ def add_machine_flags(group: argparse._ActionsContainer, quiet: str | None = Non
     group.add_argument("--device", default="auto", metavar="D", help="auto (default), cpu, cuda or cuda:N")
     group.add_argument("--dtype", default="auto", metavar="T", help="auto (default), float32, bfloat16 or float16")
     group.add_argument("--weights", metavar="W", help="int8: matrices of 8-bit integers (default: as --dtype says)")
+    group.add_argument("--kv-dtype", metavar="T", help="int8 or int4: entries of fewer bits (default: as --dtype says)")
     group.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: torch's choice)")
     group.add_argument("--revision", metavar="R", help="revision of a hub id")
     if quiet is not None:

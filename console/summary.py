@@ -30,6 +30,7 @@ def as_json(output: Output) -> dict[str, Any]:
         "policy": {"name": output.run.policy, **output.run.settings},
         "device": output.run.device,
         "dtype": output.run.dtype,
+        "kv_dtype": output.run.kv_dtype,
         "decode_budget": output.run.decode_budget,
         "warning": warning(output.run, output.metrics),
         "metrics": dataclasses.asdict(output.metrics),
@@ -57,7 +58,7 @@ def figures(output: Output) -> Rows:
     run, metrics = output.run, output.metrics
     speed = metrics.decode_tokens_per_s
     rows = [
-        ("policy", f"{run.policy}, on {run.device} in {run.dtype}"),
+        ("policy", f"{run.policy}, on {run.device} in {run.dtype}{_entries_in(run.kv_dtype)}"),
         ("prompt", _tokens(metrics.prompt_tokens) + _reused(metrics.reused_tokens)),
     ]
     if not metrics.new_tokens:  # interrupted before there was anything to measure
@@ -84,7 +85,7 @@ def context_figures(llm: LLM, session: Session, said: str) -> Rows:
     count, full = len(session.ids), len(session.ids) * llm.config.n_layers * llm.config.n_kv_heads
     kept = f"{session.kv_entries:,} of {full:,} entries ({_percent(session.kv_entries, full)})"
     return [
-        ("policy", f"{session.policy.name}, on {llm.device} in {llm.model.precision}"),
+        ("policy", f"{session.policy.name}, on {llm.device} in {llm.model.precision}{_entries_in(llm.kv_dtype)}"),
         ("context", f"{_tokens(count)} {said}"),
         ("KV kept", f"{kept}, {_mebibytes(session.kv_bytes)}"),
     ]
@@ -93,6 +94,10 @@ def context_figures(llm: LLM, session: Session, said: str) -> Rows:
 def saved_figure(path: str) -> tuple[str, str]:
     """The row of a file that was written."""
     return "saved", f"{path}, {_mebibytes(os.path.getsize(path))}"
+
+
+def _entries_in(kv_dtype: str | None) -> str:
+    return "" if kv_dtype is None else f", entries in {kv_dtype}"
 
 
 def _reused(count: int) -> str:

@@ -100,6 +100,7 @@ class Answer:
             dtype=self._dtype,
             first_pass_layer=None if first is None else first.layer,
             decode_budget=None if budget is None else budget.entries,
+            kv_dtype=self.request.plan.layout.kv_dtype,
         )
 
     def _read_bytes(self) -> int | None:

@@ -43,7 +43,9 @@ class EagerAttention:
     @property
     def is_one_row(self) -> bool:
         """Whether this is one token of one sequence, all of whose heads are equally long."""
-        return self._n_new == 1 and len(self._runs) == 1 and len(self._runs[0]) == 1 and not self._pool.layout.per_head
+        layout, runs = self._pool.layout, self._runs
+        plain = not layout.per_head and layout.kv_dtype is None
+        return self._n_new == 1 and len(runs) == 1 and len(runs[0]) == 1 and plain
 
     def entries(self) -> list[tuple[Tensor, Tensor]]:
         """Of one row: what it attends to in each layer, k and v [1, Hkv, n, D], the last of which it has to write."""
@@ -58,12 +60,17 @@ class EagerAttention:
         storage, window = self._pool.layers[layer], self._windows[layer]
         if len(self._runs) == 1:
             storage.write(self._runs[0], k, v, self._places[0][layer])
+            if self._pool.layout.kv_dtype is not None:
+                return storage.attend(self._runs[0], q, window)
             return attend_parts(storage.read(self._runs[0], self._n_new), q, window)
         attended, first = [], 0
         for run, places in zip(self._runs, self._places, strict=True):
             part = slice(first, first + len(run))
             storage.write(run, k[part], v[part], places[layer])
-            attended.append(attend_parts(storage.read(run, self._n_new), q[part], window))
+            if self._pool.layout.kv_dtype is None:
+                attended.append(attend_parts(storage.read(run, self._n_new), q[part], window))
+            else:
+                attended.append(storage.attend(run, q[part], window))
             first = part.stop
         return torch.cat(attended)
 

@@ -19,6 +19,7 @@ from fastkv.cache.kv_cache import KVCache
 from fastkv.cache.layer import KVLayer
 from fastkv.cache.model_wide import ModelWideLayer
 from fastkv.cache.pool import bucket
+from fastkv.cache.quantised import QuantisedModelWideLayer
 from fastkv.engine.graph import GraphError
 from fastkv.engine.memory import start_peak
 from fastkv.engine.plan import RequestPlan
@@ -27,6 +28,7 @@ from fastkv.engine.request import Request
 from fastkv.engine.runtime import Runtime
 from fastkv.engine.sampler import NOT_FINITE, not_finite_error
 from fastkv.engine.turn import Held
+from fastkv.errors import FastKVError
 
 
 @dataclass
@@ -180,11 +182,18 @@ def layout_of(requests: Sequence[Request]) -> type[KVLayer]:
     """The layout that any of the requests can be stored in.
 
     One for heads of different lengths takes plain ones, too: a policy may store what it leaves whole in a simpler one,
-    and sessions have policies of their own.
+    and sessions have policies of their own. Raises FastKVError where sessions have begun with another kv_dtype.
     """
     layouts = list(dict.fromkeys(request.plan.layout for request in requests))
+    if len({layout.kv_dtype for layout in layouts}) > 1:
+        raise FastKVError(
+            "a session goes on with the kv_dtype that it began with, and these requests have several: put them into "
+            "lists of their own",
+            setting="kv_dtype",
+        )
     by_head = [layout for layout in layouts if layout.per_head]
-    return ModelWideLayer if ModelWideLayer in by_head else by_head[0] if by_head else layouts[0]
+    wide = [layout for layout in by_head if issubclass(layout, (ModelWideLayer, QuantisedModelWideLayer))]
+    return (wide or by_head or layouts)[0]
 
 
 def capacities_of(requests: Sequence[Request]) -> list[int]:

@@ -25,6 +25,7 @@ from fastkv.engine.plan import RequestPlan
 from fastkv.engine.probe import ProbePlan
 from fastkv.engine.projection import chunks
 from fastkv.kernels.int8 import floats_at_a_time
+from fastkv.kernels.packing import SCHEMES, scratch
 from fastkv.models.config import ModelConfig
 from fastkv.models.layers import table_size
 from fastkv.models.llama import Llama
@@ -255,8 +256,12 @@ class _Shapes:
         if way.counts:
             steps.append(self.counting(way.entries))
         if way.kept < way.entries or way.counts or self.plan.layout.per_head:
-            steps.append(self.storing(way.entries, way.kept))
+            steps.append(self.storing(way.entries, way.kept) + self.packing(way.kept))
+        elif self.plan.layout.kv_dtype is not None:
+            steps.append(self.packing(way.kept))
         attended, few = self.of_heads(way.out, self.heads), way.out < way.seen
+        if way.past and self.plan.layout.kv_dtype is not None:  # what is packed and what is new, read together
+            attended += 2 * self.of_heads(way.past + way.entries, self.kv_heads)
         if few:  # q of these alone, and where they stand
             steps.append(self.querying(way.out))
             attended += attended + 2 * self.rotations * self.values(way.out, self.head_dim)
@@ -340,6 +345,15 @@ class _Shapes:
             index = 5 * index + 2 * self.batch * self.kv_heads * n_entries * _INDEX
         return 2 * self.of_heads(kept, self.kv_heads) + index
 
+    def packing(self, n_entries: int) -> int:
+        """Some blocks as float32: their values, these less the minimum, over the scale, and codes of a byte or two."""
+        if self.plan.layout.kv_dtype is None:
+            return 0
+        scheme = SCHEMES[self.plan.layout.kv_dtype]
+        heads = 1 if self.plan.layout.per_head else self.kv_heads
+        at_once = scratch(heads, -(-n_entries // scheme.block), scheme.block, self.head_dim)
+        return at_once * (4 * _FLOAT + 2)
+
     def attending(self, n_queries: int, n_entries: int, masked: bool) -> int:
         """Under a mask: blocks of queries, which are then joined, and the mask of one."""
         if not masked or n_queries == 1:
@@ -415,4 +429,8 @@ class _Shapes:
     def decoding(self, slots: int, draws: bool) -> int:
         """A step of `slots` sequences: its MLP, or its logits, and what is drawn from them."""
         one = (self.hidden + 4 * self.inner) * self.item
+        if self.plan.layout.kv_dtype is not None:  # logits of the entries, the weights, and these times the scales
+            scheme, longest = SCHEMES[self.plan.layout.kv_dtype], max(self.plan.longest) + self.plan.max_tokens
+            blocks = scratch(self.kv_heads, -(-longest // scheme.block), scheme.block, self.head_dim)
+            one = max(one, (4 * self.heads * longest + 2 * blocks) * _FLOAT)
         return slots * max(one, self.vocab * (self.item + _FLOAT + (_DRAWING if draws else 0)))

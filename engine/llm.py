@@ -56,6 +56,7 @@ from fastkv.engine.speculation.figures import Speculation
 from fastkv.engine.turn import Turn
 from fastkv.errors import FastKVError, brief, check_choice, check_integer, check_switch, writable
 from fastkv.kernels.out_of_memory import LOADING, REQUEST
+from fastkv.kernels.packing import KV_DTYPES
 from fastkv.kernels.threads import as_many, step_threads
 from fastkv.models.checkpoint import stored_dtype
 from fastkv.models.config import ModelConfig
@@ -80,6 +81,8 @@ class LLM:
     8-bit integers, a quarter of float32's bytes; activations and cache stay in `dtype`. None: all in `dtype`.
     draft_weights: "int8" makes a second copy of the weights in 8-bit integers, which drafts the tokens of requests with
     speculation="self"; None: the model's own draft.
+    kv_dtype: "int8" or "int4" for entries of a quarter or an eighth of float32's bits (cache/quantised.py); None: all
+    in `dtype`.
 
     load_format: "auto", or "dummy" for random weights, to measure speed: then `model` may also be the name of a preset
     ("llama-3.1-8b", "llama-3.2-1b", "llama-100m"), and a folder needs no more than its config.json.
@@ -106,6 +109,7 @@ class LLM:
         policy: Policy | None = None,
         dtype: str = "auto",
         weights: str | None = None,
+        kv_dtype: str | None = None,
         device: str | torch.device = "auto",
         revision: str | None = None,
         load_format: str = "auto",
@@ -123,6 +127,7 @@ class LLM:
             check_switch(name, switch)
         check_integer("prefix_cache", prefix_cache, 0)
         self._prefixes = PrefixStore(prefix_cache) if prefix_cache else None
+        self._check_kv_dtype(kv_dtype)
         target = resolve_device(device)
         self._process = process_for_model(target)
         dummy = load_format == "dummy"
@@ -131,6 +136,7 @@ class LLM:
             raise FastKVError(f"{folder}: the libraries that read models take no such name; rename it, or link to it")
         self.config = PRESETS[str(model)] if dummy and model in PRESETS else ModelConfig.from_pretrained(folder)
         self.policy = FastKV() if policy is None else policy
+        self.kv_dtype = kv_dtype
         torch_dtype = resolve_dtype(dtype, self.config.dtype or ("float32" if dummy else stored_dtype(folder)), target)
         if not dummy:
             self.config = settled_config(self.config, folder, torch_dtype)
@@ -175,6 +181,32 @@ class LLM:
     @policy.setter
     def policy(self, policy: Policy) -> None:
         self._policy = self._checked_policy(policy)
+
+    @property
+    def kv_dtype(self) -> str | None:
+        """In what the entries of a request are stored that begins: "int8", "int4", or None, the model's dtype.
+
+        A session goes on as it began. Setting another one raises FastKVError, and so does one that prefix_cache, or an
+        odd number of channels, does not go with.
+        """
+        return self._kv_dtype
+
+    @kv_dtype.setter
+    def kv_dtype(self, kv_dtype: str | None) -> None:
+        self._check_kv_dtype(kv_dtype)
+        if kv_dtype == "int4" and self.config.head_dim % 2:
+            raise FastKVError(
+                f"int4 stores channels in pairs, and the model's head_dim is {self.config.head_dim}; take int8",
+                setting="kv_dtype",
+            )
+        self._kv_dtype = kv_dtype
+
+    def _check_kv_dtype(self, kv_dtype: Any) -> None:
+        if kv_dtype is None:
+            return
+        check_choice("kv_dtype", kv_dtype, KV_DTYPES)
+        if self._prefixes is not None:
+            raise FastKVError("prefix_cache keeps exact entries: leave it or kv_dtype out", setting="kv_dtype")
 
     @property
     def model(self) -> Llama:
@@ -349,7 +381,7 @@ class LLM:
                 prompt, params, policy, Speculation(speculation, draft_tokens), budget, called_at, keep_selection
             )
         request = self._request(prompt, params, policy, decode_budget=budget)
-        whole = request.turn is None and budget is None and not request.plan.compresses
+        whole = request.turn is None and budget is None and request.plan.is_exact
         store = self._prefixes if whole and not keep_selection else None
         if store is not None:
             with explain_out_of_memory(REQUEST):
@@ -403,6 +435,10 @@ class LLM:
         (int8 weights give other tokens), or of more tokens than the model's context.
         """
         saved = read_session(path, self._model)
+        if self.kv_dtype is not None:
+            raise FastKVError(
+                f"{path}: the entries of a file go on in the model's dtype: leave kv_dtype out", setting="kv_dtype"
+            )
         session = self.session(saved.policy)
         session.resume(saved)
         return session
@@ -453,7 +489,8 @@ class LLM:
             if ids.shape[0] != cache.batch:
                 raise FastKVError(f"the cache holds {cache.batch} sequences, but the new tokens are of {ids.shape[0]}")
         limit = position_limit(self.config, policy, ids.shape[1], cache)
-        plan = plan_request(self.config, policy, ids.shape[1], max_tokens, self.dtype, limit, cache, self._told)
+        sizes = ids.shape[1], max_tokens, self.dtype, limit
+        plan = plan_request(self.config, policy, *sizes, cache, self._told, kv_dtype=self.kv_dtype)
         new = 0 if plan.compresses else plan.n_tokens + max_tokens
         fits = cache is not None and cache.has_room(plan.capacities, new)
         new_cache = 0 if cache is not None and fits else ids.shape[0] * plan.nbytes
@@ -525,7 +562,7 @@ class LLM:
         limit = position_limit(self.config, policy, ids.shape[1], past, evicts)
         max_tokens = answer_length(self.config, params, ids.shape[1], limit, n_before, evicts)
         sizes = ids.shape[1], max_tokens, self.dtype, limit
-        plan = plan_request(self.config, policy, *sizes, past, self._told, decode_budget)
+        plan = plan_request(self.config, policy, *sizes, past, self._told, decode_budget, kv_dtype=self.kv_dtype)
         request = Request(ids, params, plan, self._eos_ids(params, getattr(prompt, "ends", frozenset())), turn)
         if fitting is None or request.sizes not in fitting:
             slot, draws = self._slot_bytes(request), params.temperature > 0

@@ -70,7 +70,8 @@ class RunInfo:
     """What ran a request.
 
     policy: its name. settings: those of the policy, with defaults that depend on the model worked out. device and
-    dtype: as torch names them ("cuda:0", "bfloat16"). first_pass_layer: where a first pass chose the tokens that the
+    dtype: as torch names them ("cuda:0", "bfloat16"). kv_dtype: of packed entries, None where they are in `dtype`.
+    first_pass_layer: where a first pass chose the tokens that the
     model then read anew, None where there was none. decode_budget: entries that each KV head was to hold at most while
     the answer grew; None: it kept all.
     """
@@ -81,6 +82,7 @@ class RunInfo:
     dtype: str
     first_pass_layer: int | None = None
     decode_budget: int | None = None
+    kv_dtype: str | None = None
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from fastkv.cache.per_head import PerHeadLayer
 from fastkv.cache.policies.full import FullKV
 from fastkv.cache.policy import FirstPass, LayerPlan, Policy, drops_tokens, plan_layers
 from fastkv.cache.pool import KVPool, bytes_of, round_up
+from fastkv.cache.quantised import quantised
 from fastkv.cache.reader import Index, IndexSizes, Reader
 from fastkv.engine.probe import Encode, ProbePlan, plan_probe
 from fastkv.errors import FastKVError
@@ -136,6 +137,11 @@ class RequestPlan:
         return reader
 
     @property
+    def is_exact(self) -> bool:
+        """Whether the cache holds all that the layers saw, as it was."""
+        return not self.compresses and self.layout.kv_dtype is None
+
+    @property
     def longest(self) -> list[int]:
         """Entries of each layer's longest head after the prefill, at most: one may keep all that its layer saw."""
         pairs = zip(self.past, self.layers, strict=True)
@@ -203,12 +209,14 @@ def plan_request(
     encode: Encode = lambda text: (),
     decode_budget: DecodeBudget | None = None,
     reduces: bool = True,
+    kv_dtype: str | None = None,
 ) -> RequestPlan:
     """The plan of a prefill of `n_tokens`, from the beginning or from what `cache` holds.
 
     encode: makes token ids of what a policy tells the model (Policy.probe); as it stands, for a model without a
     tokenizer, there are none. reduces: False lets every layer see every token, whatever the policy propagates, and keep
-    of these what its budget says.
+    of these what its budget says. kv_dtype: of the entries of a sequence that begins, "int8" or "int4" (None: the
+    model's). Raises FastKVError for one that does not go with the rest.
 
     See `chooses_again` for which sequences that continue are compressed again. Of the others the earlier entries stay,
     and the new tokens are kept whole.
@@ -232,7 +240,13 @@ def plan_request(
     compresses = first_pass is not None or any(
         plan.least < most or plan.propagated is not None for plan, most in zip(layers, seen_at_most, strict=True)
     )
-    layout = _layout(policy, compresses) if cache is None else cache.layout
+    layout = _layout(policy, compresses, kv_dtype) if cache is None else cache.layout
+    if decode_budget is not None and layout.kv_dtype is not None:
+        raise FastKVError(
+            f"decode_budget drops entries again, which are {layout.kv_dtype} here and packed for good: leave one of "
+            "the two out",
+            setting="kv_dtype",
+        )
     drops = any(plan.least < most for plan, most in zip(layers, seen_at_most, strict=True))
     end = n_tokens + (0 if cache is None else cache.position)
     lookahead = max(0, min(policy.lookahead, limit - end)) if drops else 0
@@ -292,10 +306,11 @@ def chooses_again(policy: Policy, n_layers: int, n_tokens: int, cache: Past) -> 
     """Whether a sequence is compressed again when `n_tokens` new ones continue it.
 
     By a policy that can (Policy.compresses_again), if there are more new tokens than its observation window. Heads of
-    different lengths are chosen once only, and a first pass reads a prompt from its beginning only.
+    different lengths are chosen once only, and so are packed entries, which would be packed again; a first pass reads a
+    prompt from its beginning only.
     """
-    by_head = policy.per_head or cache.layout.per_head
-    can = policy.compresses_again and not by_head and policy.first_pass(n_layers, n_tokens) is None
+    once = policy.per_head or cache.layout.per_head or cache.layout.kv_dtype is not None
+    can = policy.compresses_again and not once and policy.first_pass(n_layers, n_tokens) is None
     return can and n_tokens > policy.window
 
 
@@ -309,8 +324,13 @@ def _layers_continued(policy: Policy, past: Sequence[int], n_tokens: int, n_in_a
     return continued
 
 
-def _layout(policy: Policy, compresses: bool) -> type[KVLayer]:
+def _layout(policy: Policy, compresses: bool, kv_dtype: str | None) -> type[KVLayer]:
     """How the layers of a new cache store their entries."""
+    plain = _plain_layout(policy, compresses)
+    return plain if kv_dtype is None else quantised(plain, kv_dtype)
+
+
+def _plain_layout(policy: Policy, compresses: bool) -> type[KVLayer]:
     if policy.layout is not None:
         return policy.layout
     if not (policy.per_head and compresses):

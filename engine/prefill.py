@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from fastkv.cache.kv_cache import KVCache
-from fastkv.cache.layer import Kept, Part
+from fastkv.cache.layer import Kept, Part, followed
 from fastkv.cache.mass import LayerMass, MassOfLayers
 from fastkv.cache.policy import FirstPass, Observation, OnlineSelector
 from fastkv.cache.selection import (
@@ -326,6 +326,10 @@ class LayerRun:
         if not self.plan.past[layer]:
             self.cache.store(layer, k, v, None, self.positions)
             return [Part(k, v)]
+        if self.plan.layout.kv_dtype is not None:  # the new tokens attend to one another before any is packed
+            parts = [followed(part, k, v) for part in self.cache.read(layer)]
+            self.cache.extend(layer, k, v, self.positions)
+            return parts
         self.cache.extend(layer, k, v, self.positions)
         return self.cache.read(layer)
 

@@ -98,18 +98,19 @@ def _beginnings(
     for group in common_beginnings([requests[place].ids[0] for place in places]):
         members = sorted(places[member] for member in group.members)
         limit = position_limit(model.config, policy, group.length)
-        plan = plan_request(model.config, policy, group.length, 0, model.dtype, limit, encode=encode)
+        kv_dtype = requests[members[0]].plan.layout.kv_dtype
+        plan = plan_request(model.config, policy, group.length, 0, model.dtype, limit, encode=encode, kv_dtype=kv_dtype)
         begun = Beginning(requests[members[0]].ids[:, : group.length], plan, len(members))
         reach = max(requests[member].plan.n_tokens + requests[member].max_tokens for member in members)
-        if not plan.compresses or (compressed and reach <= limit):
+        if plan.is_exact or (compressed and reach <= limit):
             found.append((Group(members, group.length), begun))
     return sorted(found, key=lambda one: -one[0].saved)
 
 
 def _may_share(request: Request, compressed: bool) -> bool:
-    """Whether a request can go on after a copy of its beginning. compressed: also where its policy drops tokens."""
+    """Whether a request can go on after a copy of its beginning. compressed: also where that has lost something."""
     plan = request.plan
-    return request.turn is None and plan.decode_budget is None and (compressed or not plan.compresses)
+    return request.turn is None and plan.decode_budget is None and (compressed or plan.is_exact)
 
 
 def _continued(model: Llama, requests: Sequence[Request], begun: Sequence[tuple[Group, Beginning]]) -> list[Request]:

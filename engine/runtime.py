@@ -38,9 +38,13 @@ class Runtime:
         """What makes the steps of the sequences in the slots of these buffers.
 
         eager: what any of them has that neither a graph nor a compiled step can follow: entries that are dropped
-        meanwhile, or chosen anew in each step. In words; empty where there is no such thing.
+        meanwhile, or chosen anew in each step; nor do they follow entries that are packed as they become old. In words;
+        empty where there is no such thing.
         """
         assert buffers.state is not None, "the slots come first"
+        kv_dtype = buffers.state.pool.layout.kv_dtype
+        if not eager and kv_dtype is not None:
+            eager = f"{kv_dtype} entries"
         if eager:
             self._say_eager(eager)
         if eager or not self.cuda_graph:

@@ -204,7 +204,7 @@ class Session:
         there is one of them whole, and of several that are saved the last one stays. Ways back (`undo`) are not kept.
 
         Raises FastKVError, and leaves the earlier file, where it cannot be written, for a policy that is not fastkv's
-        own, and while a turn runs.
+        own, for entries of a kv_dtype, and while a turn runs.
         """
         with self._lock:
             self._check_idle()
@@ -282,7 +282,7 @@ class Session:
     def _n_whole(self) -> int:
         """Tokens at the end that can be forgotten."""
         held = self._held
-        return len(held.waiting) + (0 if held.snapshot is None else held.snapshot.position - held.snapshot.whole_from)
+        return len(held.waiting) + (0 if held.snapshot is None else held.snapshot.forgettable)
 
     def _messages_with(self, text: str) -> list[dict[str, str]]:
         """The messages and a user's, or with the rest of the user's that they end with."""
@@ -325,7 +325,8 @@ def _comes_back(before: Held, after: Held) -> bool:
     """Whether forgetting tokens of what there is after a turn gives what there was before it."""
     old, new = before.snapshot, after.snapshot
     whole = old is not None and new is not None and old.whole_from == new.whole_from
-    return whole and after.ids[: len(before.ids)] == before.ids
+    packed = new is not None and new.layout.kv_dtype is not None  # some meanwhile, perhaps
+    return whole and not packed and after.ids[: len(before.ids)] == before.ids
 
 
 def _common(one: Sequence[int], other: Sequence[int]) -> int:

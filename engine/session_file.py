@@ -113,6 +113,8 @@ def _header_of(model: Llama, saved: Saved) -> dict[str, str]:
 
 
 def _name_of(layout: type[KVLayer]) -> str:
+    if layout.kv_dtype is not None:
+        raise FastKVError(f"its entries are {layout.kv_dtype}, which files do not have: leave kv_dtype out")
     if LAYOUTS.get(layout.__name__) is not layout:
         raise FastKVError(f"its entries are in the layout {layout.__name__}, which files do not have")
     return layout.__name__

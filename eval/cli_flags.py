@@ -57,7 +57,7 @@ FLAGS: dict[str, dict[str, Any]] = {
 MODES, MOST_QUESTIONS = ("turns", "requests"), 20
 TEXTS = ("length", "depth", "seed", "examples")  # which texts are drawn
 # What a complaint names the flag of; the settings of policies are named in its message already.
-SETTINGS = {*FLAGS, "model", "loss", "device", "dtype", "weights", "threads", "revision"} - {"policy"}
+SETTINGS = {*FLAGS, "model", "loss", "device", "dtype", "weights", "kv_dtype", "threads", "revision"} - {"policy"}
 
 SUMMARIES = {
     **{task.name: task.summary for task in GENERATED.values()},
@@ -81,6 +81,7 @@ policies:
   The first one is the baseline of the differences. Settings are those of fastkv-run, and so are their defaults; several
   values of one stand between slashes, as in fastkv:tsp_layer=2/4,tsp_rate=0.5/0.2. FastKV
   keeps 128 tokens at the least, so a short prompt keeps more than its 10 %: fastkv:min_tokens=8 makes 10 % mean 10 %.
+  With kv_dtype=int8 or int4 among them, a policy's entries are stored so: full:kv_dtype=int8.
 
 {CONTINUES}
 

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 from fastkv.cache.policy import Policy
 from fastkv.console.policy_text import build_policy, read_settings
-from fastkv.errors import FastKVError, cut, writable
+from fastkv.errors import FastKVError, check_choice, cut, writable
+from fastkv.kernels.packing import KV_DTYPES
+
+if TYPE_CHECKING:
+    from fastkv.engine.llm import LLM
 
 
 @dataclass(frozen=True)
@@ -14,13 +21,14 @@ class PolicySpec:
     """A policy of a run. label: all its settings, as `--policy` takes them; it is the policy's name in the records.
 
     title: as tables name it, where that is shorter. retention: the share of a prompt's KV that it keeps, where a run
-    compares policies at equal shares; None for the full cache.
+    compares policies at equal shares; None for the full cache. kv_dtype: see LLM; None as the model was loaded.
     """
 
     label: str
     policy: Policy
     title: str = ""
     retention: float | None = None
+    kv_dtype: str | None = None
 
 
 def parse_policies(texts: list[str], n_layers: int | None = None) -> list[PolicySpec]:
@@ -31,7 +39,9 @@ def parse_policies(texts: list[str], n_layers: int | None = None) -> list[Policy
     found: list[PolicySpec] = []
     for text in texts:
         try:
-            spec = PolicySpec(writable(text), build_policy(*read_settings(text)))
+            name, settings = read_settings(text)
+            kv_dtype = take_kv_dtype(settings)
+            spec = PolicySpec(writable(text), build_policy(name, settings), kv_dtype=kv_dtype)
             if n_layers is not None:
                 spec.policy.validate(n_layers)
             check_twin(spec, found)
@@ -41,8 +51,28 @@ def parse_policies(texts: list[str], n_layers: int | None = None) -> list[Policy
     return found
 
 
+def take_kv_dtype(settings: dict[str, Any]) -> str | None:
+    """Take out of a policy's settings what is none of its own: in what its entries are stored."""
+    kv_dtype = settings.pop("kv_dtype", None)
+    if kv_dtype is not None:
+        check_choice("kv_dtype", kv_dtype, KV_DTYPES)
+    return kv_dtype
+
+
+@contextmanager
+def stored_as(llm: LLM, spec: PolicySpec) -> Iterator[None]:
+    """Requests that begin meanwhile store their entries as a spec says."""
+    before = llm.kv_dtype
+    llm.kv_dtype = before if spec.kv_dtype is None else spec.kv_dtype
+    try:
+        yield
+    finally:
+        llm.kv_dtype = before
+
+
 def check_twin(spec: PolicySpec, others: list[PolicySpec]) -> None:
     """FastKVError where one of the others is the very same policy."""
-    twin = next((other for other in others if other.policy == spec.policy), None)
+    same = (other for other in others if (other.policy, other.kv_dtype) == (spec.policy, spec.kv_dtype))
+    twin = next(same, None)
     if twin is not None:
         raise FastKVError(f"is the same policy as {cut(twin.title or twin.label, 200)}; leave one of them out")

@@ -49,7 +49,8 @@ def run(args: argparse.Namespace) -> int:
 def load(args: argparse.Namespace) -> tuple[LLM, Path]:
     """The model that the flags name, and its folder."""
     folder = model_folder(args.model, args.revision)
-    return load_model(folder, args.threads, dtype=args.dtype, weights=args.weights, device=args.device), folder
+    stored = {"dtype": args.dtype, "weights": args.weights, "kv_dtype": args.kv_dtype}
+    return load_model(folder, args.threads, device=args.device, **stored), folder
 
 
 def plan_of(args: argparse.Namespace, context: int) -> Plan:

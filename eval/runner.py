@@ -18,7 +18,7 @@ from fastkv.errors import FastKVError
 from fastkv.eval.boundary import question_start
 from fastkv.eval.conversation import Conversation
 from fastkv.eval.example import Draw, Example, Slot, Task
-from fastkv.eval.policy_spec import PolicySpec
+from fastkv.eval.policy_spec import PolicySpec, stored_as
 from fastkv.eval.results import MEASURED, Record, Results
 from fastkv.models.config import ModelConfig
 
@@ -173,7 +173,8 @@ class Runner:
     def answer(self, question: Question, spec: PolicySpec) -> Record:
         """Put a question to the model under a policy."""
         slot, example, task = question.slot, question.example, self._plan.task(question.slot.task)
-        output, context = self._put(question, spec.policy, self._plan.answer_tokens(task))
+        with stored_as(self._llm, spec):
+            output, context = self._put(question, spec.policy, self._plan.answer_tokens(task))
         return Record(
             id=slot.id,
             policy=spec.label,

@@ -613,6 +613,7 @@ WRONG = {
     "--chat-arg": ["", "x", "=x", "a b=1", "1=1"],
     "--dtype": ["", "int8", "fp16", "float64", "float8_e4m3fn", "torch.float32"],
     "--weights": ("int4", "INT8", ""),
+    "--kv-dtype": ["int2", "INT8", "float16", ""],
     "--attention": ["", "cudnn", "efficient", "sdpa", "AUTO"],
     "--threads": ["0", "-1", "9" * 5000, "1.5", "abc", "", str(2**31), "9" * 40],
     "--report": ["", ".", "no/such/folder/page.html"],

@@ -269,3 +269,23 @@ def test_policies() -> None:
     assert (full.label, full.policy.name) == ("full", "full")
     settings = fastkv.policy.settings(8)
     assert (settings["kv_retention"], settings["tsp_len"], settings["pooling"]) == (0.05, 64, "avg")
+
+
+def test_a_policy_s_entries_may_have_fewer_bits(archive_llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of this policy alone, and of one that is the same but for that."""
+    texts = ["full", "full:kv_dtype=int8", "full:kv_dtype=int4"]
+    specs = parse_policies(texts, archive_llm.config.n_layers)
+    runner, real, found = Runner(archive_llm, PLAN, specs), archive_llm.generate, []
+
+    def watched(*args: Any, **settings: Any) -> Output:
+        found.append(real(*args, **settings))
+        return found[-1]
+
+    monkeypatch.setattr(archive_llm, "generate", watched)
+    question = runner.question(PLAN.slots()[0])
+    records = [runner.answer(question, spec) for spec in specs]
+    assert [out.run.kv_dtype for out in found] == [None, "int8", "int4"]
+    assert records[0].kv_bytes > records[1].kv_bytes > records[2].kv_bytes
+    assert archive_llm.kv_dtype is None
+    with pytest.raises(FastKVError, match=r"full:kv_dtype=int2: kv_dtype must be one of int8, int4"):
+        parse_policies(["full:kv_dtype=int2"])

@@ -268,6 +268,7 @@ TEXT = ["--context", "doc.txt"]
         (["--cache", "doc.kv", "--save-cache", "new.kv", *ONE], "--save-cache writes what --context has read, and"),
         (["--cache", "doc.kv", "--policy", "full", *ONE], "--policy: what --cache names has its policy already"),
         (["--cache", "doc.kv", "--policy-file", "x", *ONE], "--policy-file: what --cache names has its policy"),
+        (["--cache", "doc.kv", "--kv-dtype", "int8", *ONE], "--kv-dtype: entries of a file are in the model's dtype"),
         (["--cache", "doc.kv", "--kv-len", "20", *ONE], "--kv-len: what --cache names has its policy already"),
         (["--cache", "doc.kv", "--chat", "--system", "x", *ONE], "--system: what --cache names has its system mess"),
         (["--cache", "no.kv", *ONE], "--cache: no.kv: cannot be read (No such file or directory)"),

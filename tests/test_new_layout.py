@@ -14,6 +14,7 @@ class GrowingLayer:
     """Each slot is a tensor of its own, [2, Hkv, n, D], which is made anew whenever it grows. No flat memory."""
 
     per_head = False
+    kv_dtype = None
 
     def __init__(self, memory: LayerMemory) -> None:
         self.capacity, self.lengths = memory.capacity, memory.lengths
@@ -30,6 +31,12 @@ class GrowingLayer:
 
     def entries(self, slot: int) -> int:
         return int(self.lengths[slot].sum())
+
+    def forgettable(self, slot: int) -> int:
+        return self.count(slot)
+
+    def attend(self, slots: range, q: Tensor, window: int | None = None) -> Tensor:
+        raise NotImplementedError("the engine attends to what `read` gives")
 
     def store(self, slots: range, k: Tensor, v: Tensor, kept: Kept, room: int) -> None:
         if isinstance(kept, Tensor):

@@ -24,8 +24,8 @@ class RocketKV(ReadByBudget):
     alone where the query is largest, and reads the best pages: half of what it reads are channels of pages, half are
     entries. So what it reads is less in bytes than the entries that read_retention or read_len says.
 
-    kv_retention: 1 (default) keeps tokens / c^a; below 1, or with kv_len or keep_mass, this wins. window,
-    kernel: of the scores. dense_layers: 0, unlike the others of its kind. The other settings are those of ReadByBudget and ReadFew.
+    kv_retention: 1 (default) keeps tokens / c^a; below 1, or with kv_len or keep_mass, this wins. window, kernel: of
+    the scores. dense_layers: 0, unlike the others of its kind. Other settings are those of ReadByBudget and ReadFew.
 
     What differs from the paper: its window is 32; the newest page is always read. The estimate is not divided by the
     root of the share that the channels have of the query: the order of the pages stays the same. Raises FastKVError for

@@ -46,7 +46,15 @@ def drafted_by_model(
             setting="max_tokens",
         )
     draft_plan = plan_request(
-        config, policy, plan.n_tokens, plan.max_tokens, model.dtype, limit, encode=encode, reduces=False
+        config,
+        policy,
+        plan.n_tokens,
+        plan.max_tokens,
+        model.dtype,
+        limit,
+        encode=encode,
+        reduces=False,
+        kv_dtype=plan.layout.kv_dtype,
     )
     request = replace(whole, speculation=speculation, draft_plan=draft_plan)
     _check_fits(runtime, request, draft_plan.nbytes + draft_plan.index_nbytes)

@@ -15,6 +15,7 @@ from fastkv.engine.runtime import Runtime
 from fastkv.engine.sampler import Sampler, SamplingParams
 from fastkv.engine.speculation.lookup import Lookup
 
+_TOGETHER = 32  # tokens that are caught up with at a time: any layout of a cache takes so many
 Entries = list[tuple[Tensor, Tensor]]  # k and v [1, Hkv, T, D] of each layer
 
 
@@ -73,9 +74,8 @@ class SelfDraft:
         if not count:
             return []
         state, slot, *missing, pending = self._state, self._slots.start, *self._behind
-        if missing:
-            ids = torch.tensor([missing], device=state.tokens.device)
-            decode_step(self._runtime.model, self.cache, ids)
+        for part in torch.tensor([missing], device=state.tokens.device).split(_TOGETHER, dim=1) if missing else ():
+            decode_step(self._runtime.model, self.cache, part)
         state.sampler.follow(slot, self._judge)
         state.tokens[slot].fill_(pending)
         drafted = []

@@ -20,7 +20,7 @@ from fastkv.cache.policies.compressed import Compressed
 from fastkv.cache.policy import Policy, plan_layers
 from fastkv.console.policy_text import build_policy, read_settings, write_settings
 from fastkv.errors import FastKVError, check_choice
-from fastkv.eval.policy_spec import PolicySpec, check_twin
+from fastkv.eval.policy_spec import PolicySpec, check_twin, take_kv_dtype
 
 FLOOR = 8  # the min_tokens of all: the least that a window of eight tokens allows
 NEAR = 0.05  # how far from the others a policy without a budget may be
@@ -74,7 +74,7 @@ def equal_policies(
     for retention in retentions:
         for text in POLICIES if texts is None else texts:
             try:
-                if read_settings(text) == (FullKV.name, {}):
+                if read_settings(text) == (FullKV.name, {}):  # which is there already
                     continue
                 spec = _equal_policy(text, retention, terms)
                 check_twin(spec, found)
@@ -117,6 +117,7 @@ def _equal_policy(text: str, retention: float, terms: Terms) -> PolicySpec:
     for setting in own:
         if setting in EQUAL:
             raise FastKVError(f"{setting} is what makes the policies keep the same; --kv-retention sets it for all")
+    kv_dtype = take_kv_dtype(own)
     settings = {**own, **_equal_settings(name, own, retention, terms.head_scores)}
     policy = build_policy(name, settings)
     policy.validate(terms.n_layers, terms.n_kv_heads)
@@ -127,7 +128,8 @@ def _equal_policy(text: str, retention: float, terms: Terms) -> PolicySpec:
     if abs(off) > NEAR or (off != 0 and not isinstance(policy, PyramidInfer)):
         more, share = ("more" if off > 0 else "less"), 100 * abs(off)
         raise _UnequalError(f"it keeps {share:.1f} % {more} than the others at --kv-retention {retention:g}")
-    return PolicySpec(write_settings(name, settings), policy, text, retention)
+    told = settings if kv_dtype is None else {**settings, "kv_dtype": kv_dtype}
+    return PolicySpec(write_settings(name, told), policy, text, retention, kv_dtype)
 
 
 def _equal_settings(name: str, own: dict[str, Any], retention: float, head_scores: Path | None) -> dict[str, Any]:

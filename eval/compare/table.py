@@ -91,7 +91,7 @@ def _row(spec: PolicySpec, full: PolicySpec, answers: shared.Answers, entry_byte
         decode,
         _decode_gain(spec, full, answers),
         f"{100 * shared.kept_share(records):.2f} %",
-        f"{fmean(record.kv_entries for record in records) * entry_bytes / MIB:.3f}",
+        f"{fmean(record.kv_entries for record in records) * entry_bytes / MIB:.3f}" if spec.kv_dtype is None else "–",
         f"{fmean(record.kv_bytes for record in records) / MIB:.3f}",
     ]
 

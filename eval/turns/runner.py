@@ -19,7 +19,7 @@ from fastkv.engine.plan import position_limit
 from fastkv.errors import FastKVError
 from fastkv.eval.conversation import Conversation
 from fastkv.eval.example import Draw, Example, Slot
-from fastkv.eval.policy_spec import PolicySpec
+from fastkv.eval.policy_spec import PolicySpec, stored_as
 from fastkv.eval.results import MEASURED, Record, Results
 from fastkv.eval.runner import Prompts, Report
 from fastkv.eval.turns.talk import Family, Talk
@@ -148,7 +148,8 @@ class TurnsRunner:
         In a growing conversation those before them are there with their right answers, as if they had been put, too.
         """
         growing = self._plan.mode == TURNS
-        talk = Conversation(self._llm, spec.policy, encoded.context) if turns else None
+        with stored_as(self._llm, spec):
+            talk = Conversation(self._llm, spec.policy, encoded.context) if turns else None
         for k in range(max(turns, default=-1) + 1):
             assert talk is not None
             begins, question = talk.position, encoded.questions[k]

@@ -1,0 +1,412 @@
+"""Layouts whose entries are codes of 8 or 4 bits (kernels/packing.py): of a head all but the first and the newest.
+
+A head holds its first SINKS entries and its newest in the model's dtype, exact. When there are more of the newest than
+a block and REWIND together, the oldest block of them is packed: once, and for good. So REWIND tokens at least can be
+forgotten again, and whether entries came one by one or all at once makes no difference.
+
+What stands here knows no policy: a prefill chooses among entries that are not packed yet.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from fastkv.cache.dense import DenseLayer
+from fastkv.cache.layer import EntryShape, Kept, KVLayer, LayerMemory, Part
+from fastkv.cache.model_wide import ModelWideLayer
+from fastkv.cache.per_head import PerHeadLayer
+from fastkv.errors import FastKVError
+from fastkv.kernels.packed_attention import packed_attention
+from fastkv.kernels.packing import SCHEMES, Packed, Scheme, pack, unpack
+
+SINKS = 4  # first entries of a head: their keys are unlike all others (arXiv 2309.17453), and would spoil a block
+REWIND = 32  # newest entries that are never packed
+
+
+@dataclass
+class _Run:
+    """Heads of a slot that hold equally many entries.
+
+    first: their first block in the slot's memory; room: blocks that each of them has. stored: entries, without those
+    that decode steps have appended. packed: blocks. k, v: exact entries, [h, E, D]; views: of the blocks, [h, n, …],
+    until there are more of them. To make these anew for each layer of each step takes a share of its time.
+    """
+
+    heads: slice
+    first: int
+    room: int
+    k: Tensor
+    v: Tensor
+    stored: int = 0
+    packed: int = 0
+    views: Packed | None = None
+
+    @property
+    def n_heads(self) -> int:
+        return int(self.heads.stop - self.heads.start)
+
+
+class QuantisedLayer:
+    """All heads of a sequence are equally long (see KVLayer). Memory: `Packed` [S, R, …], R blocks of all heads of a
+    slot, and exact entries [S, Hkv, E, D].
+    """
+
+    per_head: ClassVar[bool] = False
+    kv_dtype: ClassVar[str | None]
+
+    def __init__(self, memory: LayerMemory) -> None:
+        shape, n_slots = memory.shape, len(memory.appended)
+        self.capacity, self.lengths, self.starts = memory.capacity, memory.lengths, memory.starts
+        self._appended, self._scheme, self._shape = memory.appended, self._its_scheme(), shape
+        device, exact = memory.lengths.device, self._exact_of(memory.capacity, shape)
+        self._most = _most_exact(self._scheme)
+        size = (n_slots, shape.n_kv_heads, exact, shape.head_dim)
+        self.k, self.v = (memory.host.zeros(size, shape.dtype, device) for _ in range(2))
+        self._packed = self._memory(memory)
+        self._runs: list[list[_Run]] = [self._runs_of(slot, [0] * shape.n_kv_heads, 0) for slot in range(n_slots)]
+        self._room = [0] * n_slots
+
+    @classmethod
+    def bytes_of(cls, capacity: int, shape: EntryShape) -> int:
+        exact = 2 * shape.n_kv_heads * cls._exact_of(capacity, shape) * shape.head_dim * shape.dtype.itemsize
+        return exact + cls._blocks_of(capacity, shape) * cls._its_scheme().block_bytes(shape.head_dim)
+
+    def span(self, slot: int) -> int:
+        return max(run.stored for run in self._runs[slot]) + max(self._room[slot], self._appended[slot])
+
+    def count(self, slot: int) -> int:
+        return max(run.stored for run in self._runs[slot]) + self._appended[slot]
+
+    def entries(self, slot: int) -> int:
+        return sum(run.n_heads * (run.stored + self._appended[slot]) for run in self._runs[slot])
+
+    def forgettable(self, slot: int) -> int:
+        return min(self._n_exact(slot, run) - (SINKS if run.packed else 0) for run in self._runs[slot])
+
+    def store(self, slots: range, k: Tensor, v: Tensor, kept: Kept, room: int) -> None:
+        for index, slot in enumerate(slots):
+            heads = list(_kept_of(index, k, v, kept))
+            counts = [keys.shape[1] for keys, _ in heads for _ in range(keys.shape[0])]
+            self._begin(slot, counts, room)
+            for run in self._runs[slot]:
+                keys, values = heads[0] if len(heads) == 1 else heads[run.heads.start]
+                here = run.heads if len(heads) == 1 else slice(None)
+                self._push(slot, run, keys[here], values[here])
+                run.stored += keys.shape[1]
+            self.lengths[slot].copy_(torch.tensor(counts))
+
+    def extend(self, slots: range, k: Tensor, v: Tensor, places: Tensor) -> None:
+        self.write(slots, k, v, places)
+        for slot in slots:
+            for run in self._runs[slot]:
+                run.stored += k.shape[2]
+        self.lengths[slots.start : slots.stop] += k.shape[2]
+
+    def append(self, slots: range, k: Tensor, v: Tensor, places: Tensor) -> None:
+        raise NotImplementedError("a captured graph cannot decide what is packed")
+
+    def write(self, slots: range, k: Tensor, v: Tensor, places: Tensor) -> None:
+        for index, slot in enumerate(slots):
+            for run in self._runs[slot]:
+                self._push(slot, run, k[index, run.heads], v[index, run.heads])
+
+    def read(self, slots: range, new: int = 0) -> list[Part]:
+        return [
+            Part(*self._unpacked(slot, run, new), slice(index, index + 1), run.heads)
+            for index, slot in enumerate(slots)
+            for run in self._runs[slot]
+        ]
+
+    def attend(self, slots: range, q: Tensor, window: int | None = None) -> Tensor:
+        rows = q.reshape(len(slots), self._shape.n_kv_heads, -1, q.shape[3])  # [B, Hkv, G * T, D]
+        n_new = q.shape[2]
+        attended = [
+            self._attend(slot, run, rows[index, run.heads], n_new, window)
+            for index, slot in enumerate(slots)
+            for run in self._runs[slot]
+        ]
+        return (attended[0] if len(attended) == 1 else torch.cat(attended)).view(q.shape)
+
+    def padded(self, slots: range, span: int) -> tuple[Tensor, Tensor]:
+        raise NotImplementedError("only where graphs are captured")
+
+    def flat(self) -> None:
+        return None
+
+    @property
+    def rows(self) -> int:
+        raise NotImplementedError("its memory is not flat")
+
+    def truncate(self, slots: range, count: int) -> None:
+        for slot in slots:
+            assert count <= self.forgettable(slot), "packed entries cannot be forgotten"
+            for run in self._runs[slot]:
+                run.stored -= count
+        self.lengths[slots.start : slots.stop] -= count
+
+    def clear(self, slots: range) -> None:
+        for slot in slots:
+            self._runs[slot] = self._runs_of(slot, [0] * self._shape.n_kv_heads, 0)
+            self._room[slot] = 0
+        self.lengths[slots.start : slots.stop] = 0
+
+    def state(self, slot: int) -> dict[str, Tensor]:
+        """Blocks and exact entries of the heads one after the other, and how many each of them has."""
+        runs = self._runs[slot]
+        blocks = [self._blocks(slot, run) for run in runs]
+        state = {name: torch.cat([getattr(each, name).flatten(0, 1) for each in blocks]) for name in Packed._fields}
+        n_exact = [self._n_exact(slot, run) for run in runs]
+        state["exact_k"] = torch.cat([run.k[:, :n].flatten(0, 1) for run, n in zip(runs, n_exact, strict=True)])
+        state["exact_v"] = torch.cat([run.v[:, :n].flatten(0, 1) for run, n in zip(runs, n_exact, strict=True)])
+        counts = [run.stored + self._appended[slot] for run in runs for _ in range(run.n_heads)]
+        n_packed = [run.packed for run in runs for _ in range(run.n_heads)]
+        return {**state, "counts": torch.tensor(counts), "blocks": torch.tensor(n_packed)}
+
+    def restore(self, slot: int, state: dict[str, Tensor], room: int) -> None:
+        counts, n_packed = state["counts"].tolist(), state["blocks"].tolist()
+        self._begin(slot, counts, room)
+        packed, block, first = Packed(*(state[name] for name in Packed._fields)), 0, 0
+        for run in self._runs[slot]:
+            run.stored, run.packed = counts[run.heads.start], n_packed[run.heads.start]
+            run.stored -= self._appended[slot]
+            here, n_exact = slice(block, block + run.n_heads * run.packed), self._n_exact(slot, run)
+            for target, source in zip(self._blocks(slot, run), packed.part(here), strict=True):
+                target.copy_(source.view(target.shape))
+            for exact, name in ((run.k, "exact_k"), (run.v, "exact_v")):
+                rows = state[name][first : first + run.n_heads * n_exact]
+                exact[:, :n_exact] = rows.view(run.n_heads, n_exact, rows.shape[1])
+            block, first = here.stop, first + run.n_heads * n_exact
+        self.lengths[slot].copy_(torch.tensor(counts))
+
+    # --- sizes ---
+
+    @classmethod
+    def _its_scheme(cls) -> Scheme:
+        assert cls.kv_dtype is not None
+        return SCHEMES[cls.kv_dtype]
+
+    @classmethod
+    def _exact_of(cls, capacity: int, shape: EntryShape) -> int:
+        """Exact entries that a head has room for."""
+        return min(capacity, _most_exact(cls._its_scheme()))
+
+    @classmethod
+    def _blocks_of(cls, capacity: int, shape: EntryShape) -> int:
+        """Blocks of a slot: what none of its heads holds exact."""
+        return shape.n_kv_heads * _blocks_over(capacity, cls._its_scheme())
+
+    def _memory(self, memory: LayerMemory) -> Packed:
+        return self._new_memory(memory, self._blocks_of(memory.capacity, memory.shape))
+
+    def _new_memory(self, memory: LayerMemory, n_blocks: int) -> Packed:
+        lead, device = (len(memory.appended), n_blocks), memory.lengths.device
+        shapes = self._scheme.shapes(memory.shape.head_dim)
+        return Packed(*(memory.host.zeros((*lead, *shape), dtype, device) for shape, dtype in shapes))
+
+    def _runs_of(self, slot: int, counts: Sequence[int], room: int) -> list[_Run]:
+        """Runs of heads that are to hold `counts` entries and `room` more; they hold none yet."""
+        return [self._run(slot, slice(0, len(counts)), 0, self._packed.k.shape[1] // len(counts))]
+
+    def _run(self, slot: int, heads: slice, first: int, room: int) -> _Run:
+        return _Run(heads, first, room, self.k[slot, heads], self.v[slot, heads])
+
+    # --- entries ---
+
+    def _begin(self, slot: int, counts: Sequence[int], room: int) -> None:
+        """Hold nothing, with room for so many entries of each head and `room` more."""
+        self._runs[slot], self._room[slot] = self._runs_of(slot, counts, room), room
+        for run in self._runs[slot]:
+            run.stored = -self._appended[slot]
+
+    def _push(self, slot: int, run: _Run, k: Tensor, v: Tensor) -> None:
+        """Write k and v [h, T, D] after what a run holds, and count none of them; pack what becomes too many."""
+        before = self._n_exact(slot, run)
+        end = before + k.shape[1]
+        more = _blocks_over(end, self._scheme)
+        if not more:
+            run.k[:, before:end], run.v[:, before:end] = k, v
+            return
+        if before:
+            k, v = torch.cat((run.k[:, :before], k), dim=1), torch.cat((run.v[:, :before], v), dim=1)
+        old = slice(SINKS, SINKS + more * self._scheme.block)
+        run.packed += more
+        pack(self._scheme, k[:, old], v[:, old], self._blocks(slot, run).part((slice(None), slice(-more, None))))
+        rest = k.shape[1] - old.stop
+        for exact, new in ((run.k, k), (run.v, v)):
+            exact[:, :SINKS], exact[:, SINKS : SINKS + rest] = new[:, :SINKS], new[:, old.stop :]
+
+    def _n_exact(self, slot: int, run: _Run) -> int:
+        """Exact entries of each head, the first ones included."""
+        return run.stored + self._appended[slot] - run.packed * self._scheme.block
+
+    def _attend(self, slot: int, run: _Run, rows: Tensor, n_new: int, window: int | None) -> Tensor:
+        """rows [h, G * T, D] -> the same shape."""
+        exact = slice(self._n_exact(slot, run) + n_new)
+        k, v = run.k[:, exact], run.v[:, exact]
+        hidden = self._hidden(run, k.shape[1], rows.shape[1], n_new, window)
+        return packed_attention(self._scheme, rows, self._blocks(slot, run), k, v, hidden)
+
+    def _blocks(self, slot: int, run: _Run) -> Packed:
+        """The blocks that a run has, [h, n, …]: views."""
+        if run.views is None or run.views.k.shape[1] != run.packed:
+            run.views = self._views(slot, run)
+        return run.views
+
+    def _views(self, slot: int, run: _Run) -> Packed:
+        here = slice(run.first, run.first + run.n_heads * run.room)
+        blocks = (each[slot, here].unflatten(0, (run.n_heads, run.room)) for each in self._packed)
+        return Packed(*(each[:, : run.packed] for each in blocks))
+
+    def _unpacked(self, slot: int, run: _Run, new: int) -> tuple[Tensor, Tensor]:
+        """All entries of a run, and `new` that are not counted, in their order: k and v [1, h, n, D]."""
+        n_exact, n_packed = self._n_exact(slot, run) + new, run.packed * self._scheme.block
+        size = (run.n_heads, n_exact + n_packed, self._shape.head_dim)
+        k, v = (self.k.new_empty(size) for _ in range(2))
+        first = min(SINKS, n_exact)
+        middle = slice(first, first + n_packed)
+        for out, exact in ((k, run.k), (v, run.v)):
+            out[:, :first], out[:, middle.stop :] = exact[:, :first], exact[:, first:n_exact]
+        if run.packed:
+            unpack(self._scheme, self._blocks(slot, run), k[:, middle], v[:, middle])
+        return k.unsqueeze(0), v.unsqueeze(0)
+
+    def _hidden(self, run: _Run, n_exact: int, n_rows: int, n_new: int, window: int | None) -> Tensor | None:
+        """What each of the rows, G queries for each of `n_new` tokens, does not see: see packed_attention."""
+        n_packed = run.packed * self._scheme.block
+        count = n_packed + n_exact
+        if n_new == 1 and (window is None or window >= count):
+            return None
+        device, first = self.k.device, min(SINKS, n_exact)
+        order = [torch.arange(first, first + n_packed), torch.arange(first), torch.arange(first + n_packed, count)]
+        places = torch.cat(order).to(device)
+        last = torch.arange(count - n_new, count, device=device).repeat(n_rows // n_new).unsqueeze(1)
+        hidden = places > last
+        return hidden if window is None else hidden | (places <= last - window)
+
+
+class QuantisedPerHeadLayer(QuantisedLayer):
+    """Heads of different lengths: the blocks of a head, and room for those to come, follow those of the head before.
+
+    Room that one head does without is the others'; each has its own exact entries.
+    """
+
+    per_head: ClassVar[bool] = True
+
+    @classmethod
+    def _exact_of(cls, capacity: int, shape: EntryShape) -> int:
+        return min(capacity * shape.n_kv_heads, _most_exact(cls._its_scheme()))
+
+    @classmethod
+    def _blocks_of(cls, capacity: int, shape: EntryShape) -> int:
+        # At most as many as if one head had all entries: the exact ones of any head need none.
+        return _blocks_over(capacity * shape.n_kv_heads, cls._its_scheme())
+
+    def _runs_of(self, slot: int, counts: Sequence[int], room: int) -> list[_Run]:
+        runs, first = [], self._first_block(slot)
+        for head, count in enumerate(counts):
+            blocks = _blocks_over(count + room, self._scheme)
+            runs.append(self._run(slot, slice(head, head + 1), first, blocks))
+            first += blocks
+        assert first <= self._packed.k.shape[1], "more entries than a pool has room for"
+        return runs
+
+    def _first_block(self, slot: int) -> int:
+        """Where the blocks of this layer begin."""
+        return 0
+
+
+class QuantisedModelWideLayer(QuantisedPerHeadLayer):
+    """The blocks of a layer follow those of the layer before (see ModelWideLayer)."""
+
+    def __init__(self, memory: LayerMemory) -> None:
+        assert memory.before is None or isinstance(memory.before, QuantisedModelWideLayer)
+        self._before = memory.before
+        super().__init__(memory)
+
+    @classmethod
+    def _exact_of(cls, capacity: int, shape: EntryShape) -> int:
+        return _most_exact(cls._its_scheme())  # a layer may hold more than its own capacity
+
+    @classmethod
+    def _blocks_of(cls, capacity: int, shape: EntryShape) -> int:
+        return -(-capacity * shape.n_kv_heads // cls._its_scheme().block)
+
+    def _memory(self, memory: LayerMemory) -> Packed:
+        if self._before is not None:
+            return self._before._packed
+        return self._new_memory(memory, sum(self._blocks_of(each, memory.shape) for each in memory.capacities))
+
+    def _first_block(self, slot: int) -> int:
+        if self._before is None:
+            return 0
+        last = self._before._runs[slot][-1]
+        return last.first + last.room
+
+
+def _most_exact(scheme: Scheme) -> int:
+    return SINKS + scheme.block + REWIND
+
+
+def _blocks_over(count: int, scheme: Scheme) -> int:
+    """Blocks that are packed of so many entries."""
+    return max(0, -(-(count - _most_exact(scheme)) // scheme.block))
+
+
+def _kept_of(index: int, k: Tensor, v: Tensor, kept: Kept) -> Iterator[tuple[Tensor, Tensor]]:
+    """What stays of a sequence, k and v [h, n, D] of heads that keep equally many: of all heads, or head by head."""
+    if kept is None:
+        yield k[index], v[index]
+    elif isinstance(kept, Tensor):
+        places = kept[index].unsqueeze(2).expand(-1, -1, k.shape[3])
+        yield k[index].gather(1, places), v[index].gather(1, places)
+    else:
+        first, rows_k, rows_v = 0, k[index].flatten(0, 1), v[index].flatten(0, 1)
+        for count in kept.counts[index].tolist():
+            chosen = kept.index[index, first : first + count]
+            yield rows_k[chosen].unsqueeze(0), rows_v[chosen].unsqueeze(0)
+            first += count
+
+
+class Int8Layer(QuantisedLayer):
+    kv_dtype: ClassVar[str | None] = "int8"
+
+
+class Int4Layer(QuantisedLayer):
+    kv_dtype: ClassVar[str | None] = "int4"
+
+
+class Int8PerHeadLayer(QuantisedPerHeadLayer):
+    kv_dtype: ClassVar[str | None] = "int8"
+
+
+class Int4PerHeadLayer(QuantisedPerHeadLayer):
+    kv_dtype: ClassVar[str | None] = "int4"
+
+
+class Int8ModelWideLayer(QuantisedModelWideLayer):
+    kv_dtype: ClassVar[str | None] = "int8"
+
+
+class Int4ModelWideLayer(QuantisedModelWideLayer):
+    kv_dtype: ClassVar[str | None] = "int4"
+
+
+_LAYOUTS: dict[type[KVLayer], dict[str, type[KVLayer]]] = {
+    DenseLayer: {"int8": Int8Layer, "int4": Int4Layer},
+    PerHeadLayer: {"int8": Int8PerHeadLayer, "int4": Int4PerHeadLayer},
+    ModelWideLayer: {"int8": Int8ModelWideLayer, "int4": Int4ModelWideLayer},
+}
+
+
+def quantised(layout: type[KVLayer], kv_dtype: str) -> type[KVLayer]:
+    """The layout that has a plain one's entries in so few bits. Raises FastKVError where there is none."""
+    if layout not in _LAYOUTS:
+        raise FastKVError(
+            f"entries in the layout {layout.__name__} stay in the model's dtype: leave kv_dtype out", setting="kv_dtype"
+        )
+    return _LAYOUTS[layout][kv_dtype]
