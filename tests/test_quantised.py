@@ -243,7 +243,7 @@ PROMPT = torch.randint(3, 256, (1, 300), generator=torch.Generator().manual_seed
 def test_every_policy_goes_on_with_them(llm: LLM, name: str) -> None:
     """Logits of a step after it has chosen among whole entries, near those over what it kept."""
     policy, found = small(name), {}
-    if name not in ("full", "pyramidinfer"):
+    if name not in ("full", "pyramidinfer", "dbudget"):
         policy = type(policy)(**{**vars(policy), "kv_len": 150})
     for kv_dtype in (None, *KV_DTYPES):
         llm.kv_dtype = kv_dtype

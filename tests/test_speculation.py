@@ -152,7 +152,7 @@ def test_a_draft_catches_up_after_plain_steps(llm: LLM) -> None:
     next(request)
     draft = request._batch._draft
     draft.add([5, 6, 7], None)
-    (pending,) = draft._behind[:1]
+    (pending,) = draft._unfed[:1]
     drafted = draft.propose(2)
     alone = llm.prefill(PROMPT, FastKV(min_tokens=8, tsp_len=len(PROMPT)), max_tokens=14).cache
     ids = torch.tensor([[pending, 5, 6, 7]])

@@ -62,7 +62,7 @@ class SelfDraft:
         self._slots = range(slot, slot + 1)
         self.cache: KVCache = plan.cache_in(self._state.pool, self._slots)
         self._stepper = runtime.stepper(self._buffers, plan.eager)
-        self._behind: list[int] = []  # tokens of the text that its cache lacks, the last one of the text included
+        self._unfed: list[int] = []  # tokens of the text that its cache lacks, the last one of the text included
 
     def start(self, params: SamplingParams, ids: Tensor) -> None:
         """Begin, where the prefill has filled `cache`. ids: int64 [1, N], the prompt."""
@@ -73,7 +73,7 @@ class SelfDraft:
         """See Draft."""
         if not count:
             return []
-        state, slot, *missing, pending = self._state, self._slots.start, *self._behind
+        state, slot, *missing, pending = self._state, self._slots.start, *self._unfed
         for part in torch.tensor([missing], device=state.tokens.device).split(_TOGETHER, dim=1) if missing else ():
             decode_step(self._runtime.model, self.cache, part)
         state.sampler.follow(slot, self._judge)
@@ -82,7 +82,7 @@ class SelfDraft:
         for _ in range(count):
             self._stepper.step({slot: self.cache})
             drafted.append(state.tokens[slot].clone())
-        self._behind = [pending]
+        self._unfed = [pending]
         self.cache.truncate(count)
         tokens: list[int] = torch.stack(drafted).tolist()
         return tokens[: next((place for place, token in enumerate(tokens) if token < 0), count)]
@@ -90,15 +90,15 @@ class SelfDraft:
     @torch.inference_mode()
     def add(self, tokens: Sequence[int], entries: Entries | None) -> None:
         """See Draft. The entries take the place of its own: they are the full cache's, and so the better ones."""
-        if entries is None or len(self._behind) != 1:
-            self._behind += tokens
+        if entries is None or len(self._unfed) != 1:
+            self._unfed += tokens
             return
         count = len(tokens)
         places = self.cache.pool.places(self._slots, count)
         for layer, of_layer, (k, v) in zip(self.cache.layers, places, entries, strict=True):
             layer.write(self._slots, k[:, :, :count], v[:, :, :count], of_layer)
         self.cache.advance(count)
-        self._behind = [tokens[-1]]
+        self._unfed = [tokens[-1]]
 
     def close(self) -> None:
         """Hand its memory to the next answer."""
