@@ -12,9 +12,10 @@ import math
 from fastkv.engine.speculation.figures import MOST_DRAFTED
 
 _PLAIN_FIRST = 2  # plain steps before anything is drafted: what a step takes here
-_FIRST = 3  # drafted tokens of the first round
+_FIRST = 1  # drafted token of the first round: what it costs is not known yet
 _GAIN = 1.05  # what drafting is to bring at least; times are not exact
-_PAUSE, _LONGEST_PAUSE = 16, 256  # plain steps before drafting is tried again, doubled each time that it does not pay
+_PAUSE, _LONGEST_PAUSE = 16, 4096  # plain steps before drafting is tried again, doubled each time that it does not pay
+_LOSS = 0.03  # of the time of plain steps, which such a try may cost
 _FADING = 0.9  # of what was seen, after every round
 _SLOWER = 1.1  # times what was known is the most that is believed at once
 _SLOPE = 0.1  # of a plain step for each further token of a verification, until one was timed
@@ -74,7 +75,9 @@ class Pace:
         if self._fixed is not None:
             return
         if self._best()[1] < _GAIN:
-            self._left, self._pause = self._pause, min(2 * self._pause, _LONGEST_PAUSE)
+            lost = (drafting + verifying) / (self._plain or verifying) - 1 - accepted
+            self._left = min(max(self._pause, math.ceil(lost / _LOSS)), _LONGEST_PAUSE)
+            self._pause = 2 * self._pause
         else:
             self._pause = _PAUSE
 
