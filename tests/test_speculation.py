@@ -15,7 +15,6 @@ from caches import live_entries
 
 from fastkv import H2O, LLM, AdaKV, FastKV, FastKVError, FullKV, GemFilter, SamplingParams
 from fastkv.cache.policies import KVzip
-from fastkv.engine.decode import decode_step
 from fastkv.engine.speculation.drafts import SelfDraft, TextDraft
 from fastkv.engine.speculation.lookup import Lookup
 from fastkv.engine.speculation.pace import Pace, expected_tokens
@@ -146,20 +145,30 @@ def test_the_cache_is_what_plain_steps_leave(llm: LLM, monkeypatch: pytest.Monke
     stream.close()
 
 
-def test_a_draft_catches_up_after_plain_steps(llm: LLM) -> None:
-    """Its cache holds what it would if it had made these steps itself."""
-    request = llm.stream(PROMPT, GREEDY, FEW, speculation="self", draft_tokens=2)
-    next(request)
-    draft = request._batch._draft
-    draft.add([5, 6, 7], None)
-    (pending,) = draft._unfed[:1]
-    drafted = draft.propose(2)
-    alone = llm.prefill(PROMPT, FastKV(min_tokens=8, tsp_len=len(PROMPT)), max_tokens=14).cache
-    ids = torch.tensor([[pending, 5, 6, 7]])
-    logits = decode_step(llm._drafting.model, alone, ids)[0, -1]
-    assert drafted[0] == int(logits.argmax())
-    assert draft.cache.position == len(PROMPT) + 3
-    request.close()
+@pytest.mark.parametrize("policy", [FEW, AdaKV(kv_len=40)], ids=["fastkv", "adakv"])
+@pytest.mark.parametrize("kv_dtype", [None, "int8"])
+def test_a_draft_catches_up_after_plain_steps(llm: LLM, policy: Any, kv_dtype: str | None) -> None:
+    """It takes over the entries of the full cache, which plain steps have made."""
+    llm.kv_dtype = kv_dtype
+    params = dataclasses.replace(GREEDY, max_tokens=50)
+    stream = llm.stream(PROMPT, params, policy, speculation="self", draft_tokens=2)
+    llm.kv_dtype = None
+    next(stream)
+    batch = stream._batch
+    batch._pace._fixed, steps = 0, 40
+    for _ in range(steps):
+        next(stream)
+    ((_, sequence),) = batch._at_work.items()
+    assert batch._draft.cache.position == len(PROMPT)
+    batch._draft.propose(2)
+    assert batch._draft.cache.position == sequence.cache.position == len(PROMPT) + steps
+    for layer in range(6):
+        whole = sequence.cache.read(layer)[0].k[0, :, -steps:]
+        for part in batch._draft.cache.read(layer):
+            newest = slice(-20, None)  # which are exact in both, whatever the layout
+            torch.testing.assert_close(part.k[0, :, newest], whole[part.heads][:, newest])
+            torch.testing.assert_close(part.k[0, :, -steps:], whole[part.heads], atol=0.1, rtol=0.1)
+    stream.close()
 
 
 def test_drawn_tokens_have_the_distribution_of_the_full_cache(tiny_llm: LLM) -> None:

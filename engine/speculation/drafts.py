@@ -9,13 +9,12 @@ import torch
 from torch import Tensor
 
 from fastkv.cache.kv_cache import KVCache
-from fastkv.engine.decode import decode_step
 from fastkv.engine.plan import RequestPlan
 from fastkv.engine.runtime import Runtime
 from fastkv.engine.sampler import Sampler, SamplingParams
 from fastkv.engine.speculation.lookup import Lookup
 
-_TOGETHER = 32  # tokens that are caught up with at a time: any layout of a cache takes so many
+_TOGETHER = 32  # entries of a head that are appended at a time: any layout of a cache takes so many
 Entries = list[tuple[Tensor, Tensor]]  # k and v [1, Hkv, T, D] of each layer
 
 
@@ -54,8 +53,9 @@ class SelfDraft:
     same logits, they choose the same token.
     """
 
-    def __init__(self, runtime: Runtime, plan: RequestPlan, judge: Sampler) -> None:
-        self._runtime, self._judge = runtime, judge
+    def __init__(self, runtime: Runtime, plan: RequestPlan, whole: KVCache, judge: Sampler) -> None:
+        """whole: the cache that decides, which holds every token."""
+        self._runtime, self._whole, self._judge = runtime, whole, judge
         self._buffers = runtime.buffers.lease()
         self._state = self._buffers.state_for(plan.layout, plan.capacities, 1, runtime.model)
         slot = self._state.pool.take()
@@ -74,8 +74,8 @@ class SelfDraft:
         if not count:
             return []
         state, slot, *missing, pending = self._state, self._slots.start, *self._unfed
-        for part in torch.tensor([missing], device=state.tokens.device).split(_TOGETHER, dim=1) if missing else ():
-            decode_step(self._runtime.model, self.cache, part)
+        if missing:
+            self._catch_up(len(missing))
         state.sampler.follow(slot, self._judge)
         state.tokens[slot].fill_(pending)
         drafted = []
@@ -93,12 +93,23 @@ class SelfDraft:
         if entries is None or len(self._unfed) != 1:
             self._unfed += tokens
             return
-        count = len(tokens)
+        self._write(entries, len(tokens))
+        self._unfed = [tokens[-1]]
+
+    def _catch_up(self, count: int) -> None:
+        """Take over the entries of `count` tokens, which plain steps have made."""
+        first, end = self.cache.position, self.cache.position + count
+        parts = [self._whole.read(layer)[0] for layer in range(len(self.cache.layers))]
+        for start in range(first, end, _TOGETHER):
+            some = slice(start, min(start + _TOGETHER, end))
+            self._write([(part.k[:, :, some], part.v[:, :, some]) for part in parts], some.stop - some.start)
+
+    def _write(self, entries: Entries, count: int) -> None:
+        """Append the first `count` of these entries of each layer."""
         places = self.cache.pool.places(self._slots, count)
         for layer, of_layer, (k, v) in zip(self.cache.layers, places, entries, strict=True):
             layer.write(self._slots, k[:, :, :count], v[:, :, :count], of_layer)
         self.cache.advance(count)
-        self._unfed = [tokens[-1]]
 
     def close(self) -> None:
         """Hand its memory to the next answer."""

@@ -91,7 +91,7 @@ class SpeculativeBatch(DecodeBatch):
         if draft_plan is None or self._drafting is None:
             return super()._prefill(request, ids, plan, cache)
         model, attention = self._runtime.model, self._runtime.attention
-        self._draft = self._self_draft = draft = SelfDraft(self._drafting, draft_plan, self._state.sampler)
+        self._draft = self._self_draft = draft = SelfDraft(self._drafting, draft_plan, cache, self._state.sampler)
         ids, workspace = ids.to(model.device), self._buffers.workspace
         result = prefill(model, ids, draft_plan, draft.cache, workspace, attention, request.eos_ids, cache)
         draft.start(request.params, ids)
