@@ -285,6 +285,12 @@ def _check_reads_few(plan: RequestPlan, cache: Past | None) -> None:
             "of them out",
             setting="decode_budget",
         )
+    if plan.layout.kv_dtype is not None:
+        raise FastKVError(
+            f"kv_dtype does not go with policy {plan.policy.name}, whose steps look up single entries, while these are "
+            "packed in blocks: leave one of them out",
+            setting="kv_dtype",
+        )
     if cache is not None and not cache.is_even:
         raise FastKVError(
             f"policy {plan.policy.name} cannot go on with a cache whose heads hold different numbers of entries: take "

@@ -18,6 +18,7 @@ from fastkv.cache.kv_cache import KVCache
 from fastkv.cache.layer import EntryShape, KVLayer
 from fastkv.cache.model_wide import ModelWideLayer
 from fastkv.cache.per_head import PerHeadLayer
+from fastkv.cache.policies.read_few import ReadByBudget
 from fastkv.cache.pool import KVPool
 from fastkv.cache.quantised import REWIND, SINKS, QuantisedLayer, quantised
 from fastkv.cache.selection import PerHead
@@ -247,6 +248,11 @@ def test_every_policy_goes_on_with_them(llm: LLM, name: str) -> None:
         policy = type(policy)(**{**vars(policy), "kv_len": 150})
     for kv_dtype in (None, *KV_DTYPES):
         llm.kv_dtype = kv_dtype
+        if kv_dtype is not None and isinstance(policy, ReadByBudget):
+            with pytest.raises(FastKVError, match="look up single entries") as caught:
+                llm.prefill(PROMPT, policy, 3)
+            assert caught.value.setting == "kv_dtype"
+            return
         pre = llm.prefill(PROMPT, policy, 3)
         assert pre.cache.layout.kv_dtype == kv_dtype
         found[kv_dtype] = pre.logits, llm.decode(pre.cache, torch.tensor([[7, 9]]))[:, 1], pre.cache.nbytes
