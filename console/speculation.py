@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from fastkv.engine.speculation.figures import KINDS, MOST_DRAFTED, Speculated, Speculation
-from fastkv.errors import FastKVError, check_choice, check_integer
+from fastkv.engine.speculation.figures import KINDS, Speculated, Speculation
+from fastkv.errors import FastKVError, check_choice
 
 SPECULATION_SETTINGS = ("lossless", "speculation", "draft_tokens", "draft_weights")
 
@@ -34,10 +34,8 @@ def speculation_of(args: argparse.Namespace, of_document: bool) -> Speculation |
         check_choice("draft_weights", args.draft_weights, ("int8",))
         if kind != "self":
             raise FastKVError("is for --lossless: add it, or leave this out", setting="draft_weights")
-    if args.draft_tokens is not None:
-        check_integer("draft_tokens", args.draft_tokens, 1, MOST_DRAFTED)
-        if kind is None:
-            raise FastKVError("is for --lossless or --speculation: add one, or leave this out", setting="draft_tokens")
+    if args.draft_tokens is not None and kind is None:
+        raise FastKVError("is for --lossless or --speculation: add one, or leave this out", setting="draft_tokens")
     if kind is None:
         return None
     speculation = Speculation(kind, args.draft_tokens)

@@ -110,6 +110,8 @@ class Answer:
         steps, plan = len(self.token_ids) - 1, self.request.plan
         if self._reader is not None or steps < 1 or plan.evicts is not None:
             return None
+        if plan.layout.kv_dtype is not None or self.request.speculation is not None:
+            return None  # entries of several sizes, or several tokens at a time, from two caches
         appended = self._config.n_layers * self._config.n_kv_heads * (1 + steps) // 2  # by each step one more
         return (sum(self._layer_entries) + appended) * 2 * plan.shape.head_dim * plan.shape.dtype.itemsize
 

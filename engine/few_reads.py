@@ -74,10 +74,7 @@ def taken(pool: KVPool, layer: int, slots: range, chosen: Tensor, reader: Reader
     """K and V of some entries of each head: chosen int64 [B, Hkv, m] -> [B, Hkv, m, D] each, valid until the next."""
     storage = pool.layers[layer]
     flat = storage.flat()
-    if flat is None:
-        k, v = storage.padded(slots, storage.count(slots.start) + 1)
-        index = chosen.unsqueeze(3).expand(-1, -1, -1, k.shape[3])
-        return k.gather(2, index), v.gather(2, index)
+    assert flat is not None, "single entries are looked up where they lie"
     rows = (chosen + _first_rows(pool, storage, layer, slots)).flatten()
     outs = reader.rows(len(rows), flat[0])
     k, v = (torch.index_select(memory, 0, rows, out=out) for memory, out in zip(flat, outs, strict=True))

@@ -66,7 +66,7 @@ from fastkv.models.presets import PRESETS
 from fastkv.models.text.chat import ChatIds
 from fastkv.models.text.tokenizer import Tokenizer
 from fastkv.models.tying import settled_config
-from fastkv.models.weights import in_int8, load_weights, model_bytes, random_weights
+from fastkv.models.weights import in_int8, int8_bytes, load_weights, random_weights
 
 LOAD_FORMATS = ("auto", "dummy")
 WEIGHTS = ("int8",)
@@ -142,7 +142,7 @@ class LLM:
             self.config = settled_config(self.config, folder, torch_dtype)
         parts = load_parts(self.config, None if dummy else folder, torch_dtype, weights, target)
         if draft_weights is not None and weights is None:
-            parts["weights of drafts"] = model_bytes(self.config, torch_dtype, draft_weights)
+            parts["weights of drafts"] = int8_bytes(self.config)
         advice = "take a smaller model, a device with more memory, --dtype bfloat16 or --weights int8"
         check_fits(f"the model {folder.name}", parts, target, advice)
         # Only now are the sizes known to be those of a model that there is room for.
@@ -159,8 +159,10 @@ class LLM:
     def _prepare(self, cuda_graph: bool, compile: bool, attention: str, draft_weights: str | None) -> None:
         """Make what requests share."""
         drafting = self._model if draft_weights is None else in_int8(self._model)
-        for model in {id(each): each for each in (self._model, drafting)}.values() if compile else ():
-            compile_layers(model)
+        models = [self._model] if drafting is self._model else [self._model, drafting]
+        if compile:
+            for model in models:
+                compile_layers(model)
         self._device = self._model.device
         self._entry = EntryShape(self.config.n_kv_heads, self.config.head_dim, self._model.dtype)
         largest = max(self._model.blocks[0].parameters(), key=Tensor.numel)
@@ -169,9 +171,10 @@ class LLM:
         self._runtime, self._drafting = (
             Runtime(each, cuda_graph, attention, threads) for each in (self._model, drafting)
         )
-        for row in {id(each): each for each in (self._model.row, drafting.row) if each is not None}.values():
-            with as_many(threads):
-                row.prepare()
+        for model in models:
+            if model.row is not None:
+                with as_many(threads):
+                    model.row.prepare()
 
     @property
     def policy(self) -> Policy:

@@ -41,7 +41,8 @@ class Metrics:
     decides, without the draft's.
     layer_entries: kv_entries of each layer, which differ where scores say how many a layer keeps.
     read_bytes: of K and V, and of the index that chooses among them, which a decode step reads in all layers, the mean
-    over the steps so far. None where there was none, or a decode_budget has dropped entries meanwhile. What a layer
+    over the steps so far. None where there was none, with a decode_budget that has dropped entries, a kv_dtype or
+    speculation. What a layer
     with a sliding window leaves out counts as read, unless the policy reads few.
     """
 

@@ -97,7 +97,7 @@ def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def _turned(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """The matrix times the rows: for a few rows, such as those that judge drafted tokens, MKL has faster loops here."""
+    """The matrix times the rows: other loops of the library, for a few rows such as those that judge drafted tokens."""
     y = (weight @ x.reshape(-1, x.shape[-1]).t()).t().reshape(*x.shape[:-1], len(weight))
     return y if bias is None else y + bias
 

@@ -129,6 +129,13 @@ def random_weights(
     return _ready(model, dtype, device)
 
 
+def int8_bytes(config: ModelConfig) -> int:
+    """Bytes that `in_int8` adds to a model of floats: the matrices, and their scales."""
+    model = meta_model(config)
+    kept = model.named_parameters()
+    return sum(_bytes_of(each.shape, torch.float32, True) for name, each in kept if _is_int8(model, name, "int8"))
+
+
 def in_int8(model: Llama) -> Llama:
     """The same network with matrices of 8-bit integers. It shares what is no matrix, and the rotation tables.
 

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from caches import live_entries
+from torch import Tensor
 
 from fastkv import H2O, LLM, AdaKV, FastKV, FastKVError, FullKV, GemFilter, SamplingParams
 from fastkv.cache.policies import KVzip
@@ -205,7 +206,14 @@ def test_memory_is_that_of_both_caches(llm: LLM) -> None:
     told = llm.generate(PROMPT, GREEDY, FEW, speculation="self", draft_tokens=2).metrics
     assert told.kv_bytes == full.kv_bytes
     assert told.speculation.draft_kv_bytes == few.kv_bytes
-    assert told.speculation.draft_weight_bytes == sum(each.nbytes for each in llm._drafting.model.parameters())
+    own, shared = dict(llm._drafting.model.named_parameters()), dict(llm.model.named_parameters())
+    copied = [value for name, value in own.items() if value.data_ptr() != shared[name].data_ptr()]
+    found = [getattr(each, "scale", None) for each in llm._drafting.model.modules()]
+    scales = {
+        id(each): each for each in found if isinstance(each, Tensor)
+    }  # a head that is the embedding shares its own
+    held = sum(each.nbytes for each in (*copied, *scales.values()))
+    assert told.speculation.draft_weight_bytes == held > sum(each.nbytes for each in copied)
 
 
 def test_drafting_weights_are_those_of_a_model_in_int8(llm: LLM, tiny_folder: Path) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Protocol
 
 import torch
@@ -30,6 +30,9 @@ class Draft(Protocol):
         None after a plain step. Where tokens were proposed, they come from the verification of these.
         """
 
+    def close(self) -> None:
+        """Hand what it holds to the next answer."""
+
 
 class TextDraft:
     """What followed the last tokens earlier in the text. ids: the text so far."""
@@ -44,6 +47,9 @@ class TextDraft:
     def add(self, tokens: Sequence[int], entries: Entries | None) -> None:
         """See Draft."""
         self._lookup.add(tokens)
+
+    def close(self) -> None:
+        """See Draft: it holds nothing."""
 
 
 class SelfDraft:
@@ -99,12 +105,13 @@ class SelfDraft:
     def _catch_up(self, count: int) -> None:
         """Take over the entries of `count` tokens, which plain steps have made."""
         first, end = self.cache.position, self.cache.position + count
-        parts = [self._whole.read(layer)[0] for layer in range(len(self.cache.layers))]
         for start in range(first, end, _TOGETHER):
             some = slice(start, min(start + _TOGETHER, end))
-            self._write([(part.k[:, :, some], part.v[:, :, some]) for part in parts], some.stop - some.start)
+            # One layer after another: what a layout has in fewer bits is read as a copy.
+            parts = (self._whole.read(layer)[0] for layer in range(len(self.cache.layers)))
+            self._write(((part.k[:, :, some], part.v[:, :, some]) for part in parts), some.stop - some.start)
 
-    def _write(self, entries: Entries, count: int) -> None:
+    def _write(self, entries: Iterable[tuple[Tensor, Tensor]], count: int) -> None:
         """Append the first `count` of these entries of each layer."""
         places = self.cache.pool.places(self._slots, count)
         for layer, of_layer, (k, v) in zip(self.cache.layers, places, entries, strict=True):
@@ -112,7 +119,7 @@ class SelfDraft:
         self.cache.advance(count)
 
     def close(self) -> None:
-        """Hand its memory to the next answer."""
+        """See Draft."""
         self._state.sampler.stop(self._slots.start)
         self._state.pool.release(self._slots)
         self._runtime.buffers.give_back(self._buffers)

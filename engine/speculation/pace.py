@@ -18,7 +18,6 @@ _PAUSE, _LONGEST_PAUSE = 16, 4096  # plain steps before drafting is tried again,
 _LOSS = 0.03  # of the time of plain steps, which such a try may cost
 _FADING = 0.9  # of what was seen, after every round
 _SLOWER = 1.1  # times what was known is the most that is believed at once
-_SLOPE = 0.1  # of a plain step for each further token of a verification, until one was timed
 
 
 def expected_tokens(acceptance: float, drafted: int) -> float:
@@ -36,11 +35,10 @@ class Pace:
     def __init__(self, fixed: int | None = None, free: bool = False) -> None:
         self._fixed, self._most = fixed, MOST_DRAFTED if free else MOST_DRAFTED // 2
         self._plain: float | None = None
-        self._draft = 0.0
+        self._draft: float | None = None
         self._verified: dict[int, float] = {}  # tokens of a verification -> time
         self._accepted, self._refused = 2.0, 1.0  # as if so many had been seen
         self._pause, self._left = _PAUSE, _PLAIN_FIRST
-        self._tried = False
 
     @property
     def plain_step(self) -> float | None:
@@ -58,7 +56,7 @@ class Pace:
             return self._fixed
         if self._left > 0:
             return 0
-        return self._best()[0] if self._tried else _FIRST
+        return self._best()[0] if self._verified else _FIRST
 
     def stepped(self, seconds: float) -> None:
         """A plain step took so long."""
@@ -69,9 +67,8 @@ class Pace:
         """Of `drafted` tokens so many were accepted; how long drafting all of them, and judging them, took."""
         self._accepted = _FADING * self._accepted + accepted
         self._refused = _FADING * self._refused + (accepted < drafted)
-        self._draft = _noted(self._draft if self._tried else None, drafting / drafted)
+        self._draft = _noted(self._draft, drafting / drafted)
         self._verified[drafted + 1] = _noted(self._verified.get(drafted + 1), verifying)
-        self._tried = True
         if self._fixed is not None:
             return
         if self._best()[1] < _GAIN:
@@ -88,14 +85,13 @@ class Pace:
     def gain(self, drafted: int) -> float:
         """How many times as fast as plain steps rounds of so many drafted tokens are expected to be."""
         assert self._plain is not None, "plain steps come first"
+        assert self._draft is not None, "and a round"
         seconds = drafted * self._draft + self._verifying(drafted + 1)
         return expected_tokens(self.acceptance, drafted) * self._plain / seconds
 
     def _verifying(self, count: int) -> float:
         """What a verification of so many tokens takes: as measured, or by the nearest that was."""
         assert self._plain is not None
-        if not self._verified:
-            return self._plain * (1 + _SLOPE * (count - 1))
         if count in self._verified:
             return self._verified[count]
         nearest = min(self._verified, key=lambda known: abs(known - count))

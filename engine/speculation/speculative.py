@@ -3,8 +3,8 @@
 The model's own choice at every place is what the answer gets, chosen by the same sampler, with the same random numbers,
 as a plain step chooses there. A drafted token stays where it is that choice; the first one that is not, and all after
 it, are forgotten. So the text is that of plain steps, greedy or drawn, with any settings, whatever was drafted: a poor
-draft costs time only. (The usual rule, min(1, p / q) of arXiv 2211.17192, has the same distribution and accepts more
-tokens at high temperatures, but with other random numbers: the text of a seed would depend on how many are drafted.)
+draft costs time only. (The usual rule, min(1, p / q) of arXiv 2211.17192, has the same distribution, and accepts at
+least as many drawn tokens; but by other random numbers: the text of a seed would depend on how many are drafted.)
 Sums of several tokens at once are rounded otherwise than those of one, which decides near ties only.
 """
 
@@ -28,6 +28,7 @@ from fastkv.engine.sampler import NOT_FINITE, not_finite_error
 from fastkv.engine.speculation.drafts import Draft, Entries, SelfDraft, TextDraft
 from fastkv.engine.speculation.figures import Speculated
 from fastkv.engine.speculation.pace import Pace
+from fastkv.models.weights import int8_bytes
 
 
 class SpeculativeBatch(DecodeBatch):
@@ -39,8 +40,7 @@ class SpeculativeBatch(DecodeBatch):
         self._kind, self._drafting = request.speculation.kind, drafting
         self._request = request
         self._pace = Pace(request.speculation.draft_tokens, free=drafting is None)
-        self._self_draft: SelfDraft | None = None
-        self._draft: Draft | None = None
+        self._known_draft: Draft | None = None
         self._ready: deque[int] = deque()  # tokens that nobody has read yet
         self._counts = {"verifications": 0, "plain_steps": 0, "drafted_tokens": 0, "accepted_tokens": 0}
         self._seconds = self._drafting_seconds = self._verifying_seconds = 0.0
@@ -54,7 +54,7 @@ class SpeculativeBatch(DecodeBatch):
         """See DecodeBatch: one token of the request at a time."""
         if self._unread:
             found = super().read()
-            self._text_draft().add([token for _, token in found], None)
+            self._draft.add([token for _, token in found], None)
             return found
         token = self._ready.popleft()
         if token == NOT_FINITE:
@@ -73,7 +73,7 @@ class SpeculativeBatch(DecodeBatch):
             **counts,
             speed_up=None if step is None or not self._seconds else brought * step / self._seconds,
             draft_kv_bytes=0 if plan is None else plan.nbytes + plan.index_nbytes,
-            draft_weight_bytes=weight_bytes(drafting) if drafting is not None and own else 0,
+            draft_weight_bytes=int8_bytes(self._runtime.model.config) if own else 0,
             draft_seconds=self._drafting_seconds,
             verify_seconds=self._verifying_seconds,
             plain_seconds=step,
@@ -81,7 +81,7 @@ class SpeculativeBatch(DecodeBatch):
 
     def close(self) -> None:
         """See DecodeBatch."""
-        draft, self._self_draft = self._self_draft, None
+        draft, self._known_draft = self._known_draft, None
         if draft is not None:
             draft.close()
         super().close()
@@ -91,16 +91,18 @@ class SpeculativeBatch(DecodeBatch):
         if draft_plan is None or self._drafting is None:
             return super()._prefill(request, ids, plan, cache)
         model, attention = self._runtime.model, self._runtime.attention
-        self._draft = self._self_draft = draft = SelfDraft(self._drafting, draft_plan, cache, self._state.sampler)
+        self._known_draft = draft = SelfDraft(self._drafting, draft_plan, cache, self._state.sampler)
         ids, workspace = ids.to(model.device), self._buffers.workspace
         result = prefill(model, ids, draft_plan, draft.cache, workspace, attention, request.eos_ids, cache)
         draft.start(request.params, ids)
         return replace(result, cache=cache, mass=[None] * len(result.mass))  # what answers holds everything
 
-    def _text_draft(self) -> Draft:
-        if self._draft is None:
-            self._draft = TextDraft(self._request.all_ids[0].tolist())
-        return self._draft
+    @property
+    def _draft(self) -> Draft:
+        """Who drafts; the text, unless a prefill has filled a draft's cache."""
+        if self._known_draft is None:
+            self._known_draft = TextDraft(self._request.all_ids[0].tolist())
+        return self._known_draft
 
     def _round(self) -> None:
         """The next token, or several."""
@@ -109,7 +111,7 @@ class SpeculativeBatch(DecodeBatch):
         if left < 1:
             return
         began = time.perf_counter()
-        drafted = self._text_draft().propose(min(self._pace.next(), left - 1))
+        drafted = self._draft.propose(min(self._pace.next(), left - 1))
         ready = time.perf_counter()
         entries: Entries | None = None
         if drafted:
@@ -118,7 +120,7 @@ class SpeculativeBatch(DecodeBatch):
             self._step({slot: sequence.cache})
             tokens = self._state.tokens[slot : slot + 1].tolist()
         done = time.perf_counter()
-        self._text_draft().add(tokens, entries)
+        self._draft.add(tokens, entries)
         # What `add` takes is the draft's, too.
         self._count(len(drafted), len(tokens) - 1, ready - began + time.perf_counter() - done, done - ready)
         sequence.launched += len(tokens)
@@ -156,8 +158,3 @@ class SpeculativeBatch(DecodeBatch):
         state.tokens[slots] = chosen
         cache.truncate(1 + len(drafted) - len(tokens))
         return tokens, entries
-
-
-def weight_bytes(runtime: Runtime) -> int:
-    """Bytes of a model's parameters and of their scales."""
-    return sum(each.nbytes for each in runtime.model.parameters())
