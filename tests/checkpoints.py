@@ -93,3 +93,21 @@ def write_shards(folder: Path, tensors: dict[str, Tensor], n_shards: int = 3) ->
 
 def write_index(folder: Path, weight_map: Any) -> None:
     (folder / INDEX).write_text(json.dumps({"metadata": {"total_size": 1}, "weight_map": weight_map}))
+
+
+def write_one_layer(folder: Path, positions: int, window: int) -> None:
+    """config.json of a model of one layer and one KV head of 8, with a sliding window, for `load_format="dummy"`."""
+    config = {
+        "architectures": ["MistralForCausalLM"],
+        "vocab_size": 256,
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "head_dim": 8,
+        "max_position_embeddings": positions,
+        "sliding_window": window,
+        "rms_norm_eps": 1e-5,
+    }
+    (folder / "config.json").write_text(json.dumps(config))

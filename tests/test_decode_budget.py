@@ -6,7 +6,6 @@ The slow twin here attends to lists of entries, head by head, sums what each rec
 from __future__ import annotations
 
 import dataclasses
-import json
 import logging
 from itertools import islice
 from types import SimpleNamespace
@@ -15,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from caches import idle_pool, make_pool
+from checkpoints import write_one_layer
 from test_peak_memory import Alive
 from torch import Tensor
 
@@ -49,20 +49,7 @@ def params(max_tokens: int, **choice: Any) -> SamplingParams:
 def one_layer(tmp_path_factory: pytest.TempPathFactory) -> LLM:
     """Random weights, one KV head of 8, and a sliding window, for answers that take many steps."""
     folder = tmp_path_factory.mktemp("one-layer")
-    config = {
-        "architectures": ["MistralForCausalLM"],
-        "vocab_size": 256,
-        "hidden_size": 16,
-        "intermediate_size": 16,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 2,
-        "num_key_value_heads": 1,
-        "head_dim": 8,
-        "max_position_embeddings": 8192,
-        "sliding_window": 4096,
-        "rms_norm_eps": 1e-5,
-    }
-    (folder / "config.json").write_text(json.dumps(config))
+    write_one_layer(folder, 8192, 4096)
     return LLM(folder, dtype="float32", device="cpu", load_format="dummy")
 
 

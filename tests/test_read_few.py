@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import logging
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from checkpoints import write_one_layer
 from torch import Tensor
 
 from fastkv import LLM, AdaKV, ClusterKV, FastKVError, FullKV, Policy, Quest, RocketKV, SamplingParams, SinkRouter
@@ -423,20 +423,7 @@ def test_prompts_that_begin_alike_are_read_by_their_policy(tiny_llm: LLM) -> Non
 
 def test_a_layer_with_a_sliding_window_reads_that(tmp_path: Path) -> None:
     """Once entries have left it; before, its steps choose as those of any layer."""
-    config = {
-        "architectures": ["MistralForCausalLM"],
-        "vocab_size": 256,
-        "hidden_size": 16,
-        "intermediate_size": 16,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 2,
-        "num_key_value_heads": 1,
-        "head_dim": 8,
-        "max_position_embeddings": 512,
-        "sliding_window": 150,
-        "rms_norm_eps": 1e-5,
-    }
-    (tmp_path / "config.json").write_text(json.dumps(config))
+    write_one_layer(tmp_path, 512, 150)
     llm = LLM(tmp_path, dtype="float32", device="cpu", load_format="dummy")
     quest = Quest(read_len=48, dense_layers=0)
     for n_tokens, read in ((100, 32 + 4 + 1), (200, 150)):
