@@ -226,10 +226,7 @@ def plan_request(
     past = tuple(0 if cache is None else cache.count(layer) for layer in range(n_layers))
     if not reduces:
         assert cache is None, "of a sequence that begins"
-        layers = [
-            LayerPlan(n_tokens, min(policy.budget(at, n_layers, n_tokens), n_tokens), None) for at in range(n_layers)
-        ]
-        first_pass = None
+        layers, first_pass = [_without_reduction(policy, layer, n_layers, n_tokens) for layer in range(n_layers)], None
     elif cache is None:
         layers, first_pass = plan_layers(policy, n_layers, n_tokens), policy.first_pass(n_layers, n_tokens)
     elif chooses_again(policy, n_layers, n_tokens, cache):
@@ -296,6 +293,12 @@ def _check_reads_few(plan: RequestPlan, cache: Past | None) -> None:
             f"policy {plan.policy.name} cannot go on with a cache whose heads hold different numbers of entries: take "
             "policy full"
         )
+
+
+def _without_reduction(policy: Policy, layer: int, n_layers: int, n_tokens: int) -> LayerPlan:
+    """Of a layer that sees all tokens, whatever the policy propagates, and propagates them."""
+    kept = min(policy.budget(layer, n_layers, n_tokens), n_tokens)
+    return LayerPlan(n_tokens, kept, None, min(policy.least(layer, n_layers, n_tokens), kept))
 
 
 def _bounded_capacities(plan: RequestPlan, budget: DecodeBudget) -> tuple[int, ...]:

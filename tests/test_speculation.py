@@ -66,6 +66,17 @@ def test_any_policy_drafts(llm: LLM, policy: Any) -> None:
     assert set(found.metrics.layer_tokens) == {len(PROMPT)}  # nothing is lost on the way
 
 
+@pytest.mark.parametrize("by", ["layer", "head"])
+def test_scores_say_how_many_entries_a_draft_has(llm: LLM, by: str) -> None:
+    policy = FastKV(keep_mass=0.5, keep_mass_by=by, min_tokens=20)
+    stream = llm.stream(PROMPT, GREEDY, policy, speculation="self", draft_tokens=2)
+    tokens = [piece.token_id for piece in itertools.islice(stream, 5)]
+    kept = stream._batch._draft.cache.layer_entries
+    assert all(2 * 20 <= count < 2 * 180 for count in kept), kept
+    tokens += [piece.token_id for piece in stream]
+    assert tokens == llm.generate(PROMPT, GREEDY, FullKV()).token_ids
+
+
 @pytest.mark.parametrize("policy", [FEW, AdaKV(kv_len=40), FullKV()], ids=lambda policy: policy.name)
 @pytest.mark.parametrize("params", [GREEDY, DRAWN], ids=["greedy", "drawn"])
 def test_the_text_drafts_over_any_cache(llm: LLM, policy: Any, params: SamplingParams) -> None:
