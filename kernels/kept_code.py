@@ -11,7 +11,7 @@ from pathlib import Path
 from fastkv.kernels.size_conditions import Sizes
 from fastkv.storage import cache_folder, write_atomically
 
-FORMAT = 1  # of what is kept; rises when the same recording is compiled to something else
+FORMAT = 2  # of what is kept; rises when the same recording is compiled to something else
 
 _log = logging.getLogger(__name__)
 

@@ -141,6 +141,16 @@ def test_rows_are_multiplied_as_measured(monkeypatch: pytest.MonkeyPatch, cache_
     assert len(list((cache_folder / "calibration").iterdir())) == 1
 
 
+@pytest.mark.parametrize("n_in", [8, 64, 63])
+def test_what_a_compiler_is_given_are_the_same_sums(n_in: int) -> None:
+    """Of every integer at every place of a word, and of rows that are no whole number of words."""
+    values = torch.arange(48 * n_in).sub(128).to(torch.int8).view(48, n_in)
+    assert (values.min(), values.max()) == (-128, 127)
+    x, scale = noise(1, 1, n_in), torch.linspace(0.5, 2, 48)
+    found = module._compiled(x, values, scale)
+    torch.testing.assert_close(found, F.linear(x, dequantised(values, scale, torch.float32)), atol=1e-3, rtol=1e-5)
+
+
 def test_compiled_products_are_alike() -> None:
     try:
         _check_compiler(torch.device("cpu"))
