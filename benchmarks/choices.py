@@ -27,7 +27,7 @@ from fastkv.models.linear import linear
 
 # Rows, columns: matrices of the 100M preset, then smaller ones, where a call begins to cost more than it gains.
 SHAPES = ((4096, 768), (768, 2048), (1280, 768), (32_000, 768), (512, 256), (256, 256), (128, 128))
-FEW, MANY = (1, 8, 32), 4096  # rows of input: of sequences that decode together, and of a prefill's chunk
+FEW, MANY = (1, 2, 4, 8, 32), 4096  # rows of input: of sequences that decode together, and of a prefill's chunk
 BYTES = 2**28  # of matrices that no cache holds together
 TOKENS, PROPAGATED = 8192, 1638
 HEADS, KV_HEADS, HEAD_DIM = 12, 4, 64
@@ -76,7 +76,7 @@ def compare(x: torch.Tensor, matrices: list[torch.Tensor], work: int, unit: str)
     ways = {name: partial(multiply, way, x, matrices) for name, way in ways_of(x.dtype).items()}
     about = f"{str(x.dtype).removeprefix('torch.')} {len(x)} x {list(matrices[0].shape)}"
     if len(x) > 1:
-        ways.pop("split", None)
+        ways = {name: way for name, way in ways.items() if name not in ("split", "halves")}
         speeds = {name: work / 1e9 / seconds for name, seconds in medians(ways, 15).items()}
         print(f"{about}: {', '.join(f'{name} {speed:.1f} {unit}' for name, speed in speeds.items())}")
         return

@@ -45,6 +45,7 @@ _cudnn_works = True  # until it raises
 _log = logging.getLogger(__name__)
 
 QUERY_BLOCK = 512  # queries whose mask is held at a time, where attention needs one
+_FEW = 16  # queries, up to which a CPU takes those of a KV head as the rows of one product
 
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor, window: int | None = None, backend: str = AUTO) -> Tensor:
@@ -151,6 +152,8 @@ def attend_last(q: Tensor, k: Tensor, v: Tensor, window: int | None = None, live
         from torch.nn.attention.bias import causal_lower_right  # it imports torch's compiler
 
         return F.scaled_dot_product_attention(q, k, v, attn_mask=causal_lower_right(n_new, n_entries), enable_gqa=True)
+    if live is None and q.device.type == "cpu" and n_new <= _FEW:
+        return _few_queries(q, k, v, window)
     if live is None:
         return _in_blocks(n_entries - n_new, q, k, v, window)
     steps = [  # a few tokens of sequences of different lengths: one after the other
@@ -158,6 +161,22 @@ def attend_last(q: Tensor, k: Tensor, v: Tensor, window: int | None = None, live
         for index in range(n_new)
     ]
     return torch.cat(steps, dim=2)
+
+
+def _few_queries(q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
+    """The queries of the last T entries, such as judge drafted tokens: K and V are read once for all of a KV head's.
+
+    torch's attention of a few queries over many entries reads them once for each query head, or holds all weights.
+    """
+    (batch, _, n_new, head_dim), (n_kv_heads, n_entries) = q.shape, k.shape[1:3]
+    rows = q.reshape(batch, n_kv_heads, -1, head_dim)  # [B, Hkv, G T, D], the queries of a head after one another
+    places = torch.arange(n_entries - n_new, n_entries).unsqueeze(1)
+    keys = torch.arange(n_entries)
+    hidden = keys > places
+    if window is not None:
+        hidden |= keys <= places - window
+    mask = rows.new_zeros(n_new, n_entries).masked_fill_(hidden, float("-inf")).repeat(rows.shape[2] // n_new, 1)
+    return F.scaled_dot_product_attention(rows, k, v, attn_mask=mask).view(q.shape)
 
 
 def _visible(live: Tensor, n_entries: int, window: int | None) -> Tensor:

@@ -29,7 +29,7 @@ from fastkv.kernels.out_of_memory import is_out_of_memory
 from fastkv.storage import cache_folder, write_atomically
 
 VARIABLE = "FASTKV_CALIBRATION"
-_FORMAT = 1  # of what is written; rises when a way of this name means something else
+_FORMAT = 2  # of what is written; rises when a way of this name means something else
 _ROUNDS = 5  # of all ways in turn, after one that does not count; the fastest of each counts
 _ENOUGH = 0.03  # seconds after which no other round begins
 _MARGIN = 0.95  # another way than the default must take less than this share of its time

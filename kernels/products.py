@@ -29,7 +29,8 @@ SMALLEST = 2**17
 MOST_TOGETHER, BLOCK = 32, 1024
 
 # The number of rows that a choice is made for in place of each of the first ones.
-_KINDS = [0, 1, *[8] * 7, *[MOST_TOGETHER] * (MOST_TOGETHER - 8)]
+_KINDS = [0, 1, *[4] * 3, *[8] * 4, *[MOST_TOGETHER] * (MOST_TOGETHER - 8)]
+_TURNED = 4  # rows that "turned" takes at a time, of several
 
 COLD = 64 << 20  # bytes of matrices that are read in turn while a few rows are timed: more than most caches hold
 _chosen: dict[tuple[int, torch.Size, torch.dtype, int], Product] = {}
@@ -56,7 +57,7 @@ def _choose(kind: int, weight: Tensor) -> Product:
     ways = ways_of(weight.dtype)
     default = "onednn" if weight.dtype == torch.float32 and "onednn" in ways else "linear"
     if kind > 1:
-        ways = {name: way for name, way in ways.items() if name != "split" and (kind < BLOCK or name != "turned")}
+        ways = {name: way for name, way in ways.items() if way not in _OF_ONE and (kind < BLOCK or name != "turned")}
     if not is_on():
         return ways[default]
     shape = " x ".join(map(str, weight.shape))
@@ -85,8 +86,8 @@ def cold_copies(matrix: Tensor) -> list[Tensor]:
 
 @cache
 def ways_of(dtype: torch.dtype) -> dict[str, Product]:
-    """The ways that work here, by name: "linear", which always does; "onednn"; "turned"; "split", of one row alone."""
-    others = {"onednn": _onednn, "turned": _turned, "split": _split}
+    """The ways that work here, by name. "linear" always does; "split" and "halves" are for one row alone."""
+    others = {"onednn": _onednn, "turned": _turned, "split": _split, "halves": _halves}
     return {"linear": F.linear, **{name: way for name, way in others.items() if _agrees(way, dtype)}}
 
 
@@ -97,8 +98,15 @@ def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def _turned(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """The matrix times the rows: other loops of the library, for a few rows such as those that judge drafted tokens."""
-    y = (weight @ x.reshape(-1, x.shape[-1]).t()).t().reshape(*x.shape[:-1], len(weight))
+    """The matrix times the rows: other loops of the library, for a few rows such as those that judge drafted tokens.
+
+    Four rows at a time are what these loops are best at: two or three of them take longer (benchmarks/choices.py).
+    """
+    rows = x.reshape(-1, x.shape[-1])
+    missing = -len(rows) % _TURNED if len(rows) > 1 else 0
+    y = (weight @ (F.pad(rows, (0, 0, 0, missing)) if missing else rows).t())[:, : len(rows)]
+    # In the order of memory that all other ways give: code that is compiled for one relies on it.
+    y = y.t().contiguous().view(*x.shape[:-1], len(weight))
     return y if bias is None else y + bias
 
 
@@ -112,6 +120,18 @@ def _split(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return y if bias is None else y.add_(bias)
 
 
+def _halves(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """One row: as `_split`, each half times the row in place of the row times each half, which are other loops."""
+    n_out, n_in = weight.shape
+    if n_out % 2 or not weight.is_contiguous():
+        return F.linear(x, weight, bias)
+    y = torch.bmm(weight.view(2, n_out // 2, n_in), x.reshape(1, n_in, 1).expand(2, n_in, 1)).view(*x.shape[:-1], n_out)
+    return y if bias is None else y.add_(bias)
+
+
+_OF_ONE = (_split, _halves)  # the ways of one row alone
+
+
 def _agrees(product: Product, dtype: torch.dtype) -> bool:
     """Whether a small sample, of one row and of several, comes out as F.linear has it."""
     x, weight, bias = (
@@ -119,7 +139,7 @@ def _agrees(product: Product, dtype: torch.dtype) -> bool:
         for shape in (torch.Size((2, 3, 32)), torch.Size((48, 32)), torch.Size((48,)))
     )
     samples = [(x[:1, 0], weight, None), (x[:1, 1], weight[16:], bias[16:])]
-    if product is not _split:
+    if product not in _OF_ONE:
         samples.append((x[:, 1:], weight[16:], bias[16:]))
     bound = 1e-4 if dtype == torch.float32 else 0.1  # sums of up to 16, half a step of bfloat16 there is 0.03
     try:

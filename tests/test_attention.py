@@ -55,6 +55,19 @@ def test_tokens_after_the_last_change_nothing(
     torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-6)
 
 
+@pytest.mark.parametrize("window", [None, 1, 7, 39, 500])
+@pytest.mark.parametrize("n_new", [2, 3, 16, 17])
+def test_the_last_queries_attend_as_one_after_another(n_new: int, window: int | None) -> None:
+    """A few at once, as judged drafts are, and more than those."""
+    q, k, v = heads_of(60)
+    found = module.attend_last(q[:, :, -n_new:], k, v, window)
+    each = [
+        module.attend_last(q[:, :, end - 1 : end], k[:, :, :end], v[:, :, :end], window)
+        for end in range(61 - n_new, 61)
+    ]
+    torch.testing.assert_close(found, torch.cat(each, dim=2), atol=1e-6, rtol=1e-5)
+
+
 def test_what_has_its_length_or_is_long_is_not_copied(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "_LENGTHS", 64)
     monkeypatch.setattr(module, "_PADDED_BELOW", 500)
