@@ -19,7 +19,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from fastkv.cache.layer import Part
 from fastkv.engine.merged_attention import merged_attention, why_not_merged
 from fastkv.errors import FastKVError, check_choice
-from fastkv.kernels.row_attention import chosen_way, two_rows_are_faster
+from fastkv.kernels.row_attention import chosen_way, of_last_tokens, two_rows_are_faster
 
 BACKENDS = {
     "cudnn": SDPBackend.CUDNN_ATTENTION,
@@ -153,7 +153,8 @@ def attend_last(q: Tensor, k: Tensor, v: Tensor, window: int | None = None, live
 
         return F.scaled_dot_product_attention(q, k, v, attn_mask=causal_lower_right(n_new, n_entries), enable_gqa=True)
     if live is None and q.device.type == "cpu" and n_new <= _FEW:
-        return _few_queries(q, k, v, window)
+        rows = q.reshape(q.shape[0], k.shape[1], -1, q.shape[3])
+        return of_last_tokens(rows, k, v, n_new, window).view(q.shape)
     if live is None:
         return _in_blocks(n_entries - n_new, q, k, v, window)
     steps = [  # a few tokens of sequences of different lengths: one after the other
@@ -161,22 +162,6 @@ def attend_last(q: Tensor, k: Tensor, v: Tensor, window: int | None = None, live
         for index in range(n_new)
     ]
     return torch.cat(steps, dim=2)
-
-
-def _few_queries(q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
-    """The queries of the last T entries, such as judge drafted tokens: K and V are read once for all of a KV head's.
-
-    torch's attention of a few queries over many entries reads them once for each query head, or holds all weights.
-    """
-    (batch, _, n_new, head_dim), (n_kv_heads, n_entries) = q.shape, k.shape[1:3]
-    rows = q.reshape(batch, n_kv_heads, -1, head_dim)  # [B, Hkv, G T, D], the queries of a head after one another
-    places = torch.arange(n_entries - n_new, n_entries).unsqueeze(1)
-    keys = torch.arange(n_entries)
-    hidden = keys > places
-    if window is not None:
-        hidden |= keys <= places - window
-    mask = rows.new_zeros(n_new, n_entries).masked_fill_(hidden, float("-inf")).repeat(rows.shape[2] // n_new, 1)
-    return F.scaled_dot_product_attention(rows, k, v, attn_mask=mask).view(q.shape)
 
 
 def _visible(live: Tensor, n_entries: int, window: int | None) -> Tensor:

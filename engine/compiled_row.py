@@ -25,6 +25,7 @@ from fastkv.models.layers import Rope, Rotation
 from fastkv.models.llama import Llama
 
 _LOOPS = "loops"  # attention as loops that the compiler writes; the other ways are calls of torch's kernels
+_MASKED = "masked"  # that of several tokens, each of which sees the tokens up to itself
 _USUAL = 509  # entries that the compiler is told of; it decides by them what is worth two threads
 _SHORT = 10  # the size class (below 1,024 entries) up to which loops are taken where nothing is measured
 
@@ -36,7 +37,7 @@ _BEFORE = -1  # in place of a layer: what comes before the first attention
 
 
 class CompiledRow:
-    """The layers of a model for one token of one sequence (RowLayers). options: of torch's compiler.
+    """The layers of a model for one token of one sequence, or JUDGED (RowLayers). options: of torch's compiler.
 
     What `prepare` has not compiled is compiled when it is first needed. Where that fails, or sizes do not fit, they run
     as they are.
@@ -47,18 +48,18 @@ class CompiledRow:
         self._compiler = DirectCompiler(options)
         self._known: dict[tuple[int | str, ...], _Compiled] = {}
         self._ways: dict[tuple[int, ...], str] = {}
-        self._failed: set[tuple[str, int]] = set()  # ways that could not be compiled, and for how many threads
+        self._failed: set[tuple[str, int, int]] = set()  # ways that could not be compiled, for how many tokens, threads
 
     @torch.inference_mode()
-    def prepare(self) -> None:
+    def prepare(self, count: int = 1) -> None:
         """See RowLayers."""
         config, dtype = self._model.config, self._model.dtype
         hidden, q = (
             torch.zeros(1, *size, dtype=dtype)
-            for size in ((1, config.hidden_size), (config.n_heads, 1, config.head_dim))
+            for size in ((count, config.hidden_size), (config.n_heads, count, config.head_dim))
         )
         k = torch.zeros(1, config.n_kv_heads, _USUAL, config.head_dim, dtype=dtype)
-        new, rope = k[:, :, -1:], self._model.rope_of_range(0, 1)
+        new, rope = k[:, :, -count:], self._model.rope_of_range(0, count)
         tables = [table for each in rope.rotations for table in (each.cos, each.sin)]
         last = len(self._model.blocks) - 1
         self._compiled_if_possible(_BEFORE, (hidden, new, new, *tables))
@@ -70,9 +71,10 @@ class CompiledRow:
         """See RowLayers."""
         tables = [table.contiguous() for each in rope.rotations for table in (each.cos, each.sin)]
         k, v = entries[0]
-        (q,) = self._run(_BEFORE, (hidden, k[:, :, -1:], v[:, :, -1:], *tables))
+        own = slice(-hidden.shape[1], None)
+        (q,) = self._run(_BEFORE, (hidden, k[:, :, own], v[:, :, own], *tables))
         for layer, (next_k, next_v) in enumerate(entries[1:]):
-            new = next_k[:, :, -1:], next_v[:, :, -1:]
+            new = next_k[:, :, own], next_v[:, :, own]
             hidden, q = self._run(layer, (hidden, q.contiguous(), k, v, *new, *tables))
             k, v = next_k, next_v
         return self._run(len(entries) - 1, (hidden, q.contiguous(), k, v))[0]
@@ -86,7 +88,8 @@ class CompiledRow:
 
     def _compiled_if_possible(self, layer: int, inputs: _Inputs) -> _Compiled | None:
         way = self._way(layer, inputs)
-        if (way, torch.get_num_threads()) in self._failed:
+        which = way, inputs[0].shape[1], torch.get_num_threads()
+        if which in self._failed:
             return None
         try:
             return self._compiled(layer, way, inputs)
@@ -94,14 +97,14 @@ class CompiledRow:
             if not self._failed:
                 reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
                 _log.warning("some decode steps are not compiled, and slower for it: %s", reason)
-            self._failed.add((way, torch.get_num_threads()))
+            self._failed.add(which)
             return None
 
     def _compiled(self, layer: int, way: str, inputs: _Inputs) -> _Compiled:
-        key = layer, way, torch.get_num_threads()
+        key = layer, way, inputs[0].shape[1], torch.get_num_threads()
         known = self._known.get(key)
         if known is None:
-            function, examples = self._function(layer, way), _likeness(layer, inputs)
+            function, examples = self._counted(layer, way, inputs[0].shape[1]), _likeness(layer, inputs)
             known = self._known[key] = self._compiler.compiled(function, examples)
         return known
 
@@ -113,11 +116,22 @@ class CompiledRow:
             return partial(_last, self._model, way)
         return partial(_between, blocks[layer], blocks[layer + 1], way)
 
+    def _counted(self, layer: int, way: str, count: int) -> Function:
+        """The function of a layer for so many tokens, which the compiler would leave open."""
+        function = self._function(layer, way)
+
+        def counted(*inputs: Tensor) -> tuple[Tensor, ...]:
+            _fix(1, count, inputs[0])
+            _fix(2, count, *(inputs[1:] if layer == _BEFORE else (inputs[1], *inputs[4:])))
+            return function(*inputs)
+
+        return counted
+
     def _way(self, layer: int, inputs: _Inputs) -> str:
         """The fastest attention over about as many entries."""
         if layer == _BEFORE:
             return ""
-        key = row_attention.size_class(inputs[2]), torch.get_num_threads()
+        key = row_attention.size_class(inputs[2]), inputs[0].shape[1], torch.get_num_threads()
         known = self._ways.get(key)
         if known is None:
             known = self._ways[key] = self._choose(layer, inputs)
@@ -125,7 +139,11 @@ class CompiledRow:
 
     def _plain_way(self, layer: int, inputs: _Inputs) -> str:
         """The fastest of torch's own kernels for it."""
-        return "" if layer == _BEFORE else row_attention.chosen_way(_rows(inputs[1], inputs[2]), inputs[2])[0]
+        if layer == _BEFORE:
+            return ""
+        if inputs[0].shape[1] > 1:
+            return _MASKED
+        return row_attention.chosen_way(_rows(inputs[1], inputs[2]), inputs[2])[0]
 
     def _choose(self, layer: int, inputs: _Inputs) -> str:
         _, q, k, *_ = inputs
@@ -133,8 +151,10 @@ class CompiledRow:
         default = _LOOPS if row_attention.size_class(k) <= _SHORT else other
         if not is_on():
             return default
-        about = f"compiled step, {row_attention.told(rows, k)}"
-        names = [_LOOPS, *row_attention.ways_of(rows.shape[2])]
+        count = inputs[0].shape[1]
+        of = "" if count == 1 else f" of {count} tokens"
+        about = f"compiled step{of}, {row_attention.told(rows, k)}"
+        names = [_LOOPS, *(row_attention.ways_of(rows.shape[2]) if count == 1 else [_MASKED])]
         return calibration().choose(about, default, names, lambda: self._timed(layer, inputs, (_LOOPS, other)))
 
     def _timed(self, layer: int, inputs: _Inputs, ways: tuple[str, ...]) -> dict[str, Any]:
@@ -162,8 +182,8 @@ def _likeness(layer: int, inputs: _Inputs) -> _Inputs:
     for place, each in enumerate(inputs):
         if place in entries:
             made.append(_with_room(each, _USUAL, 3))
-        elif place in new:
-            made.append(_with_room(each, 1, _USUAL))  # a memory of another size than that of the entries
+        elif place in new:  # a memory of another size than that of the entries
+            made.append(_with_room(each, inputs[0].shape[1], _USUAL))
         else:
             made.append(each.new_zeros(each.shape))
     return tuple(made)
@@ -176,13 +196,13 @@ def _with_room(entries: Tensor, n: int, more: int) -> Tensor:
 
 
 def _rows(q: Tensor, k: Tensor) -> Tensor:
-    """q [1, Hq, 1, D] -> [1, Hkv, G, D]: the query heads of a KV head."""
+    """q [1, Hq, T, D] -> [1, Hkv, G T, D]: the query heads of a KV head."""
     return q.reshape(1, k.shape[1], -1, q.shape[3])
 
 
 def _before(block: Block, hidden: Tensor, new_k: Tensor, new_v: Tensor, *tables: Tensor) -> tuple[Tensor]:
-    """hidden [1, 1, E] -> q [1, Hq, 1, D]; k and v go into new_k and new_v, [1, Hkv, 1, D]."""
-    _fix_heads(block.self_attn.heads[1], new_k, new_v)
+    """hidden [1, T, E] -> q [1, Hq, T, D]; k and v go into new_k and new_v, [1, Hkv, T, D]."""
+    _fix(1, block.self_attn.heads[1], new_k, new_v)
     rotations = tuple(Rotation(cos, sin) for cos, sin in zip(tables[::2], tables[1::2], strict=True))
     q, k, v = type(block).project(block, hidden, Rope(rotations))
     new_k.copy_(k)
@@ -210,22 +230,34 @@ def _finished(block: Block, way: str, hidden: Tensor, q: Tensor, k: Tensor, v: T
 
 def _attended(way: str, block: Block, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     n_q, n_kv, _ = block.self_attn.heads
-    _fix_heads(n_q, q)
-    _fix_heads(n_kv, k, v)
-    rows = q.reshape(1, n_kv, n_q // n_kv, block.self_attn.head_dim)
-    attend = _loops if way == _LOOPS else row_attention.ways_of(n_q // n_kv)[way]
-    return attend(rows, k, v).reshape(1, n_q, 1, block.self_attn.head_dim)
+    _fix(1, n_q, q)
+    _fix(1, n_kv, k, v)
+    count, head_dim = int(q.shape[2]), block.self_attn.head_dim
+    rows = q.reshape(1, n_kv, n_q // n_kv * count, head_dim)
+    if way == _LOOPS:
+        attended = _loops(rows, k, v, count)
+    elif way == _MASKED:
+        attended = row_attention.of_last_tokens(rows, k, v, count)
+    else:
+        attended = row_attention.ways_of(n_q // n_kv)[way](rows, k, v)
+    return attended.reshape(1, n_q, count, head_dim)
 
 
-def _fix_heads(n_heads: int, *tensors: Tensor) -> None:
-    """Tell the compiler how many heads there are, which it would leave open."""
+def _fix(place: int, size: int, *tensors: Tensor) -> None:
+    """Tell the compiler a size, which it would leave open: how many heads there are, or tokens."""
     if recording.kind == GRAPH:
         for each in tensors:
-            torch._check(each.shape[1] == n_heads)
+            torch._check(each.shape[place] == size)
 
 
-def _loops(rows: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """rows [1, Hkv, G, D] over the entries k and v [1, Hkv, n, D], as sums for the compiler to write loops of."""
-    queries = rows.unsqueeze(3).float() * rows.shape[-1] ** -0.5  # [1, Hkv, G, 1, D]
-    weights = (queries * k.unsqueeze(2).float()).sum(dim=-1).softmax(dim=-1)  # [1, Hkv, G, n]
+def _loops(rows: Tensor, k: Tensor, v: Tensor, count: int) -> Tensor:
+    """rows [1, Hkv, G T, D] of `count` tokens, T, over the entries k and v [1, Hkv, n, D], the last T of them theirs.
+
+    As sums for the compiler to write loops of.
+    """
+    queries = rows.unsqueeze(3).float() * rows.shape[-1] ** -0.5  # [1, Hkv, G T, 1, D]
+    logits = (queries * k.unsqueeze(2).float()).sum(dim=-1)  # [1, Hkv, G T, n]
+    if count > 1:
+        logits = logits + row_attention.causal_mask(count, k.shape[2], logits).repeat(rows.shape[2] // count, 1)
+    weights = logits.softmax(dim=-1)
     return (weights.unsqueeze(-1) * v.unsqueeze(2).float()).sum(dim=-2).to(rows.dtype)

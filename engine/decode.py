@@ -8,7 +8,7 @@ from torch import Tensor
 from fastkv.cache.kv_cache import KVCache
 from fastkv.engine.decode_attention import EagerAttention, RecordedAttention, StepAttention
 from fastkv.engine.few_reads import FewReads
-from fastkv.models.llama import Llama
+from fastkv.models.llama import JUDGED, Llama
 
 
 @torch.inference_mode()
@@ -29,11 +29,13 @@ def decode_step(
     positions = cache.pool.next_position[cache.slots.start : cache.slots.stop].unsqueeze(1)
     if count > 1:
         positions = positions + torch.arange(count, device=ids.device)
-    attention: StepAttention = EagerAttention(cache.pool, [cache.slots], count, model.config.windows)
+    attention: StepAttention
     if cache.reader is not None and count == 1:
         attention = FewReads([cache], model.config.windows)
-    if entries is not None:
-        attention = RecordedAttention(attention, entries)
+    else:
+        attention = eager = EagerAttention(cache.pool, [cache.slots], count, model.config.windows)
+        if entries is not None:
+            attention = RecordedAttention(eager, entries)
     logits = run_layers(model, ids, positions, attention)
     cache.advance(count)
     return logits
@@ -43,8 +45,9 @@ def run_layers(model: Llama, ids: Tensor, positions: Tensor, attention: StepAtte
     """All layers for some new tokens: ids and positions int64 [B, T] -> logits float32 [B, T, V]."""
     hidden = model.embed(ids)  # [B, T, E]
     rope = model.rope(positions)
-    if model.row is not None and isinstance(attention, EagerAttention) and attention.is_one_row:
-        return model.row.logits(hidden, rope, attention.entries())
+    if model.row is not None and isinstance(attention, (EagerAttention, RecordedAttention)) and attention.is_one_row:
+        if ids.shape[1] in (1, JUDGED):
+            return model.row.logits(hidden, rope, attention.entries())
     q, k, v = model.blocks[0].project(hidden, rope)
     last = len(model.blocks) - 1
     for layer in range(last):

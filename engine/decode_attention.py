@@ -37,21 +37,22 @@ class EagerAttention:
     """For the sequences of these slots, given as runs of neighbours, T tokens each; reads what the host counts."""
 
     def __init__(self, pool: KVPool, runs: Sequence[range], n_new: int, windows: Windows) -> None:
-        self._pool, self._runs, self._n_new, self._windows = pool, runs, n_new, windows
+        self._pool, self._runs, self.n_new, self._windows = pool, runs, n_new, windows
         self._places = list(map(pool.places, runs, [n_new] * len(runs)))
 
     @property
     def is_one_row(self) -> bool:
-        """Whether this is one token of one sequence, all of whose heads are equally long."""
+        """Whether this is one sequence, all of whose heads are equally long. Several tokens: and nothing has a window."""
         layout, runs = self._pool.layout, self._runs
         plain = not layout.per_head and layout.kv_dtype is None
-        return self._n_new == 1 and len(runs) == 1 and len(runs[0]) == 1 and plain
+        seen_alike = self.n_new == 1 or not any(self._windows)
+        return len(runs) == 1 and len(runs[0]) == 1 and plain and seen_alike
 
     def entries(self) -> list[tuple[Tensor, Tensor]]:
-        """Of one row: what it attends to in each layer, k and v [1, Hkv, n, D], the last of which it has to write."""
+        """Of one row: what it attends to in each layer, k and v [1, Hkv, n, D]; its tokens' own, the last, it writes."""
         found = []
         for storage, window in zip(self._pool.layers, self._windows, strict=True):
-            (part,) = storage.read(self._runs[0], 1)
+            (part,) = storage.read(self._runs[0], self.n_new)
             k, v = part.k, part.v
             found.append((k, v) if window is None else (k[:, :, -window:], v[:, :, -window:]))
         return found
@@ -62,13 +63,13 @@ class EagerAttention:
             storage.write(self._runs[0], k, v, self._places[0][layer])
             if self._pool.layout.kv_dtype is not None:
                 return storage.attend(self._runs[0], q, window)
-            return attend_parts(storage.read(self._runs[0], self._n_new), q, window)
+            return attend_parts(storage.read(self._runs[0], self.n_new), q, window)
         attended, first = [], 0
         for run, places in zip(self._runs, self._places, strict=True):
             part = slice(first, first + len(run))
             storage.write(run, k[part], v[part], places[layer])
             if self._pool.layout.kv_dtype is None:
-                attended.append(attend_parts(storage.read(run, self._n_new), q[part], window))
+                attended.append(attend_parts(storage.read(run, self.n_new), q[part], window))
             else:
                 attended.append(storage.attend(run, q[part], window))
             first = part.stop
@@ -92,13 +93,24 @@ class ObservedAttention:
 
 
 class RecordedAttention:
-    """As `attention`; `entries` gets k and v of each layer, one after another."""
+    """As `attention`; `recorded` gets k and v of each layer, one after another."""
 
-    def __init__(self, attention: StepAttention, entries: list[tuple[Tensor, Tensor]]) -> None:
-        self._attention, self._entries = attention, entries
+    def __init__(self, attention: EagerAttention, recorded: list[tuple[Tensor, Tensor]]) -> None:
+        self._attention, self._recorded = attention, recorded
+
+    @property
+    def is_one_row(self) -> bool:
+        """See EagerAttention."""
+        return self._attention.is_one_row
+
+    def entries(self) -> list[tuple[Tensor, Tensor]]:
+        """See EagerAttention. What is recorded are views, which hold k and v when the layers have run."""
+        found, own = self._attention.entries(), slice(-self._attention.n_new, None)
+        self._recorded += [(k[:, :, own], v[:, :, own]) for k, v in found]
+        return found
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        self._entries.append((k, v))
+        self._recorded.append((k, v))
         return self._attention(layer, q, k, v)
 
 

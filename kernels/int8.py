@@ -50,8 +50,8 @@ def dequantised(values: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
 
 def int8_product(x: Tensor, values: Tensor, scale: Tensor) -> Tensor:
     """x [..., E], values int8 [O, E], scale float32 [O] -> [..., O] in x's dtype."""
-    compiling = torch.compiler.is_compiling()
-    if (compiling or recording.kind == GRAPH) and (x.device.type != "cpu" or all(size == 1 for size in x.shape[:-1])):
+    compiling, graph = torch.compiler.is_compiling(), recording.kind == GRAPH
+    if graph or (compiling and (x.device.type != "cpu" or all(size == 1 for size in x.shape[:-1]))):
         return _compiled(x, values, scale)
     if compiling or recording.kind is not None:
         return torch.ops.fastkv.int8_product(x, values, scale)
@@ -59,13 +59,16 @@ def int8_product(x: Tensor, values: Tensor, scale: Tensor) -> Tensor:
 
 
 def _compiled(x: Tensor, values: Tensor, scale: Tensor) -> Tensor:
-    """What a compiler is given: of one row on a CPU a sum that it writes a loop for; else a product that widens."""
+    """What a compiler is given: of few rows on a CPU sums that it writes a loop for; else a product that widens."""
     if x.device.type != "cpu":
         return F.linear(x, dequantised(values, scale, x.dtype))
-    row = x.reshape(-1).float()
-    words = len(row) % 4 == 0 and values.is_contiguous()
-    y = _sums_of_words(row, values.view(torch.int32)) if words else (values.float() * row).sum(dim=-1)
-    return (y * scale).to(x.dtype).view(*x.shape[:-1], len(values))
+    rows = x.reshape(-1, x.shape[-1]).float()
+    if x.shape[-1] % 4 == 0 and values.is_contiguous():
+        words = values.view(torch.int32)
+        sums = [_sums_of_words(row, words) for row in rows.unbind()]
+    else:
+        sums = [(values.float() * row).sum(dim=-1) for row in rows.unbind()]
+    return (torch.stack(sums) * scale).to(x.dtype).view(*x.shape[:-1], len(values))
 
 
 def _sums_of_words(row: Tensor, words: Tensor) -> Tensor:

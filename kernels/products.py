@@ -87,7 +87,7 @@ def cold_copies(matrix: Tensor) -> list[Tensor]:
 @cache
 def ways_of(dtype: torch.dtype) -> dict[str, Product]:
     """The ways that work here, by name. "linear" always does; "split" and "halves" are for one row alone."""
-    others = {"onednn": _onednn, "turned": _turned, "split": _split, "halves": _halves}
+    others = {"onednn": _onednn, "turned": turned, "split": _split, "halves": _halves}
     return {"linear": F.linear, **{name: way for name, way in others.items() if _agrees(way, dtype)}}
 
 
@@ -97,7 +97,7 @@ def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return operator(x, weight, None if bias is None else bias.contiguous(), "none", [], "")
 
 
-def _turned(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def turned(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """The matrix times the rows: other loops of the library, for a few rows such as those that judge drafted tokens.
 
     Four rows at a time are what these loops are best at: two or three of them take longer (benchmarks/choices.py).

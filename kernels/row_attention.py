@@ -62,6 +62,26 @@ def ways_of(n_rows: int) -> dict[str, RowAttention]:
     return ways if n_rows > 1 else {**ways, "twice": _twice}
 
 
+def of_last_tokens(rows: Tensor, k: Tensor, v: Tensor, count: int, window: int | None = None) -> Tensor:
+    """The queries of the last `count` of n entries, T, each over the entries up to its own, or the nearest `window`.
+
+    rows [B, Hkv, G T, D], the tokens of a query head after one another; k and v [B, Hkv, n, D]. -> [B, Hkv, G T, D].
+    torch's attention of a few queries reads K and V once for each query head, or holds all weights; this once.
+    """
+    mask = causal_mask(count, k.shape[2], rows, window).repeat(rows.shape[2] // count, 1)
+    return F.scaled_dot_product_attention(rows, k, v, attn_mask=mask)
+
+
+def causal_mask(count: int, n_entries: int, like: Tensor, window: int | None = None) -> Tensor:
+    """What is added to the logits of the last `count` of n entries, T: 0 or -inf, [T, n], in the dtype of `like`."""
+    keys = torch.arange(n_entries, device=like.device)
+    places = keys[n_entries - count :].unsqueeze(1)
+    hidden = keys > places
+    if window is not None:
+        hidden = hidden | (keys <= places - window)
+    return like.new_zeros(hidden.shape).masked_fill(hidden, float("-inf"))
+
+
 def two_rows_are_faster(q: Tensor) -> bool:
     """Whether attention of one row takes longer than that of the same row twice.
 

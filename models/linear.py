@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastkv.kernels.int8 import dequantised, dequantised_product, int8_product
-from fastkv.kernels.products import product_for
-from fastkv.kernels.tracing import NAMES, recording
+from fastkv.kernels.products import product_for, turned
+from fastkv.kernels.tracing import GRAPH, NAMES, recording
 
 
 class Linear(nn.Linear):
@@ -63,10 +63,15 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor | None 
 
 
 def _compiled(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """What a compiler is given: of one row a sum that it writes a loop for; else the product as it is."""
-    many = any(size != 1 for size in x.shape[:-1])
-    if many or (not torch.compiler.is_compiling() and recording.kind == NAMES):
+    """What a compiler is given: of one row a sum that it writes a loop for; else the product as it is.
+
+    Compiled code that is called directly (kernels/direct.py) knows no operator of ours: the product of its few rows is
+    the matrix times the rows, as in kernels/products.py.
+    """
+    if not torch.compiler.is_compiling() and recording.kind == NAMES:
         return torch.ops.fastkv.linear(x, weight, bias)
+    if any(size != 1 for size in x.shape[:-1]):
+        return turned(x, weight, bias) if recording.kind == GRAPH else torch.ops.fastkv.linear(x, weight, bias)
     y = (weight.float() * x.reshape(1, -1).float()).sum(dim=-1)
     return (y if bias is None else y + bias.float()).to(x.dtype).view(*x.shape[:-1], -1)
 

@@ -18,16 +18,19 @@ from fastkv.models.layers import Embedding, Rope, RotaryEmbeddings
 from fastkv.models.linear import Linear
 
 
-class RowLayers(Protocol):
-    """All layers and the head, attention over the cache included, for one token of one sequence."""
+JUDGED = 4  # tokens of a step that judges drafted ones, where it is compiled: what products of few rows are best at
 
-    def prepare(self) -> None:
-        """Make what the usual step needs, so that the first one does not wait for it."""
+
+class RowLayers(Protocol):
+    """All layers and the head, attention over the cache included, for one token of one sequence, or JUDGED of them."""
+
+    def prepare(self, count: int = 1) -> None:
+        """Make what the usual step of so many tokens needs, so that the first one does not wait for it."""
 
     def logits(self, hidden: Tensor, rope: Rope, entries: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
-        """hidden [1, 1, E] -> logits float32 [1, 1, V].
+        """hidden [1, T, E] -> logits float32 [1, T, V].
 
-        entries: k and v [1, Hkv, n, D] of each layer. The last entry is the token's own, and is written here.
+        entries: k and v [1, Hkv, n, D] of each layer. The last T are the tokens' own, and are written here.
         """
 
 

@@ -35,7 +35,7 @@ from fastkv.kernels.recording import recorded
 from fastkv.kernels.size_conditions import Sizes
 from fastkv.models.config import ModelConfig
 from fastkv.models.layers import Rope, Rotation
-from fastkv.models.llama import Llama
+from fastkv.models.llama import JUDGED, Llama
 from fastkv.models.weights import random_weights
 
 FAMILIES = ("Llama", "Mistral", "Qwen2", "Qwen3", "Olmo2", "Granite")
@@ -92,11 +92,13 @@ def compiled_llm(tiny_llm: LLM, monkeypatch: pytest.MonkeyPatch) -> LLM:
 
 def plain(model: Llama, hidden: Tensor, rope: Rope, entries: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
     """Softmax attention as its definition has it, and the steps of the blocks."""
+    count = hidden.shape[1]
 
     def attend(q: Tensor, k: Tensor, v: Tensor, layer: int) -> Tensor:
-        entries[layer][0][:, :, -1:], entries[layer][1][:, :, -1:] = k, v
+        entries[layer][0][:, :, -count:], entries[layer][1][:, :, -count:] = k, v
         keys, values = (each.repeat_interleave(6 // k.shape[1], dim=1) for each in entries[layer])
-        return ((q @ keys.transpose(2, 3)) / 4).softmax(-1) @ values
+        later = torch.ones(count, keys.shape[2]).triu(keys.shape[2] - count + 1).bool()
+        return ((q @ keys.transpose(2, 3)) / 4).masked_fill(later, -torch.inf).softmax(-1) @ values
 
     for layer, block in enumerate(model.blocks):
         hidden = block.mlp(block.attention(hidden, rope, partial(attend, layer=layer)))
@@ -104,20 +106,23 @@ def plain(model: Llama, hidden: Tensor, rope: Rope, entries: Sequence[tuple[Tens
 
 
 # 1,500 entries: by torch's own attention.
+@pytest.mark.parametrize("count", [1, JUDGED])
 @pytest.mark.parametrize(
     ("family", "heads", "n"),
     [
         *((family, 2, 37) for family in FAMILIES),
-        *(("Llama", heads, n) for heads, n in ((2, 2), (2, 1500), (1, 37), (6, 37))),
+        *(("Llama", heads, n) for heads, n in ((2, 4), (2, 1500), (1, 37), (6, 37))),
     ],
 )
-def test_every_family_computes_what_it_does_in_plain_steps(family: str, heads: int, n: int, compiler: Compiler) -> None:
+def test_every_family_computes_what_it_does_in_plain_steps(
+    family: str, heads: int, n: int, count: int, compiler: Compiler
+) -> None:
     model = network(family, n_kv_heads=heads)
-    hidden, rope = noise(1, 1, 24), model.rope(torch.tensor([[n]]))
+    hidden, rope = noise(1, count, 24), model.rope(torch.arange(n, n + count)[None])
     # Each layer has its own capacity.
     expected, found = ([entries_of(n, 5 + layer, layer, heads) for layer in range(LAYERS)] for _ in range(2))
     logits = CompiledRow(model, {}).logits(hidden, rope, found)
-    assert torch.equal(hidden, noise(1, 1, 24))
+    assert torch.equal(hidden, noise(1, count, 24))
     torch.testing.assert_close(logits, plain(model, hidden, rope, expected), atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)  # written as they should be, and nothing else
     assert [each.runs for each in compiler] == [1, LAYERS - 1, 1]

@@ -28,6 +28,8 @@ from fastkv.engine.sampler import NOT_FINITE, not_finite_error
 from fastkv.engine.speculation.drafts import Draft, Entries, SelfDraft, TextDraft
 from fastkv.engine.speculation.figures import Speculated
 from fastkv.engine.speculation.pace import Pace
+from fastkv.kernels.threads import as_many
+from fastkv.models.llama import JUDGED
 from fastkv.models.weights import int8_bytes
 
 
@@ -39,7 +41,11 @@ class SpeculativeBatch(DecodeBatch):
         assert request.speculation is not None, "a request that speculates"
         self._kind, self._drafting = request.speculation.kind, drafting
         self._request = request
-        self._pace = Pace(request.speculation.draft_tokens, free=drafting is None)
+        fixed, row = request.speculation.draft_tokens, runtime.model.row
+        self._pace = Pace(fixed, free=drafting is None)
+        if row is not None and (fixed is None or fixed < JUDGED):
+            with as_many(runtime.step_threads):
+                row.prepare(JUDGED)
         self._known_draft: Draft | None = None
         self._ready: deque[int] = deque()  # tokens that nobody has read yet
         self._counts = {"verifications": 0, "plain_steps": 0, "drafted_tokens": 0, "accepted_tokens": 0}
@@ -147,8 +153,11 @@ class SpeculativeBatch(DecodeBatch):
         """
         state, model, entries = self._state, self._runtime.model, Entries()
         slots = torch.full((1,), slot, device=state.tokens.device)
-        after = torch.tensor([drafted], device=slots.device)
-        logits = decode_step(model, cache, torch.cat((state.tokens[slots].unsqueeze(0), after), dim=1), entries)
+        more = self._more(cache, 1 + len(drafted))
+        after = torch.tensor([[*drafted, *[0] * more]], device=slots.device)
+        ids = torch.cat((state.tokens[slots].unsqueeze(0), after), dim=1)
+        with as_many(self._runtime.step_threads):
+            logits = decode_step(model, cache, ids, entries)
         tokens: list[int] = []
         for place, guess in enumerate([*drafted, None]):
             chosen = state.sampler.sample_slots(logits[:, place], slots)
@@ -156,5 +165,11 @@ class SpeculativeBatch(DecodeBatch):
             if tokens[-1] != guess:
                 break
         state.tokens[slots] = chosen
-        cache.truncate(1 + len(drafted) - len(tokens))
+        cache.truncate(1 + len(drafted) + more - len(tokens))
         return tokens, entries
+
+    def _more(self, cache: KVCache, count: int) -> int:
+        """Tokens that are judged besides and forgotten: a compiled step judges JUDGED of them, whatever was drafted."""
+        compiled = self._runtime.model.row is not None and not cache.layout.per_head and cache.layout.kv_dtype is None
+        room = min(cache.room, cache.position_limit - cache.position)
+        return JUDGED - count if compiled and count < JUDGED <= room else 0
