@@ -42,9 +42,9 @@ class EagerAttention:
 
     @property
     def is_one_row(self) -> bool:
-        """Whether this is one token of one sequence, all of whose heads are equally long."""
+        """Whether this is one token of one sequence, all of whose heads are equally long, each layer with its own."""
         layout, runs = self._pool.layout, self._runs
-        plain = not layout.per_head and layout.kv_dtype is None
+        plain = not layout.per_head and layout.kv_dtype is None and not self._pool.shared
         return self._n_new == 1 and len(runs) == 1 and len(runs[0]) == 1 and plain
 
     def entries(self) -> list[tuple[Tensor, Tensor]]:

@@ -8,18 +8,15 @@ import torch
 from torch import Tensor
 
 from fastkv import LLM
+from fastkv.engine.prefill import Prefill
 
 
 def entries_and_hidden(
-    llm: LLM,
-    ids: Sequence[int],
-    sources: Sequence[int],
-    kept: Sequence[Tensor] | None = None,
-    n_prompt: int | None = None,
+    llm: LLM, ids: Sequence[int], sources: Sequence[int], pre: Prefill | None = None
 ) -> tuple[list[tuple[Tensor, Tensor]], Tensor]:
     """K and V [1, Hkv, N, D] that each layer attends to, and what the head is given, [1, N, E], by attention matrices.
 
-    kept: of each layer the positions int64 [1, Hkv, n] of the first `n_prompt` tokens that later ones see.
+    pre: says which tokens of a prompt each layer saw, and which of these the tokens after the prompt see.
     """
     model, n_tokens = llm.model, len(ids)
     hidden, rope = model.embed(torch.tensor([list(ids)])), model.rope_of_range(0, n_tokens)
@@ -35,10 +32,12 @@ def entries_and_hidden(
             seen = (columns <= rows).expand(k.shape[1], -1, -1).clone()  # [Hkv, N, N]
             if window is not None:
                 seen &= columns > rows - window
-            if kept is not None and n_prompt is not None:
-                for head, positions in enumerate(kept[layer][0].tolist()):
-                    dropped = [at for at in range(n_prompt) if at not in positions]
-                    seen[head, n_prompt:, dropped] = False
+            if pre is not None:
+                n_prompt, saw = pre.tokens[0].shape[1], pre.tokens[layer][0].tolist()
+                seen[:, :n_prompt, [at for at in range(n_prompt) if at not in saw]] = False
+                for head, positions in enumerate(pre.kept[layer][0].tolist()):
+                    seen[head, n_prompt:, [at for at in range(n_prompt) if at not in positions]] = False
+                seen |= columns == rows  # else what no token sees would not be a number
             group = q.shape[1] // k.shape[1]
             keys, values, seen = (each.repeat_interleave(group, dim=each.dim() - 3) for each in (k, v, seen))
             products = (q @ keys.transpose(2, 3) / llm.config.head_dim**0.5).masked_fill(~seen, float("-inf"))
