@@ -74,6 +74,8 @@ def read_map(source: str | PathLike[str] | Mapping[int, int]) -> LayerMap:
 
 
 def _object(path: Path, name: str) -> dict[str, Any]:
+    if path.exists() and not path.is_file():  # a pipe would be read for ever, a device without end
+        raise _wrong(f"{name}: cannot be read, for it is no ordinary file")
     try:
         content = json.loads(path.read_text(encoding="utf-8-sig"))
     except OSError as error:

@@ -17,6 +17,7 @@ def machine(llm: LLM) -> dict[str, Any]:
         "device": torch.cuda.get_device_name(llm.device) if llm.device.type == "cuda" else str(llm.device),
         "dtype": llm.model.precision,
         **({} if llm.kv_dtype is None else {"kv_dtype": llm.kv_dtype}),
+        **({"shared_layers": list(llm.share_layers.items())} if llm.share_layers else {}),
         "fastkv": __version__,
         "torch": torch.__version__,
     }

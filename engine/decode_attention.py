@@ -38,13 +38,14 @@ class EagerAttention:
 
     def __init__(self, pool: KVPool, runs: Sequence[range], n_new: int, windows: Windows) -> None:
         self._pool, self._runs, self._n_new, self._windows = pool, runs, n_new, windows
+        self.shared = pool.shared  # see there
         self._places = list(map(pool.places, runs, [n_new] * len(runs)))
 
     @property
     def is_one_row(self) -> bool:
         """Whether this is one token of one sequence, all of whose heads are equally long, each layer with its own."""
         layout, runs = self._pool.layout, self._runs
-        plain = not layout.per_head and layout.kv_dtype is None and not self._pool.shared
+        plain = not layout.per_head and layout.kv_dtype is None and not self.shared
         return self._n_new == 1 and len(runs) == 1 and len(runs[0]) == 1 and plain
 
     def entries(self) -> list[tuple[Tensor, Tensor]]:

@@ -95,7 +95,8 @@ policies:
   The first one is the baseline of the differences. Settings are those of fastkv-run, and so are their defaults; several
   values of one stand between slashes, as in fastkv:tsp_layer=2/4,tsp_rate=0.5/0.2. FastKV
   keeps 128 tokens at the least, so a short prompt keeps more than its 10 %: fastkv:min_tokens=8 makes 10 % mean 10 %.
-  With kv_dtype=int8 or int4 among them, a policy's entries are stored so: full:kv_dtype=int8.
+  With kv_dtype=int8 or int4 among them, a policy's entries are stored so: full:kv_dtype=int8; with share_layers=FILE
+  layers read others, as fastkv-eval share-layers found.
 
 {CONTINUES}
 

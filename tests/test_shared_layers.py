@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,12 +14,14 @@ from test_footprint import model_of
 from test_peak_memory import Alive
 
 from fastkv import LLM, FastKV, FastKVError, FullKV, SamplingParams
+from fastkv.cache.catalogue import POLICIES
 from fastkv.cache.policies import AdaKV, SnapKV
 from fastkv.cache.policy import LayerPlan, Policy
 from fastkv.engine import footprint as footprint_module
 from fastkv.engine.footprint import footprint
 from fastkv.engine.plan import plan_request, position_limit
 from fastkv.engine.shared_layers import held_at_most
+from fastkv.models.files import fingerprint
 
 PAIRS = {3: 1, 4: 0, 5: 1}  # reader: source, of six layers
 SOURCES = (0, 1, 2, 1, 0, 1)
@@ -69,6 +73,14 @@ def test_it_is_the_sources_entries_that_count(llm: LLM) -> None:
     assert (shared - own).abs().max() > 0.05
 
 
+@pytest.mark.parametrize("policy", [FullKV(), FastKV(tsp_layer=2, tsp_len=40, kv_len=24)], ids=["full", "fastkv"])
+def test_a_reader_computes_queries_alone(llm: LLM, monkeypatch: pytest.MonkeyPatch, policy: Policy) -> None:
+    for reader in PAIRS:
+        for name in ("project", "project_kv"):
+            monkeypatch.setattr(llm.model.blocks[reader], name, lambda *args, **settings: pytest.fail("k and v"))
+    llm.generate([IDS.tolist(), IDS[:90].tolist()], SamplingParams(max_tokens=3, ignore_eos=True), policy)
+
+
 def test_several_tokens_and_sequences_at_once(llm: LLM) -> None:
     """A batch of prompts, and a step of several tokens: rows and steps as each alone."""
     both = torch.stack((IDS, IDS.flip(0)))
@@ -115,6 +127,7 @@ def test_an_empty_map_changes_nothing(tiny_llm: LLM, llm: LLM) -> None:
 def test_one_k_and_v_for_both(llm: LLM, policy: Policy) -> None:
     """Half of the layers have entries: half of the bytes, of what the request is said to keep, and in the pool."""
     params = SamplingParams(max_tokens=6, ignore_eos=True)
+    llm.free_buffers()
     shared = llm.generate(IDS.tolist(), params, policy)
     state = llm._runtime.buffers.lease().state
     assert state is not None
@@ -224,3 +237,115 @@ def test_no_tensor_is_forgotten(
     with Alive(llm.model) as alive:
         llm.prefill(ids, policy, max_tokens=0)
     assert 0.93 * alive.peak < said.total < 1.2 * alive.peak, (said, alive.peak)
+
+
+# --- what does not go with it ---
+
+# Their steps read few entries, they decide while a prefill runs, their layers compete, or they read a prompt twice.
+REFUSED = {
+    *("quest", "rocketkv", "clusterkv", "sinkrouter"),
+    *("asl", "claa", "structkv"),
+    *("defensivekv-layer", "kvzip"),
+    "gemfilter",
+}
+
+
+@pytest.fixture
+def nothing_runs(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No request gets as far as the model."""
+    monkeypatch.setattr(llm.model, "embed", lambda *args, **settings: pytest.fail("the model ran"))
+
+
+def refuses(name: str, llm: LLM) -> bool:
+    """Whether a policy is refused; by a line that names the setting, before anything runs."""
+    try:
+        llm.stream([7] * 300, SamplingParams(max_tokens=40), POLICIES[name]())
+    except FastKVError as error:
+        return error.setting == "share_layers" and f"share_layers does not go with policy {name}, " in str(error)
+    return False
+
+
+def test_policies_that_cannot_share(llm: LLM, nothing_runs: None) -> None:
+    assert {name for name in set(POLICIES) - {"headkv"} if refuses(name, llm)} == REFUSED
+    llm.share_layers = None
+    assert not any(refuses(name, llm) for name in REFUSED)
+
+
+@pytest.mark.parametrize("name", sorted(set(POLICIES) - {"headkv"} - REFUSED))
+def test_policies_that_can(llm: LLM, name: str) -> None:
+    """Each keeps of a reader what it keeps of its source."""
+    ids = torch.randint(3, 256, (300,), generator=torch.Generator().manual_seed(0))
+    pre = llm.prefill(ids, POLICIES[name](), max_tokens=2)
+    assert llm.decode(pre.cache, torch.tensor([9])).isfinite().all()
+    assert all(torch.equal(pre.kept[reader], pre.kept[source]) for reader, source in PAIRS.items())
+    assert pre.cache.layer_entries[3:] == (0, 0, 0)
+
+
+def test_what_is_refused(llm: LLM, nothing_runs: None, tmp_path: Path) -> None:
+    """Each in one line that names the other thing."""
+    ids, params = IDS.tolist(), SamplingParams(max_tokens=40)
+    llm.share_layers = None
+    session = llm.session()
+    llm.share_layers = PAIRS
+
+    def in_int8() -> Any:
+        llm.kv_dtype = "int8"
+        try:
+            return llm.stream(ids, params)
+        finally:
+            llm.kv_dtype = None
+
+    calls: dict[str, Any] = {
+        "sessions": lambda: llm.session(),
+        "sessions: ": lambda: llm.load_session(tmp_path / "none"),
+        "sessions: leave": lambda: llm.stream(session.turn(ids), params),
+        "speculation": lambda: llm.stream(ids, params, speculation="ngram"),
+        "speculation: ": lambda: llm.generate(ids, params, speculation="self"),
+        "decode_budget": lambda: llm.stream(ids, params, decode_budget=32),
+        "reuse_prefix": lambda: llm.generate([ids, ids], params, reuse_prefix=True),
+        "kv_dtype": in_int8,
+        "lookahead, which": lambda: llm.stream(ids, params, SnapKV(kv_len=24, lookahead=4)),
+    }
+    for what, call in calls.items():
+        with pytest.raises(FastKVError) as caught:
+            call()
+        assert f"share_layers does not go with {what}" in str(caught.value)
+        assert caught.value.setting == "share_layers"
+
+
+def test_maps_of_a_model(tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file is this model's, and its layers are there; where not, nothing is loaded."""
+    path = tmp_path / "map.json"
+    content = {"kind": "fastkv-share-layers", "files": fingerprint(tiny_folder), "n_layers": 6}
+    content["pairs"] = [{"reader": 4, "source": 2}]
+    path.write_text(json.dumps(content))
+    llm = LLM(tiny_folder, dtype="float32", device="cpu", share_layers=path)
+    assert llm.share_layers == {4: 2}
+    path.write_text(json.dumps({**content, "files": "0" * 16}))
+    for wrong in ({6: 1}, {2: 4}, {4: 2, 5: 4}, path, tmp_path / "none", [(4, 2)]):
+        with pytest.raises(FastKVError) as caught:
+            llm.share_layers = wrong
+        assert caught.value.setting == "share_layers"
+        assert llm.share_layers == {4: 2}
+    monkeypatch.setattr("fastkv.engine.llm.load_weights", lambda *args, **settings: pytest.fail("they are loaded"))
+    for wrong, settings in ((path, {}), ({4: 2}, {"prefix_cache": 1000})):
+        with pytest.raises(FastKVError) as caught:
+            LLM(tiny_folder, device="cpu", share_layers=wrong, **settings)
+        assert caught.value.setting == "share_layers"
+
+
+def test_keys_that_are_turned_otherwise(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(llm.model.blocks[3].self_attn, "rotary", 1)
+    with pytest.raises(FastKVError, match="layer 3 cannot read layer 1: the two turn keys"):
+        llm.share_layers = PAIRS
+
+
+def test_a_step_of_one_row_is_not_a_compiled_one(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those write k and v of every layer, a reader's over its source's."""
+    pre = llm.prefill(IDS, FullKV(), max_tokens=2)
+    expected = llm.decode(pre.cache, torch.tensor([5]))
+    pre.cache.truncate(1)
+    monkeypatch.setattr(llm.model, "row", "nothing that could run")
+    assert torch.equal(llm.decode(pre.cache, torch.tensor([5])), expected)
+    request = llm._request(IDS.tolist(), SamplingParams(max_tokens=2), FullKV())
+    assert request.plan.eager == "shared layers"  # nor do graphs

@@ -75,7 +75,7 @@ def run(args: argparse.Namespace) -> int:
     }
     write_whole(args.output, json.dumps(content) + "\n", "output")
     print(table(pairs, n_layers), end="")
-    print(f"{len(tried)} pairs were tried, on {_told(texts, args.text, goes_on)}.")
+    print(f"{_counted(len(tried))} tried, on {_told(texts, args.text, goes_on)}.")
     if len(pairs) < args.layers:
         print(f"{args.layers} layers were wanted, but no other pair keeps the cosine above {threshold:g}.")
     return DONE
@@ -115,6 +115,10 @@ def table(pairs: Sequence[Tried], n_layers: int) -> str:
         "distance: of what the two layers store, Euclidean, of the means over the texts. cosine: between the model's\n"
         "final hidden states as it is, and with this pair and those above it: the mean over all tokens.\n"
     )
+
+
+def _counted(n_pairs: int) -> str:
+    return "1 pair was" if n_pairs == 1 else f"{n_pairs} pairs were"
 
 
 def _told(texts: list[list[int]], name: str | None, goes_on: bool) -> str:
