@@ -109,11 +109,10 @@ class KVPool:
         """The layer whose entries it reads."""
         return self.shared[layer] if self.shared else layer
 
-    def holds(self, layout: type[KVLayer], capacities: Sequence[int], n_slots: int, shared: Sources = ()) -> bool:
+    def holds(self, layout: type[KVLayer], capacities: Sequence[int], n_slots: int) -> bool:
         """Whether sequences of that size find room here."""
         return (
             layout is self.layout
-            and shared == self.shared
             and n_slots <= self.n_slots
             and all(wanted <= there for wanted, there in zip(capacities, self.capacities, strict=True))
         )

@@ -40,14 +40,12 @@ class Buffers:
         """
         known, config = self.state, model.config
         shape = EntryShape(config.n_kv_heads, config.head_dim, model.dtype)
-        if known is not None and known.pool.holds(layout, capacities, n_slots, shared):
+        if known is not None and known.pool.shared != shared:
+            known = None
+        if known is not None and known.pool.holds(layout, capacities, n_slots):
             if limit is None or known.pool.nbytes <= limit:
                 return known
-        elif known is not None and (known.pool.layout, known.pool.n_slots, known.pool.shared) == (
-            layout,
-            n_slots,
-            shared,
-        ):
+        elif known is not None and known.pool.layout is layout and n_slots == known.pool.n_slots:
             # Sequences grow longer: be ready for both.
             both = [max(pair) for pair in zip(capacities, known.pool.capacities, strict=True)]
             if limit is None or n_slots * bytes_of(layout, both, shape) <= limit:

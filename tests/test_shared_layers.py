@@ -186,6 +186,10 @@ def test_slots_of_one_map_are_not_used_for_another(llm: LLM) -> None:
     for pairs in (PAIRS, {}, {5: 4}, PAIRS):
         llm.share_layers = pairs
         assert llm.generate(IDS.tolist(), params, FullKV()).token_ids == answers[str(pairs)]
+        idle = llm._runtime.buffers.lease()
+        llm._runtime.buffers.give_back(idle)
+        assert idle.state is not None
+        assert [layer for layer, capacity in enumerate(idle.state.pool.capacities) if not capacity] == list(pairs)
 
 
 def test_a_cache_goes_on_as_it_began(llm: LLM) -> None:
