@@ -243,6 +243,13 @@ def test_no_tensor_is_forgotten(
     assert 0.93 * alive.peak < said.total < 1.2 * alive.peak, (said, alive.peak)
 
 
+def test_a_refusal_names_what_is_held(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    llm.free_buffers()
+    monkeypatch.setattr("fastkv.engine.memory.available_bytes", lambda device: 2**17)
+    with pytest.raises(FastKVError, match=r"of whole K and V of layers that later ones read.*; leave pairs out of"):
+        llm.stream([7] * 500, SamplingParams(max_tokens=4), NO_TSP)
+
+
 # --- what does not go with it ---
 
 # Their steps read few entries, they decide while a prefill runs, their layers compete, or they read a prompt twice.
