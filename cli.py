@@ -30,6 +30,7 @@ from fastkv.console.policy_file import read_policy_file
 from fastkv.console.policy_text import build_policy
 from fastkv.console.prompt import Job, check_names, is_broken, read_jobs, read_prompt
 from fastkv.console.run_flags import SAMPLING_FLAGS, given_flags
+from fastkv.console.sharing import check_share_layers
 from fastkv.console.speculation import speculation_of, stream_arguments
 from fastkv.console.summary import as_json, kernels
 from fastkv.console.tuned import tuned_policy
@@ -59,6 +60,7 @@ def _run(args: argparse.Namespace) -> int:
         if any(map(is_broken, texts)):
             raise FastKVError(f"{flag}: is not UTF-8")
     check_stdout()
+    check_share_layers(args)
     if args.policy is not None and args.policy_file is not None:
         raise FastKVError("--policy-file names a policy already: leave it or --policy out")
     document = document_of(args)

@@ -19,7 +19,7 @@ NAMED_SETTINGS = {
     *SETTINGS,
     *SAMPLING_FLAGS,
     *("prompt", "chat", "chat_arg", "stop", "stop_token", "policy", "policy_file", "device", "dtype", "weights"),
-    *("kv_dtype", "threads", "revision", "compile", "attention", "report"),
+    *("kv_dtype", "share_layers", "threads", "revision", "compile", "attention", "report"),
     *("prompts", "output", "batch_size", "kv_memory", "reuse_prefix", "decode_budget"),
     *("context", "cache", "save_cache"),
     *SPECULATION_SETTINGS,
@@ -79,6 +79,12 @@ def build_parser() -> Parser:
     add_chat_flags(sampling, "system message for --chat")
     machine = parser.add_argument_group("machine and output")
     add_machine_flags(machine)
+    machine.add_argument(
+        "--share-layers",
+        type=file_name,
+        metavar="FILE",
+        help="layers that read an earlier one's entries, by fastkv-eval share-layers",
+    )
     add_engine_flags(machine)
     machine.add_argument("--json", action="store_true", help="print one JSON object in place of the text")
     machine.add_argument(

@@ -102,7 +102,7 @@ class KVCache:
         continued whole up to this position (None: as it is).
         """
         whole = self._positions_of_whole(self.position if end is None else end)
-        chosen = self._chosen[layer]
+        chosen = self._chosen[self.pool.source(layer)]
         return whole if chosen is None else torch.cat((chosen, whole), dim=2)
 
     def _positions_of_whole(self, end: int) -> Tensor:
@@ -215,7 +215,7 @@ class KVCache:
         old = self.pool
         counts = map(self.mean if old.layout.per_head else self.count, range(len(old.layers)))
         sizes = [max(wanted, round_up(count)) for wanted, count in zip(capacities, counts, strict=True)]
-        pool = KVPool(old.layout, sizes, self.batch, old.shape, old.device)
+        pool = KVPool(old.layout, sizes, self.batch, old.shape, old.device, old.shared)
         slots = pool.take_all()
         for layer, before in zip(pool.layers, old.layers, strict=True):
             for slot, old_slot in zip(slots, self.slots, strict=True):

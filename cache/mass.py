@@ -77,6 +77,10 @@ class MassOfLayers:
         """A layer keeps all that it saw."""
         self.layers.append(None if self._left is None else LayerMass(self._left, self._one, measured=False))
 
+    def keep_unknown(self) -> None:
+        """Nobody measured what a layer keeps."""
+        self.layers.append(None)
+
     def keep(self, observed: Observation, kept: Kept | Sequence[PerHead], window: int) -> None:
         """A layer keeps some of what was observed; kept: None for all. After a look-ahead it may choose again."""
         if observed.drafted is not None:

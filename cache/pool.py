@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 
 from fastkv.cache.layer import EntryShape, KVLayer, LayerMemory
+from fastkv.cache.layer_map import Sources
+from fastkv.cache.reading import ReadingLayer
 from fastkv.kernels.memory import HostMemory
 
 BLOCK = 32  # capacities are rounded up to a multiple of this many entries
@@ -35,13 +37,21 @@ class KVPool:
     lengths: int64 [L, S, Hkv], live entries of each head. starts: int64 [L, S, Hkv], where they begin, in the rows
     of a layer (KVLayer.flat) counted from the slot's first one. next_position: int64 [S], of the next token.
     appended: the host's count of the tokens that decode steps have added to each slot since its prefill.
+    shared: of each layer the one whose entries it reads, itself or an earlier one; () where none reads another. Readers
+    have a capacity of 0; what `lengths` says of them means nothing.
     All tensors keep their addresses for as long as the pool lives.
     """
 
     def __init__(
-        self, layout: type[KVLayer], capacities: Sequence[int], n_slots: int, shape: EntryShape, device: torch.device
+        self,
+        layout: type[KVLayer],
+        capacities: Sequence[int],
+        n_slots: int,
+        shape: EntryShape,
+        device: torch.device,
+        shared: Sources = (),
     ) -> None:
-        self.layout, self.capacities, self.shape = layout, list(capacities), shape
+        self.layout, self.capacities, self.shape, self.shared = layout, list(capacities), shape, shared
         self.n_slots, self.device = n_slots, device
         size = (len(capacities), n_slots, shape.n_kv_heads)
         even = [[head * capacity for head in range(shape.n_kv_heads)] for capacity in capacities]
@@ -53,6 +63,9 @@ class KVPool:
             self.layers: list[KVLayer] = []
             host = HostMemory(self.nbytes)
             for index, capacity in enumerate(capacities):
+                if self.source(index) != index:
+                    self.layers.append(ReadingLayer(self.layers[self.source(index)]))
+                    continue
                 before = self.layers[-1] if self.layers else None
                 counts = (self.lengths[index], self.starts[index], self.appended)
                 self.layers.append(layout(LayerMemory(capacity, shape, *counts, before, capacities, host)))
@@ -91,6 +104,10 @@ class KVPool:
         for slot in slots:
             self.appended[slot] = 0
         self.next_position[slots.start : slots.stop].fill_(position)
+
+    def source(self, layer: int) -> int:
+        """The layer whose entries it reads."""
+        return self.shared[layer] if self.shared else layer
 
     def holds(self, layout: type[KVLayer], capacities: Sequence[int], n_slots: int) -> bool:
         """Whether sequences of that size find room here."""

@@ -39,6 +39,7 @@ def load_by_flags(args: argparse.Namespace, policy: Policy | None) -> LLM:
         dtype=args.dtype,
         weights=args.weights,
         kv_dtype=args.kv_dtype,
+        share_layers=getattr(args, "share_layers", None),
         device=args.device,
         revision=args.revision,
         cuda_graph=not args.no_cuda_graph,

@@ -8,6 +8,7 @@ import os
 from typing import TYPE_CHECKING, Any
 
 from fastkv.console.parser import flag_of
+from fastkv.console.sharing import shared_rows
 from fastkv.console.speculation import speculation_rows
 from fastkv.engine.output import LOW_ATTENTION, Metrics, Output, RunInfo
 
@@ -31,6 +32,7 @@ def as_json(output: Output) -> dict[str, Any]:
         "device": output.run.device,
         "dtype": output.run.dtype,
         "kv_dtype": output.run.kv_dtype,
+        "shared_layers": output.run.shared_layers,
         "decode_budget": output.run.decode_budget,
         "warning": warning(output.run, output.metrics),
         "metrics": dataclasses.asdict(output.metrics),
@@ -73,7 +75,13 @@ def figures(output: Output) -> Rows:
             f" {_mebibytes(metrics.kv_bytes)} of {_mebibytes(metrics.kv_full_bytes)}",
         ),
     ]
-    rows += _layers(run, metrics) + _reductions(run, metrics) + _attention(run, metrics) + _budget(run)
+    rows += (
+        shared_rows(run.shared_layers)
+        + _layers(run, metrics)
+        + _reductions(run, metrics)
+        + _attention(run, metrics)
+        + _budget(run)
+    )
     rows += speculation_rows(metrics.speculation)
     if metrics.peak_bytes is not None:
         rows.append(("peak memory", f"{_mebibytes(metrics.peak_bytes)} ({_peak_of(run)})"))

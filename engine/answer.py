@@ -9,6 +9,7 @@ from fastkv.cache.reader import Reader
 from fastkv.engine.output import Metrics, Output, Piece, RunInfo
 from fastkv.engine.prefill import Prefill
 from fastkv.engine.request import Request
+from fastkv.engine.shared_layers import pairs_of
 from fastkv.engine.speculation.figures import Speculated
 from fastkv.engine.stopping import StopStrings
 from fastkv.models.llama import Llama
@@ -101,6 +102,7 @@ class Answer:
             first_pass_layer=None if first is None else first.layer,
             decode_budget=None if budget is None else budget.entries,
             kv_dtype=self.request.plan.layout.kv_dtype,
+            shared_layers=pairs_of(self.request.plan.shared),
         )
 
     def _read_bytes(self) -> int | None:
@@ -113,7 +115,9 @@ class Answer:
         if plan.layout.kv_dtype is not None or self.request.speculation is not None:
             return None  # entries of several sizes, or several tokens at a time, from two caches
         appended = self._config.n_layers * self._config.n_kv_heads * (1 + steps) // 2  # by each step one more
-        return (sum(self._layer_entries) + appended) * 2 * plan.shape.head_dim * plan.shape.dtype.itemsize
+        shared = plan.shared or range(self._config.n_layers)
+        read = sum(self._layer_entries[source] for source in shared)
+        return (read + appended) * 2 * plan.shape.head_dim * plan.shape.dtype.itemsize
 
     def _metrics(self) -> Metrics:
         plan, times = self.request.plan, self._times

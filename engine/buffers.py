@@ -6,6 +6,7 @@ import threading
 from collections.abc import Mapping, Sequence
 
 from fastkv.cache.layer import EntryShape, KVLayer
+from fastkv.cache.layer_map import Sources
 from fastkv.cache.pool import KVPool, bytes_of
 from fastkv.engine.step import SlotState, Stepper
 from fastkv.engine.workspace import Workspace
@@ -25,14 +26,22 @@ class Buffers:
         return self.workspace.nbytes + (self.state.pool.nbytes if self.state is not None else 0)
 
     def state_for(
-        self, layout: type[KVLayer], capacities: Sequence[int], n_slots: int, model: Llama, limit: int | None = None
+        self,
+        layout: type[KVLayer],
+        capacities: Sequence[int],
+        n_slots: int,
+        model: Llama,
+        limit: int | None = None,
+        shared: Sources = (),
     ) -> SlotState:
         """Slots for `n_slots` sequences and at least `capacities` entries a layer: those there are, or larger ones.
 
-        limit: bytes that all slots may take; what is asked for takes no more (None: no limit).
+        limit: bytes that all slots may take; what is asked for takes no more (None: no limit). shared: see KVPool.
         """
         known, config = self.state, model.config
         shape = EntryShape(config.n_kv_heads, config.head_dim, model.dtype)
+        if known is not None and known.pool.shared != shared:
+            known = None
         if known is not None and known.pool.holds(layout, capacities, n_slots):
             if limit is None or known.pool.nbytes <= limit:
                 return known
@@ -43,7 +52,8 @@ class Buffers:
                 capacities = both
         del known
         self.stepper = self.state = None  # the old slots go first, and with them the graphs that are bound to them
-        self.state = SlotState.of(KVPool(layout, capacities, n_slots, shape, model.device), config.vocab_size)
+        pool = KVPool(layout, capacities, n_slots, shape, model.device, shared)
+        self.state = SlotState.of(pool, config.vocab_size)
         return self.state
 
 

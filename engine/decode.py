@@ -6,8 +6,10 @@ import torch
 from torch import Tensor
 
 from fastkv.cache.kv_cache import KVCache
+from fastkv.cache.layer_map import Sources
 from fastkv.engine.decode_attention import EagerAttention, RecordedAttention, StepAttention
 from fastkv.engine.few_reads import FewReads
+from fastkv.models.layers import Rope
 from fastkv.models.llama import JUDGED, Llama
 
 
@@ -45,11 +47,25 @@ def run_layers(model: Llama, ids: Tensor, positions: Tensor, attention: StepAtte
     """All layers for some new tokens: ids and positions int64 [B, T] -> logits float32 [B, T, V]."""
     hidden = model.embed(ids)  # [B, T, E]
     rope = model.rope(positions)
-    if model.row is not None and isinstance(attention, (EagerAttention, RecordedAttention)) and attention.is_one_row:
-        if ids.shape[1] in (1, JUDGED):
-            return model.row.logits(hidden, rope, attention.entries())
+    row = model.row if ids.shape[1] in (1, JUDGED) else None
+    if row is not None and isinstance(attention, (EagerAttention, RecordedAttention)) and attention.is_one_row:
+        return row.logits(hidden, rope, attention.entries())
+    if isinstance(attention, EagerAttention) and attention.shared:
+        return _run_sharing(model, hidden, rope, attention, attention.shared)
     q, k, v = model.blocks[0].project(hidden, rope)
     last = len(model.blocks) - 1
     for layer in range(last):
         q, k, v = model.between(layer, hidden, attention(layer, q, k, v), rope)
     return model.last(hidden, attention(last, q, k, v))
+
+
+def _run_sharing(model: Llama, hidden: Tensor, rope: Rope, attention: StepAttention, sources: Sources) -> Tensor:
+    """The same where layers read the entries of others: such a layer has queries alone."""
+    q, k, v = model.blocks[0].project(hidden, rope)
+    for layer, block in enumerate(model.blocks):
+        if sources[layer] != layer:
+            q = block.project_q(hidden, rope)  # k and v are an earlier layer's, and written nowhere
+        elif layer:
+            q, k, v = block.project(hidden, rope)
+        block.finish_(hidden, attention(layer, q, k, v))
+    return model.head(hidden)

@@ -38,18 +38,22 @@ class EagerAttention:
 
     def __init__(self, pool: KVPool, runs: Sequence[range], n_new: int, windows: Windows) -> None:
         self._pool, self._runs, self.n_new, self._windows = pool, runs, n_new, windows
+        self.shared = pool.shared  # see there
         self._places = list(map(pool.places, runs, [n_new] * len(runs)))
 
     @property
     def is_one_row(self) -> bool:
-        """Whether this is one sequence, all of whose heads are equally long. Several tokens: and nothing has a window."""
+        """Whether this is one sequence, all of whose heads are equally long, each layer with its own entries.
+
+        Several tokens: and no layer has a window, within which each of them would see others.
+        """
         layout, runs = self._pool.layout, self._runs
-        plain = not layout.per_head and layout.kv_dtype is None
+        plain = not layout.per_head and layout.kv_dtype is None and not self.shared
         seen_alike = self.n_new == 1 or not any(self._windows)
         return len(runs) == 1 and len(runs[0]) == 1 and plain and seen_alike
 
     def entries(self) -> list[tuple[Tensor, Tensor]]:
-        """Of one row: what it attends to in each layer, k and v [1, Hkv, n, D]; its tokens' own, the last, it writes."""
+        """Of one row: what it attends to in each layer, k and v [1, Hkv, n, D]. Its tokens' own it writes."""
         found = []
         for storage, window in zip(self._pool.layers, self._windows, strict=True):
             (part,) = storage.read(self._runs[0], self.n_new)

@@ -60,7 +60,8 @@ class DecodeBatch:
         self._runtime = runtime
         self._buffers = runtime.buffers.lease()
         layout, capacities = layout_of(to_come), capacities_of(to_come)
-        self._state = self._buffers.state_for(layout, capacities, n_slots, runtime.model, kv_memory)
+        shared = to_come[0].plan.shared
+        self._state = self._buffers.state_for(layout, capacities, n_slots, runtime.model, kv_memory, shared)
         self._stepper = runtime.stepper(self._buffers, next(filter(None, (each.plan.eager for each in to_come)), ""))
         self._at_work: dict[int, _Sequence] = {}
         self._n_slots = n_slots

@@ -85,7 +85,9 @@ def footprint(
     workspace: dict[str, int] = {}
     steps = [shapes.decoding(slots, draws)]
     if plan.first_pass is not None:  # all tokens, but only the layers up to the one that chooses
-        whole = _Way(seen, seen, seen, 0, 0, keys_first=plan.first_pass.layer == 0, online=False, least=seen)
+        whole = _Way(
+            seen, seen, seen, 0, 0, keys_first=plan.first_pass.layer == 0, online=False, least=seen, reads=False
+        )
         _grow(workspace, shapes.buffers(whole))
         steps += [] if whole.keys_first else [shapes.of_layer(whole)]
         steps.append(max(shapes.projecting(seen, keys_only=True), shapes.scoring(seen, 1)))
@@ -120,7 +122,7 @@ class _Way(NamedTuple):
     seen, kept, out: tokens that it sees, entries that it keeps, tokens whose attention and MLP it computes. past:
     entries that its cache holds already. queries: of its last tokens, how many score (0: nothing is scored).
     keys_first: queries only of the tokens that leave it. online: which these are shows then; perhaps all. least:
-    entries that it keeps at the least.
+    entries that it keeps at the least. reads: K and V of another layer, and has none of its own.
     """
 
     seen: int
@@ -131,6 +133,7 @@ class _Way(NamedTuple):
     keys_first: bool
     online: bool
     least: int
+    reads: bool
 
     @classmethod
     def of(cls, plan: RequestPlan, index: int, on_cpu: bool) -> _Way:
@@ -141,9 +144,11 @@ class _Way(NamedTuple):
         drops = layer.propagated is not None or online
         keys_first = last or (drops and on_cpu)
         out = 1 if last else layer.propagated if keys_first and layer.propagated and not online else layer.seen
-        scores = drops or layer.least < past + layer.seen
+        reads = bool(plan.shared) and plan.shared[index] != index
+        scores = drops or (layer.least < past + layer.seen and not reads)
         queries = (plan.policy.n_queries if drops else plan.policy.window) if scores else 0
-        return cls(layer.seen, layer.kept, out, past, queries, keys_first, online, layer.least)
+        kept, least = (layer.seen, layer.seen) if reads else (layer.kept, layer.least)
+        return cls(layer.seen, kept, out, past, queries, keys_first, online, least, reads)
 
     @property
     def entries(self) -> int:
@@ -210,9 +215,11 @@ class _Shapes:
         """The workspace of a layer: hidden states, those that leave it, q, k and v; with those of its cache, too."""
         heads = 2 * self.kv_heads + (0 if way.keys_first else self.heads)
         sizes = {"hidden": self.values(way.seen, self.hidden), "heads": self.of_heads(way.seen, heads)}
+        if way.reads:
+            del sizes["heads"]
         if way.out < way.seen or way.online:
             sizes["other hidden"] = self.values(way.out if way.out < way.seen else 1, self.hidden)
-        if way.online:
+        if way.online or (way.reads and not way.keys_first):
             sizes["queries"] = self.of_heads(way.seen, self.heads)
         if way.past and way.queries:
             sizes |= dict.fromkeys(("keys", "values"), self.of_heads(way.entries, self.kv_heads))
@@ -229,11 +236,12 @@ class _Shapes:
         count = 2 * n_tokens  # ids and positions
         if not plan.compresses:
             count += max(plan.past) + n_tokens  # one row for all layers and heads
-        for layer, past in zip(plan.layers, plan.past, strict=True):
+        for index, (layer, past) in enumerate(zip(plan.layers, plan.past, strict=True)):
             whole = past + layer.seen
             if layer.propagated is not None:
                 count += 3 * layer.propagated  # ids, positions, and which they are
-            if plan.compresses and (past or layer.least < whole):
+            stores = not plan.shared or plan.shared[index] == index
+            if plan.compresses and stores and (past or layer.least < whole):
                 count += self.kv_heads * (layer.kept if not past else layer.kept + whole)
         return self.batch * count * _INDEX + self.table_growth(model)
 
@@ -246,7 +254,9 @@ class _Shapes:
 
     def of_layer(self, way: _Way) -> int:
         """The largest step of a layer."""
-        steps = [self.projecting(way.seen, way.keys_first)]
+        steps = [] if way.reads else [self.projecting(way.seen, way.keys_first)]
+        if way.reads and not way.keys_first:
+            steps.append(self.querying(self.chunk(way.seen)))
         if way.queries or self.plan.policy.needs_all_queries:
             queries = 0
             if way.keys_first and self.plan.policy.needs_all_queries:  # outside the buffers
@@ -255,7 +265,7 @@ class _Shapes:
             steps.append(queries + self.scoring(way.entries, way.queries))
         if way.counts:
             steps.append(self.counting(way.entries))
-        if way.kept < way.entries or way.counts or self.plan.layout.per_head:
+        if not way.reads and (way.kept < way.entries or way.counts or self.plan.layout.per_head):
             steps.append(self.storing(way.entries, way.kept) + self.packing(way.kept))
         elif self.plan.layout.kv_dtype is not None:
             steps.append(self.packing(way.kept))

@@ -6,10 +6,10 @@ import dataclasses
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from os import PathLike
 from pathlib import Path
-from typing import Any, overload
+from typing import Any, NoReturn, overload
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ from torch import Tensor
 from fastkv.cache.decode_budget import DecodeBudget
 from fastkv.cache.kv_cache import KVCache, check_cache
 from fastkv.cache.layer import EntryShape
+from fastkv.cache.layer_map import Sources
 from fastkv.cache.policies import FastKV, FullKV
 from fastkv.cache.policy import Policy
 from fastkv.cache.pool import bytes_of
@@ -51,6 +52,7 @@ from fastkv.engine.runtime import Runtime
 from fastkv.engine.sampler import SamplingParams
 from fastkv.engine.session import DEFAULT_POLICY, Session
 from fastkv.engine.session_file import read_session
+from fastkv.engine.shared_layers import check_alike, pairs_of, sources_of
 from fastkv.engine.speculation.asking import drafted_by_model, drafted_from_text
 from fastkv.engine.speculation.figures import Speculation
 from fastkv.engine.turn import Turn
@@ -83,6 +85,8 @@ class LLM:
     speculation="self"; None: the model's own draft.
     kv_dtype: "int8" or "int4" for entries of a quarter or an eighth of float32's bits (cache/quantised.py); None: all
     in `dtype`.
+    share_layers: layers that store no entries and read an earlier layer's (KVSharer, arXiv 2410.18517): the file that
+    `fastkv-eval share-layers` wrote for this model, or {reader: source}; None: every layer has its own.
 
     load_format: "auto", or "dummy" for random weights, to measure speed: then `model` may also be the name of a preset
     ("llama-3.1-8b", "llama-3.2-1b", "llama-100m"), and a folder needs no more than its config.json.
@@ -110,6 +114,7 @@ class LLM:
         dtype: str = "auto",
         weights: str | None = None,
         kv_dtype: str | None = None,
+        share_layers: str | PathLike[str] | Mapping[int, int] | None = None,
         device: str | torch.device = "auto",
         revision: str | None = None,
         load_format: str = "auto",
@@ -136,7 +141,9 @@ class LLM:
             raise FastKVError(f"{folder}: the libraries that read models take no such name; rename it, or link to it")
         self.config = PRESETS[str(model)] if dummy and model in PRESETS else ModelConfig.from_pretrained(folder)
         self.policy = FastKV() if policy is None else policy
+        self._sources: Sources = ()
         self.kv_dtype = kv_dtype
+        sources = self._sources_of(share_layers)
         torch_dtype = resolve_dtype(dtype, self.config.dtype or ("float32" if dummy else stored_dtype(folder)), target)
         if not dummy:
             self.config = settled_config(self.config, folder, torch_dtype)
@@ -154,6 +161,8 @@ class LLM:
         else:
             self._model = load_weights(self.config, folder, torch_dtype, target, progress, weights, settled=True)
         has_model()
+        check_alike(self._model, sources)
+        self._sources = sources
         self._prepare(cuda_graph, compile, attention, draft_weights)
 
     def _prepare(self, cuda_graph: bool, compile: bool, attention: str, draft_weights: str | None) -> None:
@@ -210,6 +219,31 @@ class LLM:
         check_choice("kv_dtype", kv_dtype, KV_DTYPES)
         if self._prefixes is not None:
             raise FastKVError("prefix_cache keeps exact entries: leave it or kv_dtype out", setting="kv_dtype")
+
+    @property
+    def share_layers(self) -> Any:
+        """Which layers of a request that begins read an earlier layer's entries: {reader: source}.
+
+        Setting it takes what LLM(share_layers=…) takes. A cache goes on as it began. Raises FastKVError for a map that
+        is none, or another model's, and where prefix_cache is on. Sessions, speculation, a decode_budget, kv_dtype and
+        the policies that plan_request names do not go with it; each request that has one raises FastKVError.
+        """
+        return dict(pairs_of(self._sources))
+
+    @share_layers.setter
+    def share_layers(self, share_layers: Any) -> None:
+        sources = self._sources_of(share_layers)
+        check_alike(self._model, sources)
+        self._sources = sources
+
+    def _sources_of(self, share_layers: Any) -> Sources:
+        sources = sources_of(share_layers, self.config.n_layers, self._folder)
+        if sources and self._prefixes is not None:
+            self._refuse_shared("prefix_cache")
+        return sources
+
+    def _refuse_shared(self, what: str) -> NoReturn:
+        raise FastKVError(f"share_layers does not go with {what}: leave one of the two out", setting="share_layers")
 
     @property
     def model(self) -> Llama:
@@ -343,6 +377,8 @@ class LLM:
         policy = self.policy if policy is None else self._checked_policy(policy)
         if reuse_prefix:
             check_reuse(policy, self.config)
+            if self._sources:
+                self._refuse_shared("reuse_prefix")
         each = zip(prompts, params_of_each(params, len(prompts)), strict=True)
         fitting: set[Sizes] = set()
         budget = None if decode_budget is None else DecodeBudget(decode_budget)
@@ -408,6 +444,8 @@ class LLM:
         ):
             if refused:
                 raise FastKVError(f"speculation does not go with {what}: leave it out", setting="speculation")
+        if self._sources:
+            self._refuse_shared("speculation")
         by_model = speculation.kind == "self"
         drafts = self.policy if policy is None else self._checked_policy(policy)
         request = self._request(prompt, params, FullKV() if by_model else policy)
@@ -426,6 +464,8 @@ class LLM:
         by. system: a message that `Session.chat` puts before all others. Raises FastKVError for a policy that does not
         fit the model.
         """
+        if self._sources:
+            self._refuse_shared("sessions")
         chosen = self._checked_policy(DEFAULT_POLICY if policy is None else policy)
         return Session(self, chosen, system)
 
@@ -437,6 +477,8 @@ class LLM:
         a file that is none, is not whole or was altered, or is of another version, model, dtype or kind of weights
         (int8 weights give other tokens), or of more tokens than the model's context.
         """
+        if self._sources:
+            self._refuse_shared("sessions")
         saved = read_session(path, self._model)
         if self.kv_dtype is not None:
             raise FastKVError(
@@ -493,7 +535,11 @@ class LLM:
                 raise FastKVError(f"the cache holds {cache.batch} sequences, but the new tokens are of {ids.shape[0]}")
         limit = position_limit(self.config, policy, ids.shape[1], cache)
         sizes = ids.shape[1], max_tokens, self.dtype, limit
-        plan = plan_request(self.config, policy, *sizes, cache, self._told, kv_dtype=self.kv_dtype)
+        ways: dict[str, Any] = {
+            "kv_dtype": self.kv_dtype,
+            "shared": self._sources if cache is None else cache.pool.shared,
+        }
+        plan = plan_request(self.config, policy, *sizes, cache, self._told, **ways)
         new = 0 if plan.compresses else plan.n_tokens + max_tokens
         fits = cache is not None and cache.has_room(plan.capacities, new)
         new_cache = 0 if cache is not None and fits else ids.shape[0] * plan.nbytes
@@ -557,6 +603,8 @@ class LLM:
         policy = self.policy if policy is None else self._checked_policy(policy)
         policy = policy.covering(getattr(prompt, "tail", 0), ids.shape[1])
         past, evicts = None if turn is None else turn.held.snapshot, decode_budget is not None
+        if turn is not None and self._sources:
+            self._refuse_shared("sessions")
         if turn is not None and evicts:
             raise FastKVError(
                 "a session keeps what comes later whole: leave decode_budget out", setting="decode_budget"
@@ -565,7 +613,8 @@ class LLM:
         limit = position_limit(self.config, policy, ids.shape[1], past, evicts)
         max_tokens = answer_length(self.config, params, ids.shape[1], limit, n_before, evicts)
         sizes = ids.shape[1], max_tokens, self.dtype, limit
-        plan = plan_request(self.config, policy, *sizes, past, self._told, decode_budget, kv_dtype=self.kv_dtype)
+        ways: dict[str, Any] = {"kv_dtype": self.kv_dtype, "shared": self._sources}
+        plan = plan_request(self.config, policy, *sizes, past, self._told, decode_budget, **ways)
         request = Request(ids, params, plan, self._eos_ids(params, getattr(prompt, "ends", frozenset())), turn)
         if fitting is None or request.sizes not in fitting:
             slot, draws = self._slot_bytes(request), params.temperature > 0

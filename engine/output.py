@@ -74,7 +74,7 @@ class RunInfo:
     dtype: as torch names them ("cuda:0", "bfloat16"). kv_dtype: of packed entries, None where they are in `dtype`.
     first_pass_layer: where a first pass chose the tokens that the
     model then read anew, None where there was none. decode_budget: entries that each KV head was to hold at most while
-    the answer grew; None: it kept all.
+    the answer grew; None: it kept all. shared_layers: (reader, source) of each layer that read another one's entries.
     """
 
     policy: str
@@ -84,6 +84,7 @@ class RunInfo:
     first_pass_layer: int | None = None
     decode_budget: int | None = None
     kv_dtype: str | None = None
+    shared_layers: tuple[tuple[int, int], ...] = ()
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from fastkv.cache.decode_budget import DecodeBudget
 from fastkv.cache.dense import DenseLayer
 from fastkv.cache.kv_cache import KVCache
 from fastkv.cache.layer import EntryShape, KVLayer
+from fastkv.cache.layer_map import Sources
 from fastkv.cache.model_wide import ModelWideLayer
 from fastkv.cache.per_head import PerHeadLayer
 from fastkv.cache.policies.full import FullKV
@@ -22,6 +23,7 @@ from fastkv.cache.pool import KVPool, bytes_of, round_up
 from fastkv.cache.quantised import quantised
 from fastkv.cache.reader import Index, IndexSizes, Reader
 from fastkv.engine.probe import Encode, ProbePlan, plan_probe
+from fastkv.engine.shared_layers import held_at_most
 from fastkv.errors import FastKVError
 from fastkv.models.config import ModelConfig
 
@@ -63,6 +65,8 @@ class RequestPlan:
     done, and forgotten; fewer than the policy says where the positions end, 0 where no layer drops an entry. probe: how
     the prompt is repeated before its layers choose (None: not at all). capacities: entries of each layer's KV heads.
     layout, shape: how they are stored. decode_budget: what bounds the entries while the answer grows (None: nothing).
+    shared: of each layer the one whose entries it reads, itself or an earlier one (cache/layer_map.py); () where none
+    reads another.
     """
 
     policy: Policy
@@ -80,6 +84,7 @@ class RequestPlan:
     layout: type[KVLayer]
     shape: EntryShape
     decode_budget: DecodeBudget | None = None
+    shared: Sources = ()
 
     @property
     def evicts(self) -> DecodeBudget | None:
@@ -94,6 +99,8 @@ class RequestPlan:
         """What its steps have, in words, that neither a graph nor a compiled step can follow; empty: nothing."""
         if self.evicts is not None:
             return "a decode_budget"
+        if self.shared:
+            return "shared layers"
         return f"policy {self.policy.name}, which chooses what a step reads," if any(self.reads_few) else ""
 
     @property
@@ -138,8 +145,8 @@ class RequestPlan:
 
     @property
     def is_exact(self) -> bool:
-        """Whether the cache holds all that the layers saw, as it was."""
-        return not self.compresses and self.layout.kv_dtype is None
+        """Whether the cache holds all that the layers computed, as it was."""
+        return not self.compresses and self.layout.kv_dtype is None and not self.shared
 
     @property
     def longest(self) -> list[int]:
@@ -161,11 +168,19 @@ class RequestPlan:
     @property
     def held_nbytes(self) -> int:
         """Bytes of K and V that one sequence holds until its layers have chosen: of all they saw, and of what the model
-        writes or repeats meanwhile."""
+        writes or repeats meanwhile; or of layers, until those that read them have run."""
+        if self.shared:
+            held = held_at_most(self.layers, self.shared) if self.copies_shared else 0
+            return bytes_of(DenseLayer, [held], self.shape)
         if not (self.lookahead or (self.policy.over_layers and self.compresses)):
             return 0
         seen = [before + layer.seen for before, layer in zip(self.past, self.layers, strict=True)]
         return bytes_of(DenseLayer, [count + self._extra for count in seen], self.shape)
+
+    @property
+    def copies_shared(self) -> bool:
+        """Whether a prefill copies K and V for the layers that read another's, instead of reading them in the cache."""
+        return bool(self.shared) and (self.compresses or self.policy.per_head)
 
     @property
     def decides_online(self) -> bool:
@@ -194,7 +209,7 @@ class RequestPlan:
 
     def new_cache(self, batch: int, device: torch.device) -> KVCache:
         """An empty cache for `batch` sequences, in memory of its own."""
-        pool = KVPool(self.layout, self.capacities, batch, self.shape, device)
+        pool = KVPool(self.layout, self.capacities, batch, self.shape, device, self.shared)
         return self.cache_in(pool, pool.take_all())
 
 
@@ -210,13 +225,14 @@ def plan_request(
     decode_budget: DecodeBudget | None = None,
     reduces: bool = True,
     kv_dtype: str | None = None,
+    shared: Sources = (),
 ) -> RequestPlan:
     """The plan of a prefill of `n_tokens`, from the beginning or from what `cache` holds.
 
     encode: makes token ids of what a policy tells the model (Policy.probe); as it stands, for a model without a
     tokenizer, there are none. reduces: False lets every layer see every token, whatever the policy propagates, and keep
     of these what its budget says. kv_dtype: of the entries of a sequence that begins, "int8" or "int4" (None: the
-    model's). Raises FastKVError for one that does not go with the rest.
+    model's). shared: see RequestPlan. Raises FastKVError for one that does not go with the rest.
 
     See `chooses_again` for which sequences that continue are compressed again. Of the others the earlier entries stay,
     and the new tokens are kept whole.
@@ -251,7 +267,8 @@ def plan_request(
     kept = [plan.kept for plan in layers]
     if cache is not None and layout.per_head:  # a head's memory is not its own: what counts is all of them together
         kept = [cache.mean(layer) + n_tokens for layer in range(n_layers)]
-    capacities = tuple(round_up(count + max_tokens) for count in kept)
+    own = [not shared or shared[layer] == layer for layer in range(n_layers)]
+    capacities = tuple(round_up(count + max_tokens) * mine for count, mine in zip(kept, own, strict=True))
     plan = RequestPlan(
         policy,
         n_tokens,
@@ -268,7 +285,10 @@ def plan_request(
         layout,
         shape,
         decode_budget,
+        shared,
     )
+    if shared:
+        _check_shared(plan, cache)
     if any(plan.reads_few):
         _check_reads_few(plan, cache)
     return plan if plan.evicts is None else dataclasses.replace(plan, capacities=_bounded_capacities(plan, plan.evicts))
@@ -293,6 +313,23 @@ def _check_reads_few(plan: RequestPlan, cache: Past | None) -> None:
             f"policy {plan.policy.name} cannot go on with a cache whose heads hold different numbers of entries: take "
             "policy full"
         )
+
+
+def _check_shared(plan: RequestPlan, cache: Past | None) -> None:
+    """FastKVError for what does not go with layers that read others."""
+    name = plan.policy.name
+    for refused, what in (
+        (cache is not None, "a sequence that continues from a cache"),
+        (plan.decode_budget is not None, "decode_budget"),
+        (plan.layout.kv_dtype is not None, "kv_dtype"),
+        (any(plan.reads_few), f"policy {name}, whose steps read few of all entries"),
+        (plan.first_pass is not None, f"policy {name}, which reads what it chooses as a prompt of its own"),
+        (plan.decides_online, f"policy {name}, which decides during a prefill where tokens are dropped"),
+        (plan.policy.over_layers and plan.compresses, f"policy {name}, whose layers compete for one budget"),
+        (plan.lookahead > 0, "lookahead, which lets the layers choose twice"),
+    ):
+        if refused:
+            raise FastKVError(f"share_layers does not go with {what}: leave one of the two out", setting="share_layers")
 
 
 def _without_reduction(policy: Policy, layer: int, n_layers: int, n_tokens: int) -> LayerPlan:

@@ -37,6 +37,7 @@ from fastkv.engine.output_norms import output_norms
 from fastkv.engine.plan import RequestPlan
 from fastkv.engine.probe import repeat_prompt
 from fastkv.engine.projection import Projection
+from fastkv.engine.shared_layers import SharedEntries, SharedProjection
 from fastkv.engine.tsp import TokenState
 from fastkv.engine.workspace import Workspace
 from fastkv.errors import FastKVError
@@ -55,9 +56,9 @@ class Prefill:
 
     logits: float32 [B, V], of the last token.
     tokens: for each layer int64 [B, T], the original positions of the new tokens whose keys it computed (the TSP layer:
-    all of them).
+    all of them); of a layer that reads another, those of the tokens that it saw.
     kept: for each layer int64 [B, Hkv, n], the original positions of the entries in its cache, ascending; where heads
-    keep different numbers, -1 stands after those of the shorter ones.
+    keep different numbers, -1 stands after those of the shorter ones. A layer that reads another has that one's.
     cache: holds those entries, with room for `max_tokens` more.
     mass: for each layer how much of the attention mass it keeps (cache/mass.py); None where the policy looks at no
     window's attention.
@@ -106,7 +107,8 @@ def prefill(
     for layer in range(len(plan.layers)):
         tokens.append(state.positions)
         state, rope = run.layer(layer, state, rope)
-        kept.append(run.positions)
+        source = plan.shared[layer] if plan.shared else layer
+        kept.append(run.positions if source == layer else kept[source])
     logits = model.head(state.hidden[:, -1])
     for layer, positions in run.competed(ids):
         kept[layer] = positions
@@ -142,7 +144,11 @@ class LayerRun:
         self.whole = whole
         self.policy, self.layers = plan.policy, list(plan.layers)
         self.per_head = plan.policy.per_head
-        self.projection, self.workspace = Projection(model, workspace), workspace
+        self.shared = SharedEntries(plan.shared, cache, plan.copies_shared) if plan.shared else None
+        self.projection = (
+            Projection(model, workspace) if self.shared is None else SharedProjection(model, workspace, self.shared)
+        )
+        self.workspace = workspace
         self.windows = model.config.windows
         self.ahead = Lookahead(plan.lookahead) if plan.lookahead else None
         room = 0 if plan.probe is None else plan.probe.longest
@@ -217,6 +223,8 @@ class LayerRun:
         q: [B, Hq, n, D] of the last n tokens, k and v: [B, Hkv, T, D] of all. Returns what queries of this layer attend
         to, and the indices of the tokens that are propagated, int64 [B, n] (None: all).
         """
+        if self.shared is not None and self.shared.source(layer) != layer:
+            return [Part(k, v)], self._select_of_another(layer, state, q, k, v)
         if self.whole is not None:
             self.whole.store(layer, k, v, None, state.positions.unsqueeze(1))
         sizes, past = self.layers[layer], self.plan.past[layer]
@@ -237,9 +245,25 @@ class LayerRun:
             self.ahead.hold(observed, positions, self.policy.window)
         if sizes.propagated is None and self.selector is None:
             return [Part(k, v)], None
-        chosen = self._propagated(layer, self.policy.importance(observed, scores, sizes.propagated))
+        return [Part(k, v)], self._chosen(observed, scores)
+
+    def _select_of_another(self, layer: int, state: TokenState, q: Tensor, k: Tensor, v: Tensor) -> Tensor | None:
+        """Of a layer that reads another's k and v, and keeps nothing: the indices of the tokens that are propagated."""
+        if self.plan.compresses:
+            self.mass.keep_unknown()
+        else:
+            self.mass.keep_all()
+        if self.layers[layer].propagated is None:
+            return None
+        observed = self._observed(layer, q, k, v, self._positions_with(layer, state.positions))
+        return self._chosen(observed, self._score(observed))
+
+    def _chosen(self, observed: Observation, scores: Tensor) -> Tensor | None:
+        """The indices of the tokens that are propagated after a layer, int64 [B, n], or None: all of them."""
+        propagated = self.layers[observed.layer].propagated
+        chosen = self._propagated(observed.layer, self.policy.importance(observed, scores, propagated))
         self.mass.propagate(observed, chosen, self.policy.window)
-        return [Part(k, v)], chosen
+        return chosen
 
     def _observed(self, layer: int, q: Tensor, k: Tensor, v: Tensor, positions: Tensor, past: int = 0) -> Observation:
         """What the policy sees of a layer, whose entries stand at `positions` [B, Hkv, past + T]."""
@@ -348,6 +372,8 @@ class LayerRun:
         """The tokens that are propagated, moved into the other buffer."""
         out = self.workspace.take(self.idle_hidden, (*chosen.shape, state.hidden.shape[-1]), like=state.hidden)
         self.idle_hidden = "hidden" if self.idle_hidden == "other hidden" else "other hidden"
+        if self.shared is not None:
+            self.shared.propagate(chosen)
         return state.take(chosen, out)
 
     def _attend_all(self, layer: int, q: Tensor, parts: list[Part]) -> Tensor:

@@ -37,10 +37,14 @@ class Projection:
         heads = self._room("heads", hidden, sum(block.self_attn.heads[1:]))
         for start, end in chunks(hidden):
             block.project_kv(hidden[:, start:end], rope.at(start, end), out=heads[:, :, start:end])
+        k, v = heads.chunk(2, dim=1)
+        return self.last_queries(layer, hidden, rope, n_queries), k, v
+
+    def last_queries(self, layer: int, hidden: Tensor, rope: Rope, n_queries: int) -> Tensor:
+        """q of the last `n_queries` tokens alone: [B, Hq, n, D], of memory of its own."""
         n_tokens = hidden.shape[1]
         first = max(0, n_tokens - n_queries)
-        k, v = heads.chunk(2, dim=1)
-        return block.project_q(hidden[:, first:], rope.at(first, n_tokens)), k, v
+        return self._model.blocks[layer].project_q(hidden[:, first:], rope.at(first, n_tokens))
 
     def queries(self, layer: int, hidden: Tensor, rope: Rope) -> Tensor:
         """q of all tokens."""

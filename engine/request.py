@@ -177,7 +177,7 @@ def check_request_fits(model: Llama, plan: RequestPlan, needed: Footprint, reusa
     """
     parts = {
         "KV cache": needed.cache,
-        _whose(plan.policy): needed.held,
+        _whose(plan): needed.held,
         "buffers for all layers": needed.buffers,
         "lists of positions": needed.lists,
         "scratch for one layer": needed.step,
@@ -185,14 +185,18 @@ def check_request_fits(model: Llama, plan: RequestPlan, needed: Footprint, reusa
     advice = "lower kv_retention or max_tokens, or shorten the prompt"
     if plan.policy.over_layers and needed.held:
         advice = "take another policy, lower max_tokens, or shorten the prompt"
+    elif needed.held and plan.shared:
+        advice = "leave pairs out of share_layers, lower kv_retention or max_tokens, or shorten the prompt"
     elif needed.held:
         advice = "set lookahead to 0, lower kv_retention or max_tokens, or shorten the prompt"
     check_fits("the request", parts, model.device, advice, reusable)
 
 
-def _whose(policy: Policy) -> str:
+def _whose(plan: RequestPlan) -> str:
     """What K and V of all tokens are held for."""
-    if policy.over_layers:
+    if plan.shared:
+        return "whole K and V of layers that later ones read"
+    if plan.policy.over_layers:
         return "whole K and V that this policy holds until the last layer"
     return "whole K and V that lookahead holds until its draft ends"
 

@@ -18,6 +18,7 @@ COMMANDS = {
     "tasks": "fastkv.eval.run",
     "tsp-layers": "fastkv.eval.tsp_layers.command",
     "head-scores": "fastkv.eval.head_scores.command",
+    "share-layers": "fastkv.eval.share_layers.command",
     "compare": "fastkv.eval.compare.command",
     "tune": "fastkv.eval.tune.command",
     "turns": "fastkv.eval.turns.command",

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 from fastkv import __version__
+from fastkv.cache.layer_map import KIND as MAP_KIND
 from fastkv.console.files import check_folder, check_own_file, check_replaceable
 from fastkv.console.jsonl import check_output
 from fastkv.console.parser import (
@@ -57,7 +58,20 @@ FLAGS: dict[str, dict[str, Any]] = {
 MODES, MOST_QUESTIONS = ("turns", "requests"), 20
 TEXTS = ("length", "depth", "seed", "examples")  # which texts are drawn
 # What a complaint names the flag of; the settings of policies are named in its message already.
-SETTINGS = {*FLAGS, "model", "loss", "device", "dtype", "weights", "kv_dtype", "threads", "revision"} - {"policy"}
+SETTINGS = {
+    *FLAGS,
+    "model",
+    "loss",
+    "layers",
+    "threshold",
+    "text",
+    "device",
+    "dtype",
+    "weights",
+    "kv_dtype",
+    "threads",
+    "revision",
+} - {"policy"}
 
 SUMMARIES = {
     **{task.name: task.summary for task in GENERATED.values()},
@@ -81,12 +95,14 @@ policies:
   The first one is the baseline of the differences. Settings are those of fastkv-run, and so are their defaults; several
   values of one stand between slashes, as in fastkv:tsp_layer=2/4,tsp_rate=0.5/0.2. FastKV
   keeps 128 tokens at the least, so a short prompt keeps more than its 10 %: fastkv:min_tokens=8 makes 10 % mean 10 %.
-  With kv_dtype=int8 or int4 among them, a policy's entries are stored so: full:kv_dtype=int8.
+  With kv_dtype=int8 or int4 among them, a policy's entries are stored so: full:kv_dtype=int8; with share_layers=FILE
+  layers read others, as fastkv-eval share-layers found.
 
 {CONTINUES}
 
 another command: fastkv-eval tsp-layers --help
 another command: fastkv-eval head-scores --help
+another command: fastkv-eval share-layers --help
 another command: fastkv-eval compare --help
 another command: fastkv-eval tune --help
 another command: fastkv-eval turns --help
@@ -166,6 +182,27 @@ def _head_scores() -> Parser:
     return parser
 
 
+def _share_layers() -> Parser:
+    parser = _parser(
+        "fastkv-eval share-layers",
+        "Find layers that can read an earlier layer's K and V in place of their own (KVSharer, arXiv 2410.18517), and "
+        "write the map for --share-layers.",
+    )
+    parser.add_argument("--layers", type=int, required=True, metavar="C", help="layers that are to read others")
+    parser.add_argument("--output", type=file_path, required=True, metavar="FILE.json", help="write the map there")
+    parser.add_argument(
+        "--threshold", type=float, metavar="X", help="cosine of the final hidden states that must be exceeded (0.5)"
+    )
+    parser.add_argument(
+        "--text", type=file_name, metavar="FILE", help="a text of your own to compare layers on (small talk)"
+    )
+    _add(parser, "length", nargs=None, help="texts of N tokens (64)")
+    _add(parser, "examples", help="texts at most (30)")
+    _add(parser, "seed")
+    add_machine_flags(parser.add_argument_group("machine"), quiet="no progress line")
+    return parser
+
+
 def _compare() -> Parser:
     parser = _parser(
         "fastkv-eval compare",
@@ -231,6 +268,7 @@ PARSERS: dict[str, Callable[[], Parser]] = {
     "tasks": build_parser,
     "tsp-layers": _tsp_layers,
     "head-scores": _head_scores,
+    "share-layers": _share_layers,
     "compare": _compare,
     "tune": _tune,
     "turns": _turns,
@@ -263,6 +301,9 @@ def check(args: argparse.Namespace) -> None:
         return
     if args.command == "turns":
         _check_turns(args)
+        return
+    if args.command == "share-layers":
+        _check_share_layers(args)
         return
     if args.command == "tsp-layers":
         _check_prompts(args)
@@ -298,6 +339,20 @@ def _check_tune(args: argparse.Namespace) -> None:
         check_number("loss", args.loss, 0, 100)
     if args.output is not None:
         check_own_file(args.output, POLICY_KIND)
+
+
+def _check_share_layers(args: argparse.Namespace) -> None:
+    check_integer("layers", args.layers, 1)
+    for name in ("length", "examples"):
+        if getattr(args, name) is not None:
+            check_integer(name, getattr(args, name), 1)
+    if args.threads is not None:
+        check_integer("threads", args.threads, 1, 4096)
+    if args.threshold is not None:
+        check_number("threshold", args.threshold, -1, 1)
+    if args.kv_dtype is not None:
+        raise FastKVError("layers are compared by their K and V as they are: leave it out", setting="kv_dtype")
+    check_own_file(args.output, MAP_KIND)
 
 
 def _check_turns(args: argparse.Namespace) -> None:

@@ -13,6 +13,7 @@ from typing import Any, Protocol
 
 import torch
 
+from fastkv.cache.layer_map import read_map
 from fastkv.console.load import load_model
 from fastkv.console.machine import fingerprint, machine
 from fastkv.console.parser import DONE, INTERRUPTED, say
@@ -150,7 +151,11 @@ def surroundings(llm: LLM, folder: Path) -> dict[str, Any]:
 
 def described(llm: LLM, specs: Sequence[PolicySpec]) -> list[dict[str, Any]]:
     """The policies with all their settings."""
-    return [{"label": one.label, "name": one.policy.name, **one.policy.settings(llm.config.n_layers)} for one in specs]
+    found = [{"label": one.label, "name": one.policy.name, **one.policy.settings(llm.config.n_layers)} for one in specs]
+    for one, told in zip(specs, found, strict=True):
+        if one.share_layers is not None:  # what the file says, wherever it is
+            told["shared_layers"] = read_map(one.share_layers).pairs
+    return found
 
 
 def conclude(args: argparse.Namespace, tables: str, missing: int) -> int:

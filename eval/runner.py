@@ -152,6 +152,7 @@ class Runner:
             lengths = plan.lengths if task.has_length else (self._room(task),)
             for length, spec in product(lengths, specs):
                 self._check_room(task, length, spec.policy)
+                self._check_map(task, length, spec)
         for task in plan.tasks:
             for own_or_length in plan.lengths_of(task):
                 self.question(Slot(task.name, own_or_length, plan.depths[0] if task.has_depth else None, 0))
@@ -236,6 +237,15 @@ class Runner:
             return self._plan.longbench_tokens
         policies = [spec.policy for spec in self._specs]
         return longest_prompt(self._llm.config, policies, self._plan.answer_tokens(task))
+
+    def _check_map(self, task: Task, length: int, spec: PolicySpec) -> None:
+        """FastKVError unless layers can read others as a spec says, in this model and under its policy."""
+        if spec.share_layers is None:
+            return
+        if self._question_after:
+            raise FastKVError("share_layers, which a policy has, does not go with it", setting="question_after")
+        with stored_as(self._llm, spec):  # a request that is checked, and never runs
+            self._llm.stream([0] * length, SamplingParams(max_tokens=self._plan.answer_tokens(task)), spec.policy)
 
     def _check_room(self, task: Task, length: int, policy: Policy) -> None:
         """FastKVError unless a prompt of `length` tokens and its answer fit under this policy."""

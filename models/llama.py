@@ -17,7 +17,6 @@ from fastkv.models.config import ModelConfig
 from fastkv.models.layers import Embedding, Rope, RotaryEmbeddings
 from fastkv.models.linear import Linear
 
-
 JUDGED = 4  # tokens of a step that judges drafted ones, where it is compiled: what products of few rows are best at
 
 

@@ -614,6 +614,7 @@ WRONG = {
     "--dtype": ["", "int8", "fp16", "float64", "float8_e4m3fn", "torch.float32"],
     "--weights": ("int4", "INT8", ""),
     "--kv-dtype": ["int2", "INT8", "float16", ""],
+    "--share-layers": ["", ".", "no/such.json", "/dev/full", str(ARCHIVE / "config.json")],
     "--attention": ["", "cudnn", "efficient", "sdpa", "AUTO"],
     "--threads": ["0", "-1", "9" * 5000, "1.5", "abc", "", str(2**31), "9" * 40],
     "--report": ["", ".", "no/such/folder/page.html"],

@@ -104,6 +104,7 @@ def test_flags_of_fastkv_chat_exist() -> None:
         "--speculation",
         "--draft-tokens",
         "--draft-weights",
+        "--share-layers",
     }
     assert lacking - of_files == {"--chat", "--json", "--report", "--verbose"}
 

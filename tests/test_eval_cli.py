@@ -236,7 +236,7 @@ def test_help_and_mistakes_import_no_torch() -> None:
         "import sys; from fastkv.eval.cli import main\n"
         "try: main(['--help'])\nexcept SystemExit: pass\n"
         "from fastkv.eval.cli_flags import PARSERS\n"
-        "assert len([build() for build in PARSERS.values()]) == 6\n"
+        "assert len([build() for build in PARSERS.values()]) == 7\n"
         "assert main(['--model', 'x', '--task', 'nope']) == 2\n"
         "assert not {'torch', 'matplotlib', 'transformers'} & set(sys.modules)"
     )

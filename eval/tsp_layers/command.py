@@ -73,7 +73,12 @@ def run(args: argparse.Namespace) -> int:
 
 def _policy(args: argparse.Namespace, n_layers: int | None = None) -> FastKV:
     """What is to be advised on: its TSP layer and rate are the default that the advice must not be worse than."""
-    policy = parse_policies([args.policy], n_layers)[0].policy
+    spec = parse_policies([args.policy], n_layers)[0]
+    policy = spec.policy
+    if spec.share_layers is not None:
+        raise FastKVError(
+            f"--policy {args.policy}: the advice is for layers that read none other; leave share_layers out"
+        )
     if not isinstance(policy, FastKV):
         raise FastKVError(f"--policy {args.policy}: has no TSP layer; give fastkv, with settings or without")
     if isinstance(policy.tsp_layer, tuple) or isinstance(policy.tsp_rate, tuple):

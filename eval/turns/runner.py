@@ -92,6 +92,8 @@ class TurnsRunner:
     """
 
     def __init__(self, llm: LLM, plan: Plan, specs: list[PolicySpec]) -> None:
+        if any(spec.share_layers is not None for spec in specs):
+            raise FastKVError("share_layers does not go with several questions about one text: leave it out")
         self._llm, self._plan, self._specs = llm, plan, specs
         self._prompts = Prompts(llm)
         for family in plan.families:

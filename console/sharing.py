@@ -1,0 +1,34 @@
+"""The flag --share-layers: layers that read an earlier layer's entries. Checked before torch is loaded."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+
+from fastkv.cache.layer_map import read_map
+from fastkv.errors import FastKVError
+
+
+def check_share_layers(args: argparse.Namespace) -> None:
+    """FastKVError for a file that is no map, and for flags of fastkv-run that do not go with one."""
+    if args.share_layers is None:
+        return
+    read_map(args.share_layers)
+    others = {
+        "--context, --cache or --save-cache": args.context or args.cache or args.save_cache,
+        "--lossless or --speculation": args.lossless or args.speculation,
+        "--decode-budget": args.decode_budget,
+        "--kv-dtype": args.kv_dtype,
+        "--reuse-prefix": args.reuse_prefix,
+    }
+    for other, given in others.items():
+        if given:
+            raise FastKVError(f"does not go with {other}: leave one of them out", setting="share_layers")
+
+
+def shared_rows(pairs: Sequence[tuple[int, int]]) -> list[tuple[str, str]]:
+    """Which layers read others, as (label, text) rows."""
+    if not pairs:
+        return []
+    told = ", ".join(f"{reader} reads {source}" for reader, source in pairs)
+    return [("shared", f"{len(pairs)} layers store no entries of their own: {told}")]
