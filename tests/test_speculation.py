@@ -311,7 +311,7 @@ def test_expected_tokens() -> None:
 
 def test_cheap_drafts_that_are_right_become_long() -> None:
     asked = rounds(Pace(), 1.0, draft=0.1, verify=1.2, n=30)
-    assert asked[:3] == [0, 0, 1]
+    assert asked[:3] == [0, 0, 3]
     assert asked[-1] == 8
 
 
@@ -320,9 +320,10 @@ def test_drafts_that_do_not_pay_are_left_out_more_and_more(draft: float, verify:
     asked = rounds(Pace(), 0.0, draft, verify, n=2000)
     tried = [place for place, count in enumerate(asked) if count]
     pauses = [after - before - 1 for before, after in itertools.pairwise(tried)]
-    assert pauses[0] >= 16
-    assert pauses == sorted(pauses)
-    assert pauses[-1] > pauses[0]
+    assert min(pauses) >= 16
+    later = pauses[1:]  # the first round drafts more than those that follow, and may have cost more
+    assert later == sorted(later)
+    assert later[-1] > later[0]
     # All in all it costs little: a round takes as long as a verification and its drafts.
     seconds = sum(count * draft + verify if count else 1.0 for count in asked)
     assert seconds < 2000 / 0.96

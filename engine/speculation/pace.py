@@ -10,9 +10,10 @@ from __future__ import annotations
 import math
 
 from fastkv.engine.speculation.figures import MOST_DRAFTED
+from fastkv.models.llama import JUDGED
 
 _PLAIN_FIRST = 2  # plain steps before anything is drafted: what a step takes here
-_FIRST = 1  # drafted token of the first round: what it costs is not known yet
+_FIRST = JUDGED - 1  # drafted tokens of the first round: judging fewer takes as long, where products of few rows do
 _GAIN = 1.05  # what drafting is to bring at least; times are not exact
 _PAUSE, _LONGEST_PAUSE = 16, 4096  # plain steps before drafting is tried again, doubled each time that it does not pay
 _LOSS = 0.03  # of the time of plain steps, which such a try may cost
