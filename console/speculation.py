@@ -19,7 +19,9 @@ def add_speculation_flags(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--speculation", metavar="|".join(KINDS), help="what drafts tokens: the model over what is kept, or the text"
     )
-    group.add_argument("--draft-tokens", type=int, metavar="N", help="drafted at a time (default: as many as pay)")
+    group.add_argument(
+        "--draft-tokens", type=int, metavar="N", help="1 to 16 drafted at a time (default: as many as pay)"
+    )
     group.add_argument("--draft-weights", metavar="int8", help="with --lossless, a copy of the weights that drafts")
 
 
@@ -34,6 +36,8 @@ def speculation_of(args: argparse.Namespace, of_document: bool) -> Speculation |
         check_choice("draft_weights", args.draft_weights, ("int8",))
         if kind != "self":
             raise FastKVError("is for --lossless: add it, or leave this out", setting="draft_weights")
+        if args.weights is not None:
+            raise FastKVError("--draft-weights and --weights are both int8: leave one of them out")
     if args.draft_tokens is not None and kind is None:
         raise FastKVError("is for --lossless or --speculation: add one, or leave this out", setting="draft_tokens")
     if kind is None:
@@ -44,6 +48,7 @@ def speculation_of(args: argparse.Namespace, of_document: bool) -> Speculation |
         "--output, which is for several prompts": args.output is not None,
         "--context or --cache": of_document,
         "--decode-budget": args.decode_budget is not None,
+        "--report": args.report is not None and kind == "self",
     }
     for other, given in others.items():
         if given:

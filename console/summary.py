@@ -52,6 +52,8 @@ def _more(settings: dict[str, Any]) -> str:
         return f"lower {flag_of('drop_norm')}"
     if settings.get("keep_mass") is not None:
         return f"raise {flag_of('keep_mass' if settings['keep_mass_most'] == 1 else 'keep_mass_most')}"
+    if settings.get("kv_retention") == 1 and "read_retention" in settings:  # nothing is dropped that a flag could keep
+        return f"raise {flag_of('read_retention' if settings.get('read_len') is None else 'read_len')}"
     return f"raise {flag_of('kv_retention' if settings.get('kv_len') is None else 'kv_len')}"
 
 
@@ -116,8 +118,11 @@ def _layers(run: RunInfo, metrics: Metrics) -> Rows:
     """How much the layers keep, where that was not known before they were scored."""
     if run.settings.get("keep_mass") is None and "drop_norm" not in run.settings:
         return []
-    whole = metrics.kv_full_entries // len(metrics.layer_entries)
-    least, most = (_percent(of(metrics.layer_entries), whole) for of in (min, max))
+    if metrics.speculation is not None and metrics.speculation.kind == "self":
+        return []  # it is about the draft, and these are the layers that decide
+    whole, readers = metrics.kv_full_entries // len(metrics.layer_entries), dict(run.shared_layers)
+    own = [count for layer, count in enumerate(metrics.layer_entries) if layer not in readers]
+    least, most = (_percent(of(own), whole) for of in (min, max))
     return [("layers", f"keep {least} to {most} of their entries")]
 
 

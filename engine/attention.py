@@ -45,7 +45,7 @@ _cudnn_works = True  # until it raises
 _log = logging.getLogger(__name__)
 
 QUERY_BLOCK = 512  # queries whose mask is held at a time, where attention needs one
-_FEW = 16  # queries, up to which a CPU takes those of a KV head as the rows of one product
+_FEW = 17  # queries, as many as may be judged: so few of a KV head are the rows of one product on a CPU
 
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor, window: int | None = None, backend: str = AUTO) -> Tensor:

@@ -74,16 +74,22 @@ class Footprint(NamedTuple):
 
 
 def footprint(
-    model: Llama, plan: RequestPlan, cache: int, batch: int = 1, slots: int = 1, draws: bool = False
+    model: Llama,
+    plan: RequestPlan,
+    cache: int,
+    batch: int = 1,
+    slots: int = 1,
+    draws: bool = False,
+    judged: int = 1,
 ) -> Footprint:
     """Of a prefill of `batch` sequences and of the steps of `slots` that decode together, whose caches are `cache`.
 
-    draws: whether any token is drawn at random.
+    draws: whether any token is drawn at random. judged: tokens of a sequence that one step may take.
     """
     shapes = _Shapes.of(model, plan, batch)
     seen = plan.n_tokens
     workspace: dict[str, int] = {}
-    steps = [shapes.decoding(slots, draws)]
+    steps = [shapes.decoding(slots * judged, draws)]
     if plan.first_pass is not None:  # all tokens, but only the layers up to the one that chooses
         whole = _Way(
             seen, seen, seen, 0, 0, keys_first=plan.first_pass.layer == 0, online=False, least=seen, reads=False
@@ -437,7 +443,7 @@ class _Shapes:
         return plan.policy.read_budget(plan.start + plan.n_tokens + plan.max_tokens)
 
     def decoding(self, slots: int, draws: bool) -> int:
-        """A step of `slots` sequences: its MLP, or its logits, and what is drawn from them."""
+        """A step of `slots` tokens: its MLP, or its logits, and what is drawn from them."""
         one = (self.hidden + 4 * self.inner) * self.item
         if self.plan.layout.kv_dtype is not None:  # logits of the entries, the weights, and these times the scales
             scheme, longest = SCHEMES[self.plan.layout.kv_dtype], max(self.plan.longest) + self.plan.max_tokens

@@ -128,6 +128,8 @@ class LLM:
         _check_arguments(model, revision, load_format, weights, progress)
         if draft_weights is not None:
             check_choice("draft_weights", draft_weights, WEIGHTS)
+            if weights is not None:
+                raise FastKVError("the weights are int8 already: leave one of them out", setting="draft_weights")
         for name, switch in (("cuda_graph", cuda_graph), ("compile", compile)):
             check_switch(name, switch)
         check_integer("prefix_cache", prefix_cache, 0)
@@ -441,6 +443,7 @@ class LLM:
         for refused, what in (
             (isinstance(prompt, Turn), "the turn of a session"),
             (budget is not None, "decode_budget"),
+            (keep_selection and speculation.kind == "self", "keep_selection, which would show what drafts see"),
         ):
             if refused:
                 raise FastKVError(f"speculation does not go with {what}: leave it out", setting="speculation")
@@ -450,6 +453,9 @@ class LLM:
         drafts = self.policy if policy is None else self._checked_policy(policy)
         request = self._request(prompt, params, FullKV() if by_model else policy)
         if by_model:
+            room = position_limit(self.config, drafts, request.plan.n_tokens) - request.plan.n_tokens
+            if 0 < room < request.max_tokens and request.params.max_tokens is None:  # nobody asked for so many
+                request = self._request(prompt, dataclasses.replace(request.params, max_tokens=room), FullKV())
             drafts = drafts.covering(getattr(prompt, "tail", 0), request.plan.n_tokens)
             request = drafted_by_model(self._runtime, self._drafting, request, drafts, speculation, self._told)
         else:

@@ -139,6 +139,33 @@ def test_decoding_gives_the_tokens_of_plain_steps(
     assert bool(compiler) is (not isinstance(policy, FastKVAda))  # heads of different lengths go the usual way
 
 
+@pytest.mark.parametrize("draft_tokens", [None, 2, 3, 8])
+def test_drafted_tokens_are_judged_by_compiled_code(
+    draft_tokens: int | None, tiny_llm: LLM, monkeypatch: pytest.MonkeyPatch, compiler: Compiler
+) -> None:
+    """Fewer than it judges have others after them, which are forgotten; the last ones have no room for that."""
+    params = SamplingParams(max_tokens=17, ignore_eos=True)
+    expected = tiny_llm.generate(PROMPT, params, FullKV()).token_ids
+    row = CompiledRow(tiny_llm.model, {})
+    judged: list[int] = []
+    logits = row.logits
+    monkeypatch.setattr(row, "logits", lambda hidden, *rest: judged.append(hidden.shape[1]) or logits(hidden, *rest))
+    monkeypatch.setattr(tiny_llm.model, "row", row)
+    found = tiny_llm.generate(PROMPT, params, FastKV(min_tokens=8), speculation="self", draft_tokens=draft_tokens)
+    assert found.token_ids == expected
+    assert set(judged) == {1, JUDGED}
+    assert all(each.runs for each in compiler)
+
+
+def test_what_no_compiled_step_can_judge_is_not_prepared_for(tiny_llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    row, prepared = CompiledRow(tiny_llm.model, {}), []
+    monkeypatch.setattr(row, "prepare", prepared.append)
+    monkeypatch.setattr(tiny_llm.model, "row", row)
+    for policy, n in ((FastKVAda(min_tokens=8), 12), (FullKV(), 2)):
+        tiny_llm.generate(PROMPT, SamplingParams(max_tokens=n, ignore_eos=True), policy, speculation="ngram")
+    assert prepared == []
+
+
 def test_only_a_single_row_goes_this_way(compiled_llm: LLM, compiler: Compiler) -> None:
     batch = compiled_llm.prefill(torch.tensor([PROMPT, PROMPT]), FullKV())
     compiled_llm.decode(batch.cache, torch.tensor([5, 6]))

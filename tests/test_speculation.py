@@ -12,11 +12,15 @@ from typing import Any
 import pytest
 import torch
 from caches import live_entries
+from checkpoints import write_one_layer
 from torch import Tensor
 
 from fastkv import H2O, LLM, AdaKV, FastKV, FastKVError, FullKV, GemFilter, SamplingParams
-from fastkv.cache.policies import KVzip
+from fastkv.cache.policies import KVzip, Quest, RocketKV
+from fastkv.engine.footprint import Footprint
+from fastkv.engine.speculation import asking
 from fastkv.engine.speculation.drafts import SelfDraft, TextDraft
+from fastkv.engine.speculation.figures import MOST_DRAFTED
 from fastkv.engine.speculation.lookup import Lookup
 from fastkv.engine.speculation.pace import Pace, expected_tokens
 from fastkv.models.weights import in_int8
@@ -244,12 +248,53 @@ def test_drafting_weights_are_those_of_a_model_in_int8(llm: LLM, tiny_folder: Pa
         ({"speculation": "self", "draft_tokens": 17}, "draft_tokens", "16"),
         ({"draft_tokens": 2}, "draft_tokens", "speculation"),
         ({"speculation": "self", "decode_budget": 32}, "speculation", "decode_budget"),
+        ({"speculation": "self", "keep_selection": True}, "speculation", "keep_selection"),
     ],
 )
 def test_what_does_not_go_together(llm: LLM, arguments: dict[str, Any], setting: str, says: str) -> None:
     with pytest.raises(FastKVError, match=says) as caught:
-        llm.generate(PROMPT, GREEDY, FEW, **arguments)
+        llm.stream(PROMPT, GREEDY, FEW, **arguments)
     assert caught.value.setting == setting
+
+
+@pytest.mark.parametrize("policy", [Quest(read_len=32, min_tokens=8), RocketKV(read_len=32, min_tokens=8)])
+def test_steps_that_choose_what_they_read_are_not_judged_together(llm: LLM, policy: Any) -> None:
+    """One that judges several tokens would read everything."""
+    with pytest.raises(FastKVError, match=f"policy {policy.name}"):
+        llm.generate(PROMPT, GREEDY, policy, speculation="ngram")
+    assert llm.generate(PROMPT, GREEDY, policy, speculation="self").token_ids  # it may draft
+
+
+def test_a_draft_s_index_is_counted_once(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several tokens are judged at once, but they are one sequence's."""
+    seen: list[Footprint] = []
+    monkeypatch.setattr(asking, "check_request_fits", lambda model, plan, needed, reusable: seen.append(needed))
+    for policy in (FastKV(kv_len=32), Quest(read_len=32, min_tokens=8)):
+        llm.generate(PROMPT, GREEDY, policy, speculation="self")
+    few, quest = seen
+    assert quest.lists <= few.lists
+    assert few.step >= (MOST_DRAFTED + 1) * 4 * llm.config.vocab_size
+
+
+def test_what_a_draft_left_idle_is_not_asked_for_again(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    reusable: list[int] = []
+    llm.free_buffers()
+    monkeypatch.setattr(asking, "check_request_fits", lambda model, plan, needed, idle: reusable.append(idle))
+    found = [llm.generate(PROMPT, GREEDY, FEW, speculation="self") for _ in range(2)]
+    told = found[0].metrics
+    assert reusable[1] - reusable[0] >= told.kv_bytes + told.speculation.draft_kv_bytes
+
+
+def test_where_nobody_asked_for_a_number_drafts_set_the_end(tmp_path: Path) -> None:
+    """Within a window drafts drop tokens; the answer ends before that, as that of the policy alone does."""
+    write_one_layer(tmp_path, 512, 64)
+    llm = LLM(tmp_path, dtype="float32", device="cpu", load_format="dummy")
+    unset = SamplingParams(max_tokens=None, ignore_eos=True)
+    alone = llm.generate(PROMPT[:40], unset, FEW)
+    found = llm.generate(PROMPT[:40], unset, FEW, speculation="self")
+    assert len(found.token_ids) == len(alone.token_ids) == 24
+    with pytest.raises(FastKVError, match="at most 24"):
+        llm.generate(PROMPT[:40], SamplingParams(max_tokens=30), FEW, speculation="self")
 
 
 def test_lists_turns_and_the_model_itself_as_draft_are_refused(llm: LLM, tiny_llm: LLM) -> None:

@@ -42,9 +42,9 @@ class Scored(Compressed):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.keep_mass is None:
-            self._refuse_others("keep_mass_by", "keep_mass_most", why="is for keep_mass; set that, too, or leave it at")
+            self._refuse_others("keep_mass_by", "keep_mass_most", why="is for keep_mass; set that, or leave it out")
             return
-        self._refuse_others("kv_len", why="does not go with keep_mass; leave it at")
+        self._refuse_others("kv_len", why="does not go with keep_mass; leave it out")
         if self.over_layers:
             raise FastKVError("keep_mass is for layers that do not compete for one budget", setting="keep_mass")
         if self.heads_compete and self.keep_mass_by == "head":
@@ -56,9 +56,8 @@ class Scored(Compressed):
     def _refuse_others(self, *names: str, why: str) -> None:
         """FastKVError for the first of these settings that is not at its default."""
         for name in names:
-            default = type(self).__dataclass_fields__[name].default
-            if getattr(self, name) != default:
-                raise FastKVError(f"{name} {why} {default}", setting=name)
+            if getattr(self, name) != type(self).__dataclass_fields__[name].default:
+                raise FastKVError(f"{name} {why}", setting=name)
 
     @property
     def heads_compete(self) -> bool:

@@ -18,7 +18,13 @@ from fastkv.errors import FastKVError
 
 
 def drafted_from_text(runtime: Runtime, request: Request, speculation: Speculation) -> Request:
-    """The request, whose text drafts. Raises FastKVError where memory is too little."""
+    """The request, whose text drafts. Raises FastKVError where memory is too little, or steps choose what they read."""
+    if any(request.plan.reads_few):
+        raise FastKVError(
+            f"speculation ngram does not go with policy {request.plan.policy.name}, whose steps choose what they read: "
+            "leave one of them out",
+            setting="speculation",
+        )
     _check_fits(runtime, request, 0)
     return replace(request, speculation=speculation)
 
@@ -57,15 +63,19 @@ def drafted_by_model(
         kv_dtype=plan.layout.kv_dtype,
     )
     request = replace(whole, speculation=speculation, draft_plan=draft_plan)
-    _check_fits(runtime, request, draft_plan.nbytes + draft_plan.index_nbytes)
+    draft = draft_plan.nbytes + draft_plan.index_nbytes
+    _check_fits(runtime, request, draft, drafting.buffers.reusable(draft, {}))
     return request
 
 
-def _check_fits(runtime: Runtime, request: Request, draft: int) -> None:
-    """FastKVError unless there is memory for both caches, and for steps of as many tokens as may be judged at once."""
+def _check_fits(runtime: Runtime, request: Request, draft: int, idle: int = 0) -> None:
+    """FastKVError unless there is memory for both caches, and for steps of as many tokens as may be judged at once.
+
+    draft: bytes of its cache, of which an earlier draft has left so many idle.
+    """
     slot = bytes_of(layout_of([request]), capacities_of([request]), request.plan.shape)
     plan = request.plan if request.draft_plan is None else request.draft_plan
     draws = request.params.temperature > 0
-    needed = footprint(runtime.model, plan, slot + draft, slots=MOST_DRAFTED + 1, draws=draws)
-    reusable = runtime.buffers.reusable(slot, needed.workspace)
+    needed = footprint(runtime.model, plan, slot + draft, judged=MOST_DRAFTED + 1, draws=draws)
+    reusable = runtime.buffers.reusable(slot, needed.workspace) + idle
     check_request_fits(runtime.model, plan, needed, reusable)

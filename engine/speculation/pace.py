@@ -29,12 +29,11 @@ def expected_tokens(acceptance: float, drafted: int) -> float:
 class Pace:
     """Says before every round how many tokens to draft, 0 for a plain step, and is told what came of it.
 
-    fixed: always so many, which leaves no choice to a clock (None: as many as pay). free: whether drafts cost no time
-    of the model. Times in seconds.
+    fixed: always so many, which leaves no choice to a clock (None: as many as pay, at most `most`). Times in seconds.
     """
 
-    def __init__(self, fixed: int | None = None, free: bool = False) -> None:
-        self._fixed, self._most = fixed, MOST_DRAFTED if free else MOST_DRAFTED // 2
+    def __init__(self, fixed: int | None = None, most: int = MOST_DRAFTED // 2) -> None:
+        self._fixed, self._most = fixed, most
         self._plain: float | None = None
         self._draft: float | None = None
         self._verified: dict[int, float] = {}  # tokens of a verification -> time

@@ -5,7 +5,8 @@ as a plain step chooses there. A drafted token stays where it is that choice; th
 it, are forgotten. So the text is that of plain steps, greedy or drawn, with any settings, whatever was drafted: a poor
 draft costs time only. (The usual rule, min(1, p / q) of arXiv 2211.17192, has the same distribution, and accepts at
 least as many drawn tokens; but by other random numbers: the text of a seed would depend on how many are drafted.)
-Sums of several tokens at once are rounded otherwise than those of one, which decides near ties only.
+Sums of several tokens at once are rounded otherwise than those of one, which decides near ties only. With a kv_dtype
+entries are packed as soon as any judged token asks for it, which may be a few steps sooner than in plain steps.
 """
 
 from __future__ import annotations
@@ -26,11 +27,13 @@ from fastkv.engine.request import Request
 from fastkv.engine.runtime import Runtime
 from fastkv.engine.sampler import NOT_FINITE, not_finite_error
 from fastkv.engine.speculation.drafts import Draft, Entries, SelfDraft, TextDraft
-from fastkv.engine.speculation.figures import Speculated
+from fastkv.engine.speculation.figures import MOST_DRAFTED, Speculated
 from fastkv.engine.speculation.pace import Pace
 from fastkv.kernels.threads import as_many
 from fastkv.models.llama import JUDGED
 from fastkv.models.weights import int8_bytes
+
+_ENOUGH = 4  # verifications: with fewer, what comes once (kernels are chosen) would be taken for what drafts cost
 
 
 class SpeculativeBatch(DecodeBatch):
@@ -41,9 +44,13 @@ class SpeculativeBatch(DecodeBatch):
         assert request.speculation is not None, "a request that speculates"
         self._kind, self._drafting = request.speculation.kind, drafting
         self._request = request
-        fixed, row = request.speculation.draft_tokens, runtime.model.row
-        self._pace = Pace(fixed, free=drafting is None)
-        if row is not None and (fixed is None or fixed < JUDGED):
+        row, plan = runtime.model.row, request.plan
+        plain = not plan.layout.per_head and plan.layout.kv_dtype is None and not any(runtime.model.config.windows)
+        self._compiled = row is not None and plain and plan.max_tokens > JUDGED
+        # A longer round would be compiled anew for each number of tokens, in the middle of the answer.
+        most = JUDGED - 1 if self._compiled else MOST_DRAFTED if drafting is None else MOST_DRAFTED // 2
+        self._pace = Pace(request.speculation.draft_tokens, most)
+        if row is not None and self._compiled:
             with as_many(runtime.step_threads):
                 row.prepare(JUDGED)
         self._known_draft: Draft | None = None
@@ -77,7 +84,7 @@ class SpeculativeBatch(DecodeBatch):
         return Speculated(
             self._kind,
             **counts,
-            speed_up=None if step is None or not self._seconds else brought * step / self._seconds,
+            speed_up=brought * step / self._seconds if step and counts["verifications"] >= _ENOUGH else None,
             draft_kv_bytes=0 if plan is None else plan.nbytes + plan.index_nbytes,
             draft_weight_bytes=int8_bytes(self._runtime.model.config) if own else 0,
             draft_seconds=self._drafting_seconds,
@@ -170,6 +177,5 @@ class SpeculativeBatch(DecodeBatch):
 
     def _more(self, cache: KVCache, count: int) -> int:
         """Tokens that are judged besides and forgotten: a compiled step judges JUDGED of them, whatever was drafted."""
-        compiled = self._runtime.model.row is not None and not cache.layout.per_head and cache.layout.kv_dtype is None
         room = min(cache.room, cache.position_limit - cache.position)
-        return JUDGED - count if compiled and count < JUDGED <= room else 0
+        return JUDGED - count if self._compiled and count < JUDGED <= room else 0
