@@ -657,10 +657,14 @@ def test_who_multiplies(benchmarks: Any, monkeypatch: pytest.MonkeyPatch, capsys
         lines,
         (
             f"1 x [32, 24]: {one}",
+            r"2 x [32, 24]: linear [\d.]+ GB/s",
+            r"4 x [32, 24]: linear [\d.]+ GB/s",
             r"8 x [32, 24]: linear [\d.]+ GB/s",
             r"32 x [32, 24]: linear [\d.]+ GB/s",
             r"64 x [32, 24]: linear [\d.]+ GFLOP/s",
             f"1 x [80, 24]: {one}",
+            r"2 x [80, 24]: linear [\d.]+ GB/s",
+            r"4 x [80, 24]: linear [\d.]+ GB/s",
             r"8 x [80, 24]: linear [\d.]+ GB/s",
             r"32 x [80, 24]: linear [\d.]+ GB/s",
         ),
@@ -898,6 +902,23 @@ def test_lossless_is_compared_with_the_full_cache(
     assert all(row["new_tokens"] == 6 and 150 < row["tokens"] < 250 for row in rows)
     assert capsys.readouterr().out.splitlines()[-1].startswith("| 200 | 2 of 2 | ")
     assert benchmarks.lossless_speed.main([*argv, "--prompts", "0"]) == 2
+
+
+def test_steps_of_several_policies_are_measured_in_turn(
+    benchmarks: Any, archive_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The first policy is what the others are compared with; entries may be packed."""
+    out = tmp_path / "out.json"
+    few = ["--policy", "full", "--policy", "quest:read_len=48,min_tokens=8", "--policy", "full:kv_dtype=int8"]
+    argv = ["--model", str(archive_folder), "--device", "cpu", "--context", "150", "--steps", "2", "--rounds", "2"]
+    assert benchmarks.decode_steps.main([*argv, *few, "--json", str(out)]) == 0
+    rows = json.loads(out.read_text())["rows"]
+    assert [row["policy"] for row in rows] == few[1::2]
+    assert all(len(row["seconds"]) == 2 for row in rows)
+    assert rows[2]["cache_bytes"] < rows[0]["cache_bytes"] <= rows[1]["cache_bytes"]
+    assert "| 1.00 (1.00 to 1.00) |" in capsys.readouterr().out.splitlines()[-3]
+    assert benchmarks.decode_steps.main([*argv, "--rounds", "0"]) == 2
+    assert benchmarks.decode_steps.main([*argv, "--context", "9999999"]) == 2
 
 
 def test_many_questions_are_measured_in_three_ways(

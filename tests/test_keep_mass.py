@@ -249,9 +249,9 @@ def test_tova_keeps_the_same_in_all_heads(tiny_llm: LLM) -> None:
     ("name", "settings", "said"),
     [
         ("snapkv", {"keep_mass": 0}, "keep_mass must be a number above 0 and at most 1, not 0"),
-        ("snapkv", {"keep_mass": 0.9, "kv_len": 50}, "kv_len does not go with keep_mass; leave it at None"),
-        ("snapkv", {"keep_mass_by": "head"}, "keep_mass_by is for keep_mass; set that, too, or leave it at layer"),
-        ("snapkv", {"keep_mass_most": 0.5}, "keep_mass_most is for keep_mass; set that, too, or leave it at 1.0"),
+        ("snapkv", {"keep_mass": 0.9, "kv_len": 50}, "kv_len does not go with keep_mass; leave it out"),
+        ("snapkv", {"keep_mass_by": "head"}, "keep_mass_by is for keep_mass; set that, or leave it out"),
+        ("snapkv", {"keep_mass_most": 0.5}, "keep_mass_most is for keep_mass; set that, or leave it out"),
         ("keydiff", {"keep_mass": 0.9, "budgets": "model"}, "keep_mass is for layers that do not compete"),
         ("keydiff", {"keep_mass": 0.9, "budgets": "heads", "keep_mass_by": "head"}, "the heads of keydiff compete"),
         ("kvzip", {"keep_mass": 0.9}, "keep_mass is no setting of kvzip; leave it at None"),
