@@ -38,12 +38,15 @@ def smallest_of_each(held: Callable[[Tensor], Tensor], wanted: Tensor, least: in
     return high
 
 
-def norm_counts(attention: Tensor, sinks: int, drop: float) -> Tensor:
+def norm_counts(attention: Tensor, sinks: int, drop: float, uncounted: int = 0) -> Tensor:
     """How many entries leave less than `drop` of the length of an attention row to the rest: int64 [B, Hkv].
 
     attention: [B, Hkv, T]. The first `sinks` entries are taken first, the others from the last one backwards; of the
-    first i of them, the smallest i with 1 - |a_1 ... a_i| / |a| < drop (arXiv 2502.16886).
+    first i of them, the smallest i with 1 - |a_1 ... a_i| / |a| < drop (arXiv 2502.16886). uncounted: the first entries
+    whose attention is taken for 0; where nothing is left of a row, that is 1.
     """
-    in_order = torch.cat((attention[..., :sinks], attention[..., sinks:].flip(-1)), dim=-1)
-    lengths = in_order.double().square().cumsum(dim=-1).sqrt()
-    return (1 - lengths / lengths[..., -1:] >= drop).sum(dim=-1) + 1
+    counted = attention.double().square()
+    counted[..., :uncounted] = 0
+    in_order = torch.cat((counted[..., :sinks], counted[..., sinks:].flip(-1)), dim=-1)
+    lengths = in_order.cumsum(dim=-1).sqrt()
+    return (lengths[..., -1:] - lengths >= drop * lengths[..., -1:].clamp_min(1e-300)).sum(dim=-1) + 1

@@ -665,6 +665,7 @@ OF_ONE_POLICY = {
     "--epsilon": ("expected-attention", ["-0.1", "nan", "x"]),
     "--alpha": ("restkv", ["0", "1.1", "x"]),
     "--drop-norm": ("dbudget", ["-0.1", "1.1", "nan", "x"]),
+    "--uncounted": ("dbudget", ["-1", "0.5", "x"]),
     "--read-retention": ("quest", NO_SHARE),
     "--read-len": ("clusterkv", [*NO_COUNT, "17"]),
     "--dense-layers": ("sinkrouter", ["-1", "1.5", "x"]),

@@ -296,6 +296,20 @@ def test_the_norm_of_a_row_says_how_many() -> None:
             assert 1 - lengths[found] < drop <= 1 - lengths[found - 1]
 
 
+def test_attention_to_the_first_tokens_need_not_count() -> None:
+    """With nearly all of it on the first token nothing else counts; without, the far one does. All on it: nothing."""
+    rows = torch.full((1, 3, 1000), 1e-4)
+    rows[0, :, 0] = 0.9
+    rows[0, 1, 500] = 0.05
+    rows[0, 2, 4:] = 0
+    assert norm_counts(rows, 4, 0.01)[0].tolist() == [1, 1, 1]
+    uniform, far, nothing = norm_counts(rows, 4, 0.01, 4)[0].tolist()
+    assert (uniform, far) == (4 + -(-9801 * 996 // 10000), 4 + 500)
+    assert nothing == 1
+    assert rows[0, 0, 0] == 0.9  # as it was
+    assert norm_counts(rows[:, 1:], 4, 0.0, 4)[0].tolist() == [1001, 1001]  # nothing may be dropped: all, of any row
+
+
 def test_dbudget_keeps_the_first_and_the_latest_and_reports_it(tiny_llm: LLM) -> None:
     totals = []
     for drop in (0.0, 0.01, 0.1, 0.3, 1.0):
@@ -327,5 +341,5 @@ def test_dbudget_reads_the_last_row_of_each_head(tiny_llm: LLM, monkeypatch: pyt
     assert [observed.layer for observed in seen] == [2, 3, 4, 5]
     for observed in seen:
         row = window_attention(observed.q, observed.k, 1)[0, :, :, 0].sum(dim=1)
-        expected = norm_counts(row[None], 4, 0.1).clamp(8, 200)
+        expected = norm_counts(row[None], 4, 0.1, 4).clamp(8, 200)
         assert torch.equal(counts(pre.kept[observed.layer]), expected)

@@ -13,6 +13,7 @@ from fastkv.cache.setting import number, setting, whole
 if TYPE_CHECKING:
     from torch import Tensor
 
+UNCOUNTED_HELP = "first tokens whose attention is not counted in the norm; 0: the paper's"
 WINDOW_HELP = "last tokens, always kept, whose mean attention says how many others stay"
 
 
@@ -25,13 +26,14 @@ class DBudgetKV(Policy):
     1 - |a_1 ... a_i| / |a| < drop_norm, by the Euclidean norm. So there is no budget to be set, and the figures of a
     request say what was kept. The attention says how many, never which.
 
-    drop_norm: in [0, 1]; 0 keeps all. full_layers: the first layers, which keep everything. window: a is the mean of so
+    drop_norm: in [0, 1]; 0 keeps all. uncounted: the first tokens whose part of a is taken for 0. In models that attend
+    to the first token almost alone, nothing else would count. full_layers: the first layers, which keep everything. window: a is the mean of so
     many last tokens, which are always kept. min_tokens: no head keeps fewer. keep_mass_most: no head keeps more than
     this share of the prompt, or than min_tokens. Memory is there before the prefill, for keep_mass_most.
 
     What differs from the paper, of which no code was seen: one decision for each KV head and its group of query heads
-    is our reading; so are min_tokens and keep_mass_most, which it does not have (1 and 1.0 are the paper's). The answer
-    is added to what was kept. Raises FastKVError for a value out of range.
+    is our reading; so are uncounted, min_tokens and keep_mass_most, which it does not have (0, 1 and 1.0 are the
+    paper's). The answer is added to what was kept. Raises FastKVError for a value out of range.
     """
 
     name: ClassVar[str] = "dbudget"
@@ -40,6 +42,7 @@ class DBudgetKV(Policy):
     drop_norm: float = setting(
         0.01, number(0, 1), "share of the norm of an attention row that dropped tokens may take away", metavar="R"
     )
+    uncounted: int = setting(4, whole(0), UNCOUNTED_HELP, metavar="N")
     full_layers: int = setting(2, whole(0), "first layers, which keep all entries", metavar="N")
     sinks: int = setting(4, whole(0), "first tokens that are always kept", metavar="N")
     window: int = setting(1, whole(1), WINDOW_HELP, metavar="W")
@@ -64,7 +67,7 @@ class DBudgetKV(Policy):
         from fastkv.cache.keep_mass import norm_counts
 
         attention = observed.attention(self.window).sum(dim=(2, 3))  # [B, Hkv, T]
-        return norm_counts(attention, self.sinks, self.drop_norm).clamp(least, most)
+        return norm_counts(attention, self.sinks, self.drop_norm, self.uncounted).clamp(least, most)
 
     def head_budgets(self, layer: int, n_layers: int, count: int, scores: Tensor) -> Tensor:
         import torch

@@ -23,6 +23,7 @@ VALUES: dict[str, st.SearchStrategy[Any]] = {
     "keep_mass": st.sampled_from([0.3, 0.9, 0.99, 1.0]),
     "keep_mass_by": st.sampled_from(["layer", "head"]),
     "keep_mass_most": _rates,
+    "uncounted": st.sampled_from([0, 1, 4, 1000]),
     "drop_norm": st.sampled_from([0.0, 0.01, 0.2, 1.0]),
     "window": st.integers(1, 10),
     "queries": st.sampled_from(["sum", "max", "mean"]),
