@@ -30,7 +30,9 @@ class Pages:
         self, sizes: IndexSizes, device: torch.device, page: int, channels: int | None = None, share: float = 1.0
     ) -> None:
         self._page, self._share = page, share
-        self._channels = None if channels is None or channels >= sizes.head_dim else channels
+        # Of a page with two extremes the sign of the query says which one is looked up, in all channels, too.
+        every = channels is None or (page == 1 and channels >= sizes.head_dim)
+        self._channels = None if every else channels
         self._known, self._key_bytes = 0, sizes.key_bytes
         self.extremes = torch.zeros(self.shape(sizes, page), dtype=sizes.dtype, device=device)
 

@@ -112,7 +112,8 @@ policies:
   --policy fastkv --policy fastkv:tsp_layer=9/15/23,tsp_rate=0.5/0.2/0.1
   A name, or a name and settings of its own; several values of one setting stand between slashes. The full cache is
   always there, and the baseline of the differences. What makes the policies keep the same is set for all of them:
-  kv_retention and min_tokens, and the decay of pyramidinfer, which has no budget.
+  kv_retention and min_tokens, and the decay of pyramidinfer, which has no budget; with --read-retention also what
+  policies that keep all read in a step, what chooses it and layers that read everything included.
 
 {CONTINUES}
 """
@@ -206,11 +207,14 @@ def _share_layers() -> Parser:
 def _compare() -> Parser:
     parser = _parser(
         "fastkv-eval compare",
-        "Compare all policies at equal kept bytes: accuracy, time to first token, tokens/s, bytes.",
+        "Compare all policies at equal kept bytes, or at equal bytes read in a step: accuracy, time to first token, "
+        "tokens/s, bytes.",
         COMPARE_EPILOG,
     )
-    parser.add_argument(
-        "--kv-retention", type=float, nargs="+", default=[0.1], metavar="R", help="share of the KV that all keep (0.1)"
+    equal = parser.add_mutually_exclusive_group()
+    equal.add_argument("--kv-retention", type=float, nargs="+", metavar="R", help="share of the KV that all keep (0.1)")
+    equal.add_argument(
+        "--read-retention", type=float, nargs="+", metavar="R", help="share of the KV that a step of all reads, instead"
     )
     _add(parser, "policy", help="repeatable (default: all there are)")
     parser.add_argument("--head-scores", type=file_path, metavar="FILE", help="of headkv, by fastkv-eval head-scores")
@@ -279,7 +283,11 @@ def _parser(prog: str, description: str, epilog: str | None = None) -> Parser:
     """A parser with --model; a flag that the command lacks reads as one that was not given."""
     formatter = argparse.RawDescriptionHelpFormatter
     parser = Parser(prog=prog, description=description, epilog=epilog, formatter_class=formatter)
-    unset = {name for name, flag in FLAGS.items() if "action" not in flag} | {"kv_retention", "tsp_rate"}
+    unset = {name for name, flag in FLAGS.items() if "action" not in flag} | {
+        "kv_retention",
+        "read_retention",
+        "tsp_rate",
+    }
     parser.set_defaults(command=prog.removeprefix("fastkv-eval").strip() or "tasks", **dict.fromkeys(unset))
     add_model_flag(parser)
     return parser
@@ -387,7 +395,7 @@ def _check_numbers(args: argparse.Namespace) -> None:
     _check_integers(args)
     for depth in args.depth or []:
         check_number("depth", depth, 0, 1)
-    for name in ("kv_retention", "tsp_rate"):
+    for name in ("kv_retention", "read_retention", "tsp_rate"):
         for share in getattr(args, name) or []:
             if not 0 < share < 1:
                 raise FastKVError(f"{flag_of(name)} {share:g}: must be above 0 and below 1")

@@ -14,14 +14,16 @@ from typing import Any
 import pytest
 from places import ROOT
 
-from fastkv import LLM, FastKV, FastKVError, FullKV
+from fastkv import LLM, FastKV, FastKVError, FullKV, SamplingParams
 from fastkv.cache.catalogue import POLICIES
+from fastkv.cache.layer import EntryShape
 from fastkv.cache.policies import PyramidInfer
 from fastkv.cache.policy import plan_layers
 from fastkv.console.markdown import BEGIN, END, check_page, write_page
 from fastkv.console.policy_text import read_settings, write_settings
 from fastkv.eval import cli
 from fastkv.eval.compare.command import page_part
+from fastkv.eval.compare.reads import read_share
 from fastkv.eval.compare.settings import Terms, equal_policies, nearest_decay, off_by, wanted
 from fastkv.eval.compare.table import render
 from fastkv.eval.policy_spec import PolicySpec, parse_policies
@@ -159,6 +161,80 @@ def test_policies_that_cannot_be_compared(texts: list[str], says: str) -> None:
     with pytest.raises(FastKVError) as complaint:
         equal_policies(texts, [0.1], Terms(8, 2, (1000,)))
     assert says in str(complaint.value)
+
+
+# Equal bytes read in a step
+
+READ_FEW = ("quest", "clusterkv", "rocketkv")
+LONG = Terms(30, 2, (900, 1100), by="read", head_dim=16)
+
+
+@pytest.mark.parametrize("name", [*READ_FEW, "sinkrouter"])
+@pytest.mark.parametrize("dense", [0, 2])
+def test_what_a_step_will_read_is_what_it_reads(tiny_llm: LLM, name: str, dense: int) -> None:
+    """Planned from the policy alone, and counted by a step of a model: the same, but for the step's own entry."""
+    settings: dict[str, Any] = {} if name == "sinkrouter" else {"read_retention": 0.2, "min_tokens": 1}
+    policy: Any = POLICIES[name](dense_layers=dense, **settings)
+    config = tiny_llm.config
+    ids = [5 + place % 90 for place in range(400)]
+    out = tiny_llm.generate(ids, SamplingParams(max_tokens=2, ignore_eos=True), policy)
+    shape = EntryShape(config.n_kv_heads, config.head_dim, tiny_llm.dtype)
+    entry = 2 * config.head_dim * tiny_llm.dtype.itemsize
+    own = config.n_layers * config.n_kv_heads
+    planned = read_share(policy, config.n_layers, 400, shape) * own * 400
+    assert out.metrics.read_bytes == pytest.approx((planned + own) * entry)
+    assert (planned < own * 400) == (name != "sinkrouter")
+
+
+def test_policies_that_read_few_read_as_much_as_the_others_keep() -> None:
+    """What chooses, and layers that read everything, are part of it; the others keep, and so read, the share."""
+    found, left_out = equal_policies([*READ_FEW, "snapkv", "quest:dense_layers=0"], [0.25], LONG)
+    assert not left_out
+    for spec in found[1:]:
+        shares = [read_share(spec.policy, 30, length, LONG.shape) for length in LONG.lengths]
+        if spec.title == "snapkv":
+            assert spec.label == "snapkv:kv_retention=0.25,min_tokens=8"
+            assert shares == [int(0.25 * length) / length for length in LONG.lengths]
+            continue
+        assert "kv_retention" not in spec.label
+        assert fmean(shares) == pytest.approx(0.25, rel=0.1)
+        other: Any = spec.policy
+        for step in (-0.002, -0.001, 0.001, 0.002):
+            changed = replace(other, read_retention=other.read_retention + step)
+            others = fmean(read_share(changed, 30, length, LONG.shape) for length in LONG.lengths)
+            assert abs(fmean(shares) - 0.25) <= abs(others - 0.25)
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("sinkrouter", "--policy sinkrouter: how much its steps read, the text decides"),
+        ("quest", "--policy quest: it reads "),
+        ("clusterkv:read_retention=0.2", "read_retention is what makes the policies read the same; --read-retention"),
+        ("rocketkv:read_len=9", "read_len is what makes the policies read the same"),
+        ("snapkv:kv_dtype=int8", "kv_dtype: entries are compared in the model's dtype"),
+        ("dbudget", "it has no budget that could be made equal"),
+    ],
+)
+def test_who_cannot_read_as_much_takes_no_part(text: str, says: str) -> None:
+    """Two of thirty layers that read everything, and an index, are more than a tenth."""
+    with pytest.raises(FastKVError) as complaint:
+        equal_policies([text], [0.1], LONG)
+    assert says in str(complaint.value)
+
+
+def test_the_note_of_what_was_read() -> None:
+    """Counted against the full cache on the same example, as a share of what was wanted."""
+    full, few = rival("full", None), rival("few", 0.2)
+    base = [record(full, index, read_bytes=1000) for index in range(2)]
+    ours = [record(few, index, read_bytes=read) for index, read in enumerate((200, 220))]
+    text = render([*base, *ours], [full, few], 256, by="read")
+    assert text.startswith("### archive, 20 % of the KV cache read in a step: 2 examples\n")
+    assert "chooses included: 20 % of what those of the full cache read; " in text
+    assert "of single examples: few +5.0 % (+0.0 % to +10.0 %)." in text
+    assert "Counted in every prompt" not in text
+    alone = render([replace(one, read_bytes=None) for one in (*base, *ours)], [full, few], 256, by="read")
+    assert "of the full cache read; not counted." in alone
 
 
 # Tables
@@ -389,6 +465,18 @@ def test_the_bundled_model(command: Callable[..., tuple[int, str, str]], tmp_pat
     assert ((tmp_path / "run.jsonl").read_bytes(), (tmp_path / "page.md").read_text()) == (before, page)
 
 
+def test_equal_reads_of_the_bundled_model(command: Callable[..., tuple[int, str, str]], tmp_path: Path) -> None:
+    """The records say what was read; the pictures and the page say what was equal."""
+    pytest.importorskip("matplotlib")
+    line = SMALL + " --policy snapkv --policy quest:dense_layers=0 --policy rocketkv --read-retention 0.4"
+    status, out, err = command(line + " --output {at}/run.jsonl --plots {at} --page {at}/page.md", at=tmp_path)
+    assert (status, err.splitlines()[-1]) == (0, f"wrote {tmp_path}/page.md")
+    _, full, *others = map(json.loads, (tmp_path / "run.jsonl").read_text().splitlines())
+    assert [one["read_bytes"] / full["read_bytes"] for one in others] == [pytest.approx(0.4, rel=0.1)] * 3
+    assert "40 % of the KV cache read in a step: 1 example" in out
+    assert (tmp_path / "page.md").read_text().startswith("# Every policy at equal bytes read in a step")
+
+
 def test_all_policies_without_a_table_of_heads(command: Callable[..., tuple[int, str, str]]) -> None:
     """headkv and dbudget are left out with one line each, on stderr and below the tables."""
     status, out, err = command(SMALL)
@@ -419,6 +507,8 @@ def test_a_run_that_is_interrupted_writes_no_page(
         ("--model {model} --task longbench", "--task: task must be one of"),
         ("--model {model} --task archive --kv-retention 0", "--kv-retention 0: must be above 0 and below 1"),
         ("--model {model} --task archive --kv-retention 0.1 1", "--kv-retention 1: must be above 0 and below 1"),
+        ("--model {model} --task archive --read-retention 0.2 1", "--read-retention 1: must be above 0 and below 1"),
+        ("--model {model} --task archive --read-retention 0.2 --kv-retention 0.2", "not allowed with"),
         ("--model {model} --task archive --kv-retention nan", "--kv-retention nan: must be"),
         ("--model {model} --task archive --policy snap", "--policy snap: policy must be one of fastkv"),
         ("--model {model} --task archive --policy fastkv:a", "--policy fastkv:a: must be NAME or NAME:setting=value"),

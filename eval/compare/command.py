@@ -1,7 +1,7 @@
-"""fastkv-eval compare: every policy there is, at equal kept bytes, on the same questions.
+"""fastkv-eval compare: every policy there is, at equal kept bytes or equal bytes read, on the same questions.
 
-Each policy gets the settings under which it keeps as many entries as the others (settings.py). What comes out is a row
-for each policy (table.py), pictures (plots.py) and the results part of a page.
+Each policy gets the settings under which it keeps as many entries as the others, or reads as much (settings.py). What
+comes out is a row for each policy (table.py), pictures (plots.py) and the results part of a page.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from fastkv.eval.compare.settings import Terms, check_names, equal_policies
 from fastkv.eval.compare.table import render
 from fastkv.eval.run import ask, conclude, load, plan_of, tell
 
-TITLE = "Every policy at equal kept bytes"
+TITLES = {"kept": "Every policy at equal kept bytes", "read": "Every policy at equal bytes read in a step"}
 _LINE = 110  # columns of the command on the page before it is broken
 
 
@@ -30,19 +30,21 @@ def run(args: argparse.Namespace) -> int:
         check_page(args.page, "page")
     llm, folder = load(args)
     plan = plan_of(args, llm.config.context_length)
-    terms = Terms(llm.config.n_layers, llm.config.n_kv_heads, plan.lengths, args.head_scores)
-    specs, left_out = equal_policies(args.policy, sorted(set(args.kv_retention)), terms)
+    by, shares = ("kept", args.kv_retention or [0.1]) if args.read_retention is None else ("read", args.read_retention)
+    sizes, entries = (llm.config.n_layers, llm.config.n_kv_heads), (llm.config.head_dim, llm.dtype)
+    terms = Terms(*sizes, plan.lengths, args.head_scores, by, *entries)
+    specs, left_out = equal_policies(args.policy, sorted(set(shares)), terms)
     results, missing = ask(args, llm, folder, plan, specs, left_out)
     entry_bytes = 2 * llm.config.head_dim * llm.dtype.itemsize
-    tables = render(results.records, specs, entry_bytes, left_out)
+    tables = render(results.records, specs, entry_bytes, left_out, by)
     status = conclude(args, tables, missing)
     written: list[Path] = []
     if args.plots is not None:
         from fastkv.eval.compare.plots import draw
 
-        written += draw(results.records, specs, entry_bytes, args.plots)
+        written += draw(results.records, specs, entry_bytes, args.plots, by)
     if args.page is not None and not missing:  # a page tells of whole runs alone
-        write_page(args.page, TITLE, page_part(results.header, args.words, tables, written, args.page), "page")
+        write_page(args.page, TITLES[by], page_part(results.header, args.words, tables, written, args.page), "page")
         written.append(args.page)
     tell(args, *(f"wrote {path}" for path in written))
     return status

@@ -24,8 +24,13 @@ SPREAD = 0.5  # of a row, taken by the marks of several retentions
 FULL = COLOURS[0]
 
 
-def draw(records: Sequence[Record], specs: Sequence[PolicySpec], entry_bytes: int, folder: Path) -> list[Path]:
-    """Write the PNG files into `folder`; their paths. entry_bytes: of one token's K and V in a KV head."""
+def draw(
+    records: Sequence[Record], specs: Sequence[PolicySpec], entry_bytes: int, folder: Path, by: str = "kept"
+) -> list[Path]:
+    """Write the PNG files into `folder`; their paths.
+
+    entry_bytes: of one token's K and V in a KV head. by: see Terms.
+    """
     answers = answered_by_all(records, [spec.label for spec in specs])
     if not answers:
         return []
@@ -35,7 +40,7 @@ def draw(records: Sequence[Record], specs: Sequence[PolicySpec], entry_bytes: in
     series = {name: [spec.label for spec in specs if spec.title == name] for name in _names(specs)}
     figures: dict[str, Figure] = {}
     for task, of_task in sorted(grouped(answers, "task").items()):
-        figures[f"comparison-{task}.png"] = rows(of_task, specs, entry_bytes)
+        figures[f"comparison-{task}.png"] = rows(of_task, specs, entry_bytes, by)
         figures[f"accuracy-{task}.png"] = accuracy(of_task, dict(series), panels, crowded=True)
     for task in needle_tasks(answers):
         for retention in retentions:
@@ -45,14 +50,14 @@ def draw(records: Sequence[Record], specs: Sequence[PolicySpec], entry_bytes: in
     return save_pictures(figures, folder, "plots")
 
 
-def rows(answers: Answers, specs: Sequence[PolicySpec], entry_bytes: int) -> Figure:
+def rows(answers: Answers, specs: Sequence[PolicySpec], entry_bytes: int, by: str = "kept") -> Figure:
     """A row for each policy, a panel for each of PANELS; a dashed line where the full cache stands."""
     names, retentions = _names(specs), retentions_of(specs)
     figure = Figure(figsize=(WIDTH, MARGIN + ROW * len(names)))
     figure.set_layout_engine("constrained", wspace=0.06)
     panels = figure.subplots(1, len(PANELS), sharey=True, width_ratios=(1.6, 1, 1, 1))
     for spec in specs:
-        colour, label, place = _look(spec, retentions)
+        colour, label, place = _look(spec, retentions, by)
         row = names.index(spec.title) + SPREAD * ((place + 0.5) / len(retentions) - 0.5)
         records, score = records_of(answers, spec.label), mean_estimate(scores_of(answers, spec.label))
         bars = [[100 * (score.mean - score.low)], [100 * (score.high - score.mean)]]
@@ -78,13 +83,13 @@ def rows(answers: Answers, specs: Sequence[PolicySpec], entry_bytes: int) -> Fig
     return figure
 
 
-def _look(spec: PolicySpec, retentions: Sequence[float]) -> tuple[Any, str, float]:
+def _look(spec: PolicySpec, retentions: Sequence[float], by: str) -> tuple[Any, str, float]:
     """Colour and label of a policy's mark, and its place among those of its row: one for each retention."""
     if spec.retention is None:
         return FULL, spec.title, (len(retentions) - 1) / 2
     place = retentions.index(spec.retention)
     shade = colormaps["viridis"]((place + 1) / (len(retentions) + 2))
-    return shade, f"{100 * spec.retention:g} % kept", place
+    return shade, f"{100 * spec.retention:g} % {by}", place
 
 
 def _names(specs: Sequence[PolicySpec]) -> list[str]:

@@ -17,6 +17,7 @@ from fastkv.eval.statistics import mean_estimate, paired_estimate
 
 MIB = 2**20
 
+TITLES = {"kept": "{:g} % of the KV cache", "read": "{:g} % of the KV cache read in a step"}
 NOTE = """\
 Scores in %, differences to full in points over the same examples, with 95 % confidence intervals. First token and
 decode: medians; × full: how many times as fast as the full cache on the same example, the median. KV: what the kept
@@ -25,11 +26,16 @@ step: K, V and what chooses among them, in all layers, the mean."""
 
 
 def render(
-    records: Sequence[Record], specs: Sequence[PolicySpec], entry_bytes: int, left_out: Sequence[str] = ()
+    records: Sequence[Record],
+    specs: Sequence[PolicySpec],
+    entry_bytes: int,
+    left_out: Sequence[str] = (),
+    by: str = "kept",
 ) -> str:
     """All tables with their notes.
 
-    specs: the full cache first. entry_bytes: of one token's K and V in a KV head. left_out: who takes no part.
+    specs: the full cache first. entry_bytes: of one token's K and V in a KV head. left_out: who takes no part. by: what
+    is equal, "kept" or "read".
     """
     answers = shared.answered_by_all(records, [spec.label for spec in specs])
     if not answers:
@@ -40,13 +46,14 @@ def render(
         for retention in retentions_of(specs):
             compared = [spec for spec in specs if spec.retention in (None, retention)]
             count = f"{len(of_task)} example{'s' * (len(of_task) != 1)}"
-            title = f"### {task}, {100 * retention:g} % of the KV cache: {count}"
+            title = f"### {task}, {TITLES[by].format(100 * retention)}: {count}"
+            note = _kept_note if by == "kept" else _read_note
             told = _reads_are_told(compared, of_task)
             header = [*_SCORES, *(_CONTEXT if after else []), *_COSTS, *(_READS if told else [])]
             lines = [_row(spec, full, of_task, entry_bytes) for spec in compared]
             read = [[_read_cell(spec, of_task)] if told else [] for spec in compared]
             rows = markdown(header, [[*line, *cell] for line, cell in zip(lines, read, strict=True)])
-            parts += [title, rows + _kept_note(of_task, compared, retention), _by_length(compared, of_task)]
+            parts += [title, rows + note(of_task, compared, retention), _by_length(compared, of_task)]
     settings = ", ".join(f"`{spec.label}`" for spec in specs)
     policies = f"The policies, with all that is not their default: {settings}."
     parts += [f"{NOTE}\n{shared.AFTER_NOTE}" if after else NOTE, policies, *left_out]
@@ -145,6 +152,21 @@ def _kept_note(answers: shared.Answers, specs: Sequence[PolicySpec], retention: 
     others = f"; against that, in the mean and of single prompts: {', '.join(missed)}" if missed else ""
     which = "every policy but full" if not missed else "every policy but full and those named here"
     return f"\nCounted in every prompt: {which} kept {same} ({FLOOR} at least){others}.\n"
+
+
+def _read_note(answers: shared.Answers, specs: Sequence[PolicySpec], share: float) -> str:
+    """How far from what was wanted the steps of each policy have read, against the full cache's on the same example."""
+    lines, full = [], specs[0].label
+    for spec in specs[1:]:
+        pairs = [(one[spec.label].read_bytes, one[full].read_bytes) for one in answers]
+        off = [ours / theirs / share - 1 for ours, theirs in pairs if ours is not None and theirs]
+        if off:
+            told = (f"{100 * of:+.1f} %".replace("-", "−") for of in (fmean(off), min(off), max(off)))
+            mean, low, high = told
+            lines.append(f"{spec.title} {mean} ({low} to {high})")
+    wanted_share = f"{100 * share:g} % of what those of the full cache read"
+    counted = f"against that, in the mean and of single examples: {', '.join(lines)}" if lines else "not counted"
+    return f"\nWhat the steps of an answer were to read, what chooses included: {wanted_share}; {counted}.\n"
 
 
 def _wanted_entries(record: Record, retention: float) -> int:
