@@ -1,11 +1,14 @@
 """Clusters: an index of keys that point the same way (arXiv 2412.03213), each of which a step reads whole or not.
 
-The keys of a prompt are clustered once, by the cosine; those that steps append wait, and are clustered a block at a
-time. A step ranks the clusters by the product of the query with their mean keys, and reads them from the best on until
-its budget is used up. The first entries and those that wait are read in any case.
+The keys of a prompt are clustered once, by the cosine, those of a stretch of it among themselves: so the work grows as
+the prompt does. Those that steps append wait, and are clustered a block at a time. A step ranks the clusters by the
+product of the query with their mean keys, and reads them from the best on until its budget is used up. The first
+entries and those that wait are read in any case.
 """
 
 from __future__ import annotations
+
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +19,8 @@ from fastkv.kernels.key_products import products
 
 ROUNDS = 20  # of k-means at most
 SETTLED = 0.01  # share of the keys that may still move at the end
-PER_CLUSTER = 80  # tokens of a prompt
+PER_CLUSTER = 16  # tokens of a prompt
+STRETCH = 1024  # tokens that are clustered together, at least; less than twice as many
 BLOCK = 320  # tokens of an answer that are clustered together, at most
 BLOCK_PER_CLUSTER = 40  # of them
 _VALUES = 2**20  # products of keys and centroids that are held at a time
@@ -53,11 +57,12 @@ class Clusters:
 
     @staticmethod
     def scratch_of(sizes: IndexSizes, per_cluster: int = PER_CLUSTER) -> int:
-        """Bytes that `learn` holds meanwhile: keys in float32 twice, which cluster each is in, and some products."""
-        count = sizes.n_entries // per_cluster + 1
+        """Bytes that `learn` holds meanwhile, of a stretch: keys in float32 twice, their clusters, products."""
+        n_keys = min(sizes.n_entries, 2 * max(STRETCH, per_cluster) - 1)
+        count = n_keys // per_cluster + 1
         heads = sizes.batch * sizes.n_kv_heads
-        held = heads * sizes.n_entries * (2 * sizes.head_dim * _FLOAT + 3 * _INDEX)
-        products = max(heads * count, min(_VALUES, heads * sizes.n_entries * count))
+        held = heads * n_keys * (2 * sizes.head_dim * _FLOAT + 3 * _INDEX)
+        products = max(heads * count, min(_VALUES, heads * n_keys * count))
         return held + _FLOAT * (products + 3 * heads * count * sizes.head_dim)
 
     @property
@@ -69,11 +74,18 @@ class Clusters:
         return waiting > (self._block if self._known else 1)
 
     def learn(self, k: Tensor) -> None:
-        begun = self._known > 0
+        per_cluster = min(BLOCK_PER_CLUSTER, self._per_cluster) if self._known else self._per_cluster
         first, end = max(self._known, self._sinks), k.shape[2] - 1  # the newest is always read
-        per_cluster = BLOCK_PER_CLUSTER if begun else self._per_cluster
-        count = min(max(1, (end - first) // per_cluster), self.means.shape[2] - self._n_clusters)
-        keys = k[:, :, first:end].flatten(0, 1).float()
+        stretches = max(1, (end - first) // max(STRETCH, per_cluster))
+        places = [first + (end - first) * place // stretches for place in range(stretches + 1)]
+        for start, stop in pairwise(places):
+            self._cluster(k[:, :, start:stop], start, per_cluster)
+
+    def _cluster(self, k: Tensor, first: int, per_cluster: int) -> None:
+        """Cluster some keys, [B, Hkv, n, D], whose first entry is `first`."""
+        end = first + k.shape[2]
+        count = min(max(1, k.shape[2] // per_cluster), self.means.shape[2] - self._n_clusters)
+        keys = k.flatten(0, 1).float()
         of_key = k_means(keys, count)  # [B * Hkv, n]
         order = of_key.argsort(dim=1, stable=True)
         counts = torch.zeros(len(keys), count, dtype=torch.int64, device=k.device)
@@ -127,7 +139,7 @@ def block_of(sizes: IndexSizes, sinks: int, block: int) -> int:
 def most_clusters(sizes: IndexSizes, sinks: int, per_cluster: int, block: int) -> int:
     """Clusters of the prompt, and of what may be appended."""
     of_prompt = max(1, max(0, sizes.n_entries - sinks) // per_cluster)
-    of_block = max(1, block // BLOCK_PER_CLUSTER)
+    of_block = max(1, block // min(BLOCK_PER_CLUSTER, per_cluster))
     return of_prompt + (1 + max(0, sizes.capacity - sizes.n_entries) // block) * of_block
 
 

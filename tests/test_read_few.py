@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,6 +15,7 @@ from checkpoints import write_one_layer
 from torch import Tensor
 
 from fastkv import LLM, AdaKV, ClusterKV, FastKVError, FullKV, Policy, Quest, RocketKV, SamplingParams, SinkRouter
+from fastkv.cache import clusters
 from fastkv.cache.clusters import Clusters
 from fastkv.cache.first_key import FirstKey
 from fastkv.cache.pages import Pages
@@ -159,13 +161,32 @@ def test_clusters_are_a_partition() -> None:
     k, _, _ = keys_and_queries(300)
     index: Any = learnt(Clusters(sizes(200, budget=100), CPU, 16, per_cluster=10), k, 200)
     assert index._known == 199 + 2 * 42  # (100 - 16) // 2 wait at most
-    assert index._n_clusters == 183 // 10 + 2
+    assert index._n_clusters == 183 // 10 + 2 * (42 // 10)
     for head in clusters_of(index):
         assert sorted(entry for cluster in head for entry in cluster) == list(range(16, index._known))
     means = index.means[0, 0, : index._n_clusters]
     expected = torch.stack([k[0, 0, cluster].mean(0) if cluster else means[0] * 0 for cluster in clusters_of(index)[0]])
     torch.testing.assert_close(means, expected, atol=1e-5, rtol=1e-5)
     assert index.nbytes == Clusters.bytes_of(sizes(200, budget=100), 16, 10)
+
+
+@pytest.mark.parametrize(("n_keys", "per_cluster"), [(99, 10), (150, 10), (399, 10), (210, 150), (340, 90)])
+def test_long_prompts_are_clustered_stretch_by_stretch(
+    monkeypatch: pytest.MonkeyPatch, n_keys: int, per_cluster: int
+) -> None:
+    """Neighbours alone share a cluster, in stretches of 50 to 99 (or of a cluster's tokens); none is left out."""
+    monkeypatch.setattr(clusters, "STRETCH", 50)
+    k, _, _ = keys_and_queries(n_keys + 5)
+    own = sizes(n_keys + 5, budget=20)
+    index: Any = learnt(Clusters(own, CPU, 4, per_cluster=per_cluster), k, n_keys + 5)
+    stretches = max(1, n_keys // max(50, per_cluster))
+    bounds = [4 + n_keys * place // stretches for place in range(stretches + 1)]
+    assert index._n_clusters == sum(max(1, (b - a) // per_cluster) for a, b in pairwise(bounds))
+    for head in clusters_of(index):
+        assert sorted(entry for cluster in head for entry in cluster) == list(range(4, n_keys + 4))
+        for cluster in filter(None, head):
+            assert len({sum(entry >= bound for bound in bounds) for entry in cluster}) == 1
+    assert index.nbytes == Clusters.bytes_of(own, 4, per_cluster)
 
 
 def test_keys_that_point_the_same_way_are_one_cluster() -> None:
@@ -186,15 +207,15 @@ def test_the_budget_of_clusters_is_exact_and_the_last_one_is_cut(n_entries: int,
     index: Any = learnt(Clusters(sizes(200, budget=budget), CPU, 16, per_cluster=10), k, 200)
     chosen = index.choose(q, n_entries, budget)
     assert chosen.shape == (1, HEADS, budget)
-    for head, clusters in enumerate(clusters_of(index)):
+    for head, found in enumerate(clusters_of(index)):
         read = set(chosen[0, head].tolist())
         assert len(read) == budget
         assert {*range(16), *range(index._known, n_entries)} <= read
-        cut = [cluster for cluster in clusters if 0 < len(read & set(cluster)) < len(cluster)]
+        cut = [cluster for cluster in found if 0 < len(read & set(cluster)) < len(cluster)]
         assert len(cut) <= 1
         scores = (q[0, head].sum(0) @ index.means[0, head, : index._n_clusters].T).tolist()
-        whole = [i for i, cluster in enumerate(clusters) if cluster and read >= set(cluster)]
-        skipped = [i for i, cluster in enumerate(clusters) if cluster and not read & set(cluster)]
+        whole = [i for i, cluster in enumerate(found) if cluster and read >= set(cluster)]
+        skipped = [i for i, cluster in enumerate(found) if cluster and not read & set(cluster)]
         assert not whole or not skipped or min(scores[i] for i in whole) >= max(scores[i] for i in skipped) - 1e-5
 
 

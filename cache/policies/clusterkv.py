@@ -25,14 +25,16 @@ class ClusterKV(ReadByBudget):
     clustered (320 at most, and no more than half of the rest), and the best clusters, of the last one only a part. The
     others are those of ReadByBudget and ReadFew.
 
-    What differs from the paper: clusters are chosen for each KV head, by the sum of its query heads' products; and the
-    newest entries are part of the budget. Raises FastKVError for a value out of range.
+    What differs from the paper: clusters are chosen for each KV head, by the sum of its query heads' products; the
+    newest entries are part of the budget; keys are clustered among 1,024 to 2,047 neighbours; and clusters are smaller
+    (its are of about 80 tokens, with which a small model lost nearly all answers). Raises FastKVError for a value out
+    of range.
     """
 
     name: ClassVar[str] = "clusterkv"
 
     sinks: int = redefined(WindowScored, "sinks", 16)
-    per_cluster: int = setting(80, whole(1), "tokens of the prompt to a cluster, in the mean", metavar="N")
+    per_cluster: int = setting(16, whole(1), "tokens of the prompt to a cluster, in the mean", metavar="N")
 
     def __post_init__(self) -> None:
         super().__post_init__()
