@@ -1,9 +1,9 @@
 """Clusters: an index of keys that point the same way (arXiv 2412.03213), each of which a step reads whole or not.
 
-The keys of a prompt are clustered once, by the cosine, those of a stretch of it among themselves: so the work grows as
-the prompt does. Those that steps append wait, and are clustered a block at a time. A step ranks the clusters by the
-product of the query with their mean keys, and reads them from the best on until its budget is used up. The first
-entries and those that wait are read in any case.
+The keys of a prompt are clustered once, by the cosine of what they have beside their common mean, those of a stretch of
+it among themselves: so the work grows as the prompt does. Those that steps append wait, and are clustered a block at a
+time. A step ranks the clusters by the product of the query with their mean keys, and reads them from the best on until
+its budget is used up. The first entries and those that wait are read in any case.
 """
 
 from __future__ import annotations
@@ -86,7 +86,8 @@ class Clusters:
         end = first + k.shape[2]
         count = min(max(1, k.shape[2] // per_cluster), self.means.shape[2] - self._n_clusters)
         keys = k.flatten(0, 1).float()
-        of_key = k_means(keys, count)  # [B * Hkv, n]
+        # All keys of a head have much in common, which would hide how they differ, and says nothing of which is best.
+        of_key = k_means(keys - keys.mean(dim=1, keepdim=True), count)  # [B * Hkv, n]
         order = of_key.argsort(dim=1, stable=True)
         counts = torch.zeros(len(keys), count, dtype=torch.int64, device=k.device)
         counts.scatter_add_(1, of_key, torch.ones_like(of_key))
