@@ -2,8 +2,8 @@
 
 The keys of a prompt are clustered once, by the cosine of what they have beside their common mean, those of a stretch of
 it among themselves: so the work grows as the prompt does. Those that steps append wait, and are clustered a block at a
-time. A step ranks the clusters by the product of the query with their mean keys, and reads them from the best on until
-its budget is used up. The first entries and those that wait are read in any case.
+time. A step ranks the clusters by the products of the queries with their mean keys, and reads them from the best on
+until its budget is used up. The first entries and those that wait are read in any case.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastkv.cache.reader import IndexSizes
+from fastkv.cache.reader import IndexSizes, wanted
 from fastkv.kernels.key_products import products
 
 ROUNDS = 20  # of k-means at most
@@ -117,7 +117,7 @@ class Clusters:
     def _best(self, q: Tensor, room: int) -> Tensor:
         """So many entries of the best clusters, of the last one only its first: int64 [B, Hkv, room]."""
         n = self._n_clusters
-        scores = products(q.sum(dim=2, keepdim=True).float(), self.means[:, :, :n]).squeeze(2)  # [B, Hkv, C]
+        scores = wanted(products(q.float(), self.means[:, :, :n]), q.shape[3])  # [B, Hkv, C]
         ranked = scores.argsort(dim=-1, descending=True)
         counts = self.counts[..., :n].gather(2, ranked)
         ends = counts.cumsum(2)

@@ -2,7 +2,7 @@
 
 What a query's product with any key of a page is at most, the extremes say alone: for each channel the larger of the
 query times its least and its greatest value. A step looks these bounds up, of some channels or of all, and reads the
-best pages. The newest page is always read, so only those before it are known here.
+pages that the queries of a group want most. The newest page is always read, so only those before it are known here.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import math
 import torch
 from torch import Tensor
 
-from fastkv.cache.reader import IndexSizes
+from fastkv.cache.reader import IndexSizes, wanted
 from fastkv.kernels.key_products import products
 
 
@@ -81,22 +81,22 @@ class Pages:
         newest = torch.arange(before * self._page, n_entries, device=q.device).expand(*q.shape[:2], -1)
         if not count:
             return newest
-        best = self.bounds(q)[..., :before].topk(count, dim=-1).indices.unsqueeze(-1) * self._page
+        best = wanted(self.bounds(q)[..., :before], q.shape[3]).topk(count, dim=-1).indices.unsqueeze(-1) * self._page
         chosen = best + torch.arange(self._page, device=q.device)
         return torch.cat((chosen.flatten(2), newest), dim=2)
 
     def bounds(self, q: Tensor) -> Tensor:
-        """What the products of a group's queries with any key of a page are at most together: float32 [B, Hkv, P].
+        """What a query's product with any key of a page is at most: float32 [B, Hkv, G, P], of q [B, Hkv, G, D].
 
-        q: [B, Hkv, G, D]. The bound of a sum is less than the sum of the queries' bounds where only some of the
-        channels are looked up, or their signs differ.
+        Where only some channels are looked up, which ones is decided, and by whose sign, for a group together: then it
+        is [B, Hkv, 1, P], of the sum of its queries.
         """
         return self._of_some(q) if self._channels is not None else self._of_all(q)
 
     def _of_all(self, q: Tensor) -> Tensor:
-        """By all channels: of each query by itself, summed."""
+        """By all channels."""
         rows = q if self._page == 1 else torch.cat((q.clamp_min(0), q.clamp_max(0)), dim=3)
-        return _summed(rows.sum(dim=2, keepdim=True), self.extremes[..., : self._known])
+        return products(rows, self.extremes[..., : self._known].transpose(2, 3))
 
     def _of_some(self, q: Tensor) -> Tensor:
         """By the channels with the largest |q|, of the summed query."""
@@ -108,15 +108,10 @@ class Pages:
         first = torch.arange(0, rows.shape[0] * rows.shape[1] * n_rows, n_rows, device=q.device)
         flat = self.extremes.view(-1, capacity)[:, : self._known]
         looked_up = flat.index_select(0, (rows.flatten(0, 1) + first.unsqueeze(1)).flatten())
-        return _summed(values.unsqueeze(2), looked_up.view(*rows.shape, self._known))
+        return products(values.unsqueeze(2), looked_up.view(*rows.shape, self._known).transpose(2, 3))
 
     @property
     def read_bytes(self) -> int:
         channels = self.extremes.shape[2] if self._channels is None else self._channels
         head_dim = self.extremes.shape[2] // (1 if self._page == 1 else 2)
         return self._known * channels * self._key_bytes // head_dim
-
-
-def _summed(rows: Tensor, extremes: Tensor) -> Tensor:
-    """rows [B, Hkv, 1, r] times extremes [B, Hkv, r, P]: float32 [B, Hkv, P]."""
-    return products(rows, extremes.transpose(2, 3)).squeeze(2)

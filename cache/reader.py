@@ -135,6 +135,19 @@ class Reader:
         self.read_bytes[layer] += read * self._entry_bytes + looked_up
 
 
+def wanted(products: Tensor, head_dim: int) -> Tensor:
+    """How much the queries of a group want of each of n things, together: [B, Hkv, G, n] -> float32 [B, Hkv, n].
+
+    products: with what stands for their keys. Each query spreads one share over all, as its attention would; so one
+    whose products are large has no more to say than the others. The logarithms of the summed shares come back, since
+    small shares themselves would be equal, to 0. One query, or a sum of them: the products, which order as they do.
+    """
+    if products.shape[2] == 1:
+        return products.squeeze(2)
+    scaled = products * head_dim**-0.5
+    return (scaled - scaled.logsumexp(dim=3, keepdim=True)).logsumexp(dim=2)
+
+
 def keys_of(storage: KVLayer, slots: range, new: int) -> Tensor:
     """All keys of a layer whose heads are equally long, [B, Hkv, n, D]: a view where they lie so. new: see read."""
     parts = storage.read(slots, new)

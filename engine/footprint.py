@@ -432,9 +432,10 @@ class _Shapes:
         return 2 * self._most_read * self.kv_heads * self.head_dim * self.item * 9 // 8  # see cache/pool.py: bucket
 
     def choosing(self) -> int:
-        """Of one sequence: which entries a step reads, joined and as rows; scores and order of what is ranked."""
+        """Of one sequence: which entries a step reads, joined and as rows; products, scores, order of all."""
         ranked = max(layer.kept for layer in self.plan.layers) + self.plan.max_tokens
-        return self.kv_heads * (4 * self._most_read * _INDEX + ranked * (_FLOAT + _INDEX))
+        products = 2 * self.heads * ranked * _FLOAT
+        return products + self.kv_heads * (4 * self._most_read * _INDEX + ranked * (_FLOAT + _INDEX))
 
     @property
     def _most_read(self) -> int:

@@ -21,7 +21,7 @@ from fastkv.cache.first_key import FirstKey
 from fastkv.cache.pages import Pages
 from fastkv.cache.policies.rocketkv import kept_share, pages_of
 from fastkv.cache.pool import bucket
-from fastkv.cache.reader import Index, IndexSizes
+from fastkv.cache.reader import Index, IndexSizes, wanted
 from fastkv.engine import few_reads
 from fastkv.engine.few_reads import of_heads
 from fastkv.engine.footprint import footprint
@@ -54,11 +54,16 @@ def sizes(n_entries: int, room: int = 100, budget: int = 32) -> IndexSizes:
 
 
 def keys_and_queries(n_entries: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
-    """Keys [1, Hkv, n, D], queries [1, Hkv, G, D], and the products summed over the group, [1, Hkv, n]."""
+    """Keys [1, Hkv, n, D], queries [1, Hkv, G, D], and their products, [1, Hkv, G, n]."""
     generator = torch.Generator().manual_seed(seed)
     k = torch.randn(1, HEADS, n_entries, DIM, generator=generator)
     q = torch.randn(1, HEADS, GROUP, DIM, generator=generator)
-    return k, q, (q @ k.transpose(2, 3)).sum(dim=2)
+    return k, q, q @ k.transpose(2, 3)
+
+
+def shares(products: Tensor) -> Tensor:
+    """What the queries of a group attend to, summed: [1, Hkv, n]."""
+    return (products * DIM**-0.5).softmax(dim=3).sum(dim=2)
 
 
 def learnt(index: Index, k: Tensor, first: int) -> Index:
@@ -78,13 +83,15 @@ def test_no_key_of_a_page_is_above_its_bound(channels: int | None) -> None:
     pages = Pages(sizes(67), CPU, 8)
     pages._channels = channels
     pages.learn(k)
-    bounds, highest = pages.bounds(q), products[..., :64].unflatten(2, (8, 8)).amax(dim=3)
-    assert bounds.shape == (1, HEADS, 8)
+    if channels is not None:  # of the sum of the queries
+        products, q = products.sum(dim=2, keepdim=True), q.sum(dim=2, keepdim=True)
+    bounds, highest = pages.bounds(q), products[..., :64].unflatten(3, (8, 8)).amax(dim=4)
+    assert bounds.shape == (1, HEADS, q.shape[2], 8)
     assert (bounds >= highest - 1e-5).all()
-    single = q[:, :, :1]  # one query: the bound is that of a key that has the best of each channel
-    of_pages = k[:, :, :64].unflatten(2, (8, 8))
-    best = torch.maximum(single * of_pages.amax(3), single * of_pages.amin(3)).sum(dim=3)
-    torch.testing.assert_close(pages.bounds(single), best, atol=1e-5, rtol=1e-5)
+    of_pages = k[:, :, :64].unflatten(2, (8, 8)).unsqueeze(2)  # the best of each channel
+    rows = q.unsqueeze(3)
+    best = torch.maximum(rows * of_pages.amax(4), rows * of_pages.amin(4)).sum(dim=4)
+    torch.testing.assert_close(bounds, best, atol=1e-5, rtol=1e-5)
 
 
 def test_some_channels_are_those_where_the_query_is_largest() -> None:
@@ -105,7 +112,7 @@ def test_pages_of_one_entry_are_the_best_entries() -> None:
     pages = learnt(Pages(sizes(50), CPU, 1), k, 50)
     chosen = pages.choose(q, 50, 20)
     assert chosen is not None
-    expected = torch.cat((products[..., :49].topk(19).indices, torch.full((1, HEADS, 1), 49)), dim=2)
+    expected = torch.cat((shares(products[..., :49]).topk(19).indices, torch.full((1, HEADS, 1), 49)), dim=2)
     assert torch.equal(chosen.sort().values, expected.sort().values)
 
 
@@ -138,6 +145,18 @@ def test_the_newest_page_is_always_read_whole_or_not(n_entries: int) -> None:
         assert sorted(head) == sorted([*(8 * page + i for page in others for i in range(8)), *range(32, n_entries)])
     assert pages.choose(q, n_entries, 40) is None
     assert [Quest(read_len=5, page=8).read_budget(n_tokens) for n_tokens in (20, 99)] == [20, 24]  # three at least
+
+
+def test_a_loud_query_has_no_more_to_say_than_another() -> None:
+    """Scaled up, it would alone decide by a sum; and small shares keep their order."""
+    products = torch.tensor([[10.0, 0, 0, 0], [0, 0, 1, 0]]).view(1, 1, 2, 4)
+    loud = products * torch.tensor([1000.0, 1]).view(2, 1)
+    order = [each.argsort(descending=True)[0, 0].tolist() for each in (wanted(products, 1), wanted(loud, 1))]
+    assert order[0][:2] == order[1][:2] == [0, 2]
+    far = torch.tensor([[0.0, -300, -200, -400], [0, -300, -200, -400]]).view(1, 1, 2, 4)
+    assert wanted(far, 1).argsort(descending=True)[0, 0].tolist() == [0, 2, 1, 3]
+    torch.testing.assert_close(wanted(products, 4).exp(), (products / 2).softmax(3).sum(2))
+    assert torch.equal(wanted(products[:, :, :1], 4), products[:, :, 0])
 
 
 # --- clusters ---
@@ -215,7 +234,7 @@ def test_the_budget_of_clusters_is_exact_and_the_last_one_is_cut(n_entries: int,
         assert {*range(16), *range(index._known, n_entries)} <= read
         cut = [cluster for cluster in found if 0 < len(read & set(cluster)) < len(cluster)]
         assert len(cut) <= 1
-        scores = (q[0, head].sum(0) @ index.means[0, head, : index._n_clusters].T).tolist()
+        scores = shares(q @ index.means[:, :, : index._n_clusters].transpose(2, 3))[0, head].log().tolist()
         whole = [i for i, cluster in enumerate(found) if cluster and read >= set(cluster)]
         skipped = [i for i, cluster in enumerate(found) if cluster and not read & set(cluster)]
         assert not whole or not skipped or min(scores[i] for i in whole) >= max(scores[i] for i in skipped) - 1e-5
@@ -226,7 +245,7 @@ def test_clusters_of_one_key_are_the_best_keys() -> None:
     index = learnt(Clusters(sizes(60), CPU, 0, per_cluster=1), k, 60)
     chosen = index.choose(q, 60, 20)
     assert chosen is not None
-    assert torch.equal(chosen[..., :19], products[..., :59].topk(19).indices)
+    assert torch.equal(chosen[..., :19], shares(products[..., :59]).topk(19).indices)
     assert (chosen[..., 19] == 59).all()
 
 

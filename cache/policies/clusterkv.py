@@ -25,10 +25,10 @@ class ClusterKV(ReadByBudget):
     clustered (320 at most, and no more than half of the rest), and the best clusters, of the last one only a part. The
     others are those of ReadByBudget and ReadFew.
 
-    What differs from the paper: clusters are chosen for each KV head, by the sum of its query heads' products; the
-    newest entries are part of the budget; keys are clustered among 1,024 to 2,047 neighbours, less their mean; and
-    clusters are smaller (its are of about 80 tokens, with which a small model lost nearly all answers). Raises
-    FastKVError for a value out of range.
+    What differs from the paper: clusters are chosen for each KV head, by the shares of attention that its query heads
+    would give their means, summed; the newest entries are part of the budget; keys are clustered among 1,024 to 2,047
+    neighbours, less their mean; and clusters are smaller (its are of about 80 tokens, with which a small model lost
+    nearly all answers). Raises FastKVError for a value out of range.
     """
 
     name: ClassVar[str] = "clusterkv"

@@ -24,8 +24,8 @@ class Quest(ReadByBudget):
     three pages at least. A step also reads the extremes of all pages: 1/8 of the keys at 16 entries a page. The others
     are those of ReadByBudget and ReadFew.
 
-    What differs from the paper: pages are chosen for each KV head, by the sum of its query heads' bounds. Raises
-    FastKVError for a value out of range.
+    What differs from the paper: pages are chosen for each KV head, by the shares of attention that its query heads
+    would give to keys as good as the bounds, summed. Raises FastKVError for a value out of range.
     """
 
     name: ClassVar[str] = "quest"
