@@ -1,9 +1,9 @@
-"""Clusters: an index of keys that point the same way (arXiv 2412.03213), each of which a step reads whole or not.
+"""Clusters: an index of keys that are alike (arXiv 2412.03213), each of which a step reads whole or not.
 
-The keys of a prompt are clustered once, by the cosine of what they have beside their common mean, those of a stretch of
-it among themselves: so the work grows as the prompt does. Those that steps append wait, and are clustered a block at a
-time. A step ranks the clusters by the products of the queries with their mean keys, and reads them from the best on
-until its budget is used up. The first entries and those that wait are read in any case.
+The keys of a prompt are clustered once, by distance (a mean stands for its keys as well as they are near), those of a
+stretch of it among themselves: so the work grows as the prompt does. Those that steps append wait, and are clustered a
+block at a time. A step ranks the clusters by the products of the queries with their mean keys, and reads them from the
+best on until its budget is used up. The first entries and those that wait are read in any case.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ from __future__ import annotations
 from itertools import pairwise
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from fastkv.cache.reader import IndexSizes, wanted
@@ -86,11 +85,9 @@ class Clusters:
         end = first + k.shape[2]
         count = min(max(1, k.shape[2] // per_cluster), self.means.shape[2] - self._n_clusters)
         keys = k.flatten(0, 1).float()
-        # All keys of a head have much in common, which would hide how they differ, and says nothing of which is best.
-        of_key = k_means(keys - keys.mean(dim=1, keepdim=True), count)  # [B * Hkv, n]
+        of_key = k_means(keys, count)  # [B * Hkv, n]
         order = of_key.argsort(dim=1, stable=True)
-        counts = torch.zeros(len(keys), count, dtype=torch.int64, device=k.device)
-        counts.scatter_add_(1, of_key, torch.ones_like(of_key))
+        counts = _counts(of_key, count)
         new, old = slice(self._n_clusters, self._n_clusters + count), first - self._sinks
         means = _sums(keys, of_key, count) / counts.clamp_min(1).unsqueeze(2)
         self.means[:, :, new] = means.unflatten(0, self._heads)
@@ -145,22 +142,21 @@ def most_clusters(sizes: IndexSizes, sinks: int, per_cluster: int, block: int) -
 
 
 def k_means(keys: Tensor, count: int) -> Tensor:
-    """Clusters by the cosine: float32 keys [H, n, D] -> int64 [H, n], in which of `count` clusters each key is.
+    """Clusters by distance: float32 keys [H, n, D] -> int64 [H, n], in which of `count` clusters each key is.
 
-    Evenly spaced keys are the first centroids, so that equal keys give equal clusters. A centroid is the direction of
-    its keys' mean; one that has lost all keys stays where it was. A head is done when hardly a key moves, whatever the
-    others do, or after ROUNDS.
+    Evenly spaced keys are the first centroids, so that equal keys give equal clusters. A centroid is the mean of its
+    keys; one that has lost all keys stays where it was. A head is done when hardly a key moves, whatever the others do,
+    or after ROUNDS.
     """
-    unit = F.normalize(keys, dim=2)
+    keys = keys - keys.mean(dim=1, keepdim=True)  # distances stay, and are rounded less
     first = torch.arange(count, device=keys.device) * keys.shape[1] // count
-    centroids = unit[:, first]
-    of_key = _nearest(unit, centroids)
+    centroids = keys[:, first]
+    of_key = _nearest(keys, centroids)
     moving = torch.ones(len(keys), 1, dtype=torch.bool, device=keys.device)
     for _ in range(ROUNDS - 1):
-        sums = _sums(unit, of_key, count)
-        has_keys = sums.abs().sum(dim=2, keepdim=True) > 0
-        centroids = torch.where(has_keys, F.normalize(sums, dim=2), centroids)
-        nearest = _nearest(unit, centroids).where(moving, of_key)
+        counts = _counts(of_key, count).unsqueeze(2)
+        centroids = torch.where(counts > 0, _sums(keys, of_key, count) / counts.clamp_min(1), centroids)
+        nearest = _nearest(keys, centroids).where(moving, of_key)
         moving = (nearest != of_key).sum(dim=1, keepdim=True) > SETTLED * keys.shape[1]
         of_key = nearest
         if not bool(moving.any()):
@@ -168,15 +164,22 @@ def k_means(keys: Tensor, count: int) -> Tensor:
     return of_key
 
 
-def _nearest(unit: Tensor, centroids: Tensor) -> Tensor:
-    """The centroid that each key points to most: [H, n, D] and [H, C, D] -> int64 [H, n]; some keys at a time."""
-    n_heads, n_keys, _ = unit.shape
-    nearest = torch.empty(n_heads, n_keys, dtype=torch.int64, device=unit.device)
+def _nearest(keys: Tensor, centroids: Tensor) -> Tensor:
+    """The centroid that is nearest to each key: [H, n, D] and [H, C, D] -> int64 [H, n]; some keys at a time."""
+    n_heads, n_keys, _ = keys.shape
+    nearest = torch.empty(n_heads, n_keys, dtype=torch.int64, device=keys.device)
     some = max(1, _VALUES // (n_heads * centroids.shape[1]))
+    half = centroids.square().sum(dim=2).unsqueeze(1) / 2
     for start in range(0, n_keys, some):
         part = slice(start, start + some)
-        nearest[:, part] = (unit[:, part] @ centroids.transpose(1, 2)).max(dim=2).indices
+        nearest[:, part] = torch.baddbmm(half, keys[:, part], centroids.transpose(1, 2), beta=-1).max(dim=2).indices
     return nearest
+
+
+def _counts(of_key: Tensor, count: int) -> Tensor:
+    """Keys of each cluster: int64 [H, n] -> [H, count]."""
+    counts = torch.zeros(len(of_key), count, dtype=torch.int64, device=of_key.device)
+    return counts.scatter_add_(1, of_key, torch.ones_like(of_key))
 
 
 def _sums(keys: Tensor, of_key: Tensor, count: int) -> Tensor:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class ClusterKV(ReadByBudget):
-    """The keys of each KV head are clustered after the prefill, by the cosine (k-means); a step reads whole clusters.
+    """The keys of each KV head are clustered after the prefill, by distance (k-means); a step reads whole clusters.
 
     per_cluster: tokens of the prompt to a cluster, in the mean. sinks: the first entries, which are in no cluster, and
     always read. read_retention, read_len: what a step reads, exactly: the sinks, the newest entries, which wait to be
@@ -26,9 +26,9 @@ class ClusterKV(ReadByBudget):
     others are those of ReadByBudget and ReadFew.
 
     What differs from the paper: clusters are chosen for each KV head, by the shares of attention that its query heads
-    would give their means, summed; the newest entries are part of the budget; keys are clustered among 1,024 to 2,047
-    neighbours, less their mean; and clusters are smaller (its are of about 80 tokens, with which a small model lost
-    nearly all answers). Raises FastKVError for a value out of range.
+    would give their means, summed; the newest entries are part of the budget; keys are clustered by distance, not by
+    the cosine, among 1,024 to 2,047 neighbours; and clusters are smaller (its are of about 80 tokens, with which a
+    small model lost nearly all answers). Raises FastKVError for a value out of range.
     """
 
     name: ClassVar[str] = "clusterkv"
