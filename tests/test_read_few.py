@@ -209,7 +209,7 @@ def test_long_prompts_are_clustered_stretch_by_stretch(
 
 
 def test_keys_that_are_near_each_other_are_one_cluster() -> None:
-    """Beside what all have in common, which is much more here; keys of one direction are not, if their lengths differ."""
+    """Beside what all have in common, which is much more here. Those of one direction are not, if lengths differ."""
     directions, common = torch.eye(DIM)[[0, 1, 2, 2]] * torch.tensor([[1.0], [1], [1], [3]]), 100 * torch.ones(DIM)
     ways = [(i + i // 10) % 4 for i in range(41)]
     k = torch.stack([directions[way] + common for way in ways]).expand(1, HEADS, -1, -1)
