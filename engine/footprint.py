@@ -24,6 +24,7 @@ from fastkv.engine.output_norms import tokens_at_a_time
 from fastkv.engine.plan import RequestPlan
 from fastkv.engine.probe import ProbePlan
 from fastkv.engine.projection import chunks
+from fastkv.engine.speculation.lookup import lookup_bytes
 from fastkv.kernels.int8 import floats_at_a_time
 from fastkv.kernels.packing import SCHEMES, scratch
 from fastkv.models.config import ModelConfig
@@ -81,10 +82,12 @@ def footprint(
     slots: int = 1,
     draws: bool = False,
     judged: int = 1,
+    looks_up: bool = False,
 ) -> Footprint:
     """Of a prefill of `batch` sequences and of the steps of `slots` that decode together, whose caches are `cache`.
 
-    draws: whether any token is drawn at random. judged: tokens of a sequence that one step may take.
+    draws: whether any token is drawn at random. judged: tokens of a sequence that one step may take. looks_up: whether
+    the text drafts, of which a copy is held then (engine/speculation/lookup.py), on the host.
     """
     shapes = _Shapes.of(model, plan, batch)
     seen = plan.n_tokens
@@ -105,6 +108,8 @@ def footprint(
         _grow(workspace, shapes.probing_buffers(plan.probe.longest))
         steps.append(shapes.probing(plan.probe))
     lists = shapes.lists(model)
+    if looks_up and shapes.on_cpu:
+        lists += lookup_bytes(plan.start + plan.n_tokens + plan.max_tokens)
     if plan.evicts is not None:
         lists += slots * shapes.sums(plan.evicts)
         steps.append(shapes.evicting(plan.evicts))

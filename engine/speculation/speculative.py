@@ -33,6 +33,7 @@ from fastkv.kernels.threads import as_many
 from fastkv.models.llama import JUDGED
 from fastkv.models.weights import int8_bytes
 
+_AT_A_TIME = 1024  # tokens of a prompt that are Python's numbers at a time: each takes as much as a dozen characters
 _ENOUGH = 4  # verifications: with fewer, what comes once (kernels are chosen) would be taken for what drafts cost
 
 
@@ -114,7 +115,9 @@ class SpeculativeBatch(DecodeBatch):
     def _draft(self) -> Draft:
         """Who drafts; the text, unless a prefill has filled a draft's cache."""
         if self._known_draft is None:
-            self._known_draft = TextDraft(self._request.all_ids[0].tolist())
+            self._known_draft = TextDraft([])
+            for part in self._request.all_ids[0].split(_AT_A_TIME):
+                self._known_draft.add(part.tolist(), None)
         return self._known_draft
 
     def _round(self) -> None:
