@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from fastkv.engine.speculation.figures import KINDS, Speculated, Speculation
@@ -46,7 +48,8 @@ def speculation_of(args: argparse.Namespace, of_document: bool) -> Speculation |
     flag = "--lossless" if args.lossless else "--speculation"
     others = {
         "--output, which is for several prompts": args.output is not None,
-        "--context or --cache": of_document,
+        "--context": of_document and args.context is not None,
+        "--cache": of_document and args.cache is not None,
         "--decode-budget": args.decode_budget is not None,
         "--report": args.report is not None and kind == "self",
     }
@@ -54,6 +57,17 @@ def speculation_of(args: argparse.Namespace, of_document: bool) -> Speculation |
         if given:
             raise FastKVError(f"{flag} does not go with {other}: leave one of them out")
     return speculation
+
+
+@contextmanager
+def named_as_typed(args: argparse.Namespace) -> Iterator[None]:
+    """Complaints about speculation are about --lossless, where that was typed."""
+    try:
+        yield
+    except FastKVError as error:
+        if not args.lossless or error.setting != "speculation":
+            raise
+        raise type(error)(str(error), setting="lossless", prompt=error.prompt) from None
 
 
 def stream_arguments(speculation: Speculation | None) -> dict[str, Any]:

@@ -35,10 +35,10 @@ DEFAULT_EXAMPLES = 5
 def run(args: argparse.Namespace) -> int:
     """Run the tasks and print the tables, also of a run that is interrupted; the exit status."""
     texts = args.policy or DEFAULT_POLICIES
-    labels = [spec.label for spec in parse_policies(texts)]  # before the model is loaded
+    labels = [spec.label for spec in parse_policies(texts, kv_dtype=args.kv_dtype)]  # before the model is loaded
     llm, folder = load(args)
     plan = plan_of(args, llm.config.context_length)
-    results, missing = ask(args, llm, folder, plan, parse_policies(texts, llm.config.n_layers))
+    results, missing = ask(args, llm, folder, plan, parse_policies(texts, llm.config.n_layers, args.kv_dtype))
     status = conclude(args, render(results.records, labels), missing)
     if args.plots is not None:
         from fastkv.eval.plots import draw_plots

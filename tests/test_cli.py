@@ -336,11 +336,14 @@ def test_lossless_is_the_answer_of_the_full_cache_and_is_told(run: Run) -> None:
     ("argv", "named"),
     [
         (["--lossless", "--speculation", "ngram"], "--speculation ngram"),
-        (["--lossless", "--output", "out.jsonl"], "--output"),
-        (["--speculation", "ngram", "--context", "c.txt"], "--context"),
+        (["--lossless", "--output", "out.jsonl"], "error: --lossless does not go with --output"),
+        (["--speculation", "ngram", "--context", "c.txt"], "error: --speculation does not go with --context:"),
+        (["--lossless", "--context", "c.txt"], "error: --lossless does not go with --context:"),
         (["--lossless", "--decode-budget", "64"], "--decode-budget"),
         (["--speculation", "ngram", "--draft-weights", "int8"], "--draft-weights"),
-        (["--lossless", "--policy", "full"], "draft_weights"),
+        (["--lossless", "--policy", "full"], "error: --lossless: policy full keeps all entries"),
+        (["--speculation", "self", "--policy", "full"], "error: --speculation: policy full keeps all entries"),
+        (["--speculation", "ngram", "--policy", "quest"], "error: --speculation: speculation ngram does not go with"),
     ],
 )
 def test_what_speculation_does_not_go_with(

@@ -66,10 +66,10 @@ def test_answers_of_another_map_are_not_taken_for_these(run: Run, layer_map: str
 @pytest.mark.parametrize(
     ("flags", "other"),
     [
-        (["--context", "p.txt"], "--context, --cache or --save-cache"),
-        (["--cache", "p.txt"], "--context, --cache or --save-cache"),
-        (["--lossless"], "--lossless or --speculation"),
-        (["--speculation", "ngram"], "--lossless or --speculation"),
+        (["--context", "p.txt"], "--context"),
+        (["--cache", "p.txt"], "--cache"),
+        (["--lossless"], "--lossless"),
+        (["--speculation", "ngram"], "--speculation"),
         (["--decode-budget", "64"], "--decode-budget"),
         (["--kv-dtype", "int8"], "--kv-dtype"),
         (["--reuse-prefix", "--output", "o"], "--reuse-prefix"),
@@ -114,13 +114,27 @@ def test_one_policy_of_a_run_may_share(archive_llm: LLM, layer_map: str, monkeyp
         parse_policies([f"full:share_layers={layer_map}"] * 2)
 
 
+def test_the_same_layers_are_the_same_policy(layer_map: str, tmp_path: Path) -> None:
+    """Whatever the file is called, and wherever it is; one without pairs shares nothing."""
+    content = json.loads(Path(layer_map).read_text())
+    names = {"copy.json": content["pairs"], "fewer.json": content["pairs"][:1], "none.json": []}
+    for name, pairs in names.items():
+        (tmp_path / name).write_text(json.dumps({**content, "pairs": pairs}))
+    for other in (f"./{layer_map}", str(tmp_path / "copy.json")):
+        with pytest.raises(FastKVError, match=f"is the same policy as full:share_layers={layer_map}"):
+            parse_policies([f"full:share_layers={layer_map}", f"full:share_layers={other}"])
+    with pytest.raises(FastKVError, match="is the same policy as full;"):
+        parse_policies(["full", f"full:share_layers={tmp_path / 'none.json'}"])
+    parse_policies([f"full:share_layers={layer_map}", f"full:share_layers={tmp_path / 'fewer.json'}"])
+
+
 @pytest.mark.parametrize(
     ("text", "said"),
     [
         ("full:share_layers=none", "none: cannot be read"),
         ("full:share_layers=5", "5: cannot be read"),
-        ("full:share_layers=other.json", "was made for another model"),
-        ("gemfilter:min_tokens=8,share_layers=map.json", "does not go with policy gemfilter"),
+        ("full:share_layers=other.json", "--policy full:share_layers=other.json: other.json: was made for another"),
+        ("gemfilter:min_tokens=8,share_layers=map.json", "--policy gemfilter:.* does not go with policy gemfilter"),
     ],
 )
 def test_mistakes_of_a_policy(archive_llm: LLM, layer_map: str, text: str, said: str) -> None:

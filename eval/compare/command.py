@@ -30,7 +30,7 @@ def run(args: argparse.Namespace) -> int:
         check_page(args.page, "page")
     llm, folder = load(args)
     plan = plan_of(args, llm.config.context_length)
-    terms = Terms(llm.config.n_layers, llm.config.n_kv_heads, plan.lengths, args.head_scores)
+    terms = Terms(llm.config.n_layers, llm.config.n_kv_heads, plan.lengths, args.head_scores, args.kv_dtype)
     specs, left_out = equal_policies(args.policy, sorted(set(args.kv_retention)), terms)
     results, missing = ask(args, llm, folder, plan, specs, left_out)
     entry_bytes = 2 * llm.config.head_dim * llm.dtype.itemsize

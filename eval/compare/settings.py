@@ -36,12 +36,16 @@ STEPS = 100_000  # decays from 0 to 1 that are tried
 
 @dataclass(frozen=True)
 class Terms:
-    """What all policies of a comparison share: the model's size, the lengths of the prompts, HeadKV's table."""
+    """What all policies of a comparison share: the model's size, the lengths of the prompts, HeadKV's table.
+
+    kv_dtype: of the entries of those that say nothing of it.
+    """
 
     n_layers: int
     n_kv_heads: int
     lengths: tuple[int, ...]
     head_scores: Path | None = None
+    kv_dtype: str | None = None
 
 
 class _UnequalError(FastKVError):
@@ -77,7 +81,7 @@ def equal_policies(
                 if read_settings(text) == (FullKV.name, {}):  # which is there already
                     continue
                 spec = _equal_policy(text, retention, terms)
-                check_twin(spec, found)
+                check_twin(spec, found, terms.kv_dtype)
                 found.append(spec)
             except FastKVError as error:
                 if texts is not None or not isinstance(error, _UnequalError):
