@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from fastkv.cache.layer_map import read_map
 from fastkv.console.parser import flag_of
+from fastkv.console.words import counted
 from fastkv.errors import FastKVError
 
 _REFUSED = ("context", "cache", "save_cache", "lossless", "speculation", "decode_budget", "kv_dtype", "reuse_prefix")
@@ -27,4 +28,5 @@ def shared_rows(pairs: Sequence[tuple[int, int]]) -> list[tuple[str, str]]:
     if not pairs:
         return []
     told = ", ".join(f"{reader} reads {source}" for reader, source in pairs)
-    return [("shared", f"{len(pairs)} layers store no entries of their own: {told}")]
+    stores = "stores no entries of its own" if len(pairs) == 1 else "store no entries of their own"
+    return [("shared", f"{counted(len(pairs), 'layer')} {stores}: {told}")]

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from fastkv.console.words import counted
 from fastkv.engine.speculation.figures import KINDS, Speculated, Speculation
 from fastkv.errors import FastKVError, check_choice
 
@@ -83,12 +84,13 @@ def speculation_rows(told: Speculated | None) -> list[tuple[str, str]]:
         return []
     label = "lossless" if told.kind == "self" else "ngram"
     rate, each = told.acceptance, told.tokens_per_verification
+    plain, drafted = counted(told.plain_steps, "plain step"), counted(told.drafted_tokens, "drafted token")
     if rate is None or each is None:
-        text = f"nothing drafted, {told.plain_steps:,} plain steps"
+        text = f"nothing drafted, {plain}"
     else:
         text = (
-            f"{told.accepted_tokens:,} of {told.drafted_tokens:,} drafted tokens accepted ({100 * rate:.0f} %), "
-            f"{each:.1f} tokens a verification, {told.plain_steps:,} plain steps"
+            f"{told.accepted_tokens:,} of {drafted} accepted ({100 * rate:.0f} %), "
+            f"{each:.1f} tokens a verification, {plain}"
         )
     if told.speed_up is not None:
         text += f", {told.speed_up:.2f} times as fast as plain steps"

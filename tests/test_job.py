@@ -109,7 +109,7 @@ def test_a_stopped_run_goes_on(run: Run, monkeypatch: pytest.MonkeyPatch) -> Non
     status, _, err = run(*files(), "--output", "out.jsonl")
     assert status == 0
     assert "2 answers" in err
-    assert "1 were there already" in err
+    assert "1 was there already" in err
     assert asked == [2]
     assert {name: r["token_ids"] for name, r in records().items()} == {n: r["token_ids"] for n, r in whole.items()}
     before = Path("out.jsonl").read_bytes()
