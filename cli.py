@@ -227,7 +227,7 @@ def _run_many(args: argparse.Namespace, asked: Asked, jobs: list[Job], params: S
         limits["batch_size"] = args.batch_size
     if args.kv_memory is not None:
         limits["kv_memory"] = args.kv_memory * 2**20
-    about: dict[str, Any] = {"model": writable(args.model), "chat": args.chat}
+    about: dict[str, Any] = {"model": writable(args.model), "revision": args.revision, "chat": args.chat}
     about |= {"system": args.system, "chat_arg": args.chat_arg}
     limits["reuse_prefix"] = about["reuse_prefix"] = args.reuse_prefix  # answers depend on it, except under policy full
     try:

@@ -121,6 +121,7 @@ def run_jobs(
     policy = {"name": llm.policy.name, **llm.policy.settings(llm.config.n_layers)}
     about = {**about, "dtype": llm.model.precision, "policy": policy, "sampling": dataclasses.asdict(params)}
     about["decode_budget"] = limits.get("decode_budget")  # other answers, unlike the other limits
+    about["kv_dtype"] = llm.kv_dtype
     about["shared_layers"] = [list(pair) for pair in llm.share_layers.items()] or None
     with Records(output, about, jobs) as records, ProgressLine(sys.stderr) as line:
         todo = [job for job in jobs if job.id not in records.done]
