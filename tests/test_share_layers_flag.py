@@ -13,6 +13,7 @@ from fastkv import LLM, FastKVError
 from fastkv.cli import main
 from fastkv.engine.output import Output
 from fastkv.eval import cli as eval_cli
+from fastkv.eval.cli_flags import PARSERS
 from fastkv.eval.policy_spec import parse_policies, stored_as
 from fastkv.eval.run import described
 from fastkv.eval.runner import Plan, Runner
@@ -157,6 +158,7 @@ def test_what_is_set_is_undone_where_a_part_of_it_fails(archive_llm: LLM, layer_
         (["--task", "archive", "--question-after"], "--question-after: share_layers, which a policy has"),
         (["turns"], "share_layers does not go with several questions about one text"),
         (["tsp-layers", "--task", "archive"], "the advice is for layers that read none other"),
+        (["compare", "--task", "archive"], "--share-layers is no setting of --policy fastkv"),
     ],
     ids=lambda argv: argv[0],
 )
@@ -167,3 +169,22 @@ def test_commands_that_cannot(
     policy = f"fastkv:share_layers={layer_map}"
     assert eval_cli.main([*argv, *flags, "--policy", policy]) == 2
     assert said in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("command", [name for name, made in PARSERS.items() if "--policy" in made().format_help()])
+def test_no_command_drops_how_a_policy_s_entries_are_stored(
+    command: str, archive_folder: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Each command with --policy asks under it, or says in one line what to give instead."""
+    words = [*([] if command == "tasks" else [command]), "--task", "kv" if command == "turns" else "archive"]
+    stored, sets = list[str | None](), LLM.kv_dtype.fset
+
+    def noted(llm: LLM, kv_dtype: str | None) -> None:
+        stored.append(kv_dtype)
+        sets(llm, kv_dtype)
+
+    monkeypatch.setattr(LLM, "kv_dtype", LLM.kv_dtype.setter(noted))
+    sizes = ["--policy", "fastkv:kv_dtype=int8", "--length", "512", "--examples", "1", "--max-tokens", "2", "--quiet"]
+    status = eval_cli.main([*words, "--model", str(archive_folder), "--device", "cpu", *sizes])
+    refused = "kv_dtype here is that of one policy among others: take --kv-dtype int8" in capfd.readouterr().err
+    assert (status, refused, "int8" in stored) == ((2, True, False) if command == "tsp-layers" else (0, False, True))

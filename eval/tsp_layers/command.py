@@ -80,6 +80,10 @@ def _policy(args: argparse.Namespace, n_layers: int | None = None) -> FastKV:
         raise FastKVError(
             f"--policy {args.policy}: the advice is for layers that read none other; leave share_layers out"
         )
+    if spec.kv_dtype is not None:
+        raise FastKVError(
+            f"--policy {args.policy}: kv_dtype here is that of one policy among others: take --kv-dtype {spec.kv_dtype}"
+        )
     if not isinstance(policy, FastKV):
         raise FastKVError(f"--policy {args.policy}: has no TSP layer; give fastkv, with settings or without")
     if isinstance(policy.tsp_layer, tuple) or isinstance(policy.tsp_rate, tuple):
