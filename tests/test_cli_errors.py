@@ -646,7 +646,7 @@ OF_ONE_POLICY = {
     "--decay": ("pyramidinfer", ["0", "1.1", "x"]),
     "--floor": ("pyramidinfer", ["0", "1.1", "x"]),
     "--head-floor": ("adakv", ["-0.1", "1.1", "nan", "x"]),
-    "--head-scores": ("headkv", ["", "no/such.json", str(ARCHIVE / "config.json")]),
+    "--head-scores": ("headkv", ["", ".", "no/such.json", "/dev/full", str(ARCHIVE / "config.json")]),
     "--beta": ("headkv", ["0.9", "nan", "x"]),
     "--filter-layer": ("gemfilter", ["-1", "8", "x"]),
     "--tau": ("asl", ["0", "-1", "nan", "x"]),
