@@ -92,7 +92,7 @@ def footprint(
     shapes = _Shapes.of(model, plan, batch)
     seen = plan.n_tokens
     workspace: dict[str, int] = {}
-    steps = [shapes.decoding(slots * judged, draws)]
+    steps = [shapes.decoding(slots * judged, draws) + slots * shapes.judging(judged)]
     if plan.first_pass is not None:  # all tokens, but only the layers up to the one that chooses
         whole = _Way(
             seen, seen, seen, 0, 0, keys_first=plan.first_pass.layer == 0, online=False, least=seen, reads=False
@@ -446,6 +446,20 @@ class _Shapes:
         """Entries that a step reads of a head, at most."""
         plan = self.plan
         return plan.policy.read_budget(plan.start + plan.n_tokens + plan.max_tokens)
+
+    def judging(self, count: int) -> int:
+        """Of `count` tokens of a sequence in one step besides: K and V of each layer, and what each does not see.
+
+        The mask is one for all layers, for each query head of a KV head, and repeats a smaller one, which is made of
+        bools and zeros (kernels/row_attention.py). As if layers held everything, as those do that judge a draft's.
+        """
+        if count == 1:
+            return 0
+        recorded = len(self.plan.layers) * 2 * self.of_heads(count, self.kv_heads) // self.batch
+        entries = self.plan.start + self.plan.n_tokens + self.plan.max_tokens
+        mask = count * entries * max((self.heads // self.kv_heads + 1) * self.item, 1 + 2 * self.item)
+        mask += entries * _INDEX
+        return recorded + (mask if self.on_cpu and self.plan.layout.kv_dtype is None else 0)
 
     def decoding(self, slots: int, draws: bool) -> int:
         """A step of `slots` tokens: its MLP, or its logits, and what is drawn from them."""
