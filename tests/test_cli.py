@@ -568,7 +568,7 @@ def test_ctrl_c_before_the_first_token(run: Run, monkeypatch: pytest.MonkeyPatch
     def interrupted(*args: Any, **settings: Any) -> None:
         signal.raise_signal(signal.SIGINT)
 
-    monkeypatch.setattr("fastkv.engine.llm.load_weights", interrupted)
+    monkeypatch.setattr("fastkv.engine.loaded.load_weights", interrupted)
     assert run("a", status=130) == (130, "", "")
 
 

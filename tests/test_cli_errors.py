@@ -802,7 +802,7 @@ def test_a_fault_is_no_mistake_of_the_users(monkeypatch: pytest.MonkeyPatch, cap
 def test_a_model_that_does_not_fit(complaint: Complaint, prompt: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Said before anything is loaded, with both sizes and what to do."""
     monkeypatch.setattr("fastkv.engine.memory.available_bytes", lambda device: 2**20)
-    monkeypatch.setattr("fastkv.engine.llm.load_weights", lambda *args, **settings: pytest.fail("they are loaded"))
+    monkeypatch.setattr("fastkv.engine.loaded.load_weights", lambda *args, **settings: pytest.fail("they are loaded"))
     argv = ["--model", str(ARCHIVE), "--prompt", prompt]
     complaint(*argv, names=[ARCHIVE.name, "1.0 MiB", "smaller model"])
     complaint(*argv, "--dtype", "bfloat16", names=ARCHIVE.name)

@@ -27,7 +27,7 @@ from fastkv.console.load import load_model
 from fastkv.console.parser import guarded
 from fastkv.engine import compile as compile_module
 from fastkv.engine import compiled_row as module
-from fastkv.engine import llm as llm_module
+from fastkv.engine import loaded as loaded_module
 from fastkv.engine.compiled_row import CompiledRow
 from fastkv.engine.decode import decode_step
 from fastkv.kernels import direct, kept_code
@@ -547,7 +547,7 @@ def test_a_model_is_compiled_while_it_is_loaded(
 ) -> None:
     """With as many threads as its steps will have; the first answer waits for nothing, and the command says so."""
     monkeypatch.setattr(compile_module, "_check_compiler", lambda _: None)
-    monkeypatch.setattr(llm_module, "step_threads", lambda _: step_threads)
+    monkeypatch.setattr(loaded_module, "step_threads", lambda _: step_threads)
     llm = loaded(tiny_folder)
     assert capsys.readouterr().err.splitlines() == parts_told(1, 2, 3)
     llm.generate(PROMPT, SamplingParams(max_tokens=3, ignore_eos=True), FullKV())
