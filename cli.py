@@ -31,7 +31,7 @@ from fastkv.console.policy_text import build_policy
 from fastkv.console.prompt import Job, check_names, is_broken, read_jobs, read_prompt
 from fastkv.console.run_flags import SAMPLING_FLAGS, given_flags
 from fastkv.console.sharing import check_share_layers
-from fastkv.console.speculation import speculation_of, stream_arguments
+from fastkv.console.speculation import named_as_typed, speculation_of, stream_arguments
 from fastkv.console.summary import as_json, kernels
 from fastkv.console.tuned import tuned_policy
 from fastkv.errors import FastKVError, brief, check_integer, writable
@@ -68,9 +68,8 @@ def _run(args: argparse.Namespace) -> int:
     if args.decode_budget is not None:
         DecodeBudget(args.decode_budget)
         if document is not None:
-            raise FastKVError(
-                "--decode-budget does not go with --context or --cache, where what comes later is kept: leave it out"
-            )
+            named = "--cache" if args.context is None else "--context"
+            raise FastKVError(f"--decode-budget does not go with {named}, where what comes later is kept: leave it out")
     speculation = speculation_of(args, document is not None)
     _check_targets(args)
 
@@ -94,7 +93,8 @@ def _run(args: argparse.Namespace) -> int:
     if args.output is not None:
         status = _run_many(args, asked, jobs, params)
     elif len(jobs) == 1:
-        status = _run_one(args, asked, jobs[0], params, stream_arguments(speculation))
+        with named_as_typed(args):
+            status = _run_one(args, asked, jobs[0], params, stream_arguments(speculation))
     else:
         status = _run_in_turn(args, asked, jobs, params)
     if args.verbose:
@@ -227,7 +227,7 @@ def _run_many(args: argparse.Namespace, asked: Asked, jobs: list[Job], params: S
         limits["batch_size"] = args.batch_size
     if args.kv_memory is not None:
         limits["kv_memory"] = args.kv_memory * 2**20
-    about: dict[str, Any] = {"model": writable(args.model), "chat": args.chat}
+    about: dict[str, Any] = {"model": writable(args.model), "revision": args.revision, "chat": args.chat}
     about |= {"system": args.system, "chat_arg": args.chat_arg}
     limits["reuse_prefix"] = about["reuse_prefix"] = args.reuse_prefix  # answers depend on it, except under policy full
     try:

@@ -26,6 +26,25 @@ def cache_folder() -> Path:
     return (Path(base) if base else Path.home() / ".cache") / "fastkv"
 
 
+def is_odd(path: str | Path) -> bool:
+    """Whether what is there is no ordinary file: a pipe may be waited for for ever, and a device has no end."""
+    return os.path.exists(path) and not os.path.isfile(path)  # as methods of a Path these may raise
+
+
+def is_endless(path: str | Path) -> bool:
+    """Whether it is a device, and no terminal. Pipes are none: texts may come from a shell's `<(command)`."""
+    try:
+        if not stat.S_ISCHR(os.stat(path).st_mode):
+            return False
+        device = os.open(path, os.O_RDONLY | getattr(os, "O_NOCTTY", 0))
+    except (OSError, ValueError):  # reading it will say what is wrong
+        return False
+    try:
+        return not os.isatty(device)
+    finally:
+        os.close(device)
+
+
 def check_cache_folder() -> None:
     """FastKVError unless files can be put there."""
     folder = cache_folder()

@@ -33,7 +33,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from suite_steps import Case, Suite
+    from suite_case import Case, Suite
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -74,8 +74,9 @@ def linked() -> Iterator[None]:
 def run(argv: Sequence[str], started: float) -> None:
     args = parser().parse_args(argv)
 
+    from suite_case import Suite
     from suite_record import Record, Warnings
-    from suite_steps import ONLY_BY_NAME, STEPS, Suite
+    from suite_steps import ONLY_BY_NAME, STEPS
 
     from fastkv.engine.device import resolve_device
     from fastkv.errors import check_choice
@@ -148,7 +149,7 @@ def measure(suite: Suite, step: str, case: Case) -> None:
 def outcome(case: Case) -> tuple[str, dict[str, Any]]:
     """How a case ended, and its figures or the last lines of what went wrong."""
     import torch
-    from suite_steps import NotNeededError
+    from suite_case import NotNeededError
 
     from fastkv.errors import FastKVError
 

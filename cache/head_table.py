@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from fastkv.errors import FastKVError, brief, cut
+from fastkv.storage import is_odd
 
 Table = tuple[tuple[float, ...], ...]  # layer, then KV head
 Budgets = tuple[tuple[int, ...], ...]
@@ -40,6 +41,8 @@ def read_table(source: str | PathLike[str] | Sequence[Sequence[float]]) -> Table
 
 
 def _from_file(path: Path, where: str) -> Any:
+    if is_odd(path):
+        raise FastKVError(f"{where}: cannot be read, for it is no ordinary file", setting="head_scores")
     try:
         content = json.loads(path.read_text(encoding="utf-8-sig"))
     except OSError as error:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from fastkv.errors import FastKVError, brief, cut
+from fastkv.storage import is_odd
 
 KIND = "fastkv-share-layers"
 Sources = tuple[int, ...]  # of each layer, the one whose entries it reads: itself, or an earlier one
@@ -74,7 +75,7 @@ def read_map(source: str | PathLike[str] | Mapping[int, int]) -> LayerMap:
 
 
 def _object(path: Path, name: str) -> dict[str, Any]:
-    if path.exists() and not path.is_file():  # a pipe would be read for ever, a device without end
+    if is_odd(path):
         raise _wrong(f"{name}: cannot be read, for it is no ordinary file")
     try:
         content = json.loads(path.read_text(encoding="utf-8-sig"))

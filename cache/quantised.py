@@ -4,7 +4,8 @@ A head holds its first SINKS entries and its newest in the model's dtype, exact.
 a block and REWIND together, the oldest block of them is packed: once, and for good. So REWIND tokens at least can be
 forgotten again, and whether entries came one by one or all at once makes no difference.
 
-What stands here knows no policy: a prefill chooses among entries that are not packed yet.
+How heads of different lengths share memory stands in quantised_layouts.py. What stands here knows no policy: a prefill
+chooses among entries that are not packed yet.
 """
 
 from __future__ import annotations
@@ -16,11 +17,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from fastkv.cache.dense import DenseLayer
-from fastkv.cache.layer import EntryShape, Kept, KVLayer, LayerMemory, Part
-from fastkv.cache.model_wide import ModelWideLayer
-from fastkv.cache.per_head import PerHeadLayer
-from fastkv.errors import FastKVError
+from fastkv.cache.layer import EntryShape, Kept, LayerMemory, Part
 from fastkv.kernels.packed_attention import packed_attention
 from fastkv.kernels.packing import SCHEMES, Packed, Scheme, pack, unpack
 
@@ -29,7 +26,7 @@ REWIND = 32  # newest entries that are never packed
 
 
 @dataclass
-class _Run:
+class Run:
     """Heads of a slot that hold equally many entries.
 
     first: their first block in the slot's memory; room: blocks that each of them has. stored: entries, without those
@@ -64,11 +61,11 @@ class QuantisedLayer:
         self.capacity, self.lengths, self.starts = memory.capacity, memory.lengths, memory.starts
         self._appended, self._scheme, self._shape = memory.appended, self._its_scheme(), shape
         device, exact = memory.lengths.device, self._exact_of(memory.capacity, shape)
-        self._most = _most_exact(self._scheme)
+        self._most = most_exact(self._scheme)
         size = (n_slots, shape.n_kv_heads, exact, shape.head_dim)
         self.k, self.v = (memory.host.zeros(size, shape.dtype, device) for _ in range(2))
         self._packed = self._memory(memory)
-        self._runs: list[list[_Run]] = [self._runs_of(slot, [0] * shape.n_kv_heads, 0) for slot in range(n_slots)]
+        self._runs: list[list[Run]] = [self._runs_of(slot, [0] * shape.n_kv_heads, 0) for slot in range(n_slots)]
         self._room = [0] * n_slots
 
     @classmethod
@@ -193,12 +190,12 @@ class QuantisedLayer:
     @classmethod
     def _exact_of(cls, capacity: int, shape: EntryShape) -> int:
         """Exact entries that a head has room for."""
-        return min(capacity, _most_exact(cls._its_scheme()))
+        return min(capacity, most_exact(cls._its_scheme()))
 
     @classmethod
     def _blocks_of(cls, capacity: int, shape: EntryShape) -> int:
         """Blocks of a slot: what none of its heads holds exact."""
-        return shape.n_kv_heads * _blocks_over(capacity, cls._its_scheme())
+        return shape.n_kv_heads * blocks_over(capacity, cls._its_scheme())
 
     def _memory(self, memory: LayerMemory) -> Packed:
         return self._new_memory(memory, self._blocks_of(memory.capacity, memory.shape))
@@ -208,12 +205,12 @@ class QuantisedLayer:
         shapes = self._scheme.shapes(memory.shape.head_dim)
         return Packed(*(memory.host.zeros((*lead, *shape), dtype, device) for shape, dtype in shapes))
 
-    def _runs_of(self, slot: int, counts: Sequence[int], room: int) -> list[_Run]:
+    def _runs_of(self, slot: int, counts: Sequence[int], room: int) -> list[Run]:
         """Runs of heads that are to hold `counts` entries and `room` more; they hold none yet."""
         return [self._run(slot, slice(0, len(counts)), 0, self._packed.k.shape[1] // len(counts))]
 
-    def _run(self, slot: int, heads: slice, first: int, room: int) -> _Run:
-        return _Run(heads, first, room, self.k[slot, heads], self.v[slot, heads])
+    def _run(self, slot: int, heads: slice, first: int, room: int) -> Run:
+        return Run(heads, first, room, self.k[slot, heads], self.v[slot, heads])
 
     # --- entries ---
 
@@ -223,11 +220,11 @@ class QuantisedLayer:
         for run in self._runs[slot]:
             run.stored = -self._appended[slot]
 
-    def _push(self, slot: int, run: _Run, k: Tensor, v: Tensor) -> None:
+    def _push(self, slot: int, run: Run, k: Tensor, v: Tensor) -> None:
         """Write k and v [h, T, D] after what a run holds, and count none of them; pack what becomes too many."""
         before = self._n_exact(slot, run)
         end = before + k.shape[1]
-        more = _blocks_over(end, self._scheme)
+        more = blocks_over(end, self._scheme)
         if not more:
             run.k[:, before:end], run.v[:, before:end] = k, v
             return
@@ -240,29 +237,29 @@ class QuantisedLayer:
         for exact, new in ((run.k, k), (run.v, v)):
             exact[:, :SINKS], exact[:, SINKS : SINKS + rest] = new[:, :SINKS], new[:, old.stop :]
 
-    def _n_exact(self, slot: int, run: _Run) -> int:
+    def _n_exact(self, slot: int, run: Run) -> int:
         """Exact entries of each head, the first ones included."""
         return run.stored + self._appended[slot] - run.packed * self._scheme.block
 
-    def _attend(self, slot: int, run: _Run, rows: Tensor, n_new: int, window: int | None) -> Tensor:
+    def _attend(self, slot: int, run: Run, rows: Tensor, n_new: int, window: int | None) -> Tensor:
         """rows [h, G * T, D] -> the same shape."""
         exact = slice(self._n_exact(slot, run) + n_new)
         k, v = run.k[:, exact], run.v[:, exact]
         hidden = self._hidden(run, k.shape[1], rows.shape[1], n_new, window)
         return packed_attention(self._scheme, rows, self._blocks(slot, run), k, v, hidden)
 
-    def _blocks(self, slot: int, run: _Run) -> Packed:
+    def _blocks(self, slot: int, run: Run) -> Packed:
         """The blocks that a run has, [h, n, …]: views."""
         if run.views is None or run.views.k.shape[1] != run.packed:
             run.views = self._views(slot, run)
         return run.views
 
-    def _views(self, slot: int, run: _Run) -> Packed:
+    def _views(self, slot: int, run: Run) -> Packed:
         here = slice(run.first, run.first + run.n_heads * run.room)
         blocks = (each[slot, here].unflatten(0, (run.n_heads, run.room)) for each in self._packed)
         return Packed(*(each[:, : run.packed] for each in blocks))
 
-    def _unpacked(self, slot: int, run: _Run, new: int) -> tuple[Tensor, Tensor]:
+    def _unpacked(self, slot: int, run: Run, new: int) -> tuple[Tensor, Tensor]:
         """All entries of a run, and `new` that are not counted, in their order: k and v [1, h, n, D]."""
         n_exact, n_packed = self._n_exact(slot, run) + new, run.packed * self._scheme.block
         size = (run.n_heads, n_exact + n_packed, self._shape.head_dim)
@@ -275,7 +272,7 @@ class QuantisedLayer:
             unpack(self._scheme, self._blocks(slot, run), k[:, middle], v[:, middle])
         return k.unsqueeze(0), v.unsqueeze(0)
 
-    def _hidden(self, run: _Run, n_exact: int, n_rows: int, n_new: int, window: int | None) -> Tensor | None:
+    def _hidden(self, run: Run, n_exact: int, n_rows: int, n_new: int, window: int | None) -> Tensor | None:
         """What each of the rows, G queries for each of `n_new` tokens, does not see: see packed_attention."""
         n_packed = run.packed * self._scheme.block
         count = n_packed + n_exact
@@ -289,72 +286,13 @@ class QuantisedLayer:
         return hidden if window is None else hidden | (places <= last - window)
 
 
-class QuantisedPerHeadLayer(QuantisedLayer):
-    """Heads of different lengths: the blocks of a head, and room for those to come, follow those of the head before.
-
-    Room that one head does without is the others'; each has its own exact entries.
-    """
-
-    per_head: ClassVar[bool] = True
-
-    @classmethod
-    def _exact_of(cls, capacity: int, shape: EntryShape) -> int:
-        return min(capacity * shape.n_kv_heads, _most_exact(cls._its_scheme()))
-
-    @classmethod
-    def _blocks_of(cls, capacity: int, shape: EntryShape) -> int:
-        # At most as many as if one head had all entries: the exact ones of any head need none.
-        return _blocks_over(capacity * shape.n_kv_heads, cls._its_scheme())
-
-    def _runs_of(self, slot: int, counts: Sequence[int], room: int) -> list[_Run]:
-        runs, first = [], self._first_block(slot)
-        for head, count in enumerate(counts):
-            blocks = _blocks_over(count + room, self._scheme)
-            runs.append(self._run(slot, slice(head, head + 1), first, blocks))
-            first += blocks
-        assert first <= self._packed.k.shape[1], "more entries than a pool has room for"
-        return runs
-
-    def _first_block(self, slot: int) -> int:
-        """Where the blocks of this layer begin."""
-        return 0
-
-
-class QuantisedModelWideLayer(QuantisedPerHeadLayer):
-    """The blocks of a layer follow those of the layer before (see ModelWideLayer)."""
-
-    def __init__(self, memory: LayerMemory) -> None:
-        assert memory.before is None or isinstance(memory.before, QuantisedModelWideLayer)
-        self._before = memory.before
-        super().__init__(memory)
-
-    @classmethod
-    def _exact_of(cls, capacity: int, shape: EntryShape) -> int:
-        return _most_exact(cls._its_scheme())  # a layer may hold more than its own capacity
-
-    @classmethod
-    def _blocks_of(cls, capacity: int, shape: EntryShape) -> int:
-        return -(-capacity * shape.n_kv_heads // cls._its_scheme().block)
-
-    def _memory(self, memory: LayerMemory) -> Packed:
-        if self._before is not None:
-            return self._before._packed
-        return self._new_memory(memory, sum(self._blocks_of(each, memory.shape) for each in memory.capacities))
-
-    def _first_block(self, slot: int) -> int:
-        if self._before is None:
-            return 0
-        last = self._before._runs[slot][-1]
-        return last.first + last.room
-
-
-def _most_exact(scheme: Scheme) -> int:
+def most_exact(scheme: Scheme) -> int:
     return SINKS + scheme.block + REWIND
 
 
-def _blocks_over(count: int, scheme: Scheme) -> int:
+def blocks_over(count: int, scheme: Scheme) -> int:
     """Blocks that are packed of so many entries."""
-    return max(0, -(-(count - _most_exact(scheme)) // scheme.block))
+    return max(0, -(-(count - most_exact(scheme)) // scheme.block))
 
 
 def _kept_of(index: int, k: Tensor, v: Tensor, kept: Kept) -> Iterator[tuple[Tensor, Tensor]]:
@@ -370,43 +308,3 @@ def _kept_of(index: int, k: Tensor, v: Tensor, kept: Kept) -> Iterator[tuple[Ten
             chosen = kept.index[index, first : first + count]
             yield rows_k[chosen].unsqueeze(0), rows_v[chosen].unsqueeze(0)
             first += count
-
-
-class Int8Layer(QuantisedLayer):
-    kv_dtype: ClassVar[str | None] = "int8"
-
-
-class Int4Layer(QuantisedLayer):
-    kv_dtype: ClassVar[str | None] = "int4"
-
-
-class Int8PerHeadLayer(QuantisedPerHeadLayer):
-    kv_dtype: ClassVar[str | None] = "int8"
-
-
-class Int4PerHeadLayer(QuantisedPerHeadLayer):
-    kv_dtype: ClassVar[str | None] = "int4"
-
-
-class Int8ModelWideLayer(QuantisedModelWideLayer):
-    kv_dtype: ClassVar[str | None] = "int8"
-
-
-class Int4ModelWideLayer(QuantisedModelWideLayer):
-    kv_dtype: ClassVar[str | None] = "int4"
-
-
-_LAYOUTS: dict[type[KVLayer], dict[str, type[KVLayer]]] = {
-    DenseLayer: {"int8": Int8Layer, "int4": Int4Layer},
-    PerHeadLayer: {"int8": Int8PerHeadLayer, "int4": Int4PerHeadLayer},
-    ModelWideLayer: {"int8": Int8ModelWideLayer, "int4": Int4ModelWideLayer},
-}
-
-
-def quantised(layout: type[KVLayer], kv_dtype: str) -> type[KVLayer]:
-    """The layout that has a plain one's entries in so few bits. Raises FastKVError where there is none."""
-    if layout not in _LAYOUTS:
-        raise FastKVError(
-            f"entries in the layout {layout.__name__} stay in the model's dtype: leave kv_dtype out", setting="kv_dtype"
-        )
-    return _LAYOUTS[layout][kv_dtype]

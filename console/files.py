@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from fastkv.errors import FastKVError, writable
-from fastkv.storage import try_beside, unwritable, write_atomically
+from fastkv.storage import is_endless, is_odd, try_beside, unwritable, write_atomically
 
 
 def read_text(path: Path, setting: str) -> tuple[bytes, str]:
     """A file's bytes and its text, without a byte-order mark. Raises FastKVError where it is not there or not UTF-8."""
+    if is_endless(path):
+        raise FastKVError(f"{path}: cannot be read, for it is a device", setting=setting)
     try:
         data = path.read_bytes()
         return data, data.decode("utf-8-sig")
@@ -23,15 +25,23 @@ def read_text(path: Path, setting: str) -> tuple[bytes, str]:
 
 
 def check_readable(path: Path, setting: str) -> None:
-    """FastKVError, before the work begins, for a file that is not there or cannot be read."""
+    """FastKVError, before the work begins, for a file that is not there or cannot be read, and for what is none."""
+    check_ordinary(path, setting)
     try:
         path.open("rb").close()
     except OSError as error:
         raise FastKVError(f"{path}: cannot be read ({error.strerror})", setting=setting) from None
 
 
+def check_ordinary(path: Path, setting: str) -> None:
+    """FastKVError for a folder, pipe or device, where a file is to be read, perhaps more than once."""
+    if is_odd(path):
+        raise FastKVError(f"{path}: cannot be read, for it is no ordinary file", setting=setting)
+
+
 def read_json(path: Path, setting: str, holds: str) -> dict[str, Any]:
     """The object of a JSON file. Raises FastKVError where there is none; holds: what it is to have."""
+    check_ordinary(path, setting)
     text = read_text(path, setting)[1]
     try:
         value = json.loads(text)

@@ -17,6 +17,7 @@ from fastkv.console.jsonl import RecordFile, difference
 from fastkv.console.progress import ProgressLine
 from fastkv.console.prompt import Job
 from fastkv.console.summary import as_json
+from fastkv.console.words import counted
 from fastkv.errors import FastKVError
 
 if TYPE_CHECKING:
@@ -120,6 +121,7 @@ def run_jobs(
     policy = {"name": llm.policy.name, **llm.policy.settings(llm.config.n_layers)}
     about = {**about, "dtype": llm.model.precision, "policy": policy, "sampling": dataclasses.asdict(params)}
     about["decode_budget"] = limits.get("decode_budget")  # other answers, unlike the other limits
+    about["kv_dtype"] = llm.kv_dtype
     about["shared_layers"] = [list(pair) for pair in llm.share_layers.items()] or None
     with Records(output, about, jobs) as records, ProgressLine(sys.stderr) as line:
         todo = [job for job in jobs if job.id not in records.done]
@@ -137,11 +139,12 @@ def run_jobs(
             new_tokens += answer.metrics.new_tokens
             reused += answer.metrics.reused_tokens
             warned += fields["warning"] is not None
-            line.show(f"{count} of {len(todo)} prompts", count, len(todo))
+            line.show(f"{count:,} of {counted(len(todo), 'prompt')}", count, len(todo))
         seconds = time.perf_counter() - started
-    before = f"; {len(jobs) - len(todo):,} were there already" if len(todo) < len(jobs) else ""
+    known = len(jobs) - len(todo)
+    before = f"; {known:,} {'was' if known == 1 else 'were'} there already" if known else ""
     speed = f", {new_tokens / seconds:,.1f} tokens/s with their prompts" if todo else ""
     shared = f"; {reused:,} tokens of prompts that begin alike were read once" if reused else ""
-    answers = f"{len(todo):,} answer{'s' if len(todo) != 1 else ''}"
     warnings = f'; see "warning" in {warned:,} of them' if warned else ""
-    return f"{answers} to {output}: {new_tokens:,} tokens in {seconds:,.1f} s{speed}{shared}{warnings}{before}"
+    answers, tokens = counted(len(todo), "answer"), counted(new_tokens, "token")
+    return f"{answers} to {output}: {tokens} in {seconds:,.1f} s{speed}{shared}{warnings}{before}"

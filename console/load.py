@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import logging
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fastkv.console.parser import say
 from fastkv.console.progress import ProgressLine
 
 if TYPE_CHECKING:
@@ -26,7 +22,7 @@ def load_model(model: str | Path, threads: int | None = None, **settings: Any) -
 
     if threads is not None:
         torch.set_num_threads(threads)
-    with ProgressLine(sys.stderr) as line, _saying_what_takes_long(line):
+    with ProgressLine(sys.stderr) as line:
         return LLM(model, progress=lambda done, total: line.show(loading(done, total), done, total), **settings)
 
 
@@ -47,33 +43,6 @@ def load_by_flags(args: argparse.Namespace, policy: Policy | None) -> LLM:
         attention=args.attention,
         draft_weights=getattr(args, "draft_weights", None),
     )
-
-
-@contextmanager
-def _saying_what_takes_long(line: ProgressLine) -> Iterator[None]:
-    """Print what is compiled, which takes some ten seconds each time, but once on a machine."""
-    log = logging.getLogger("fastkv.kernels.direct")
-    printing = _Printing(line)
-    before = log.level
-    log.addHandler(printing)
-    log.setLevel(logging.INFO)
-    try:
-        yield
-    finally:
-        log.removeHandler(printing)
-        log.setLevel(before)
-
-
-class _Printing(logging.Handler):
-    """Prints to stderr, where the progress line stands."""
-
-    def __init__(self, line: ProgressLine) -> None:
-        super().__init__()
-        self._line = line
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self._line.clear()
-        say(record.getMessage())
 
 
 def loading(done: int, total: int) -> str:

@@ -11,6 +11,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
+from fastkv.console.progress import clear_line
 from fastkv.console.warnings_told import warnings_told
 from fastkv.errors import FastKVError, FaultError, brief, cut, one_line
 from fastkv.kernels.out_of_memory import COMMAND, is_out_of_memory, told
@@ -111,7 +112,11 @@ def complain(name: str, error: FastKVError, settings: Collection[str] = ()) -> i
 
 
 def say(line: str) -> None:
-    """One line on stderr, unless it is closed: then print would turn to stdout. Without a reader, nobody is told."""
+    """One line on stderr, unless it is closed: then print would turn to stdout. Without a reader, nobody is told.
+
+    A progress line makes way for it.
+    """
+    clear_line()
     if sys.stderr is not None:
         with suppress(OSError, ValueError):
             print(one_line(line, _LONGEST_LINE), file=sys.stderr)  # a file's name cannot move the cursor

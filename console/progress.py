@@ -11,6 +11,15 @@ _PATIENCE = 1.0  # seconds before a line appears: what is short shows none
 _INTERVAL = 0.1  # seconds between two updates
 
 
+_on_screen: ProgressLine | None = None
+
+
+def clear_line() -> None:
+    """Take back the line that stands on the terminal, if there is one: something else is to be written there."""
+    if _on_screen is not None:
+        _on_screen.clear()
+
+
 class ProgressLine:
     """A context manager, at whose end the line is gone. Silent unless `stream` is a terminal.
 
@@ -21,7 +30,6 @@ class ProgressLine:
         self._stream = stream if stream is not None and stream.isatty() else None
         self._began, self._done_before = time.monotonic(), done
         self._next = self._began + _PATIENCE
-        self._shown = False
 
     def show(self, text: str, done: int, total: int, note: str = "") -> None:
         """Show `text`, the time left and a note. Where `done` is 0, the time is counted from here."""
@@ -33,13 +41,15 @@ class ProgressLine:
         fresh = done - self._done_before
         left = f", {clock((now - self._began) * (total - done) / fresh)} left" if fresh > 0 else ""
         self._write(f"{text}{left}{note}")
-        self._next, self._shown = now + _INTERVAL, True
+        global _on_screen
+        self._next, _on_screen = now + _INTERVAL, self
 
     def clear(self) -> None:
         """Take the line back, so that something else can be written."""
-        if self._shown:
+        global _on_screen
+        if _on_screen is self:
+            _on_screen = None
             self._write("")
-            self._shown = False
 
     def __enter__(self) -> ProgressLine:
         return self

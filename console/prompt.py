@@ -12,6 +12,7 @@ from typing import Any
 
 from fastkv.console.jsonl import read_objects
 from fastkv.errors import FastKVError
+from fastkv.storage import is_endless
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,8 @@ def read_prompt(name: str, flag: str = "--prompt", *, whole: bool = False) -> st
     source = "standard input" if name == "-" else name
     if name == "-" and sys.stdin is None:
         raise FastKVError(f"{flag} {source}: is closed")
+    if name != "-" and is_endless(name):
+        raise FastKVError(f"{flag} {source}: cannot be read, for it is a device; - reads standard input")
     try:
         data = sys.stdin.buffer.read() if name == "-" else Path(name).read_bytes()
     except OSError as error:

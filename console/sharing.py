@@ -6,7 +6,11 @@ import argparse
 from collections.abc import Sequence
 
 from fastkv.cache.layer_map import read_map
+from fastkv.console.parser import flag_of
+from fastkv.console.words import counted
 from fastkv.errors import FastKVError
+
+_REFUSED = ("context", "cache", "save_cache", "lossless", "speculation", "decode_budget", "kv_dtype", "reuse_prefix")
 
 
 def check_share_layers(args: argparse.Namespace) -> None:
@@ -14,16 +18,9 @@ def check_share_layers(args: argparse.Namespace) -> None:
     if args.share_layers is None:
         return
     read_map(args.share_layers)
-    others = {
-        "--context, --cache or --save-cache": args.context or args.cache or args.save_cache,
-        "--lossless or --speculation": args.lossless or args.speculation,
-        "--decode-budget": args.decode_budget,
-        "--kv-dtype": args.kv_dtype,
-        "--reuse-prefix": args.reuse_prefix,
-    }
-    for other, given in others.items():
-        if given:
-            raise FastKVError(f"does not go with {other}: leave one of them out", setting="share_layers")
+    for other in _REFUSED:
+        if getattr(args, other):
+            raise FastKVError(f"does not go with {flag_of(other)}: leave one of them out", setting="share_layers")
 
 
 def shared_rows(pairs: Sequence[tuple[int, int]]) -> list[tuple[str, str]]:
@@ -31,4 +28,5 @@ def shared_rows(pairs: Sequence[tuple[int, int]]) -> list[tuple[str, str]]:
     if not pairs:
         return []
     told = ", ".join(f"{reader} reads {source}" for reader, source in pairs)
-    return [("shared", f"{len(pairs)} layers store no entries of their own: {told}")]
+    stores = "stores no entries of its own" if len(pairs) == 1 else "store no entries of their own"
+    return [("shared", f"{counted(len(pairs), 'layer')} {stores}: {told}")]

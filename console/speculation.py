@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
+from fastkv.console.words import counted
 from fastkv.engine.speculation.figures import KINDS, Speculated, Speculation
 from fastkv.errors import FastKVError, check_choice
 
@@ -46,7 +49,8 @@ def speculation_of(args: argparse.Namespace, of_document: bool) -> Speculation |
     flag = "--lossless" if args.lossless else "--speculation"
     others = {
         "--output, which is for several prompts": args.output is not None,
-        "--context or --cache": of_document,
+        "--context": of_document and args.context is not None,
+        "--cache": of_document and args.cache is not None,
         "--decode-budget": args.decode_budget is not None,
         "--report": args.report is not None and kind == "self",
     }
@@ -54,6 +58,17 @@ def speculation_of(args: argparse.Namespace, of_document: bool) -> Speculation |
         if given:
             raise FastKVError(f"{flag} does not go with {other}: leave one of them out")
     return speculation
+
+
+@contextmanager
+def named_as_typed(args: argparse.Namespace) -> Iterator[None]:
+    """Complaints about speculation are about --lossless, where that was typed."""
+    try:
+        yield
+    except FastKVError as error:
+        if not args.lossless or error.setting != "speculation":
+            raise
+        raise type(error)(str(error), setting="lossless", prompt=error.prompt) from None
 
 
 def stream_arguments(speculation: Speculation | None) -> dict[str, Any]:
@@ -69,12 +84,13 @@ def speculation_rows(told: Speculated | None) -> list[tuple[str, str]]:
         return []
     label = "lossless" if told.kind == "self" else "ngram"
     rate, each = told.acceptance, told.tokens_per_verification
+    plain, drafted = counted(told.plain_steps, "plain step"), counted(told.drafted_tokens, "drafted token")
     if rate is None or each is None:
-        text = f"nothing drafted, {told.plain_steps:,} plain steps"
+        text = f"nothing drafted, {plain}"
     else:
         text = (
-            f"{told.accepted_tokens:,} of {told.drafted_tokens:,} drafted tokens accepted ({100 * rate:.0f} %), "
-            f"{each:.1f} tokens a verification, {told.plain_steps:,} plain steps"
+            f"{told.accepted_tokens:,} of {drafted} accepted ({100 * rate:.0f} %), "
+            f"{each:.1f} tokens a verification, {plain}"
         )
     if told.speed_up is not None:
         text += f", {told.speed_up:.2f} times as fast as plain steps"

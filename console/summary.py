@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from fastkv.console.parser import flag_of
 from fastkv.console.sharing import shared_rows
 from fastkv.console.speculation import speculation_rows
+from fastkv.console.words import counted
 from fastkv.engine.output import LOW_ATTENTION, Metrics, Output, RunInfo
 
 if TYPE_CHECKING:
@@ -72,7 +73,7 @@ def figures(output: Output) -> Rows:
         ("decode", _tokens(metrics.new_tokens) + ("" if speed is None else f", {speed:,.1f} tokens/s")),
         (
             "KV kept",
-            f"{metrics.kv_entries:,} of {metrics.kv_full_entries:,} entries"
+            f"{metrics.kv_entries:,} of {_entries(metrics.kv_full_entries)}"
             f" ({_percent(metrics.kv_entries, metrics.kv_full_entries)}); allocated, with room for the answer,"
             f" {_mebibytes(metrics.kv_bytes)} of {_mebibytes(metrics.kv_full_bytes)}",
         ),
@@ -93,7 +94,7 @@ def figures(output: Output) -> Rows:
 def context_figures(llm: LLM, session: Session, said: str) -> Rows:
     """What a session holds, as (label, text) rows. said: what follows the number of its tokens."""
     count, full = len(session.ids), len(session.ids) * llm.config.n_layers * llm.config.n_kv_heads
-    kept = f"{session.kv_entries:,} of {full:,} entries ({_percent(session.kv_entries, full)})"
+    kept = f"{session.kv_entries:,} of {_entries(full)} ({_percent(session.kv_entries, full)})"
     return [
         ("policy", f"{session.policy.name}, on {llm.device} in {llm.model.precision}{_entries_in(llm.kv_dtype)}"),
         ("context", f"{_tokens(count)} {said}"),
@@ -163,7 +164,11 @@ def _peak_of(run: RunInfo) -> str:
 
 
 def _tokens(count: int) -> str:
-    return f"{count:,} token{'s' if count != 1 else ''}"
+    return counted(count, "token")
+
+
+def _entries(count: int) -> str:
+    return counted(count, "entry", "entries")
 
 
 def _percent(part: int, whole: int) -> str:
@@ -196,7 +201,7 @@ def session_figures(session: Session, config: ModelConfig, last: Output | None) 
     share = f" ({_percent(session.kv_entries, full)})" if full else ""
     rows = [
         ("tokens", f"{n_tokens:,} of the {config.context_length:,} that the model takes"),
-        ("KV kept", f"{session.kv_entries:,} of {full:,} entries{share}, {_mebibytes(session.kv_bytes)}"),
+        ("KV kept", f"{session.kv_entries:,} of {_entries(full)}{share}, {_mebibytes(session.kv_bytes)}"),
     ]
     if last is None:
         return rows

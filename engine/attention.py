@@ -19,7 +19,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from fastkv.cache.layer import Part
 from fastkv.engine.merged_attention import merged_attention, why_not_merged
 from fastkv.errors import FastKVError, check_choice
-from fastkv.kernels.row_attention import chosen_way, of_last_tokens, two_rows_are_faster
+from fastkv.kernels.row_attention import CausalMasks, chosen_way, of_last_tokens, two_rows_are_faster
 
 BACKENDS = {
     "cudnn": SDPBackend.CUDNN_ATTENTION,
@@ -133,12 +133,19 @@ def without_cudnn(device: torch.device) -> AbstractContextManager[None]:
     return sdpa_kernel(_WITHOUT_CUDNN, set_priority=True) if device.type == "cuda" else nullcontext()
 
 
-def attend_last(q: Tensor, k: Tensor, v: Tensor, window: int | None = None, live: Tensor | None = None) -> Tensor:
+def attend_last(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    window: int | None = None,
+    live: Tensor | None = None,
+    masks: CausalMasks | None = None,
+) -> Tensor:
     """The queries of the last T of n entries attend causally to all entries before and to one another.
 
     q: [B, Hq, T, D], k and v: [B, Hkv, n, D]. live: int64 [B, Hkv, 1, 1], live entries of each head, the last T of
-    them those of the queries (None: all n). window: of these each query sees only the nearest.
-    -> [B, Hq, T, D].
+    them those of the queries (None: all n). window: of these each query sees only the nearest. masks: those of this
+    step's other layers. -> [B, Hq, T, D].
     """
     n_new, n_entries = q.shape[2], k.shape[2]
     if live is None and window is not None and n_entries > window + n_new - 1:
@@ -154,7 +161,7 @@ def attend_last(q: Tensor, k: Tensor, v: Tensor, window: int | None = None, live
         return F.scaled_dot_product_attention(q, k, v, attn_mask=causal_lower_right(n_new, n_entries), enable_gqa=True)
     if live is None and q.device.type == "cpu" and n_new <= _FEW:
         rows = q.reshape(q.shape[0], k.shape[1], -1, q.shape[3])
-        return of_last_tokens(rows, k, v, n_new, window).view(q.shape)
+        return of_last_tokens(rows, k, v, n_new, window, masks).view(q.shape)
     if live is None:
         return _in_blocks(n_entries - n_new, q, k, v, window)
     steps = [  # a few tokens of sequences of different lengths: one after the other
@@ -229,24 +236,30 @@ def take_tokens(attended: Tensor, indices: Tensor) -> Tensor:
 
 
 def attend_parts(
-    parts: Sequence[Part], q: Tensor, window: int | None = None, indices: Tensor | None = None, n_new: int = 0
+    parts: Sequence[Part],
+    q: Tensor,
+    window: int | None = None,
+    indices: Tensor | None = None,
+    n_new: int = 0,
+    masks: CausalMasks | None = None,
 ) -> Tensor:
     """Attention over what a layer's storage gave out, part by part: q [B, Hq, T, D] -> the same shape.
 
     The queries are those of the last T entries of every head; or, of the last `n_new`, those at `indices` int64 [B, T].
+    masks: see attend_last.
     """
     if len(parts) == 1 and indices is None:
         part = parts[0]
         if q.shape[2] == 1 and window is None and part.live is None:  # the usual step of one token
             return decode_attention(q, part.k, part.v)
-        return attend_last(q, part.k, part.v, window, part.live)
+        return attend_last(q, part.k, part.v, window, part.live, masks)
     attended = torch.empty_like(q)
     group = q.shape[1] // max([part.heads.stop or part.k.shape[1] for part in parts])
     for part in parts:
         heads = part.heads if part.heads.start is None else slice(part.heads.start * group, part.heads.stop * group)
         queries = q[part.sequences, heads]
         if indices is None:
-            attended[part.sequences, heads] = attend_last(queries, part.k, part.v, window, part.live)
+            attended[part.sequences, heads] = attend_last(queries, part.k, part.v, window, part.live, masks)
         else:
             chosen = indices[part.sequences] + (part.k.shape[2] - n_new)
             merges = window is None and q.shape[2] > 1 and why_not_merged(group, q.shape[3], q.dtype, q.device) is None

@@ -21,7 +21,7 @@ from fastkv.cache.dense import DenseLayer
 from fastkv.cache.layer import EntryShape
 from fastkv.cache.pool import KVPool
 from fastkv.engine.attention import attend_parts, without_cudnn
-from fastkv.kernels.row_attention import two_rows_are_faster
+from fastkv.kernels.row_attention import CausalMasks, two_rows_are_faster
 
 Windows = Sequence[int | None]  # the sliding window of each layer, in tokens
 
@@ -40,6 +40,7 @@ class EagerAttention:
         self._pool, self._runs, self.n_new, self._windows = pool, runs, n_new, windows
         self.shared = pool.shared  # see there
         self._places = list(map(pool.places, runs, [n_new] * len(runs)))
+        self._masks = CausalMasks() if n_new > 1 else None
 
     @property
     def is_one_row(self) -> bool:
@@ -67,13 +68,13 @@ class EagerAttention:
             storage.write(self._runs[0], k, v, self._places[0][layer])
             if self._pool.layout.kv_dtype is not None:
                 return storage.attend(self._runs[0], q, window)
-            return attend_parts(storage.read(self._runs[0], self.n_new), q, window)
+            return attend_parts(storage.read(self._runs[0], self.n_new), q, window, masks=self._masks)
         attended, first = [], 0
         for run, places in zip(self._runs, self._places, strict=True):
             part = slice(first, first + len(run))
             storage.write(run, k[part], v[part], places[layer])
             if self._pool.layout.kv_dtype is None:
-                attended.append(attend_parts(storage.read(run, self.n_new), q[part], window))
+                attended.append(attend_parts(storage.read(run, self.n_new), q[part], window, masks=self._masks))
             else:
                 attended.append(storage.attend(run, q[part], window))
             first = part.stop

@@ -19,7 +19,7 @@ from fastkv.cache.kv_cache import KVCache
 from fastkv.cache.layer import KVLayer
 from fastkv.cache.model_wide import ModelWideLayer
 from fastkv.cache.pool import bucket
-from fastkv.cache.quantised import QuantisedModelWideLayer
+from fastkv.cache.quantised_layouts import QuantisedModelWideLayer
 from fastkv.engine.graph import GraphError
 from fastkv.engine.memory import start_peak
 from fastkv.engine.plan import RequestPlan

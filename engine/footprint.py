@@ -24,6 +24,7 @@ from fastkv.engine.output_norms import tokens_at_a_time
 from fastkv.engine.plan import RequestPlan
 from fastkv.engine.probe import ProbePlan
 from fastkv.engine.projection import chunks
+from fastkv.engine.speculation.lookup import lookup_bytes
 from fastkv.kernels.int8 import floats_at_a_time
 from fastkv.kernels.packing import SCHEMES, scratch
 from fastkv.models.config import ModelConfig
@@ -81,15 +82,17 @@ def footprint(
     slots: int = 1,
     draws: bool = False,
     judged: int = 1,
+    looks_up: bool = False,
 ) -> Footprint:
     """Of a prefill of `batch` sequences and of the steps of `slots` that decode together, whose caches are `cache`.
 
-    draws: whether any token is drawn at random. judged: tokens of a sequence that one step may take.
+    draws: whether any token is drawn at random. judged: tokens of a sequence that one step may take. looks_up: whether
+    the text drafts, of which a copy is held then (engine/speculation/lookup.py), on the host.
     """
     shapes = _Shapes.of(model, plan, batch)
     seen = plan.n_tokens
     workspace: dict[str, int] = {}
-    steps = [shapes.decoding(slots * judged, draws)]
+    steps = [shapes.decoding(slots * judged, draws) + slots * shapes.judging(judged)]
     if plan.first_pass is not None:  # all tokens, but only the layers up to the one that chooses
         whole = _Way(
             seen, seen, seen, 0, 0, keys_first=plan.first_pass.layer == 0, online=False, least=seen, reads=False
@@ -105,6 +108,8 @@ def footprint(
         _grow(workspace, shapes.probing_buffers(plan.probe.longest))
         steps.append(shapes.probing(plan.probe))
     lists = shapes.lists(model)
+    if looks_up and shapes.on_cpu:
+        lists += lookup_bytes(plan.start + plan.n_tokens + plan.max_tokens)
     if plan.evicts is not None:
         lists += slots * shapes.sums(plan.evicts)
         steps.append(shapes.evicting(plan.evicts))
@@ -442,6 +447,20 @@ class _Shapes:
         """Entries that a step reads of a head, at most."""
         plan = self.plan
         return plan.policy.read_budget(plan.start + plan.n_tokens + plan.max_tokens)
+
+    def judging(self, count: int) -> int:
+        """Of `count` tokens of a sequence in one step besides: K and V of each layer, and what each does not see.
+
+        The mask is one for all layers, for each query head of a KV head, and repeats a smaller one, which is made of
+        bools and zeros (kernels/row_attention.py). As if layers held everything, as those do that judge a draft's.
+        """
+        if count == 1:
+            return 0
+        recorded = len(self.plan.layers) * 2 * self.of_heads(count, self.kv_heads) // self.batch
+        entries = self.plan.start + self.plan.n_tokens + self.plan.max_tokens
+        mask = count * entries * max((self.heads // self.kv_heads + 1) * self.item, 1 + 2 * self.item)
+        mask += entries * _INDEX
+        return recorded + (mask if self.on_cpu and self.plan.layout.kv_dtype is None else 0)
 
     def decoding(self, slots: int, draws: bool) -> int:
         """A step of `slots` tokens: its MLP, or its logits, and what is drawn from them."""

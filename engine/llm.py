@@ -1,4 +1,7 @@
-"""LLM: a loaded model with its tokenizer and policy. The engine's front door; holds no state of any request."""
+"""LLM: a loaded model with its tokenizer and policy. The engine's front door; holds no state of any request.
+
+How it is loaded stands in loaded.py, how a request is checked in checked.py.
+"""
 
 from __future__ import annotations
 
@@ -6,75 +9,46 @@ import dataclasses
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from os import PathLike
-from pathlib import Path
-from typing import Any, NoReturn, overload
+from typing import Any, overload
 
 import torch
 from torch import Tensor
 
 from fastkv.cache.decode_budget import DecodeBudget
 from fastkv.cache.kv_cache import KVCache, check_cache
-from fastkv.cache.layer import EntryShape
-from fastkv.cache.layer_map import Sources
-from fastkv.cache.policies import FastKV, FullKV
 from fastkv.cache.policy import Policy
-from fastkv.cache.pool import bytes_of
-from fastkv.engine.attention import check_backend
 from fastkv.engine.batch import DEFAULT_BATCH_SIZE, Batch, run_batch
-from fastkv.engine.compile import compile_layers
+from fastkv.engine.checked import CheckedRequests
 from fastkv.engine.decode import decode_step
-from fastkv.engine.decode_batch import capacities_of, layout_of
-from fastkv.engine.device import resolve_device, resolve_dtype
-from fastkv.engine.footprint import Footprint, footprint
+from fastkv.engine.footprint import footprint
 from fastkv.engine.generation import Generation
-from fastkv.engine.loading import load_parts
-from fastkv.engine.memory import check_fits, explain_out_of_memory, raise_if_out_of_memory
+from fastkv.engine.memory import explain_out_of_memory, raise_if_out_of_memory
 from fastkv.engine.output import Output
-from fastkv.engine.plan import RequestPlan, plan_request, position_limit
+from fastkv.engine.plan import plan_request, position_limit
 from fastkv.engine.prefill import Prefill, prefill
 from fastkv.engine.prefix import check_reuse, share
-from fastkv.engine.prefix_store import PrefixStore, continued
-from fastkv.engine.process import check_process, has_model, process_for_model
+from fastkv.engine.prefix_store import continued
 from fastkv.engine.request import (
-    Request,
     Sizes,
-    answer_length,
-    check_request_fits,
     check_sessions,
     id_tensor,
     is_batch,
     params_of_each,
     step_tensor,
 )
-from fastkv.engine.runtime import Runtime
 from fastkv.engine.sampler import SamplingParams
 from fastkv.engine.session import DEFAULT_POLICY, Session
 from fastkv.engine.session_file import read_session
-from fastkv.engine.shared_layers import check_alike, pairs_of, sources_of
-from fastkv.engine.speculation.asking import drafted_by_model, drafted_from_text
 from fastkv.engine.speculation.figures import Speculation
 from fastkv.engine.turn import Turn
-from fastkv.errors import FastKVError, brief, check_choice, check_integer, check_switch, writable
-from fastkv.kernels.out_of_memory import LOADING, REQUEST
-from fastkv.kernels.packing import KV_DTYPES
-from fastkv.kernels.threads import as_many, step_threads
-from fastkv.models.checkpoint import stored_dtype
-from fastkv.models.config import ModelConfig
-from fastkv.models.hub import model_folder
-from fastkv.models.llama import Llama
-from fastkv.models.presets import PRESETS
+from fastkv.errors import FastKVError, check_integer, check_switch
+from fastkv.kernels.out_of_memory import REQUEST
 from fastkv.models.text.chat import ChatIds
-from fastkv.models.text.tokenizer import Tokenizer
-from fastkv.models.tying import settled_config
-from fastkv.models.weights import in_int8, int8_bytes, load_weights, random_weights
-
-LOAD_FORMATS = ("auto", "dummy")
-WEIGHTS = ("int8",)
 
 
-class LLM:
+class LLM(CheckedRequests):
     """A model that generates text.
 
     model: a local folder, or a hub id that is downloaded. policy: None means FastKV() for this model. dtype: "auto"
@@ -101,171 +75,6 @@ class LLM:
 
     Raises FastKVError for a folder that cannot be loaded and for settings that do not fit; nothing is loaded then.
     """
-
-    config: ModelConfig
-    tokenizer: Tokenizer | None
-
-    @explain_out_of_memory(LOADING)
-    def __init__(
-        self,
-        model: str | Path,
-        *,
-        policy: Policy | None = None,
-        dtype: str = "auto",
-        weights: str | None = None,
-        kv_dtype: str | None = None,
-        share_layers: str | PathLike[str] | Mapping[int, int] | None = None,
-        device: str | torch.device = "auto",
-        revision: str | None = None,
-        load_format: str = "auto",
-        cuda_graph: bool = True,
-        compile: bool = False,
-        attention: str = "auto",
-        prefix_cache: int = 0,
-        draft_weights: str | None = None,
-        progress: Callable[[int, int], None] | None = None,
-    ) -> None:
-        _check_arguments(model, revision, load_format, weights, progress)
-        if draft_weights is not None:
-            check_choice("draft_weights", draft_weights, WEIGHTS)
-            if weights is not None:
-                raise FastKVError("the weights are int8 already: leave one of them out", setting="draft_weights")
-        for name, switch in (("cuda_graph", cuda_graph), ("compile", compile)):
-            check_switch(name, switch)
-        check_integer("prefix_cache", prefix_cache, 0)
-        self._prefixes = PrefixStore(prefix_cache) if prefix_cache else None
-        self._check_kv_dtype(kv_dtype)
-        target = resolve_device(device)
-        self._process = process_for_model(target)
-        dummy = load_format == "dummy"
-        folder = self._folder = Path(model) if dummy and model in PRESETS else model_folder(model, revision)
-        if writable(str(folder)) != str(folder):
-            raise FastKVError(f"{folder}: the libraries that read models take no such name; rename it, or link to it")
-        self.config = PRESETS[str(model)] if dummy and model in PRESETS else ModelConfig.from_pretrained(folder)
-        self.policy = FastKV() if policy is None else policy
-        self._sources: Sources = ()
-        self.kv_dtype = kv_dtype
-        sources = self._sources_of(share_layers)
-        torch_dtype = resolve_dtype(dtype, self.config.dtype or ("float32" if dummy else stored_dtype(folder)), target)
-        if not dummy:
-            self.config = settled_config(self.config, folder, torch_dtype)
-        parts = load_parts(self.config, None if dummy else folder, torch_dtype, weights, target)
-        if draft_weights is not None and weights is None:
-            parts["weights of drafts"] = int8_bytes(self.config)
-        advice = "take a smaller model, a device with more memory, --dtype bfloat16 or --weights int8"
-        check_fits(f"the model {folder.name}", parts, target, advice)
-        # Only now are the sizes known to be those of a model that there is room for.
-        heads = (self.config.n_heads, self.config.n_kv_heads)
-        check_backend(attention, heads, self.config.head_dim, torch_dtype, target)
-        self.tokenizer = Tokenizer.from_pretrained(folder, self.config)
-        if dummy:
-            self._model = random_weights(self.config, torch_dtype, target, weights=weights)
-        else:
-            self._model = load_weights(self.config, folder, torch_dtype, target, progress, weights, settled=True)
-        has_model()
-        check_alike(self._model, sources)
-        self._sources = sources
-        self._prepare(cuda_graph, compile, attention, draft_weights)
-
-    def _prepare(self, cuda_graph: bool, compile: bool, attention: str, draft_weights: str | None) -> None:
-        """Make what requests share."""
-        drafting = self._model if draft_weights is None else in_int8(self._model)
-        models = [self._model] if drafting is self._model else [self._model, drafting]
-        if compile:
-            for model in models:
-                compile_layers(model)
-        self._device = self._model.device
-        self._entry = EntryShape(self.config.n_kv_heads, self.config.head_dim, self._model.dtype)
-        largest = max(self._model.blocks[0].parameters(), key=Tensor.numel)
-        cuda_graph = cuda_graph and self._device.type == "cuda"
-        threads = step_threads(largest)
-        self._runtime, self._drafting = (
-            Runtime(each, cuda_graph, attention, threads) for each in (self._model, drafting)
-        )
-        for model in models:
-            if model.row is not None:
-                with as_many(threads):
-                    model.row.prepare()
-
-    @property
-    def policy(self) -> Policy:
-        """The policy of requests that bring none. Setting one that does not fit the model raises FastKVError."""
-        return self._policy
-
-    @policy.setter
-    def policy(self, policy: Policy) -> None:
-        self._policy = self._checked_policy(policy)
-
-    @property
-    def kv_dtype(self) -> str | None:
-        """In what the entries of a request are stored that begins: "int8", "int4", or None, the model's dtype.
-
-        A session goes on as it began. Setting another one raises FastKVError, and so does one that prefix_cache, or an
-        odd number of channels, does not go with.
-        """
-        return self._kv_dtype
-
-    @kv_dtype.setter
-    def kv_dtype(self, kv_dtype: str | None) -> None:
-        self._check_kv_dtype(kv_dtype)
-        if kv_dtype == "int4" and self.config.head_dim % 2:
-            raise FastKVError(
-                f"int4 stores channels in pairs, and the model's head_dim is {self.config.head_dim}; take int8",
-                setting="kv_dtype",
-            )
-        self._kv_dtype = kv_dtype
-
-    def _check_kv_dtype(self, kv_dtype: Any) -> None:
-        if kv_dtype is None:
-            return
-        check_choice("kv_dtype", kv_dtype, KV_DTYPES)
-        if self._prefixes is not None:
-            raise FastKVError("prefix_cache keeps exact entries: leave it or kv_dtype out", setting="kv_dtype")
-
-    @property
-    def share_layers(self) -> Any:
-        """Which layers of a request that begins read an earlier layer's entries: {reader: source}.
-
-        Setting it takes what LLM(share_layers=…) takes. A cache goes on as it began. Raises FastKVError for a map that
-        is none, or another model's, and where prefix_cache is on. Sessions, speculation, a decode_budget, kv_dtype and
-        the policies that plan_request names do not go with it; each request that has one raises FastKVError.
-        """
-        return dict(pairs_of(self._sources))
-
-    @share_layers.setter
-    def share_layers(self, share_layers: Any) -> None:
-        sources = self._sources_of(share_layers)
-        check_alike(self._model, sources)
-        self._sources = sources
-
-    def _sources_of(self, share_layers: Any) -> Sources:
-        sources = sources_of(share_layers, self.config.n_layers, self._folder)
-        if sources and self._prefixes is not None:
-            self._refuse_shared("prefix_cache")
-        return sources
-
-    def _refuse_shared(self, what: str) -> NoReturn:
-        raise FastKVError(f"share_layers does not go with {what}: leave one of the two out", setting="share_layers")
-
-    @property
-    def model(self) -> Llama:
-        """The network itself, for those who want to look into it."""
-        return self._model
-
-    @property
-    def device(self) -> torch.device:
-        return self._model.device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self._model.dtype
-
-    def free_buffers(self) -> None:
-        """Let go of the memory that requests hand to one another, and of what `prefix_cache` keeps."""
-        self._runtime.buffers.clear()
-        self._drafting.buffers.clear()
-        if self._prefixes is not None:
-            self._prefixes.clear()
 
     @overload
     def generate(
@@ -418,9 +227,10 @@ class LLM:
         if speculation is None and draft_tokens is not None:
             raise FastKVError("draft_tokens is for speculation: leave it out, or say which", setting="draft_tokens")
         if speculation is not None:
-            return self._speculating(
-                prompt, params, policy, Speculation(speculation, draft_tokens), budget, called_at, keep_selection
-            )
+            asked = Speculation(speculation, draft_tokens)
+            request = self._speculating(prompt, params, policy, asked, budget, keep_selection)
+            drafting = self._drafting if asked.kind == "self" else None
+            return Generation(self._runtime, self.tokenizer, request, called_at, keep_selection, drafting=drafting)
         request = self._request(prompt, params, policy, decode_budget=budget)
         whole = request.turn is None and budget is None and request.plan.is_exact
         store = self._prefixes if whole and not keep_selection else None
@@ -428,40 +238,6 @@ class LLM:
             with explain_out_of_memory(REQUEST):
                 request = continued(self._runtime, request, store)
         return Generation(self._runtime, self.tokenizer, request, called_at, keep_selection, store)
-
-    def _speculating(
-        self,
-        prompt: Any,
-        params: SamplingParams | None,
-        policy: Policy | None,
-        speculation: Speculation,
-        budget: DecodeBudget | None,
-        called_at: float,
-        keep_selection: bool,
-    ) -> Generation:
-        """The stream of a request whose tokens are drafted."""
-        for refused, what in (
-            (isinstance(prompt, Turn), "the turn of a session"),
-            (budget is not None, "decode_budget"),
-            (keep_selection and speculation.kind == "self", "keep_selection, which would show what drafts see"),
-        ):
-            if refused:
-                raise FastKVError(f"speculation does not go with {what}: leave it out", setting="speculation")
-        if self._sources:
-            self._refuse_shared("speculation")
-        by_model = speculation.kind == "self"
-        drafts = self.policy if policy is None else self._checked_policy(policy)
-        request = self._request(prompt, params, FullKV() if by_model else policy)
-        if by_model:
-            room = position_limit(self.config, drafts, request.plan.n_tokens) - request.plan.n_tokens
-            if 0 < room < request.max_tokens and request.params.max_tokens is None:  # nobody asked for so many
-                request = self._request(prompt, dataclasses.replace(request.params, max_tokens=room), FullKV())
-            drafts = drafts.covering(getattr(prompt, "tail", 0), request.plan.n_tokens)
-            request = drafted_by_model(self._runtime, self._drafting, request, drafts, speculation, self._told)
-        else:
-            request = drafted_from_text(self._runtime, request, speculation)
-        drafting = self._drafting if by_model else None
-        return Generation(self._runtime, self.tokenizer, request, called_at, keep_selection, drafting=drafting)
 
     def session(self, policy: Policy | None = None, *, system: str | None = None) -> Session:
         """A conversation, or a document to ask many things of: see Session.
@@ -578,154 +354,6 @@ class LLM:
             raise_if_out_of_memory(error, REQUEST, handled)
             raise
         return logits if torch.as_tensor(token_ids).dim() == 2 else logits[:, 0]
-
-    def _check_process(self) -> None:
-        check_process(self._process, self._device, self._runtime.step_threads)
-
-    @explain_out_of_memory(REQUEST)
-    def _request(
-        self,
-        prompt: str | list[int] | Turn,
-        params: SamplingParams | None,
-        policy: Policy | None,
-        fitting: set[Sizes] | None = None,
-        decode_budget: DecodeBudget | None = None,
-    ) -> Request:
-        """A checked request. fitting: sizes of requests of the same list for which memory is known to suffice."""
-        if os.getpid() != self._process:
-            self._check_process()
-        params = SamplingParams() if params is None else params
-        if not isinstance(params, SamplingParams):
-            raise FastKVError(f"params must be SamplingParams, not {type(params).__name__}")
-        turn = prompt if isinstance(prompt, Turn) else None
-        if turn is not None and turn.owner.model is not self._model:
-            raise FastKVError(
-                "this turn is of a session of another LLM, whose entries mean nothing here: give it to that one; "
-                "Session.save and load_session take a session to another LLM of the same model",
-                setting="prompt",
-            )
-        ids = self._turn_ids(prompt) if isinstance(prompt, Turn) else self._token_ids(prompt)
-        policy = turn.working_policy if turn is not None else policy
-        policy = self.policy if policy is None else self._checked_policy(policy)
-        policy = policy.covering(getattr(prompt, "tail", 0), ids.shape[1])
-        past, evicts = None if turn is None else turn.held.snapshot, decode_budget is not None
-        if turn is not None and self._sources:
-            self._refuse_shared("sessions")
-        if turn is not None and evicts:
-            raise FastKVError(
-                "a session keeps what comes later whole: leave decode_budget out", setting="decode_budget"
-            )
-        n_before = 0 if past is None else past.position
-        limit = position_limit(self.config, policy, ids.shape[1], past, evicts)
-        max_tokens = answer_length(self.config, params, ids.shape[1], limit, n_before, evicts)
-        sizes = ids.shape[1], max_tokens, self.dtype, limit
-        ways: dict[str, Any] = {"kv_dtype": self.kv_dtype, "shared": self._sources}
-        plan = plan_request(self.config, policy, *sizes, past, self._told, decode_budget, **ways)
-        request = Request(ids, params, plan, self._eos_ids(params, getattr(prompt, "ends", frozenset())), turn)
-        if fitting is None or request.sizes not in fitting:
-            slot, draws = self._slot_bytes(request), params.temperature > 0
-            kept = plan.nbytes if turn is not None and turn.keep else 0  # what the session then holds, beside the slot
-            self._check_fits(plan, footprint(self._model, plan, slot + kept, draws=draws))
-        if fitting is not None:
-            fitting.add(request.sizes)
-        return request
-
-    def _slot_bytes(self, request: Request) -> int:
-        """Bytes of the slot that a request is given if it is alone."""
-        return bytes_of(layout_of([request]), capacities_of([request]), request.plan.shape)
-
-    def _check_fits(self, plan: RequestPlan, needed: Footprint, pool: bool = True) -> None:
-        """FastKVError where memory is too little. pool: whether the slots of earlier requests can be used again."""
-        reusable = self._runtime.buffers.reusable(needed.cache if pool else 0, needed.workspace)
-        check_request_fits(self._model, plan, needed, reusable)
-
-    def _request_of(
-        self,
-        index: int,
-        prompt: Any,
-        params: Any,
-        policy: Policy,
-        fitting: set[Sizes],
-        decode_budget: DecodeBudget | None,
-    ) -> Request:
-        """A request of a list: what is wrong with it is told with its place there."""
-        try:
-            return self._request(prompt, params, policy, fitting, decode_budget)
-        except FastKVError as error:
-            message = f"prompt {index} of the list: {error}"
-            raise FastKVError(message, setting=error.setting, prompt=index) from error
-
-    def _token_ids(self, prompt: str | Sequence[int] | Tensor) -> Tensor:
-        """int64 [1, N], on the host."""
-        if isinstance(prompt, str):
-            encoded = self._required_tokenizer().encode(prompt, self.config.context_length) if prompt else []
-            return torch.tensor([self._checked_encoding(encoded)])
-        ids = id_tensor(prompt, self.config.vocab_size)
-        if ids.shape[0] != 1:
-            raise FastKVError("generate and stream take a list of prompts, not a tensor of several; prefill does")
-        # The caller may write to a tensor of his own later, and a stream reads its prompt later; prefix_cache for good.
-        return ids.cpu().clone()
-
-    def _turn_ids(self, turn: Turn) -> Tensor:
-        """int64 [1, N], on the host: what a turn's session has not read yet, and the prompt."""
-        prompt, waiting = turn.prompt, turn.held.waiting
-        if isinstance(prompt, str) and prompt and turn.held.ids:
-            encoded = self._required_tokenizer().encode(prompt, self.config.context_length, begins=False)
-            ids = torch.tensor([self._checked_encoding(encoded)])
-        else:
-            ids = self._token_ids(prompt)
-        return torch.cat((torch.tensor([waiting], dtype=torch.int64), ids), dim=1) if waiting else ids
-
-    def _required_tokenizer(self) -> Tokenizer:
-        if self.tokenizer is None:
-            raise FastKVError(f"{self._folder}: no tokenizer.json and no tokenizer.model, so text cannot be read")
-        return self.tokenizer
-
-    def _told(self, text: str) -> list[int]:
-        """Token ids of what a policy tells the model; none where it has no tokenizer."""
-        if self.tokenizer is None or not text:
-            return []
-        return self._checked_encoding(self.tokenizer.encode(text, begins=False))
-
-    def _checked_encoding(self, ids: list[int]) -> list[int]:
-        """What the tokenizer made of a text: not empty, and known to the model."""
-        if not ids:
-            raise FastKVError("the prompt is empty", setting="prompt")
-        if max(ids) >= self.config.vocab_size:
-            raise FastKVError(
-                f"{self._folder}: the tokenizer gives token id {max(ids)}, but the model's vocabulary has "
-                f"{self.config.vocab_size}; the two do not belong together"
-            )
-        return ids
-
-    def _checked_policy(self, policy: Policy) -> Policy:
-        if not isinstance(policy, Policy):
-            raise FastKVError(f"policy must be a policy such as FastKV() or FullKV(), not {brief(policy)}")
-        policy.validate(self.config.n_layers, self.config.n_kv_heads)
-        return policy
-
-    def _eos_ids(self, params: SamplingParams, ends: frozenset[int] = frozenset()) -> frozenset[int]:
-        """The ids that end an answer. ends: those of its chat."""
-        asked = {*params.stop_token_ids}
-        if self.tokenizer is not None:  # a special token is no part of the text, where its string could be found
-            asked.update(i for i in map(self.tokenizer.special_id, params.stop) if i is not None)
-        if params.ignore_eos:
-            return frozenset(asked)
-        own = self.tokenizer.eos_ids if self.tokenizer else frozenset(self.config.eos_token_ids)
-        return own | ends | asked
-
-
-def _check_arguments(model: Any, revision: Any, load_format: Any, weights: Any, progress: Any) -> None:
-    """FastKVError for an argument of LLM that is of no use, before anything is looked up."""
-    if not isinstance(model, (str, PathLike)):
-        raise FastKVError(f"model must be a folder or a hub id like org/name, not {brief(model)}")
-    if revision is not None and not isinstance(revision, str):
-        raise FastKVError(f"revision must be a text, not {brief(revision)}", setting="revision")
-    if progress is not None and not callable(progress):
-        raise FastKVError(f"progress must be a function, not {brief(progress)}")
-    check_choice("load_format", load_format, LOAD_FORMATS)
-    if weights is not None:
-        check_choice("weights", weights, WEIGHTS)
 
 
 def _finish(generation: Generation) -> Output:

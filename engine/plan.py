@@ -20,7 +20,7 @@ from fastkv.cache.per_head import PerHeadLayer
 from fastkv.cache.policies.full import FullKV
 from fastkv.cache.policy import FirstPass, LayerPlan, Policy, drops_tokens, plan_layers
 from fastkv.cache.pool import KVPool, bytes_of, round_up
-from fastkv.cache.quantised import quantised
+from fastkv.cache.quantised_layouts import quantised
 from fastkv.cache.reader import Index, IndexSizes, Reader
 from fastkv.engine.probe import Encode, ProbePlan, plan_probe
 from fastkv.engine.shared_layers import held_at_most

@@ -35,7 +35,7 @@ from fastkv.engine.turn import Held
 from fastkv.errors import FastKVError, brief
 from fastkv.models.config import ModelConfig
 from fastkv.models.llama import Llama
-from fastkv.storage import replacing, unwritable
+from fastkv.storage import is_odd, replacing, unwritable
 
 FORMAT = "fastkv-session"
 VERSION = "1"  # of what stands in the file
@@ -60,7 +60,7 @@ def write_session(path: str | os.PathLike[str], model: Llama, saved: Saved) -> N
         header, tensors = _header_of(model, saved), _tensors_of(model.config, saved)
     except FastKVError as error:
         raise FastKVError(f"{target}: the session cannot be saved: {error}", setting=WRITE) from None
-    if os.path.exists(target) and not os.path.isfile(target):  # as methods of a Path these may raise
+    if is_odd(target):
         raise FastKVError(f"{target}: is there and no ordinary file; name another one", setting=WRITE)
     try:
         with replacing(target) as file:
@@ -72,7 +72,7 @@ def write_session(path: str | os.PathLike[str], model: Llama, saved: Saved) -> N
 def read_session(path: str | os.PathLike[str], model: Llama) -> Saved:
     """See LLM.load_session."""
     source = _path(path, READ)
-    if os.path.exists(source) and not os.path.isfile(source):
+    if is_odd(source):
         raise FastKVError(f"{source}: cannot be read, for it is no ordinary file", setting=READ)
     try:
         file = TensorFile(source)

@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     from fastkv.engine.llm import LLM
 
 
+_STORED = ("kv_dtype", "share_layers")  # of a spec: how entries are stored, which is no setting of its policy
+
+
 @dataclass(frozen=True)
 class PolicySpec:
     """A policy of a run. label: all its settings, as `--policy` takes them; it is the policy's name in the records.
@@ -34,8 +37,8 @@ class PolicySpec:
     share_layers: str | None = None
 
 
-def parse_policies(texts: list[str], n_layers: int | None = None) -> list[PolicySpec]:
-    """The policies of a command line; with `n_layers`, checked against a model of so many.
+def parse_policies(texts: list[str], n_layers: int | None = None, kv_dtype: str | None = None) -> list[PolicySpec]:
+    """The policies of a command line; with `n_layers`, checked against a model of so many. kv_dtype: see check_twin.
 
     Raises FastKVError for an unknown policy, a setting it does not have, a value out of range, and one named twice.
     """
@@ -47,7 +50,7 @@ def parse_policies(texts: list[str], n_layers: int | None = None) -> list[Policy
             spec = PolicySpec(writable(text), build_policy(name, settings), **stored)
             if n_layers is not None:
                 spec.policy.validate(n_layers)
-            check_twin(spec, found)
+            check_twin(spec, found, kv_dtype)
         except FastKVError as error:
             raise FastKVError(f"--policy {cut(text, 200)}: {error}") from None
         found.append(spec)
@@ -72,19 +75,43 @@ def _take_map(settings: dict[str, Any]) -> str | None:
 
 @contextmanager
 def stored_as(llm: LLM, spec: PolicySpec) -> Iterator[None]:
-    """Requests that begin meanwhile store their entries as a spec says. FastKVError for another model's map."""
+    """Requests that begin meanwhile store their entries as a spec says.
+
+    FastKVError for another model's map. A complaint about what the spec says of it names the spec, and not a flag.
+    """
     before = llm.kv_dtype, llm.share_layers
     try:
         llm.kv_dtype = before[0] if spec.kv_dtype is None else spec.kv_dtype
         llm.share_layers = before[1] if spec.share_layers is None else spec.share_layers
         yield
+    except FastKVError as error:
+        if error.setting not in _STORED or getattr(spec, error.setting) is None:
+            raise
+        raise type(error)(f"--policy {cut(spec.title or spec.label, 200)}: {error}") from None
     finally:
         llm.kv_dtype, llm.share_layers = before
 
 
-def check_twin(spec: PolicySpec, others: list[PolicySpec]) -> None:
-    """FastKVError where one of the others is the very same policy."""
-    own = spec.policy, spec.kv_dtype, spec.share_layers
-    twin = next((one for one in others if (one.policy, one.kv_dtype, one.share_layers) == own), None)
+def check_stored(llm: LLM, spec: PolicySpec, length: int, max_tokens: int) -> None:
+    """FastKVError unless entries can be stored as a spec, or the model, says: by a request that never runs."""
+    if spec.kv_dtype is None and spec.share_layers is None and llm.kv_dtype is None:
+        return
+    from fastkv.engine.sampler import SamplingParams
+
+    with stored_as(llm, spec):
+        llm.stream([0] * length, SamplingParams(max_tokens=max_tokens), spec.policy)
+
+
+def check_twin(spec: PolicySpec, others: list[PolicySpec], kv_dtype: str | None = None) -> None:
+    """FastKVError where one of the others is the very same policy. kv_dtype: of entries of which a spec says nothing.
+
+    Layers are compared by what a file says of them, wherever it is.
+    """
+
+    def of(one: PolicySpec) -> tuple[object, ...]:
+        pairs = () if one.share_layers is None else read_map(one.share_layers).pairs
+        return one.policy, one.kv_dtype or kv_dtype, pairs
+
+    twin = next((one for one in others if of(one) == of(spec)), None)
     if twin is not None:
         raise FastKVError(f"is the same policy as {cut(twin.title or twin.label, 200)}; leave one of them out")

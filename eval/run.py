@@ -18,6 +18,7 @@ from fastkv.console.load import load_model
 from fastkv.console.machine import fingerprint, machine
 from fastkv.console.parser import DONE, INTERRUPTED, say
 from fastkv.console.progress import ProgressLine
+from fastkv.console.words import counted
 from fastkv.engine.llm import LLM
 from fastkv.errors import FastKVError, writable
 from fastkv.eval.policy_spec import PolicySpec, parse_policies
@@ -35,10 +36,10 @@ DEFAULT_EXAMPLES = 5
 def run(args: argparse.Namespace) -> int:
     """Run the tasks and print the tables, also of a run that is interrupted; the exit status."""
     texts = args.policy or DEFAULT_POLICIES
-    labels = [spec.label for spec in parse_policies(texts)]  # before the model is loaded
+    labels = [spec.label for spec in parse_policies(texts, kv_dtype=args.kv_dtype)]  # before the model is loaded
     llm, folder = load(args)
     plan = plan_of(args, llm.config.context_length)
-    results, missing = ask(args, llm, folder, plan, parse_policies(texts, llm.config.n_layers))
+    results, missing = ask(args, llm, folder, plan, parse_policies(texts, llm.config.n_layers, args.kv_dtype))
     status = conclude(args, render(results.records, labels), missing)
     if args.plots is not None:
         from fastkv.eval.plots import draw_plots
@@ -100,7 +101,8 @@ class Asker(Protocol):
 def collect(args: argparse.Namespace, runner: Asker, results: Results, total: int, notes: Iterable[str] = ()) -> None:
     """Let a runner answer what is missing of `total` records, with a progress line; Ctrl-C ends it early."""
     resumed = (
-        f"{args.output}: continues after {results.resumed} records" + " (the last line was cut off)" * results.torn
+        f"{args.output}: continues after {counted(results.resumed, 'record')}"
+        + " (the last line was cut off)" * results.torn
     )
     tell(args, *notes, *([resumed] if results.resumed else ()))
     scores: dict[str, list[float]] = {}
@@ -162,7 +164,7 @@ def conclude(args: argparse.Namespace, tables: str, missing: int) -> int:
     """Print the tables, and a word on a run that is not complete; the exit status."""
     print(tables, end="", flush=True)
     kept = f"the same command continues in {args.output}" if args.output else "nothing was kept: there is no --output"
-    tell(args, *[f"interrupted with {missing} answers to go: {kept}"] * bool(missing))
+    tell(args, *[f"interrupted with {counted(missing, 'answer')} to go: {kept}"] * bool(missing))
     return INTERRUPTED if missing else DONE
 
 

@@ -18,7 +18,7 @@ from fastkv.errors import FastKVError
 from fastkv.eval.boundary import question_start
 from fastkv.eval.conversation import Conversation
 from fastkv.eval.example import Draw, Example, Slot, Task
-from fastkv.eval.policy_spec import PolicySpec, stored_as
+from fastkv.eval.policy_spec import PolicySpec, check_stored, stored_as
 from fastkv.eval.results import MEASURED, Record, Results
 from fastkv.models.config import ModelConfig
 
@@ -152,7 +152,8 @@ class Runner:
             lengths = plan.lengths if task.has_length else (self._room(task),)
             for length, spec in product(lengths, specs):
                 self._check_room(task, length, spec.policy)
-                self._check_map(task, length, spec)
+                self._check_map(spec)
+                check_stored(llm, spec, length, plan.answer_tokens(task))
         for task in plan.tasks:
             for own_or_length in plan.lengths_of(task):
                 self.question(Slot(task.name, own_or_length, plan.depths[0] if task.has_depth else None, 0))
@@ -238,14 +239,10 @@ class Runner:
         policies = [spec.policy for spec in self._specs]
         return longest_prompt(self._llm.config, policies, self._plan.answer_tokens(task))
 
-    def _check_map(self, task: Task, length: int, spec: PolicySpec) -> None:
-        """FastKVError unless layers can read others as a spec says, in this model and under its policy."""
-        if spec.share_layers is None:
-            return
-        if self._question_after:
+    def _check_map(self, spec: PolicySpec) -> None:
+        """FastKVError for layers that read others, where the question comes later."""
+        if self._question_after and spec.share_layers is not None:
             raise FastKVError("share_layers, which a policy has, does not go with it", setting="question_after")
-        with stored_as(self._llm, spec):  # a request that is checked, and never runs
-            self._llm.stream([0] * length, SamplingParams(max_tokens=self._plan.answer_tokens(task)), spec.policy)
 
     def _check_room(self, task: Task, length: int, policy: Policy) -> None:
         """FastKVError unless a prompt of `length` tokens and its answer fit under this policy."""

@@ -62,13 +62,35 @@ def ways_of(n_rows: int) -> dict[str, RowAttention]:
     return ways if n_rows > 1 else {**ways, "twice": _twice}
 
 
-def of_last_tokens(rows: Tensor, k: Tensor, v: Tensor, count: int, window: int | None = None) -> Tensor:
+class CausalMasks:
+    """The masks of `of_last_tokens` in one step: its layers mostly have as many entries, and share one.
+
+    The latest is held of each window, for layers with and without one may take turns.
+    """
+
+    def __init__(self) -> None:
+        self._latest: dict[int | None, Tensor] = {}
+
+    def of(self, rows: Tensor, n_entries: int, count: int, window: int | None) -> Tensor:
+        """[G T, n], for rows [B, Hkv, G T, D] of `count` tokens, T, over n entries, of a layer with this window."""
+        mask = self._latest.get(window)
+        if mask is None or mask.shape[1] != n_entries:
+            self._latest.pop(window, None)  # not both at once
+            mask = causal_mask(count, n_entries, rows, window).repeat(rows.shape[2] // count, 1)
+            self._latest[window] = mask
+        return mask
+
+
+def of_last_tokens(
+    rows: Tensor, k: Tensor, v: Tensor, count: int, window: int | None = None, masks: CausalMasks | None = None
+) -> Tensor:
     """The queries of the last `count` of n entries, T, each over the entries up to its own, or the nearest `window`.
 
     rows [B, Hkv, G T, D], the tokens of a query head after one another; k and v [B, Hkv, n, D]. -> [B, Hkv, G T, D].
     torch's attention of a few queries reads K and V once for each query head, or holds all weights; this once.
+    masks: of the step, where there are more layers.
     """
-    mask = causal_mask(count, k.shape[2], rows, window).repeat(rows.shape[2] // count, 1)
+    mask = (CausalMasks() if masks is None else masks).of(rows, k.shape[2], count, window)
     return F.scaled_dot_product_attention(rows, k, v, attn_mask=mask)
 
 

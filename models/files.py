@@ -6,17 +6,14 @@ import hashlib
 from pathlib import Path
 
 from fastkv.errors import FastKVError
+from fastkv.storage import is_odd
 
 _SAMPLE = 1 << 16  # bytes of a large file that are read, at each of its ends
 
 
 def check_ordinary(path: Path) -> None:
-    """FastKVError for what is there and is no ordinary file: a pipe would be read for ever, a device without end."""
-    try:
-        odd = path.exists() and not path.is_file()
-    except OSError:  # reading it will say what is wrong
-        return
-    if odd:
+    """FastKVError for what is there and is no ordinary file."""
+    if is_odd(path):
         raise FastKVError(f"{path}: cannot be read, for it is no ordinary file; fetch it again")
 
 

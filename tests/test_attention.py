@@ -10,8 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastkv import LLM, FullKV
 from fastkv.engine import attention as module
 from fastkv.engine.attention import AUTO, causal_attention
+from fastkv.kernels import row_attention
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 
@@ -118,3 +120,19 @@ def test_a_cudnn_that_fails_is_not_asked_again(
     ]
     module._chosen_kernels(q, k, v, AUTO)
     assert len(caplog.records) == 1
+
+
+@pytest.mark.parametrize("windows", [[None] * 6, [None, 20] * 3], ids=["alike", "taking turns"])
+def test_the_mask_of_a_step_is_made_once(
+    tiny_llm: LLM, windows: list[int | None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a few tokens, for all layers that hold as many entries; and it is the one that each layer needs."""
+    cache = tiny_llm.prefill(list(range(3, 63)), FullKV(), max_tokens=20).cache
+    monkeypatch.setattr(type(tiny_llm.config), "windows", property(lambda _: tuple(windows)))
+    ids, made, real = torch.tensor([[5, 6, 7, 8]]), [], row_attention.causal_mask
+    monkeypatch.setattr(row_attention, "causal_mask", lambda *of: made.append(of[1]) or real(*of))
+    together = tiny_llm.decode(cache, ids)
+    assert made == [64] + [20 + 3] * (windows[1] is not None)  # where only the nearest are looked at
+    cache.truncate(4)
+    one_by_one = torch.stack([tiny_llm.decode(cache, ids[:, place]) for place in range(4)], dim=1)
+    torch.testing.assert_close(together, one_by_one, atol=1e-4, rtol=1e-4)

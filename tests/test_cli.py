@@ -336,11 +336,14 @@ def test_lossless_is_the_answer_of_the_full_cache_and_is_told(run: Run) -> None:
     ("argv", "named"),
     [
         (["--lossless", "--speculation", "ngram"], "--speculation ngram"),
-        (["--lossless", "--output", "out.jsonl"], "--output"),
-        (["--speculation", "ngram", "--context", "c.txt"], "--context"),
+        (["--lossless", "--output", "out.jsonl"], "error: --lossless does not go with --output"),
+        (["--speculation", "ngram", "--context", "c.txt"], "error: --speculation does not go with --context:"),
+        (["--lossless", "--context", "c.txt"], "error: --lossless does not go with --context:"),
         (["--lossless", "--decode-budget", "64"], "--decode-budget"),
         (["--speculation", "ngram", "--draft-weights", "int8"], "--draft-weights"),
-        (["--lossless", "--policy", "full"], "draft_weights"),
+        (["--lossless", "--policy", "full"], "error: --lossless: policy full keeps all entries"),
+        (["--speculation", "self", "--policy", "full"], "error: --speculation: policy full keeps all entries"),
+        (["--speculation", "ngram", "--policy", "quest"], "error: --speculation: speculation ngram does not go with"),
     ],
 )
 def test_what_speculation_does_not_go_with(
@@ -565,7 +568,7 @@ def test_ctrl_c_before_the_first_token(run: Run, monkeypatch: pytest.MonkeyPatch
     def interrupted(*args: Any, **settings: Any) -> None:
         signal.raise_signal(signal.SIGINT)
 
-    monkeypatch.setattr("fastkv.engine.llm.load_weights", interrupted)
+    monkeypatch.setattr("fastkv.engine.loaded.load_weights", interrupted)
     assert run("a", status=130) == (130, "", "")
 
 

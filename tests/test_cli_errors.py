@@ -646,7 +646,7 @@ OF_ONE_POLICY = {
     "--decay": ("pyramidinfer", ["0", "1.1", "x"]),
     "--floor": ("pyramidinfer", ["0", "1.1", "x"]),
     "--head-floor": ("adakv", ["-0.1", "1.1", "nan", "x"]),
-    "--head-scores": ("headkv", ["", "no/such.json", str(ARCHIVE / "config.json")]),
+    "--head-scores": ("headkv", ["", ".", "no/such.json", "/dev/full", str(ARCHIVE / "config.json")]),
     "--beta": ("headkv", ["0.9", "nan", "x"]),
     "--filter-layer": ("gemfilter", ["-1", "8", "x"]),
     "--tau": ("asl", ["0", "-1", "nan", "x"]),
@@ -803,7 +803,7 @@ def test_a_fault_is_no_mistake_of_the_users(monkeypatch: pytest.MonkeyPatch, cap
 def test_a_model_that_does_not_fit(complaint: Complaint, prompt: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Said before anything is loaded, with both sizes and what to do."""
     monkeypatch.setattr("fastkv.engine.memory.available_bytes", lambda device: 2**20)
-    monkeypatch.setattr("fastkv.engine.llm.load_weights", lambda *args, **settings: pytest.fail("they are loaded"))
+    monkeypatch.setattr("fastkv.engine.loaded.load_weights", lambda *args, **settings: pytest.fail("they are loaded"))
     argv = ["--model", str(ARCHIVE), "--prompt", prompt]
     complaint(*argv, names=[ARCHIVE.name, "1.0 MiB", "smaller model"])
     complaint(*argv, "--dtype", "bfloat16", names=ARCHIVE.name)

@@ -43,7 +43,7 @@ def test_fastkv_run_reads_and_writes_them(run: Run, archive_folder: Path) -> Non
     status, _, err = run(main, *flags, "--output", f"{NAME}.jsonl")
     assert (status, err[:30]) == (0, f"1 answer to {SHOWN}.jsonl: 2 to"[:30])
     assert json.loads(Path(f"{NAME}.jsonl").read_text("utf-8"))["id"] == f"{SHOWN}.txt"
-    assert run(main, *flags, "--output", f"{NAME}.jsonl")[2].endswith("1 were there already\n")
+    assert run(main, *flags, "--output", f"{NAME}.jsonl")[2].endswith("1 was there already\n")
 
 
 def test_fastkv_eval_reads_and_writes_them(run: Run, archive_folder: Path) -> None:
@@ -61,7 +61,7 @@ def test_fastkv_eval_reads_and_writes_them(run: Run, archive_folder: Path) -> No
     for _ in range(2):
         status, out, err = run(evaluate, *model, *asked, *task)
         assert (status, f"headkv:head_scores={SHOWN}.json" in out) == (0, True)
-    assert err == f"{SHOWN}2.jsonl: continues after 1 records\n"
+    assert err == f"{SHOWN}2.jsonl: continues after 1 record\n"
 
 
 @pytest.mark.parametrize(

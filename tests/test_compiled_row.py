@@ -24,9 +24,10 @@ from fastkv.cache.policies import FastKVAda
 from fastkv.cache.policy import Policy
 from fastkv.cache.pool import KVPool
 from fastkv.console.load import load_model
+from fastkv.console.parser import guarded
 from fastkv.engine import compile as compile_module
 from fastkv.engine import compiled_row as module
-from fastkv.engine import llm as llm_module
+from fastkv.engine import loaded as loaded_module
 from fastkv.engine.compiled_row import CompiledRow
 from fastkv.engine.decode import decode_step
 from fastkv.kernels import direct, kept_code
@@ -546,14 +547,65 @@ def test_a_model_is_compiled_while_it_is_loaded(
 ) -> None:
     """With as many threads as its steps will have; the first answer waits for nothing, and the command says so."""
     monkeypatch.setattr(compile_module, "_check_compiler", lambda _: None)
-    monkeypatch.setattr(llm_module, "step_threads", lambda _: step_threads)
-    llm = load_model(tiny_folder, dtype="float32", device="cpu", compile=True)
-    told = [f"compiling for this machine, once (part {number})" for number in (1, 2, 3)]
-    assert capsys.readouterr().err.splitlines() == told
+    monkeypatch.setattr(loaded_module, "step_threads", lambda _: step_threads)
+    llm = loaded(tiny_folder)
+    assert capsys.readouterr().err.splitlines() == parts_told(1, 2, 3)
     llm.generate(PROMPT, SamplingParams(max_tokens=3, ignore_eos=True), FullKV())
     assert len(compiler) == 3
-    load_model(tiny_folder, dtype="float32", device="cpu", compile=True)
+    loaded(tiny_folder)
     assert capsys.readouterr().err == ""
+
+
+def loaded(folder: Path) -> LLM:
+    """As a command loads it."""
+    found: list[LLM] = []
+    guarded("test", lambda: found.append(load_model(folder, dtype="float32", device="cpu", compile=True)))
+    return found[0]
+
+
+def parts_told(*numbers: int) -> list[str]:
+    return [f"compiling for this machine, once (part {number})" for number in numbers]
+
+
+@pytest.mark.parametrize("later", ["drafts that are judged", "a longer cache"])
+def test_a_command_says_what_is_compiled_later(
+    later: str, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A pause of ten seconds and more is told, whenever it is: not only while the model is loaded."""
+    monkeypatch.setattr(compile_module, "_check_compiler", lambda _: None)
+    llm = loaded(tiny_folder)
+    capsys.readouterr()
+    if later == "a longer cache":
+        monkeypatch.setattr(module, "_SHORT", 6)
+    how = {"speculation": "ngram"} if later == "drafts that are judged" else {}
+    params = SamplingParams(max_tokens=JUDGED + 1, ignore_eos=True)
+    guarded("test", lambda: llm.generate(PROMPT, params, FullKV(), **how) and None)
+    expected = parts_told(4, 5, 6) if how else parts_told(4, 5)  # before the first attention nothing depends on length
+    assert capsys.readouterr().err.splitlines() == expected
+    llm.generate(PROMPT, params, FullKV(), **how)
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("kind", ["ngram", "self"])
+def test_no_step_that_judges_is_compiled_anew_at_the_end_of_an_answer(
+    kind: str, tiny_llm: LLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The cache has no room for as many tokens there; fewer would wait for the compiler once more."""
+    vocabulary, counts = tiny_llm.config.vocab_size, set()
+
+    def logits(hidden: Tensor, *_: Any) -> Tensor:
+        counts.add(hidden.shape[1])
+        return torch.zeros(1, hidden.shape[1], vocabulary)
+
+    monkeypatch.setattr(tiny_llm.model, "row", SimpleNamespace(prepare=lambda *_: None, logits=logits))
+    monkeypatch.setattr(tiny_llm.model, "between", lambda *_: pytest.fail("a step that nothing was prepared for"))
+    policy = FullKV() if kind == "ngram" else FastKV(kv_len=64)
+    for count in range(JUDGED + 1, JUDGED + 5):
+        params = SamplingParams(max_tokens=count, ignore_eos=True)
+        for drafted in (1, 2, 3, None):
+            out = tiny_llm.generate(PROMPT, params, policy, speculation=kind, draft_tokens=drafted)
+            assert len(out.token_ids) == count
+    assert counts == {1, JUDGED}
 
 
 # --- attention by the fastest way ---

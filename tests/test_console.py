@@ -254,6 +254,22 @@ def test_no_progress_without_a_terminal(now: list[float], stream: io.StringIO | 
     assert stream is None or stream.getvalue() == ""
 
 
+def test_a_progress_line_makes_way_for_what_is_said(now: list[float], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where others say it: a warning, or that something is compiled, in the middle of what the line tells of."""
+    stream = Terminal()
+    monkeypatch.setattr(sys, "stderr", stream)
+    with ProgressLine(stream) as line:
+        now[0] = 5.0
+        line.show("1 of 2", 1, 2)
+        say("a warning")
+        assert stream.getvalue().endswith("\r\x1b[Ka warning\n")
+        say("another")
+        assert stream.getvalue().endswith("a warning\nanother\n")
+        now[0] = 10.0
+        line.show("2 of 2", 2, 2)
+    assert stream.getvalue().endswith("2 of 2, 0 s left\x1b[K\r\x1b[K")
+
+
 def test_a_long_progress_line_does_not_wrap(now: list[float], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "20")
     stream = Terminal()

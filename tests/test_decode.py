@@ -118,9 +118,9 @@ def test_neighbours_are_attended_to_together(
     counted: list[int] = []
     attend = decode_attention.attend_parts
 
-    def count(parts: Sequence[Part], *rest: Any) -> Tensor:
+    def count(parts: Sequence[Part], *rest: Any, **named: Any) -> Tensor:
         counted.append(len(parts))
-        return attend(parts, *rest)
+        return attend(parts, *rest, **named)
 
     slots = torch.tensor(list(made))
     for step in range(3):

@@ -507,6 +507,10 @@ def test_a_run_that_is_interrupted_writes_no_page(
         ("--model {model} --task longbench", "--task: task must be one of"),
         ("--model {model} --task archive --kv-retention 0", "--kv-retention 0: must be above 0 and below 1"),
         ("--model {model} --task archive --kv-retention 0.1 1", "--kv-retention 1: must be above 0 and below 1"),
+        (
+            "--model {model} --task archive --read-retention 0.2 --kv-dtype int8",
+            "--read-retention compares entries in",
+        ),
         ("--model {model} --task archive --read-retention 0.2 1", "--read-retention 1: must be above 0 and below 1"),
         ("--model {model} --task archive --read-retention 0.2 --kv-retention 0.2", "not allowed with"),
         ("--model {model} --task archive --kv-retention nan", "--kv-retention nan: must be"),

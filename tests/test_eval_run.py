@@ -13,6 +13,7 @@ import pytest
 
 from fastkv import LLM, FastKVError, Metrics, Output, RunInfo, SamplingParams
 from fastkv.cache.policy import Policy
+from fastkv.eval.cli import main
 from fastkv.eval.example import Example, Slot
 from fastkv.eval.policy_spec import parse_policies
 from fastkv.eval.results import Results
@@ -289,3 +290,24 @@ def test_a_policy_s_entries_may_have_fewer_bits(archive_llm: LLM, monkeypatch: p
     assert archive_llm.kv_dtype is None
     with pytest.raises(FastKVError, match=r"full:kv_dtype=int2: kv_dtype must be one of int8, int4"):
         parse_policies(["full:kv_dtype=int2"])
+    with pytest.raises(FastKVError, match=r"is the same policy as full;"):
+        parse_policies(["full", "full:kv_dtype=int8"], kv_dtype="int8")
+    parse_policies(["full", "full:kv_dtype=int8"], kv_dtype="int4")
+
+
+@pytest.mark.parametrize("command", [["--task", "archive"], ["turns"], ["compare", "--task", "archive"]])
+@pytest.mark.parametrize("from_flag", [True, False])
+def test_a_kv_dtype_that_does_not_go_is_named_as_it_was_typed(
+    command: list[str], from_flag: bool, archive_folder: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """And found before the first question is put to the policy before it."""
+    policy, flags = ("quest", ["--kv-dtype", "int8"]) if from_flag else ("quest:kv_dtype=int8", [])
+    policies = ["--policy", "fastkv"] * (command[0] != "compare") + ["--policy", policy]
+    length = ["--length", "512", "--examples", "1", "--quiet"]
+    assert main([*command, "--model", str(archive_folder), *length, *policies, *flags]) == 2
+    named = "--kv-dtype: " if from_flag else "--policy quest:kv_dtype=int8: "
+    said = capfd.readouterr()
+    assert said.out == ""
+    assert said.err.startswith(f"fastkv-eval: error: {named}")
+    assert "whose steps look up single entries" in said.err
+    assert len(said.err.splitlines()) == 1

@@ -21,6 +21,7 @@ from fastkv.cache.policies import FastKV, FullKV, GemFilter, SnapKV
 from fastkv.cache.policy import Policy
 from fastkv.engine import footprint as module
 from fastkv.engine.batch import slots_that_fit
+from fastkv.engine.decode import decode_step
 from fastkv.engine.footprint import Footprint, footprint
 from fastkv.engine.loading import load_parts, load_peak
 from fastkv.engine.plan import plan_request, position_limit
@@ -214,3 +215,21 @@ def test_scores_that_decide_how_many_are_counted(models: dict[str, LLM], name: s
     policy = POLICIES[name](keep_mass=0.99, keep_mass_by=by)  # type: ignore[call-arg]
     said, alive = both(models[shape], policy, 1100)
     assert 0.95 * alive < said.total < 1.2 * alive, (said, alive)
+
+
+@pytest.mark.parametrize("shape", ["wide", "narrow", "short dtype"])
+@pytest.mark.parametrize("count", [2, 17])
+def test_what_judges_drafts_is_counted(models: dict[str, LLM], shape: str, count: int) -> None:
+    """A step of a few tokens over many entries: what they do not see is the most of it, made once for all layers."""
+    llm, n_tokens = models[shape], 2000
+    cache = llm.prefill([7] * n_tokens, FullKV(), max_tokens=20).cache
+    plan = plan_request(llm.config, FullKV(), n_tokens, 20, llm.dtype, llm.config.context_length)
+    shapes = module._Shapes.of(llm.model, plan, 1)
+    entries: list[tuple[Tensor, Tensor]] = []
+    alive = Alive(llm.model)
+    alive.before |= {each.untyped_storage()._cdata for layer in cache.layers for each in (layer.k, layer.v)}
+    with alive:
+        decode_step(llm.model, cache, torch.full((1, count), 7), entries)
+    said = shapes.judging(count) + shapes.decoding(count, draws=False)
+    assert 0.8 * alive.peak < said < 1.5 * alive.peak, (said, alive.peak)
+    assert shapes.judging(1) == 0

@@ -13,7 +13,10 @@ from typing import Any
 import pytest
 
 from fastkv import LLM, FastKV, FullKV, SamplingParams, SnapKV
+from fastkv.cache.catalogue import SETTINGS
 from fastkv.cli import main
+from fastkv.cli_flags import build_parser
+from fastkv.console.run_flags import SAMPLING_FLAGS
 
 Run = Callable[..., tuple[int, str, str]]
 TEXTS = {
@@ -109,7 +112,7 @@ def test_a_stopped_run_goes_on(run: Run, monkeypatch: pytest.MonkeyPatch) -> Non
     status, _, err = run(*files(), "--output", "out.jsonl")
     assert status == 0
     assert "2 answers" in err
-    assert "1 were there already" in err
+    assert "1 was there already" in err
     assert asked == [2]
     assert {name: r["token_ids"] for name, r in records().items()} == {n: r["token_ids"] for n, r in whole.items()}
     before = Path("out.jsonl").read_bytes()
@@ -224,7 +227,11 @@ def test_broken_lists_of_prompts(run: Run, text: str | bytes, named: str) -> Non
         (["--policy", "full"], 'policy name "fastkv", not "full"'),
         (["--decode-budget", "64"], "decode_budget null, not 64"),
         (["--dtype", "bfloat16"], 'dtype "float32", not "bfloat16"'),
+        (["--kv-dtype", "int8"], 'kv_dtype null, not "int8"'),
+        (["--weights", "int8"], 'dtype "float32", not "float32, int8 weights"'),
         (["--reuse-prefix"], "reuse_prefix null, not true"),
+        (["--stop", "x"], 'sampling stop [], not ["x"]'),
+        (["--ignore-eos"], "sampling ignore_eos false, not true"),
     ],
     ids=str,
 )
@@ -235,6 +242,50 @@ def test_the_output_of_another_run_is_refused(run: Run, change: list[str], named
     assert status == 2
     assert f"--output: out.jsonl, line 1: was made with {named}; name another file" in err
     assert Path("out.jsonl").read_bytes() == before
+
+
+def test_another_revision_is_another_model(run: Run, archive_llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert run(*files(), "--output", "out.jsonl")[0] == 0
+    monkeypatch.setattr("fastkv.cli.load_by_flags", lambda args, policy: archive_llm)
+    status, _, err = run(*files(), "--output", "out.jsonl", "--revision", "other")
+    assert (status, 'was made with revision null, not "other"' in err) == (2, True)
+
+
+# Of all flags, those that change no answer, but how it is made or told. What they change is rounding.
+_HOW = {
+    *("prompt", "prompts", "policy_file", "save_cache", "output", "batch_size", "kv_memory", "report", "json"),
+    *("device", "threads", "no_cuda_graph", "compile", "attention", "quiet", "verbose", "version", "help"),
+}
+_REFUSED_WITH_OUTPUT = {"lossless", "speculation", "draft_tokens", "draft_weights"}
+# By the name that records have for it. The other flags are settings of the policy, and of sampling.
+_RECORDED = {
+    "model": "model",
+    "revision": "revision",
+    "dtype": "dtype",
+    "weights": "dtype",
+    "kv_dtype": "kv_dtype",
+    "share_layers": "shared_layers",
+    "decode_budget": "decode_budget",
+    "reuse_prefix": "reuse_prefix",
+    "chat": "chat",
+    "system": "system",
+    "chat_arg": "chat_arg",
+    "context": "context_sha256",
+    "cache": "context_sha256",
+    "policy": "policy",
+    "stop": "sampling",
+    "stop_token": "sampling",
+    "ignore_eos": "sampling",
+}
+
+
+def test_a_record_says_everything_that_an_answer_depends_on(run: Run) -> None:
+    """A flag that is new is one of these, or answers of another one would be taken for those of a run that goes on."""
+    flags = {action.dest for action in build_parser()._actions} - {*SETTINGS, *SAMPLING_FLAGS}
+    assert flags == _HOW | _REFUSED_WITH_OUTPUT | set(_RECORDED)
+    assert run(*files(), "--output", "out.jsonl")[0] == 0
+    (record, *_) = records().values()
+    assert set(_RECORDED.values()) <= set(record)
 
 
 @pytest.mark.parametrize(

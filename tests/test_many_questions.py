@@ -273,7 +273,7 @@ TEXT = ["--context", "doc.txt"]
         (["--cache", "doc.kv", "--chat", "--system", "x", *ONE], "--system: what --cache names has its system mess"),
         (["--cache", "no.kv", *ONE], "--cache: no.kv: cannot be read (No such file or directory)"),
         (["--cache", "one.txt", *ONE], "--cache: one.txt: is no session file"),
-        (["--cache", ".", *ONE], "--cache: .: cannot be read (Is a directory)"),
+        (["--cache", ".", *ONE], "--cache: .: cannot be read, for it is no ordinary file"),
         (["--cache", "", *ONE], "--cache takes the name of a file, not ''"),
         (["--cache", "-", *ONE], "--cache takes the name of a file, not '-'"),
         ([*TEXT, "--save-cache", "-"], "--save-cache takes the name of a file, not '-'"),

@@ -106,9 +106,9 @@ def test_a_command_ends_with_one_line(error: Exception, capfd: pytest.CaptureFix
 @pytest.mark.parametrize(
     ("name", "line"),
     [
-        ("load_weights", "out of memory for loading the model"),
-        ("Tokenizer.from_pretrained", "out of memory for loading the model"),
-        ("Generation", "out of memory for the command"),
+        ("loaded.load_weights", "out of memory for loading the model"),
+        ("loaded.Tokenizer.from_pretrained", "out of memory for loading the model"),
+        ("llm.Generation", "out of memory for the command"),
     ],
 )
 def test_what_failed_is_named(
@@ -123,7 +123,7 @@ def test_what_failed_is_named(
         raise MemoryError
 
     (tmp_path / "prompt.txt").write_text("a prompt")
-    monkeypatch.setattr(f"fastkv.engine.llm.{name}", fail)
+    monkeypatch.setattr(f"fastkv.engine.{name}", fail)
     assert main(["--model", str(archive_folder), "--prompt", str(tmp_path / "prompt.txt"), "--device", "cpu"]) == 2
     err = capfd.readouterr().err.splitlines()
     assert err[-1].startswith(f"fastkv-run: error: {line}")

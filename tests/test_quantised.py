@@ -20,7 +20,8 @@ from fastkv.cache.model_wide import ModelWideLayer
 from fastkv.cache.per_head import PerHeadLayer
 from fastkv.cache.policies.read_few import ReadByBudget
 from fastkv.cache.pool import KVPool
-from fastkv.cache.quantised import REWIND, SINKS, QuantisedLayer, quantised
+from fastkv.cache.quantised import REWIND, SINKS, QuantisedLayer
+from fastkv.cache.quantised_layouts import quantised
 from fastkv.cache.selection import PerHead
 from fastkv.engine.attention import attend_parts
 from fastkv.engine.decode_attention import EagerAttention

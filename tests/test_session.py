@@ -328,7 +328,7 @@ def test_a_turn_that_does_not_fit_changes_nothing(tiny_llm: LLM) -> None:
 def test_memory_is_asked_for_the_slot_and_for_what_the_session_keeps(
     tiny_llm: LLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from fastkv.engine import llm as module
+    from fastkv.engine import checked as module
 
     asked: list[int] = []
     real = module.footprint

@@ -13,6 +13,7 @@ from fastkv import LLM, FastKVError
 from fastkv.cli import main
 from fastkv.engine.output import Output
 from fastkv.eval import cli as eval_cli
+from fastkv.eval.cli_flags import PARSERS
 from fastkv.eval.policy_spec import parse_policies, stored_as
 from fastkv.eval.run import described
 from fastkv.eval.runner import Plan, Runner
@@ -66,10 +67,10 @@ def test_answers_of_another_map_are_not_taken_for_these(run: Run, layer_map: str
 @pytest.mark.parametrize(
     ("flags", "other"),
     [
-        (["--context", "p.txt"], "--context, --cache or --save-cache"),
-        (["--cache", "p.txt"], "--context, --cache or --save-cache"),
-        (["--lossless"], "--lossless or --speculation"),
-        (["--speculation", "ngram"], "--lossless or --speculation"),
+        (["--context", "p.txt"], "--context"),
+        (["--cache", "p.txt"], "--cache"),
+        (["--lossless"], "--lossless"),
+        (["--speculation", "ngram"], "--speculation"),
         (["--decode-budget", "64"], "--decode-budget"),
         (["--kv-dtype", "int8"], "--kv-dtype"),
         (["--reuse-prefix", "--output", "o"], "--reuse-prefix"),
@@ -114,13 +115,27 @@ def test_one_policy_of_a_run_may_share(archive_llm: LLM, layer_map: str, monkeyp
         parse_policies([f"full:share_layers={layer_map}"] * 2)
 
 
+def test_the_same_layers_are_the_same_policy(layer_map: str, tmp_path: Path) -> None:
+    """Whatever the file is called, and wherever it is; one without pairs shares nothing."""
+    content = json.loads(Path(layer_map).read_text())
+    names = {"copy.json": content["pairs"], "fewer.json": content["pairs"][:1], "none.json": []}
+    for name, pairs in names.items():
+        (tmp_path / name).write_text(json.dumps({**content, "pairs": pairs}))
+    for other in (f"./{layer_map}", str(tmp_path / "copy.json")):
+        with pytest.raises(FastKVError, match=f"is the same policy as full:share_layers={layer_map}"):
+            parse_policies([f"full:share_layers={layer_map}", f"full:share_layers={other}"])
+    with pytest.raises(FastKVError, match="is the same policy as full;"):
+        parse_policies(["full", f"full:share_layers={tmp_path / 'none.json'}"])
+    parse_policies([f"full:share_layers={layer_map}", f"full:share_layers={tmp_path / 'fewer.json'}"])
+
+
 @pytest.mark.parametrize(
     ("text", "said"),
     [
         ("full:share_layers=none", "none: cannot be read"),
         ("full:share_layers=5", "5: cannot be read"),
-        ("full:share_layers=other.json", "was made for another model"),
-        ("gemfilter:min_tokens=8,share_layers=map.json", "does not go with policy gemfilter"),
+        ("full:share_layers=other.json", "--policy full:share_layers=other.json: other.json: was made for another"),
+        ("gemfilter:min_tokens=8,share_layers=map.json", "--policy gemfilter:.* does not go with policy gemfilter"),
     ],
 )
 def test_mistakes_of_a_policy(archive_llm: LLM, layer_map: str, text: str, said: str) -> None:
@@ -143,6 +158,7 @@ def test_what_is_set_is_undone_where_a_part_of_it_fails(archive_llm: LLM, layer_
         (["--task", "archive", "--question-after"], "--question-after: share_layers, which a policy has"),
         (["turns"], "share_layers does not go with several questions about one text"),
         (["tsp-layers", "--task", "archive"], "the advice is for layers that read none other"),
+        (["compare", "--task", "archive"], "--share-layers is no setting of --policy fastkv"),
     ],
     ids=lambda argv: argv[0],
 )
@@ -153,3 +169,24 @@ def test_commands_that_cannot(
     policy = f"fastkv:share_layers={layer_map}"
     assert eval_cli.main([*argv, *flags, "--policy", policy]) == 2
     assert said in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "command", [name for name, made in PARSERS.items() if "--policy" in made()._option_string_actions]
+)
+def test_no_command_drops_how_a_policy_s_entries_are_stored(
+    command: str, archive_folder: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Each command with --policy asks under it, or says in one line what to give instead."""
+    words = [*([] if command == "tasks" else [command]), "--task", "kv" if command == "turns" else "archive"]
+    stored, sets = list[str | None](), LLM.kv_dtype.fset
+
+    def noted(llm: LLM, kv_dtype: str | None) -> None:
+        stored.append(kv_dtype)
+        sets(llm, kv_dtype)
+
+    monkeypatch.setattr(LLM, "kv_dtype", LLM.kv_dtype.setter(noted))
+    sizes = ["--policy", "fastkv:kv_dtype=int8", "--length", "512", "--examples", "1", "--max-tokens", "2", "--quiet"]
+    status = eval_cli.main([*words, "--model", str(archive_folder), "--device", "cpu", *sizes])
+    refused = "kv_dtype here is that of one policy among others: take --kv-dtype int8" in capfd.readouterr().err
+    assert (status, refused, "int8" in stored) == ((2, True, False) if command == "tsp-layers" else (0, False, True))

@@ -338,7 +338,7 @@ def test_maps_of_a_model(tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.
             llm.share_layers = wrong
         assert caught.value.setting == "share_layers"
         assert llm.share_layers == {4: 2}
-    monkeypatch.setattr("fastkv.engine.llm.load_weights", lambda *args, **settings: pytest.fail("they are loaded"))
+    monkeypatch.setattr("fastkv.engine.loaded.load_weights", lambda *args, **settings: pytest.fail("they are loaded"))
     for wrong, settings in ((path, {}), ({4: 2}, {"prefix_cache": 1000})):
         with pytest.raises(FastKVError) as caught:
             LLM(tiny_folder, device="cpu", share_layers=wrong, **settings)

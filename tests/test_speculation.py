@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import tracemalloc
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -21,8 +23,9 @@ from fastkv.engine.footprint import Footprint
 from fastkv.engine.speculation import asking
 from fastkv.engine.speculation.drafts import SelfDraft, TextDraft
 from fastkv.engine.speculation.figures import MOST_DRAFTED
-from fastkv.engine.speculation.lookup import Lookup
+from fastkv.engine.speculation.lookup import Lookup, lookup_bytes
 from fastkv.engine.speculation.pace import Pace, expected_tokens
+from fastkv.engine.speculation.speculative import SpeculativeBatch
 from fastkv.models.weights import in_int8
 
 PROMPT = torch.randint(3, 256, (200,), generator=torch.Generator().manual_seed(1)).tolist()
@@ -324,6 +327,62 @@ def test_a_repetition_goes_on() -> None:
     assert Lookup([1, 2, 1, 2]).after(5) == [1, 2, 1, 2, 1]
     assert Lookup([7, 7]).after(3) == [7, 7, 7]
     assert Lookup([7]).after(3) == []
+
+
+def test_any_token_may_stand_in_a_text() -> None:
+    """Also where a token's number is half of a surrogate pair, or larger than any character's."""
+    for token in (0, 10, 0xD800, 0x10FFFF):
+        assert Lookup([token, 7, token]).after(3) == [7, token, 7]
+    found = Lookup([1_200_000, 7, 1_200_000]).after(2)
+    assert found[0] == 7
+    assert max(found) < 1_200_000
+
+
+def slow_lookup(ids: Sequence[int], count: int) -> list[int]:
+    """As its definition has it."""
+    for length in (3, 2, 1):
+        places = [at for at in range(length, len(ids)) if ids[at - length : at] == ids[-length:]]
+        if length <= len(ids) and places:
+            text = list(ids)
+            for at in range(places[-1], places[-1] + count):
+                text.append(text[at])
+            return text[len(ids) :]
+    return []
+
+
+def test_a_lookup_finds_what_a_slow_one_does() -> None:
+    for seed in range(200):
+        generator = torch.Generator().manual_seed(seed)
+        size, kinds = 1 + seed % 40, (2, 3, 9, 70_000)[seed % 4]
+        ids = torch.randint(0, kinds, (size,), generator=generator).tolist()
+        text = Lookup(ids[: size // 2])
+        text.add(ids[size // 2 :])
+        assert text.after(6) == slow_lookup(ids, 6)
+
+
+@pytest.mark.parametrize("largest", [250, 60_000, 150_000])
+def test_what_a_lookup_holds_is_what_is_said(largest: int) -> None:
+    """Of a long text; numbers of Python's are there for a part of it at a time."""
+    ids = torch.randint(largest // 2, largest, (1, 50_000), generator=torch.Generator().manual_seed(0))
+    made = SimpleNamespace(_known_draft=None, _request=SimpleNamespace(all_ids=ids))
+    tracemalloc.start()
+    before = tracemalloc.get_traced_memory()[0]
+    draft = SpeculativeBatch._draft.fget(made)
+    draft.add([5, 6], None)
+    draft.propose(4)
+    peak = tracemalloc.get_traced_memory()[1] - before
+    tracemalloc.stop()
+    assert peak <= lookup_bytes(ids.shape[1]) + 2**18
+    assert largest < 2**16 or peak > 0.8 * lookup_bytes(ids.shape[1])
+
+
+def test_a_text_that_drafts_is_counted(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Footprint] = []
+    monkeypatch.setattr(asking, "check_request_fits", lambda model, plan, needed, reusable: seen.append(needed))
+    for kind in ("ngram", "self"):
+        llm.generate(PROMPT, GREEDY, FastKV(kv_len=999, tsp_rate=1), speculation=kind)
+    text, model = seen
+    assert text.lists - model.lists == lookup_bytes(len(PROMPT) + GREEDY.max_tokens) > 0
 
 
 def test_a_text_draft_knows_the_answer_too() -> None:

@@ -337,7 +337,7 @@ def made(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
         raise AssertionError("built before the sizes were checked")
 
     for place in ("check_backend", "random_weights", "load_weights", "Tokenizer.from_pretrained"):
-        monkeypatch.setattr(f"fastkv.engine.llm.{place}", forbidden)
+        monkeypatch.setattr(f"fastkv.engine.loaded.{place}", forbidden)
     with Counting():
         yield sizes
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from fastkv.console.parser import say
 from fastkv.console.talk.conversation import Conversation
 from fastkv.console.talk.interrupt import Stop
+from fastkv.console.words import counted
 
 if TYPE_CHECKING:
     from fastkv.engine.generation import Generation
@@ -36,7 +37,8 @@ def answer(talk: Conversation, message: str) -> None:
         elif stop.asked:
             say("[stopped; the conversation has the answer so far]")
         elif output.finish_reason == "length" and not talk.quiet:
-            say(f"[cut after {len(output.token_ids)} tokens: --max-tokens, or the end of the model's context]")
+            length = counted(len(output.token_ids), "token")
+            say(f"[cut after {length}: --max-tokens, or the end of the model's context]")
 
 
 def _printed(talk: Conversation, stream: Generation, stop: Stop) -> Output | None:
@@ -74,4 +76,4 @@ def _tell_before(talk: Conversation, turn: Turn) -> None:
     if turn.compress and past is not None and not chooses_again(turn.policy, n_layers, n_tokens, past):
         say(f"[policy {turn.policy.name} chooses only as a conversation begins: this is kept whole]")
     if talk.files and talk.on_terminal and not talk.quiet:
-        say(f"[reading {n_tokens:,} tokens]")
+        say(f"[reading {counted(n_tokens, 'token')}]")

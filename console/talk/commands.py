@@ -12,6 +12,7 @@ from fastkv.console.parser import say
 from fastkv.console.policy_text import build_policy, read_settings, write_settings
 from fastkv.console.summary import session_figures
 from fastkv.console.talk.conversation import Conversation
+from fastkv.console.words import counted
 from fastkv.errors import FastKVError, brief
 
 
@@ -65,7 +66,8 @@ def policy_told(talk: Conversation, every: bool = True) -> str:
 def _file(talk: Conversation, argument: str) -> None:
     path = _path(argument)
     text = talk.read_file(path)
-    say(f"{path}: {len(text):,} characters go along with the next message")
+    go = "goes" if len(text) == 1 else "go"
+    say(f"{path}: {counted(len(text), 'character')} {go} along with the next message")
 
 
 def _undo(talk: Conversation, argument: str) -> None:
@@ -121,7 +123,7 @@ def _exit(talk: Conversation, argument: str) -> None:
 def told(talk: Conversation) -> str:
     """How long the conversation is."""
     n_messages = sum(each["role"] == "user" for each in talk.session.messages)
-    return f"{n_messages} message{'' if n_messages == 1 else 's'}, {len(talk.session.ids):,} tokens"
+    return f"{counted(n_messages, 'message')}, {counted(len(talk.session.ids), 'token')}"
 
 
 def _path(argument: str) -> Path:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from fastkv.console.prompt import text_of
 from fastkv.errors import FastKVError
+from fastkv.storage import is_odd
 
 if TYPE_CHECKING:
     from fastkv.cache.policy import Policy
@@ -72,7 +73,7 @@ class Conversation:
     def read_file(self, path: Path) -> str:
         """A file's text, which goes along with the next message. Raises FastKVError for what is no text."""
         try:
-            if path.exists() and not path.is_file():
+            if is_odd(path):
                 raise FastKVError(f"{path}: cannot be read, for it is no ordinary file")
             data = path.read_bytes()
         except OSError as error:

@@ -76,6 +76,7 @@ def _check_fits(runtime: Runtime, request: Request, draft: int, idle: int = 0) -
     slot = bytes_of(layout_of([request]), capacities_of([request]), request.plan.shape)
     plan = request.plan if request.draft_plan is None else request.draft_plan
     draws = request.params.temperature > 0
-    needed = footprint(runtime.model, plan, slot + draft, judged=MOST_DRAFTED + 1, draws=draws)
+    looks_up, judged = request.draft_plan is None, MOST_DRAFTED + 1
+    needed = footprint(runtime.model, plan, slot + draft, judged=judged, draws=draws, looks_up=looks_up)
     reusable = runtime.buffers.reusable(slot, needed.workspace) + idle
     check_request_fits(runtime.model, plan, needed, reusable)

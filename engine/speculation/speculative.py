@@ -33,6 +33,7 @@ from fastkv.kernels.threads import as_many
 from fastkv.models.llama import JUDGED
 from fastkv.models.weights import int8_bytes
 
+_AT_A_TIME = 1024  # tokens of a prompt that are Python's numbers at a time: each takes as much as a dozen characters
 _ENOUGH = 4  # verifications: with fewer, what comes once (kernels are chosen) would be taken for what drafts cost
 
 
@@ -114,7 +115,9 @@ class SpeculativeBatch(DecodeBatch):
     def _draft(self) -> Draft:
         """Who drafts; the text, unless a prefill has filled a draft's cache."""
         if self._known_draft is None:
-            self._known_draft = TextDraft(self._request.all_ids[0].tolist())
+            self._known_draft = TextDraft([])
+            for part in self._request.all_ids[0].split(_AT_A_TIME):
+                self._known_draft.add(part.tolist(), None)
         return self._known_draft
 
     def _round(self) -> None:
@@ -124,7 +127,7 @@ class SpeculativeBatch(DecodeBatch):
         if left < 1:
             return
         began = time.perf_counter()
-        drafted = self._draft.propose(min(self._pace.next(), left - 1))
+        drafted = self._draft.propose(min(self._pace.next(), left - 1 if self._can_judge(sequence.cache) else 0))
         ready = time.perf_counter()
         entries: Entries | None = None
         if drafted:
@@ -160,7 +163,7 @@ class SpeculativeBatch(DecodeBatch):
         """
         state, model, entries = self._state, self._runtime.model, Entries()
         slots = torch.full((1,), slot, device=state.tokens.device)
-        more = self._more(cache, 1 + len(drafted))
+        more = self._more(1 + len(drafted))
         after = torch.tensor([[*drafted, *[0] * more]], device=slots.device)
         ids = torch.cat((state.tokens[slots].unsqueeze(0), after), dim=1)
         with as_many(self._runtime.step_threads):
@@ -175,7 +178,10 @@ class SpeculativeBatch(DecodeBatch):
         cache.truncate(1 + len(drafted) + more - len(tokens))
         return tokens, entries
 
-    def _more(self, cache: KVCache, count: int) -> int:
+    def _can_judge(self, cache: KVCache) -> bool:
+        """Whether there is room for a step that judges: a compiled one of fewer tokens would be compiled anew."""
+        return not self._compiled or min(cache.room, cache.position_limit - cache.position) >= JUDGED
+
+    def _more(self, count: int) -> int:
         """Tokens that are judged besides and forgotten: a compiled step judges JUDGED of them, whatever was drafted."""
-        room = min(cache.room, cache.position_limit - cache.position)
-        return JUDGED - count if self._compiled and count < JUDGED <= room else 0
+        return max(0, JUDGED - count) if self._compiled else 0

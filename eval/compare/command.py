@@ -15,6 +15,7 @@ from typing import Any
 from urllib.parse import quote
 
 from fastkv.console.markdown import check_page, write_page
+from fastkv.errors import FastKVError
 from fastkv.eval.compare.settings import Terms, check_names, equal_policies
 from fastkv.eval.compare.table import render
 from fastkv.eval.run import ask, conclude, load, plan_of, tell
@@ -26,13 +27,15 @@ _LINE = 110  # columns of the command on the page before it is broken
 def run(args: argparse.Namespace) -> int:
     """Run the command; its exit status. Raises FastKVError for a user's mistake."""
     check_names(args.policy, args.head_scores)
+    if args.kv_dtype is not None and args.read_retention is not None:
+        raise FastKVError("--read-retention compares entries in the model's dtype: leave --kv-dtype out")
     if args.page is not None:
         check_page(args.page, "page")
     llm, folder = load(args)
     plan = plan_of(args, llm.config.context_length)
     by, shares = ("kept", args.kv_retention or [0.1]) if args.read_retention is None else ("read", args.read_retention)
     sizes, entries = (llm.config.n_layers, llm.config.n_kv_heads), (llm.config.head_dim, llm.dtype)
-    terms = Terms(*sizes, plan.lengths, args.head_scores, by, *entries)
+    terms = Terms(*sizes, plan.lengths, args.head_scores, args.kv_dtype, by, *entries)
     specs, left_out = equal_policies(args.policy, sorted(set(shares)), terms)
     results, missing = ask(args, llm, folder, plan, specs, left_out)
     entry_bytes = 2 * llm.config.head_dim * llm.dtype.itemsize

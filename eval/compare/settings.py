@@ -47,13 +47,15 @@ STEPS = 100_000  # decays from 0 to 1 that are tried
 class Terms:
     """What all policies of a comparison share: the model's size, the lengths of the prompts, HeadKV's table.
 
-    by: what is equal, "kept" or "read". dtype, head_dim: of entries, which decide what an index costs.
+    kv_dtype: of the entries of those that say nothing of it. by: what is equal, "kept" or "read". dtype, head_dim: of
+    entries, which decide what an index costs.
     """
 
     n_layers: int
     n_kv_heads: int
     lengths: tuple[int, ...]
     head_scores: Path | None = None
+    kv_dtype: str | None = None
     by: str = "kept"
     head_dim: int = 64
     dtype: torch.dtype = torch.float32
@@ -100,7 +102,7 @@ def equal_policies(
                 if read_settings(text) == (FullKV.name, {}):  # which is there already
                     continue
                 spec = _equal_policy(text, retention, terms)
-                check_twin(spec, found)
+                check_twin(spec, found, terms.kv_dtype)
                 found.append(spec)
             except FastKVError as error:
                 if texts is not None or not isinstance(error, _UnequalError):

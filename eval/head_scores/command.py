@@ -18,6 +18,7 @@ from fastkv.console.machine import fingerprint, machine
 from fastkv.console.markdown import markdown
 from fastkv.console.parser import DONE
 from fastkv.console.progress import ProgressLine
+from fastkv.console.words import counted
 from fastkv.engine.llm import LLM
 from fastkv.errors import FastKVError, writable
 from fastkv.eval.head_scores import retrieval
@@ -41,13 +42,13 @@ def run(args: argparse.Namespace) -> int:
         needles, left_out = _needles(llm, plan, args.chat, progress)
         parts = []
         for done, needle in enumerate(needles):
-            progress.show(f"copying: {done} of {len(needles)} prompts", done, len(needles))
+            progress.show(f"copying: {done} of {counted(len(needles), 'prompt')}", done, len(needles))
             parts.append(retrieval.watch_copying(llm, needle))
     scores = retrieval.head_scores(parts, llm.config.n_kv_heads)
     if not scores.kv_heads.any():
         raise FastKVError(
-            f"in {len(needles)} examples no head ever attended most to the token being copied, so there is nothing to "
-            f"tell heads apart by, and {args.output} was not written; try shorter texts or another task"
+            f"in {counted(len(needles), 'example')} no head ever attended most to the token being copied, so there is "
+            f"nothing to tell heads apart by, and {args.output} was not written; try shorter texts or another task"
         )
     # Nothing in it changes from one run of the same command on the same machine to the next.
     content = {
@@ -72,7 +73,7 @@ def run(args: argparse.Namespace) -> int:
     if left_out:
         total = len(needles) + left_out
         why = "their answer's tokens do not stand in the prompt exactly once"
-        print(f"{left_out} of {total} examples were left out: {why}.")
+        print(f"{left_out} of {counted(total, 'example')} {'was' if left_out == 1 else 'were'} left out: {why}.")
     return DONE
 
 
@@ -81,7 +82,7 @@ def _needles(llm: LLM, plan: Plan, chat: bool, progress: ProgressLine) -> tuple[
     runner, slots = Runner(llm, plan, [PolicySpec("full", FullKV())], chat), plan.slots()
     needles = []
     for done, slot in enumerate(slots):
-        progress.show(f"writing: {done} of {len(slots)} prompts", done, len(slots))
+        progress.show(f"writing: {done} of {counted(len(slots), 'prompt')}", done, len(slots))
         question = runner.question(slot)
         example = question.example
         continued = runner.prompts.ids(replace(example, lead=f"{example.lead} {example.answers[0]}"))

@@ -21,6 +21,7 @@ from fastkv.console.markdown import markdown
 from fastkv.console.parser import DONE
 from fastkv.console.progress import ProgressLine
 from fastkv.console.prompt import read_prompt
+from fastkv.console.words import counted
 from fastkv.engine.llm import LLM
 from fastkv.engine.shared_layers import turn_alike
 from fastkv.errors import FastKVError, check_integer, writable
@@ -50,7 +51,8 @@ def run(args: argparse.Namespace) -> int:
     pairs = [each for each in tried if each.stays]
     if not pairs:
         raise FastKVError(
-            f"none of {len(tried)} pairs keeps the cosine above {threshold:g}; lower it (nothing was written)",
+            f"none of {counted(len(tried), 'pair')} keeps the cosine above {threshold:g}; lower it (nothing was "
+            "written)",
             setting="threshold",
         )
     # Nothing in it changes from one run of the same command on the same machine to the next.
@@ -75,7 +77,8 @@ def run(args: argparse.Namespace) -> int:
     }
     write_whole(args.output, json.dumps(content) + "\n", "output")
     print(table(pairs, n_layers), end="")
-    print(f"{_counted(len(tried))} tried, on {_told(texts, args.text, goes_on)}.")
+    was = "was" if len(tried) == 1 else "were"
+    print(f"{counted(len(tried), 'pair')} {was} tried, on {_told(texts, args.text, goes_on)}.")
     if len(pairs) < args.layers:
         print(f"{args.layers} layers were wanted, but no other pair keeps the cosine above {threshold:g}.")
     return DONE
@@ -94,7 +97,9 @@ def _tried(llm: LLM, texts: list[list[int]], wanted: int, threshold: float, prog
     for each in search(means.distances().tolist(), wanted, threshold, cosine, partial(turn_alike, model)):
         tried.append(each)
         found = sum(one.stays for one in tried)
-        progress.show(f"{len(tried)} pairs tried, {found} of {wanted} layers found", found, wanted)
+        progress.show(
+            f"{counted(len(tried), 'pair')} tried, {found} of {counted(wanted, 'layer')} found", found, wanted
+        )
     return tried
 
 
@@ -117,15 +122,13 @@ def table(pairs: Sequence[Tried], n_layers: int) -> str:
     )
 
 
-def _counted(n_pairs: int) -> str:
-    return "1 pair was" if n_pairs == 1 else f"{n_pairs} pairs were"
-
-
 def _told(texts: list[list[int]], name: str | None, goes_on: bool) -> str:
     """What was read, in words."""
     longest = max(map(len, texts))
     shorter = sum(len(text) < longest for text in texts)
-    lengths = f"{len(texts)} texts of {longest} tokens" + (f" ({shorter} of them shorter)" if shorter else "")
+    lengths = f"{counted(len(texts), 'text')} of {counted(longest, 'token')}" + (
+        f" ({shorter} of them shorter)" if shorter else ""
+    )
     if name is None:
         return f"{lengths} of generated small talk"
     return f"{lengths} out of {writable(name)}" + (", which goes on after them" if goes_on else "")

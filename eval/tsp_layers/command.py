@@ -19,6 +19,7 @@ from fastkv.console.files import write_whole
 from fastkv.console.parser import DONE
 from fastkv.console.progress import ProgressLine
 from fastkv.console.prompt import read_prompt
+from fastkv.console.words import counted
 from fastkv.engine.llm import LLM
 from fastkv.engine.plan import position_limit
 from fastkv.errors import FastKVError, writable
@@ -44,7 +45,7 @@ def run(args: argparse.Namespace) -> int:
     with ProgressLine(None if args.quiet else sys.stderr) as progress:
 
         def show(what: str, done: int, total: int) -> None:
-            progress.show(f"{what}: {done} of {total} prompts", done, total)
+            progress.show(f"{what}: {done} of {counted(total, 'prompt')}", done, total)
 
         prompts, check = _prompts_and_check(args, llm, policy, show)
         parts = []
@@ -66,7 +67,7 @@ def run(args: argparse.Namespace) -> int:
         from fastkv.eval.tsp_layers.plot import draw
 
         name, shortest, longest = writable(Path(args.model).name), min(lengths), max(lengths)
-        title = f"{name}: {len(prompts)} prompts of {shortest:,} to {longest:,} tokens"
+        title = f"{name}: {counted(len(prompts), 'prompt')} of {shortest:,} to {longest:,} tokens"
         draw(importance, default, found.advice, title, args.plot)
     return DONE
 
@@ -78,6 +79,10 @@ def _policy(args: argparse.Namespace, n_layers: int | None = None) -> FastKV:
     if spec.share_layers is not None:
         raise FastKVError(
             f"--policy {args.policy}: the advice is for layers that read none other; leave share_layers out"
+        )
+    if spec.kv_dtype is not None:
+        raise FastKVError(
+            f"--policy {args.policy}: kv_dtype here is that of one policy among others: take --kv-dtype {spec.kv_dtype}"
         )
     if not isinstance(policy, FastKV):
         raise FastKVError(f"--policy {args.policy}: has no TSP layer; give fastkv, with settings or without")

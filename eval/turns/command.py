@@ -28,10 +28,10 @@ _OF_A_TURN = 256  # tokens that a question with its answer takes at most, where 
 def run(args: argparse.Namespace) -> int:
     """Run the command and print its tables, also of a run that is interrupted; its exit status."""
     texts = args.policy or DEFAULT_POLICIES
-    labels = [spec.label for spec in parse_policies(texts)]  # before the model is loaded
+    labels = [spec.label for spec in parse_policies(texts, kv_dtype=args.kv_dtype)]  # before the model is loaded
     llm, folder = load(args)
     plan = plan_of(args, llm.config.context_length)
-    specs = parse_policies(texts, llm.config.n_layers)
+    specs = parse_policies(texts, llm.config.n_layers, args.kv_dtype)
     runner = TurnsRunner(llm, plan, specs)
     header = {
         "model": writable(args.model),

@@ -11,6 +11,7 @@ import hashlib
 from array import array
 from collections.abc import Collection, Iterator
 from dataclasses import asdict, dataclass
+from itertools import product
 
 from fastkv.cache.policy import Policy
 from fastkv.engine.llm import LLM
@@ -19,7 +20,7 @@ from fastkv.engine.plan import position_limit
 from fastkv.errors import FastKVError
 from fastkv.eval.conversation import Conversation
 from fastkv.eval.example import Draw, Example, Slot
-from fastkv.eval.policy_spec import PolicySpec, stored_as
+from fastkv.eval.policy_spec import PolicySpec, check_stored, stored_as
 from fastkv.eval.results import MEASURED, Record, Results
 from fastkv.eval.runner import Prompts, Report
 from fastkv.eval.turns.talk import Family, Talk
@@ -99,6 +100,8 @@ class TurnsRunner:
         for family in plan.families:
             for length in plan.lengths:
                 self.encoded(Slot(family.name, length, None, 0))
+        for length, spec in product(plan.lengths, specs):
+            check_stored(llm, spec, length, max_tokens=1)
 
     def encoded(self, slot: Slot) -> Encoded:
         """Write a text with its questions. Raises FastKVError where it does not fit its length, or the model."""
