@@ -406,6 +406,7 @@ def test_a_weight_that_the_graph_lacks_is_an_error(compiler: Compiler) -> None:
 
 # --- kept on disk ---
 
+
 def compiled_once_more(n: int = 37) -> Tensor:
     """Logits by a process of its own, as far as one can be had here."""
     model = network()
