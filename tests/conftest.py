@@ -9,6 +9,7 @@ import signal
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
+from functools import cache
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -19,7 +20,8 @@ from places import OUTSIDE_MODELS, ROOT
 from torch import Tensor
 
 from fastkv import LLM
-from fastkv.kernels import calibration, direct, int8, products, row_attention
+from fastkv.engine import memory
+from fastkv.kernels import calibration, direct, int8, limits, products, row_attention
 
 # A shell that starts `make test &` lets Ctrl-C be ignored, and what we start would inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -31,27 +33,32 @@ os.environ["FASTKV_CACHE"] = str(Path(tempfile.gettempdir(), f"fastkv-tests-{os.
 os.environ["FASTKV_CALIBRATION"] = "off"  # what is measured differs from run to run; tests of it stand in for the clock
 _counter = itertools.count()
 _scripts: dict[str, ModuleType] = {}  # of benchmarks/
+_MOUNT = limits.MOUNT
 
 # What takes longest, the first of all first: begun last, one of them would run alone when all else is done.
 LONGEST = (
     "test_compile.py",
-    "test_benchmarks.py",
     "test_compiled_row.py",
-    "test_folders.py",
-    "test_int8.py",
-    "test_hub.py",
-    "test_cli.py",
+    "test_benchmarks.py",
     "test_policies.py",
-    "test_report_browser.py",
-    "test_batch.py",
-    "test_text.py",
-    "test_eval_tsp_layers.py",
-    "test_eval_compare.py",
+    "test_cli.py",
+    "test_caches.py",
+    "test_folders.py",
     "test_families.py",
-    "test_train.py",
-    "test_weights.py",
-    "test_chat_command.py",
+    "test_hub.py",
+    "test_speculation.py",
+    "test_report_browser.py",
+    "test_eval_compare.py",
+    "test_decode_budget.py",
+    "test_eval_tsp_layers.py",
     "test_cli_errors.py",
+    "test_train.py",
+    "test_footprint.py",
+    "test_batch.py",
+    "test_walkthrough.py",
+    "test_tokenizer.py",
+    "test_chat_command.py",
+    "test_weights.py",
 )
 
 
@@ -74,6 +81,26 @@ def clock_of_choices(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(calibration, "_clock", lambda: 0.0)
     for chosen in (products, int8, row_attention):
         chosen.forget()
+
+
+_left = cache(limits.left)
+_heap_free = cache(limits.heap_free)
+
+
+@pytest.fixture(autouse=True)
+def memory_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the system leaves to this process: every request asks, and to read it takes as long as a decode step.
+
+    Where a test puts other files in place of the system's, they are read.
+    """
+
+    def left() -> limits.Left | None:
+        return _left() if limits.MOUNT is _MOUNT else limits.left()
+
+    def heap_free() -> int:
+        return _heap_free() if limits.MOUNT is _MOUNT else limits.heap_free()
+
+    monkeypatch.setattr(memory, "limits", SimpleNamespace(left=left, heap_free=heap_free))
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,16 @@ from fastkv.models.layers import Rope
 PROMPT = torch.randint(3, 256, (300,), generator=torch.Generator().manual_seed(1)).tolist()
 
 
+@pytest.fixture
+def quick_compiler() -> Iterator[None]:
+    """The C++ around the kernels is compiled as it is, which takes a third of the time; no kernel is made otherwise."""
+    import torch._inductor.config as config
+
+    with config.patch("aot_inductor.compile_wrapper_opt_level", "O0"):
+        yield
+
+
+@pytest.mark.usefixtures("quick_compiler")
 def test_compiled_layers_give_the_eager_logits_and_tokens(tiny_llm: LLM, tiny_folder: Path) -> None:
     try:
         llm = LLM(tiny_folder, dtype="float32", device="cpu", compile=True)

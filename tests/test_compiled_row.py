@@ -51,6 +51,36 @@ def compiler(stand_in_compiler: Compiler) -> Compiler:
     return stand_in_compiler
 
 
+_traces: dict[Any, Any] = {}
+
+
+@pytest.fixture(autouse=True)
+def traced_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What torch makes of a function is the same in every test, and takes half a second a part.
+
+    Told apart by everything that the function calls, as the code that is kept is, and by the sizes that it was given.
+    """
+    traced = direct._traced
+
+    def remembered(function: Any, inputs: Sequence[Tensor], weights: Sequence[Tensor]) -> Any:
+        key = recorded(function, inputs)[0]
+        if key not in _traces:
+            _traces[key] = traced(function, inputs, weights)
+        return _traces[key]
+
+    monkeypatch.setattr(direct, "_traced", remembered)
+
+
+@pytest.fixture
+def traced_anew() -> Iterator[None]:
+    """For a test that changes what a trace says of its sizes."""
+    others = dict(_traces)
+    _traces.clear()
+    yield
+    _traces.clear()
+    _traces.update(others)
+
+
 def network(family: str = "Llama", **changes: Any) -> Llama:
     settings = {"n_layers": LAYERS, "n_heads": 6, "n_kv_heads": 2, "head_dim": 16, "context_length": 2048}
     config = ModelConfig(f"{family}ForCausalLM", 60, 24, 40, **{**settings, **changes})
@@ -377,22 +407,6 @@ def test_a_weight_that_the_graph_lacks_is_an_error(compiler: Compiler) -> None:
 
 # --- kept on disk ---
 
-_traces: dict[Any, Any] = {}
-
-
-@pytest.fixture
-def traced_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What torch makes of a function is the same in every test of what is kept, and takes half a second a part."""
-    traced = direct._traced
-
-    def remembered(function: Any, inputs: Sequence[Tensor], weights: Sequence[Tensor]) -> Any:
-        key = tuple((each.shape, each.stride()) for each in (*inputs, *weights))
-        if key not in _traces:
-            _traces[key] = traced(function, inputs, weights)
-        return _traces[key]
-
-    monkeypatch.setattr(direct, "_traced", remembered)
-
 
 def compiled_once_more(n: int = 37) -> Tensor:
     """Logits by a process of its own, as far as one can be had here."""
@@ -417,7 +431,6 @@ def test_another_process_compiles_nothing(compiler: Compiler, cache_folder: Path
 
 
 # "00": a library that is there, but another one.
-@pytest.mark.usefixtures("traced_once")
 @pytest.mark.parametrize(
     ("ending", "content"),
     [("so", ""), ("so", "00"), *(("json", each) for each in ("", "[]", '{"format": 99}', '{"format": 1}'))],
@@ -436,7 +449,6 @@ def test_what_is_not_as_it_was_written_is_compiled_again(
     assert len(compiler) == 6
 
 
-@pytest.mark.usefixtures("traced_once")
 @pytest.mark.parametrize("change", [{"condition": None}, {"open": {}}, {"open": {"99": [1]}}])
 def test_sizes_that_were_changed_are_not_believed(
     change: dict[str, Any], compiler: Compiler, cache_folder: Path
@@ -450,7 +462,6 @@ def test_sizes_that_were_changed_are_not_believed(
     assert len(compiler) > 3
 
 
-@pytest.mark.usefixtures("traced_once")
 def test_a_condition_that_is_not_understood_is_found_anew(compiler: Compiler, monkeypatch: pytest.MonkeyPatch) -> None:
     compiled_once_more()
     library = files_of(kept_code.cache_folder(), "so")[0]
@@ -459,6 +470,7 @@ def test_a_condition_that_is_not_understood_is_found_anew(compiler: Compiler, mo
     assert len(compiler) == 6
 
 
+@pytest.mark.usefixtures("traced_anew")
 def test_conditions_that_the_compiler_adds_are_kept(compiler: Compiler, monkeypatch: pytest.MonkeyPatch) -> None:
     """It decides by sizes how loops are written."""
     built = direct._built
@@ -474,7 +486,6 @@ def test_conditions_that_the_compiler_adds_are_kept(compiler: Compiler, monkeypa
     assert [code.fits(inputs_of(model, 1, n)) for n in (37, 600, 601)] == [True, True, False]
 
 
-@pytest.mark.usefixtures("traced_once")
 def test_a_library_is_there_before_it_is_told_of(compiler: Compiler, monkeypatch: pytest.MonkeyPatch) -> None:
     written: list[str] = []
     monkeypatch.setattr(kept_code, "write_atomically", lambda path, content, **_: written.append(path.suffix))
@@ -482,7 +493,6 @@ def test_a_library_is_there_before_it_is_told_of(compiler: Compiler, monkeypatch
     assert written == [".so", ".json"] * 3
 
 
-@pytest.mark.usefixtures("traced_once")
 @pytest.mark.parametrize("mode", [0o777, 0o720])
 def test_a_folder_that_others_can_write_to_is_not_used(
     mode: int, compiler: Compiler, cache_folder: Path, caplog: pytest.LogCaptureFixture
@@ -495,7 +505,6 @@ def test_a_folder_that_others_can_write_to_is_not_used(
     assert "others can write to it" in caplog.text
 
 
-@pytest.mark.usefixtures("traced_once")
 @pytest.mark.parametrize("different", ["torch", "options", "cpu_name", "cpu_flags", "capability"])
 def test_code_for_something_else_is_not_taken(
     different: str, compiler: Compiler, monkeypatch: pytest.MonkeyPatch
@@ -515,7 +524,6 @@ def test_code_for_something_else_is_not_taken(
     assert len(compiler) == 6
 
 
-@pytest.mark.usefixtures("traced_once")
 def test_a_folder_that_cannot_be_written_to_is_no_error(
     compiler: Compiler, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

@@ -346,7 +346,7 @@ def test_the_bundled_model_is_advised_well(
     pytest.importorskip("matplotlib")
     from matplotlib.image import imread
 
-    files = f"--plot {tmp_path}/picture.png --json {tmp_path}/figures.json"
+    files = f"--json {tmp_path}/figures.json" + ("" if layer else f" --plot {tmp_path}/picture.png")
     examples = f"--task archive --length 512 --depth 0.2 0.8 --examples 2 --policy fastkv-paper:min_tokens=8{layer}"
     assert command(f"--model {{model}} --dtype float32 --tsp-rate 0.1 0.2 {examples} {files}") == 0
     out, err = capfd.readouterr()
@@ -361,7 +361,7 @@ def test_the_bundled_model_is_advised_well(
     else:
         assert out.splitlines()[-1].startswith("Advice: keep the default, --tsp-layer 3 --tsp-rate 0.2: ")
     assert "| layer 3 | " in out
-    assert imread(tmp_path / "picture.png").std() > 0.05
+    assert layer or imread(tmp_path / "picture.png").std() > 0.05
 
 
 def test_a_users_own_prompt(
@@ -372,7 +372,7 @@ def test_a_users_own_prompt(
 ) -> None:
     """Held against the full cache: the tokens that agree, and the divergence of the next one."""
     path = tmp_path / "prompt.txt"
-    path.write_text((ROOT / "examples" / "archive" / "prompt.txt").read_text())
+    path.write_text((ROOT / "examples" / "archive" / "prompt.txt").read_text()[-5000:])
     threads: list[int] = []
     monkeypatch.setattr(torch, "set_num_threads", threads.append)
     arguments = f"--model {{model}} --prompt {path} --max-tokens 4 --tsp-rate 0.1 0.2 --dtype float32 --threads 1"

@@ -10,8 +10,9 @@ import json
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
@@ -23,8 +24,12 @@ from fastkv.models.layers import RotaryEmbedding
 from fastkv.models.rope_config import RopeConfig
 from fastkv.models.rope_frequencies import inverse_frequencies
 
-pytest.importorskip("transformers")
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+# Imported by the tests: it takes seconds, and every process that runs some of all tests imports all of their modules.
+if find_spec("transformers") is None:
+    pytest.skip("transformers is not installed", allow_module_level=True)
 
 VOCABULARY = 97
 STEPS = 4  # decode steps after each prefill
@@ -202,6 +207,8 @@ def _named(case: Case) -> str:
 
 def _reference(model_type: str, **changes: Any) -> PreTrainedModel:
     """transformers' model of TINY with `changes`, its weights drawn anew from a fixed seed."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
     config = AutoConfig.for_model(model_type, **{**TINY, "rope_parameters": dict(DEFAULT), **changes})
     model = AutoModelForCausalLM.from_config(config, attn_implementation="eager", dtype=torch.float32)
     generator = torch.Generator().manual_seed(1234)
@@ -505,6 +512,8 @@ SILENT: dict[str, tuple[str, dict[str, Any]]] = {
 
 @pytest.mark.parametrize("name", SILENT)
 def test_where_config_json_is_silent_it_means_what_transformers_assumes(name: str, tmp_path: Path) -> None:
+    from transformers import AutoConfig
+
     model_type, stated = SILENT[name]
     architecture = f"{model_type.capitalize()}ForCausalLM"
     values = {"architectures": [architecture], "model_type": model_type, **SPARSE, **stated}

@@ -73,8 +73,6 @@ SHARDED = {
 class Hub:
     """What the handler below serves, and what it was asked for."""
 
-    endpoint: str
-
     def __init__(self) -> None:
         self.repositories: dict[str, dict[str, bytes]] = {
             "org/tiny": {**NEEDED, **NOT_NEEDED},
@@ -156,17 +154,22 @@ class Handler(BaseHTTPRequestHandler):
         """Nothing on stderr."""
 
 
-@pytest.fixture
-def hub() -> Iterator[Hub]:
-    state = Hub()
-    server = ThreadingHTTPServer(("127.0.0.1", 0), type("HandlerOfThisHub", (Handler,), {"hub": state}))
-    state.endpoint = f"http://127.0.0.1:{server.server_address[1]}"
+@pytest.fixture(scope="module")
+def served() -> Iterator[str]:
+    """Where Handler answers, for the hub of the test that runs."""
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
     thread.start()
-    yield state
+    yield f"http://127.0.0.1:{server.server_address[1]}"
     server.shutdown()
     server.server_close()
     thread.join()
+
+
+@pytest.fixture
+def hub(served: str) -> Hub:
+    Handler.hub = Hub()
+    return Handler.hub
 
 
 # The part of the command that looks for the model, with the command's own words; it does without torch, and is quick.
@@ -180,13 +183,13 @@ def find(*argv):
 """
 FIND_HERE = f"{FIND}\nfind(*sys.argv[1:])"
 # A process that has imported what there is to import, and becomes two for each model to find. The hub's library reads
-# the environment while it is imported, so it is imported anew in each.
+# the environment while it is imported, so it is imported anew where the variables are others.
 FINDER = f"""
 import json, os
 from huggingface_hub import snapshot_download
 {FIND}
 for line in sys.stdin:
-    argv, environment, folder, out, err = json.loads(line)
+    argv, environment, others, folder, out, err = json.loads(line)
     if child := os.fork():
         print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
         continue
@@ -195,19 +198,33 @@ for line in sys.stdin:
     os.chdir(folder)
     os.environ.clear()
     os.environ.update(environment)
-    for name in [name for name in sys.modules if name.partition(".")[0] == "huggingface_hub"]:
+    for name in [name for name in sys.modules if others and name.partition(".")[0] == "huggingface_hub"]:
         del sys.modules[name]
     find(*argv)
 """
 
 
-@pytest.fixture
-def environment(hub: Hub, tmp_path: Path) -> dict[str, str]:
-    """Variables of a process that knows our hub and an empty cache."""
+@pytest.fixture(scope="module")
+def usual(served: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Variables of a process that knows our hub and a cache; all that the hub's library reads while it is imported."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING"))}
-    ours = {"HF_ENDPOINT": hub.endpoint, "HF_HOME": str(tmp_path / "home"), "OMP_NUM_THREADS": "1"}
+    home = tmp_path_factory.mktemp("hub") / "home"
+    ours = {"HF_ENDPOINT": served, "HF_HOME": str(home), "OMP_NUM_THREADS": "1"}
     plain = {"HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "NO_PROXY": "127.0.0.1"}
     return {**kept, **ours, **plain}
+
+
+@pytest.fixture
+def home(usual: dict[str, str]) -> Path:
+    """The folder of the hub's library, which is empty."""
+    folder = Path(usual["HF_HOME"])
+    shutil.rmtree(folder, ignore_errors=True)
+    return folder
+
+
+@pytest.fixture
+def environment(hub: Hub, home: Path, usual: dict[str, str], cache_folder: Path) -> dict[str, str]:
+    return {**usual, "FASTKV_CACHE": str(cache_folder)}
 
 
 @pytest.fixture
@@ -226,11 +243,12 @@ Start = Callable[..., "subprocess.Popen[str]"]
 
 
 @pytest.fixture(scope="module")
-def finder() -> Iterator[subprocess.Popen[str]]:
+def finder(usual: dict[str, str]) -> Iterator[subprocess.Popen[str]]:
     if not hasattr(os, "fork"):
         pytest.skip("no fork on this system")
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-    with subprocess.Popen([sys.executable, "-c", FINDER], text=True, **pipes) as process:  # type: ignore[call-overload]
+    command = [sys.executable, "-c", FINDER]
+    with subprocess.Popen(command, env=usual, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdin is not None
         yield process
         process.stdin.close()
 
@@ -246,7 +264,8 @@ def looked(finder: subprocess.Popen[str], environment: dict[str, str], tmp_path:
         written = [str(tmp_path / name) for name in ("stdout", "stderr")]
         assert finder.stdin is not None
         assert finder.stdout is not None
-        print(json.dumps([argv, {**environment, **variables}, os.getcwd(), *written]), file=finder.stdin, flush=True)
+        given = [argv, {**environment, **variables}, bool(variables), os.getcwd(), *written]
+        print(json.dumps(given), file=finder.stdin, flush=True)
         status = int(finder.stdout.readline())
         return status, *(Path(path).read_text() for path in written)  # type: ignore[return-value]
 
@@ -420,7 +439,7 @@ def what_is_lacking(folder: Path) -> str:
 
 
 @pytest.fixture(params=["known", "unknown"])
-def said_offline(request: pytest.FixtureRequest, find: Find, complaint: Complaint, tmp_path: Path) -> Complaint:
+def said_offline(request: pytest.FixtureRequest, find: Find, complaint: Complaint, home: Path) -> Complaint:
     """said_offline(model, revision): of a model in the cache that is not whole.
 
     The hub's library refuses it where it has kept the list of the model's files; else it gives what there is, as its
@@ -430,7 +449,7 @@ def said_offline(request: pytest.FixtureRequest, find: Find, complaint: Complain
     def call(*argv: str) -> str:
         if request.param == "known":
             return complaint(*argv, HF_HUB_OFFLINE="1")
-        for lists in tmp_path.glob("home/hub/models--*/trees"):
+        for lists in home.glob("hub/models--*/trees"):
             shutil.rmtree(lists)
         return what_is_lacking(find(*argv, HF_HUB_OFFLINE="1"))
 

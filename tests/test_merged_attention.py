@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import cache
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -33,6 +34,13 @@ def heads_of(batch: int, n_heads: int, n_kv_heads: int, dtype: torch.dtype) -> t
     heads[:, -n_kv_heads:, T // 2 :] += 1  # values that tell the parts apart
     q, k, v = heads.split((n_heads, n_kv_heads, n_kv_heads), dim=1)
     return q, k, v
+
+
+@cache
+def all_heads(batch: int, n_heads: int, n_kv_heads: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """q, k and v, and attention of all tokens in float32."""
+    q, k, v = heads_of(batch, n_heads, n_kv_heads, dtype)
+    return q, k, v, causal_attention(q.float(), k.float(), v.float())
 
 
 def chosen_at_random(seed: int, count: int) -> list[int]:
@@ -66,12 +74,11 @@ def test_it_is_attention_of_all_tokens_at_some(
     indices = torch.tensor(places)
     for n_heads, n_kv_heads in ((4, 2), (8, 1), (3, 3)):
         for dtype, atol in ((torch.float32, 1e-5), (torch.bfloat16, 0.03)):
-            q, k, v = heads_of(len(places), n_heads, n_kv_heads, dtype)
+            q, k, v, attended = all_heads(len(places), n_heads, n_kv_heads, dtype)
             some = take_tokens(q, indices)
             found = merged_attention(indices, some, k, v)
             assert (found.dtype, found.shape) == (dtype, some.shape)
-            expected = take_tokens(causal_attention(q.float(), k.float(), v.float()), indices)
-            torch.testing.assert_close(found.float(), expected, atol=atol, rtol=1e-5)
+            torch.testing.assert_close(found.float(), take_tokens(attended, indices), atol=atol, rtol=1e-5)
 
 
 def test_it_is_what_one_mask_gives() -> None:

@@ -8,8 +8,9 @@ its weight; another scale of attention; embeddings multiplied. No file of models
 from __future__ import annotations
 
 import math
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import pytest
 import torch
@@ -29,8 +30,12 @@ from fastkv.models.rope_config import RopeConfig, read_rope_section
 from fastkv.models.weights import checkpoint_tensors
 from fastkv.models.windows import layer_windows
 
-pytest.importorskip("transformers")
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+# Imported by the tests: it takes seconds, and every process that runs some of all tests imports all of their modules.
+if find_spec("transformers") is None:
+    pytest.skip("transformers is not installed", allow_module_level=True)
 
 VOCABULARY, STEPS = 97, 4
 LOCAL, GLOBAL = 1, 0  # places of the rotary embeddings
@@ -126,6 +131,8 @@ def _rope(fields: Fields, kind: str, context_length: int) -> RopeConfig:
 
 
 def _reference() -> PreTrainedModel:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
     config = AutoConfig.for_model(
         "gemma3_text",
         vocab_size=VOCABULARY,

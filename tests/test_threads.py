@@ -141,7 +141,7 @@ def test_closing_waits_for_nobody() -> None:
 
 def test_two_threads_share_a_stream(tiny_llm: LLM) -> None:
     """Every token goes to one of them, in order; nothing is lost, and nothing raised but our own error."""
-    params = SamplingParams(max_tokens=60, ignore_eos=True)
+    params = SamplingParams(max_tokens=30, ignore_eos=True)
     expected = tiny_llm.generate([5, 6, 7], params).token_ids
     for each in (tiny_llm.stream([5, 6, 7], params), tiny_llm.stream([5, 6, 7], params)):
 
@@ -158,7 +158,7 @@ def test_two_threads_share_a_stream(tiny_llm: LLM) -> None:
         results = together(read, read)
         assert all(isinstance(result, list) for result in results), results
         assert each.output().token_ids == expected
-        assert sum(map(len, results)) == 60
+        assert sum(map(len, results)) == 30
 
 
 def test_two_threads_share_a_batch(tiny_llm: LLM) -> None:

@@ -249,8 +249,10 @@ def run_chunks(case: Case) -> None:
             stack.enter_context(patch("fastkv.engine.prefill._propagated_only_pays", lambda *_: case.narrow))
             return whole()
 
-    require_same(llm, lambda: in_chunks()[0], lambda: whole()[0], "the size of chunks does not change what is kept")
-    require_close(in_chunks()[1], whole()[1], "the size of chunks does not change the logits")
+    found, expected = in_chunks(), whole()
+    if found[0] != expected[0]:  # it may be the rounding
+        require_same(llm, lambda: in_chunks()[0], lambda: whole()[0], "the size of chunks does not change what is kept")
+    require_close(found[1], expected[1], "the size of chunks does not change the logits")
 
 
 def _kept(pre: Prefill) -> Kept:
