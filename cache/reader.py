@@ -136,16 +136,15 @@ class Reader:
 
 
 def wanted(products: Tensor, head_dim: int) -> Tensor:
-    """How much the queries of a group want of each of n things, together: [B, Hkv, G, n] -> float32 [B, Hkv, n].
+    """How much the queries of a group want of each of n things, together: [B, Hkv, G, n] -> float64 [B, Hkv, n].
 
     products: with what stands for their keys. Each query spreads one share over all, as its attention would; so one
-    whose products are large has no more to say than the others. The logarithms of the summed shares come back, since
-    small shares themselves would be equal, to 0. One query, or a sum of them: the products, which order as they do.
+    whose products are large has no more to say than the others. float64, in which small shares are not all 0 and so
+    equal. One query, or a sum of them: the products, which order as they do, as they are.
     """
     if products.shape[2] == 1:
         return products.squeeze(2)
-    scaled = products * head_dim**-0.5
-    return (scaled - scaled.logsumexp(dim=3, keepdim=True)).logsumexp(dim=2)
+    return products.double().mul_(head_dim**-0.5).softmax(dim=3).sum(dim=2)
 
 
 def keys_of(storage: KVLayer, slots: range, new: int) -> Tensor:

@@ -439,7 +439,7 @@ class _Shapes:
     def choosing(self) -> int:
         """Of one sequence: which entries a step reads, joined and as rows; products, scores, order of all."""
         ranked = max(layer.kept for layer in self.plan.layers) + self.plan.max_tokens
-        products = 2 * self.heads * ranked * _FLOAT
+        products = 5 * self.heads * ranked * _FLOAT  # themselves, and twice in float64
         return products + self.kv_heads * (4 * self._most_read * _INDEX + ranked * (_FLOAT + _INDEX))
 
     @property
