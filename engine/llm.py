@@ -54,7 +54,7 @@ from fastkv.engine.session import DEFAULT_POLICY, Session
 from fastkv.engine.session_file import read_session
 from fastkv.engine.shared_layers import check_alike, pairs_of, sources_of
 from fastkv.engine.speculation.asking import drafted_by_model, drafted_from_text
-from fastkv.engine.speculation.figures import Speculation
+from fastkv.engine.speculation.figures import DRAFT_WEIGHTS, Speculation
 from fastkv.engine.turn import Turn
 from fastkv.errors import FastKVError, brief, check_choice, check_integer, check_switch, writable
 from fastkv.kernels.out_of_memory import LOADING, REQUEST
@@ -68,7 +68,7 @@ from fastkv.models.presets import PRESETS
 from fastkv.models.text.chat import ChatIds
 from fastkv.models.text.tokenizer import Tokenizer
 from fastkv.models.tying import settled_config
-from fastkv.models.weights import in_int8, int8_bytes, load_weights, random_weights
+from fastkv.models.weights import copy_bytes, in_integers, load_weights, random_weights
 
 LOAD_FORMATS = ("auto", "dummy")
 WEIGHTS = ("int8",)
@@ -81,8 +81,8 @@ class LLM:
     (the checkpoint's; float32 on a CPU that cannot compute in it) | "float32" | "bfloat16" | "float16". device: "auto"
     (a GPU if there is one) | "cpu" | "cuda" | "cuda:N". revision: of a hub id. weights: "int8" keeps every matrix in
     8-bit integers, a quarter of float32's bytes; activations and cache stay in `dtype`. None: all in `dtype`.
-    draft_weights: "int8" makes a second copy of the weights in 8-bit integers, which drafts the tokens of requests with
-    speculation="self"; None: the model's own draft.
+    draft_weights: "int8" or "int4" makes a second copy of the weights in 8 or 4 bits (the head always in 8), which
+    drafts the tokens of requests with speculation="self"; None: the model's own draft.
     kv_dtype: "int8" or "int4" for entries of a quarter or an eighth of float32's bits (cache/quantised.py); None: all
     in `dtype`.
     share_layers: layers that store no entries and read an earlier layer's (KVSharer, arXiv 2410.18517): the file that
@@ -127,8 +127,8 @@ class LLM:
     ) -> None:
         _check_arguments(model, revision, load_format, weights, progress)
         if draft_weights is not None:
-            check_choice("draft_weights", draft_weights, WEIGHTS)
-            if weights is not None:
+            check_choice("draft_weights", draft_weights, DRAFT_WEIGHTS)
+            if weights == draft_weights:
                 raise FastKVError("the weights are int8 already: leave one of them out", setting="draft_weights")
         for name, switch in (("cuda_graph", cuda_graph), ("compile", compile)):
             check_switch(name, switch)
@@ -150,8 +150,8 @@ class LLM:
         if not dummy:
             self.config = settled_config(self.config, folder, torch_dtype)
         parts = load_parts(self.config, None if dummy else folder, torch_dtype, weights, target)
-        if draft_weights is not None and weights is None:
-            parts["weights of drafts"] = int8_bytes(self.config)
+        if draft_weights is not None:
+            parts["weights of drafts"] = copy_bytes(self.config, draft_weights, weights)
         advice = "take a smaller model, a device with more memory, --dtype bfloat16 or --weights int8"
         check_fits(f"the model {folder.name}", parts, target, advice)
         # Only now are the sizes known to be those of a model that there is room for.
@@ -169,7 +169,7 @@ class LLM:
 
     def _prepare(self, cuda_graph: bool, compile: bool, attention: str, draft_weights: str | None) -> None:
         """Make what requests share."""
-        drafting = self._model if draft_weights is None else in_int8(self._model)
+        drafting = self._model if draft_weights is None else in_integers(self._model, draft_weights)
         models = [self._model] if drafting is self._model else [self._model, drafting]
         if compile:
             for model in models:
