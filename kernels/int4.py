@@ -1,16 +1,16 @@
 """Products of rows with a weight matrix of 4-bit codes, for copies of the weights that draft (engine/speculation/).
 
-A weight is `min + scale * code`, with codes 0 … 15. The pair is float16, one for each group of 32 neighbouring channels
-of a row, and codes are computed from the rounded pair, as kernels/packing.py does it for entries. So a weight takes five
-bits. A checkpoint that was itself made from groups of 32 and 16 levels comes back almost as it was.
+A weight is `min + scale * code`, with codes 0 … 15. The pair is float16, one for each group of 32 neighbouring
+channels of a row, and codes are computed from the rounded pair, as kernels/packing.py does it for entries. So a weight
+takes five bits. A checkpoint that was itself made from such groups of 16 levels comes back almost as it was.
 
 Words of 32 bits hold eight codes, in the order that loops over groups like: word p of a group holds its channels
 8p … 8p + 7, the first in the lowest bits, and the same word of the next group is the next one in memory.
 
-There is no choice of ways as in kernels/int8.py. torch has a product of 4-bit weights, but needs them in an order of its
-own, and on a CPU without AVX-512 it was five times slower than its product of 8-bit ones (0.3 thousand million weights
-a second, by hand). So what is not compiled makes floats of some rows at a time, which takes longer than a step with
-float weights: on a CPU these weights are for compiled steps.
+There is no choice of ways as in kernels/int8.py. torch has a product of 4-bit weights, but needs them in an order of
+its own, and on a CPU without AVX-512 it was five times slower than its product of 8-bit ones (by hand: 0.3 thousand
+million weights a second). So what is not compiled makes floats of some rows at a time, which takes longer than a
+product with float weights: on a CPU these weights are for compiled steps.
 """
 
 from __future__ import annotations
@@ -36,8 +36,9 @@ def shapes(n_out: int, n_in: int) -> tuple[tuple[tuple[int, ...], torch.dtype], 
 
 
 def scratch_bytes(device: torch.device) -> int:
-    """What a product makes and lets go at most: some rows as words of one code each, as floats, and these in order."""
-    return 3 * 4 * _at_a_time(device)
+    """What a product makes and lets go at most: codes of some rows apart, float32 of them and their pairs, 16 bits."""
+    count = _at_a_time(device)
+    return (4 + 4 + 2) * count + 2 * 4 * count // GROUP
 
 
 def quantise_(words: Tensor, pairs: Tensor, matrix: Tensor) -> None:

@@ -55,8 +55,8 @@ class Stacked(Linear):
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor | None = None) -> Tensor:
     """x [..., E], weight [O, E], bias [O] or None -> [..., O], in the dtype of x.
 
-    scale: of a weight of integers (see Linear). Where gradients are on it is F.linear, of the dequantised weight if need
-    be: the other ways have none.
+    scale: of a weight of integers (see Linear). Where gradients are on it is F.linear, of the dequantised weight if
+    need be: the other ways have none.
     """
     if scale is not None:
         if weight.dtype == torch.int32:

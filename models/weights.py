@@ -148,7 +148,7 @@ def copy_bytes(config: ModelConfig, kind: str, weights: str | None = None) -> in
         made = _kind(model, name, kind)
         if made == "int4" and parameter.shape[1] % int4.GROUP:
             raise FastKVError(
-                f"int4 has groups of {int4.GROUP} weights, and {name} has rows of {parameter.shape[1]}: take int8",
+                f"int4 has groups of {int4.GROUP} weights, and the model has rows of {parameter.shape[1]}: take int8",
                 setting="draft_weights",
             )
         if made not in (None, _kind(model, name, weights)):
@@ -159,8 +159,8 @@ def copy_bytes(config: ModelConfig, kind: str, weights: str | None = None) -> in
 def in_integers(model: Llama, kind: str) -> Llama:
     """The same network with matrices of integers, kind: "int8" | "int4" (of an int4 one the head is int8).
 
-    It shares what is no matrix, what is integers of that kind already, and the rotation tables. A model in which that is
-    all is given back itself.
+    It shares what is no matrix, what is integers of that kind already, and the rotation tables. A model of which that
+    is all is given back itself.
     """
     other, memory = meta_model(model.config), HostMemory()
     shares_all = True
@@ -250,7 +250,7 @@ def _assign_integers(
 ) -> None:
     """Let a weight be integers, quantised from the float pieces that it is stacked of."""
     # The scales, too: not between the large tensors that come and go.
-    values, scale = (memory.empty(*each, device) for each in _KINDS[kind].shapes(*shape))
+    values, scale = (memory.empty(size, dtype, device) for size, dtype in _KINDS[kind].shapes(*shape))
     first = 0
     for piece in pieces:
         end = first + len(piece)
