@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import os
 import sys
 import time
@@ -72,6 +73,8 @@ from fastkv.models.weights import copy_bytes, in_integers, load_weights, random_
 
 LOAD_FORMATS = ("auto", "dummy")
 WEIGHTS = ("int8",)
+
+_log = logging.getLogger(__name__)
 
 
 class LLM:
@@ -165,6 +168,8 @@ class LLM:
         has_model()
         check_alike(self._model, sources)
         self._sources = sources
+        if draft_weights == "int4" and not compile:
+            _log.warning("drafts of int4 weights are slow without compile (--compile): add it, or take int8")
         self._prepare(cuda_graph, compile, attention, draft_weights)
 
     def _prepare(self, cuda_graph: bool, compile: bool, attention: str, draft_weights: str | None) -> None:

@@ -8,9 +8,10 @@ Words of 32 bits hold eight codes, in the order that loops over groups like: wor
 8p … 8p + 7, the first in the lowest bits, and the same word of the next group is the next one in memory.
 
 There is no choice of ways as in kernels/int8.py. torch has a product of 4-bit weights, but needs them in an order of
-its own, and on a CPU without AVX-512 it was five times slower than its product of 8-bit ones (by hand: 0.3 thousand
-million weights a second). So what is not compiled makes floats of some rows at a time, which takes longer than a
-product with float weights: on a CPU these weights are for compiled steps.
+its own, and on a CPU without AVX-512 it was five times slower than its product of 8-bit ones. So what is not compiled
+makes floats of some rows at a time, which takes longer than a product with float weights: these weights are for
+compiled steps. By hand, 10^9 weights of 9,216 x 1,536 times one row, in a second of one busy core of such a CPU: 3.3
+compiled and 0.2 not; with 8 bits 3.9 compiled, with float32 3.3. There they save memory, and no time.
 """
 
 from __future__ import annotations

@@ -341,6 +341,9 @@ def test_lossless_is_the_answer_of_the_full_cache_and_is_told(run: Run) -> None:
         (["--lossless", "--decode-budget", "64"], "--decode-budget"),
         (["--speculation", "ngram", "--draft-weights", "int8"], "--draft-weights"),
         (["--lossless", "--policy", "full"], "draft_weights"),
+        (["--lossless", "--draft-weights", "int8", "--weights", "int8"], "both int8"),
+        (["--lossless", "--draft-weights", "int4"], "take int8"),  # of rows of 62
+        (["--lossless", "--draft-weights", "int4", "--weights", "int8"], "take int8"),
     ],
 )
 def test_what_speculation_does_not_go_with(

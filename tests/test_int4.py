@@ -239,11 +239,15 @@ def test_the_floats_of_a_draft_step_are_counted(llm: LLM, tiny_llm: LLM, monkeyp
     assert seen[0].step - seen[1].step == scratch_bytes(CPU)
 
 
-def test_loading_counts_the_copy(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_loading_counts_the_copy(
+    tiny_folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """And says that steps which are not compiled are slow."""
     seen: list[dict[str, int]] = []
     monkeypatch.setattr("fastkv.engine.llm.check_fits", lambda what, parts, *rest: seen.append(dict(parts)))
     LLM(tiny_folder, dtype="float32", device="cpu", draft_weights="int4")
     assert seen[0]["weights of drafts"] == copy_bytes(ModelConfig.from_pretrained(tiny_folder), "int4")
+    assert [record.getMessage() for record in caplog.records if "without compile" in record.getMessage()]
 
 
 def test_rows_that_are_no_whole_groups_are_refused(stories_folder: Path) -> None:
