@@ -40,7 +40,9 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--prompts", type=int, default=5, metavar="N", help="of each length (5)")
     made.add_argument("--new-tokens", type=int, default=128, metavar="N", help="of each answer (128)")
     made.add_argument("--speculation", default="self", metavar="KIND", help="self (default) or ngram")
-    made.add_argument("--draft-weights", default=None, metavar="int8")
+    made.add_argument(
+        "--draft-weights", default=None, metavar="int8|int4", help="of a copy that drafts (default: none)"
+    )
     made.add_argument("--draft-tokens", type=int, default=None, metavar="N", help="at a time (default: as many as pay)")
     made.add_argument("--kv-retention", type=float, default=0.1, metavar="R", help="of FastKV, which drafts (0.1)")
     made.add_argument("--text", type=Path, nargs="+", metavar="FILE", help="what the prompts are parts of")
@@ -102,6 +104,7 @@ def compared(llm: LLM, prompt: Any, args: argparse.Namespace) -> dict[str, Any]:
         "v": _of_plain(spec.verify_seconds, spec.verifications, spec.plain_seconds),
         "full_kv_bytes": found.metrics.kv_bytes,
         "draft_kv_bytes": spec.draft_kv_bytes,
+        "draft_weight_bytes": spec.draft_weight_bytes,
     }
 
 

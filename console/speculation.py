@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from fastkv.console.words import counted
-from fastkv.engine.speculation.figures import KINDS, Speculated, Speculation
+from fastkv.engine.speculation.figures import DRAFT_WEIGHTS, KINDS, Speculated, Speculation
 from fastkv.errors import FastKVError, check_choice
 
 SPECULATION_SETTINGS = ("lossless", "speculation", "draft_tokens", "draft_weights")
@@ -25,7 +25,9 @@ def add_speculation_flags(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--draft-tokens", type=int, metavar="N", help="1 to 16 drafted at a time (default: as many as pay)"
     )
-    group.add_argument("--draft-weights", metavar="int8", help="with --lossless, a copy of the weights that drafts")
+    group.add_argument(
+        "--draft-weights", metavar="|".join(DRAFT_WEIGHTS), help="with --lossless, a copy of the weights that drafts"
+    )
 
 
 def speculation_of(args: argparse.Namespace, of_document: bool) -> Speculation | None:
@@ -36,10 +38,10 @@ def speculation_of(args: argparse.Namespace, of_document: bool) -> Speculation |
             raise FastKVError("--lossless is --speculation self: leave it or --speculation ngram out")
         kind = "self"
     if args.draft_weights is not None:
-        check_choice("draft_weights", args.draft_weights, ("int8",))
+        check_choice("draft_weights", args.draft_weights, DRAFT_WEIGHTS)
         if kind != "self":
             raise FastKVError("is for --lossless: add it, or leave this out", setting="draft_weights")
-        if args.weights is not None:
+        if args.weights == args.draft_weights == "int8":
             raise FastKVError("--draft-weights and --weights are both int8: leave one of them out")
     if args.draft_tokens is not None and kind is None:
         raise FastKVError("is for --lossless or --speculation: add one, or leave this out", setting="draft_tokens")

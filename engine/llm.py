@@ -55,8 +55,8 @@ class LLM(CheckedRequests):
     (the checkpoint's; float32 on a CPU that cannot compute in it) | "float32" | "bfloat16" | "float16". device: "auto"
     (a GPU if there is one) | "cpu" | "cuda" | "cuda:N". revision: of a hub id. weights: "int8" keeps every matrix in
     8-bit integers, a quarter of float32's bytes; activations and cache stay in `dtype`. None: all in `dtype`.
-    draft_weights: "int8" makes a second copy of the weights in 8-bit integers, which drafts the tokens of requests with
-    speculation="self"; None: the model's own draft.
+    draft_weights: "int8" or "int4" makes a second copy of the weights in 8 or 4 bits (the head always in 8), which
+    drafts the tokens of requests with speculation="self"; None: the model's own draft.
     kv_dtype: "int8" or "int4" for entries of a quarter or an eighth of float32's bits (cache/quantised.py); None: all
     in `dtype`.
     share_layers: layers that store no entries and read an earlier layer's (KVSharer, arXiv 2410.18517): the file that

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping
 from os import PathLike
 from pathlib import Path
@@ -23,6 +24,7 @@ from fastkv.engine.prefix_store import PrefixStore
 from fastkv.engine.process import check_process, has_model, process_for_model
 from fastkv.engine.runtime import Runtime
 from fastkv.engine.shared_layers import check_alike, pairs_of, sources_of
+from fastkv.engine.speculation.figures import DRAFT_WEIGHTS
 from fastkv.errors import FastKVError, brief, check_choice, check_integer, check_switch, writable
 from fastkv.kernels.out_of_memory import LOADING
 from fastkv.kernels.packing import KV_DTYPES
@@ -34,10 +36,12 @@ from fastkv.models.llama import Llama
 from fastkv.models.presets import PRESETS
 from fastkv.models.text.tokenizer import Tokenizer
 from fastkv.models.tying import settled_config
-from fastkv.models.weights import in_int8, int8_bytes, load_weights, random_weights
+from fastkv.models.weights import copy_bytes, in_integers, load_weights, random_weights
 
 LOAD_FORMATS = ("auto", "dummy")
 WEIGHTS = ("int8",)
+
+_log = logging.getLogger(__name__)
 
 
 class LoadedModel:
@@ -68,8 +72,8 @@ class LoadedModel:
     ) -> None:
         _check_arguments(model, revision, load_format, weights, progress)
         if draft_weights is not None:
-            check_choice("draft_weights", draft_weights, WEIGHTS)
-            if weights is not None:
+            check_choice("draft_weights", draft_weights, DRAFT_WEIGHTS)
+            if weights == draft_weights:
                 raise FastKVError("the weights are int8 already: leave one of them out", setting="draft_weights")
         for name, switch in (("cuda_graph", cuda_graph), ("compile", compile)):
             check_switch(name, switch)
@@ -91,8 +95,8 @@ class LoadedModel:
         if not dummy:
             self.config = settled_config(self.config, folder, torch_dtype)
         parts = load_parts(self.config, None if dummy else folder, torch_dtype, weights, target)
-        if draft_weights is not None and weights is None:
-            parts["weights of drafts"] = int8_bytes(self.config)
+        if draft_weights is not None:
+            parts["weights of drafts"] = copy_bytes(self.config, draft_weights, weights)
         advice = "take a smaller model, a device with more memory, --dtype bfloat16 or --weights int8"
         check_fits(f"the model {folder.name}", parts, target, advice)
         # Only now are the sizes known to be those of a model that there is room for.
@@ -106,11 +110,13 @@ class LoadedModel:
         has_model()
         check_alike(self._model, sources)
         self._sources = sources
+        if draft_weights == "int4" and not compile:
+            _log.warning("drafts of int4 weights are slow without compile (--compile): add it, or take int8")
         self._prepare(cuda_graph, compile, attention, draft_weights)
 
     def _prepare(self, cuda_graph: bool, compile: bool, attention: str, draft_weights: str | None) -> None:
         """Make what requests share."""
-        drafting = self._model if draft_weights is None else in_int8(self._model)
+        drafting = self._model if draft_weights is None else in_integers(self._model, draft_weights)
         models = [self._model] if drafting is self._model else [self._model, drafting]
         if compile:
             for model in models:

@@ -32,6 +32,11 @@ def floats_at_a_time() -> int:
     return _AT_A_TIME
 
 
+def shapes(n_out: int, n_in: int) -> tuple[tuple[tuple[int, ...], torch.dtype], ...]:
+    """Shape and dtype of the integers and of the scales of a matrix [n_out, n_in]."""
+    return ((n_out, n_in), torch.int8), ((n_out,), torch.float32)
+
+
 def quantise_(values: Tensor, scale: Tensor, matrix: Tensor) -> None:
     """Fill values int8 [O, E] and scale float32 [O] from a float matrix [O, E], some rows at a time."""
     rows = max(1, _AT_A_TIME // max(1, matrix.shape[1]))

@@ -105,9 +105,9 @@ def unpack(scheme: Scheme, packed: Packed, k: Tensor, v: Tensor) -> None:
 
 def _pack_keys(scheme: Scheme, keys: Tensor, into: Packed) -> None:
     """keys: float32 [h, n, block, D]."""
-    low, scale = _pairs(keys, 2, scheme.levels)
+    low, scale = pairs_of(keys, 2, scheme.levels)
     into.k_params.copy_(torch.stack((low, scale), dim=2))
-    into.k.copy_(_joined(scheme, _codes(keys, low.unsqueeze(2), scale.unsqueeze(2), scheme.levels)))
+    into.k.copy_(_joined(scheme, codes_of(keys, low.unsqueeze(2), scale.unsqueeze(2), scheme.levels)))
 
 
 def _pack_values(scheme: Scheme, values: Tensor, into: Packed) -> None:
@@ -119,8 +119,8 @@ def _pack_values(scheme: Scheme, values: Tensor, into: Packed) -> None:
         codes = _quotient(grouped, scale.unsqueeze(4)).round_().clamp_(-most, most).to(torch.int8).view(torch.uint8)
         into.v_params.copy_(scale.unsqueeze(3))
     else:
-        low, scale = _pairs(grouped, 4, scheme.levels)
-        codes = _codes(grouped, low.unsqueeze(4), scale.unsqueeze(4), scheme.levels)
+        low, scale = pairs_of(grouped, 4, scheme.levels)
+        codes = codes_of(grouped, low.unsqueeze(4), scale.unsqueeze(4), scheme.levels)
         into.v_params.copy_(torch.stack((low, scale), dim=3))
     into.v.copy_(_joined(scheme, codes.flatten(3)))
 
@@ -147,8 +147,8 @@ def _rounded(values: Tensor) -> Tensor:
     return values.clamp_(-_LARGEST, _LARGEST).half().float()
 
 
-def _pairs(values: Tensor, dim: int, levels: int) -> tuple[Tensor, Tensor]:
-    """Minimum and scale over a dimension."""
+def pairs_of(values: Tensor, dim: int, levels: int) -> tuple[Tensor, Tensor]:
+    """Minimum and scale over a dimension of float32 values, for codes 0 … levels; as float16 has them, in float32."""
     low = _rounded(values.amin(dim=dim))
     return low, _rounded((values.amax(dim=dim) - low) / levels).clamp_min_(0)
 
@@ -158,7 +158,8 @@ def _quotient(values: Tensor, scale: Tensor) -> Tensor:
     return values / scale.masked_fill(scale == 0, torch.inf)
 
 
-def _codes(values: Tensor, low: Tensor, scale: Tensor, levels: int) -> Tensor:
+def codes_of(values: Tensor, low: Tensor, scale: Tensor, levels: int) -> Tensor:
+    """The codes 0 … levels that are nearest to float32 values, uint8; low and scale are broadcast."""
     return _quotient(values - low, scale).round_().clamp_(0, levels).to(torch.uint8)
 
 

@@ -1,6 +1,6 @@
-"""Linear layers: one matrix, or several that read the same input as one, of floats or of 8-bit integers.
+"""Linear layers: one matrix, or several that read the same input as one, of floats or of integers of few bits.
 
-Who multiplies is said in kernels/products.py and kernels/int8.py.
+Who multiplies is said in kernels/products.py, kernels/int8.py and kernels/int4.py.
 """
 
 from __future__ import annotations
@@ -11,7 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastkv.kernels.int8 import dequantised, dequantised_product, int8_product
+from fastkv.kernels import int4, int8
+from fastkv.kernels.int4 import int4_product
+from fastkv.kernels.int8 import dequantised_product, int8_product
 from fastkv.kernels.products import product_for, turned
 from fastkv.kernels.tracing import GRAPH, NAMES, recording
 
@@ -19,7 +21,8 @@ from fastkv.kernels.tracing import GRAPH, NAMES, recording
 class Linear(nn.Linear):
     """nn.Linear, by the fastest of several ways.
 
-    scale: float32 [O] where the weight is int8 [O, E], whose rows it multiplies; None: the weight is floats.
+    scale: float32 [O] where the weight is int8 [O, E], whose rows it multiplies; float16 [O, 2, E / 32] where it has
+    4-bit codes, int32 [O, E / 8] (kernels/int4.py); None: the weight is floats.
     """
 
     scale: Tensor | None = None
@@ -28,8 +31,11 @@ class Linear(nn.Linear):
         return linear(x, self.weight, self.bias, self.scale)
 
     def dense(self) -> Tensor:
-        """The weight as floats, [O, E]; in float32 where it is int8."""
-        return self.weight if self.scale is None else dequantised(self.weight, self.scale, torch.float32)
+        """The weight as floats, [O, E]; in float32 where it is integers."""
+        if self.scale is None:
+            return self.weight
+        kind = int4 if self.weight.dtype == torch.int32 else int8
+        return kind.dequantised(self.weight, self.scale, torch.float32)
 
 
 class Stacked(Linear):
@@ -49,11 +55,14 @@ class Stacked(Linear):
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor | None = None) -> Tensor:
     """x [..., E], weight [O, E], bias [O] or None -> [..., O], in the dtype of x.
 
-    scale: of an int8 weight, float32 [O]. Where gradients are on it is F.linear, of the dequantised weight if need be:
-    the other ways have none.
+    scale: of a weight of integers (see Linear). Where gradients are on it is F.linear, of the dequantised weight if
+    need be: the other ways have none.
     """
     if scale is not None:
-        y = dequantised_product(x, weight, scale) if torch.is_grad_enabled() else int8_product(x, weight, scale)
+        if weight.dtype == torch.int32:
+            y = int4_product(x, weight, scale)
+        else:
+            y = dequantised_product(x, weight, scale) if torch.is_grad_enabled() else int8_product(x, weight, scale)
         return y if bias is None else y + bias
     if x.device.type != "cpu" or torch.is_grad_enabled():
         return F.linear(x, weight, bias)

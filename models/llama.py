@@ -11,6 +11,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from fastkv.kernels import int4
 from fastkv.models.block import Block
 from fastkv.models.catalogue import family_of
 from fastkv.models.config import ModelConfig
@@ -97,6 +98,12 @@ class Llama(nn.Module):
         """What comes after the last attention: hidden [B, T, E] -> logits float32 [B, T, V]."""
         self.blocks[-1].finish_(hidden, attended)
         return self.head(hidden)
+
+    @property
+    def makes_floats(self) -> int:
+        """Bytes of weights that a product with 4-bit ones makes floats of, and lets go; 0 where there are none."""
+        has_codes = self.blocks[0].self_attn.o_proj.weight.dtype == torch.int32
+        return int4.scratch_bytes(self.device) if has_codes else 0
 
     def reserve(self, n_positions: int) -> None:
         """Let `rope` know the positions below `n_positions`."""

@@ -344,6 +344,9 @@ def test_lossless_is_the_answer_of_the_full_cache_and_is_told(run: Run) -> None:
         (["--lossless", "--policy", "full"], "error: --lossless: policy full keeps all entries"),
         (["--speculation", "self", "--policy", "full"], "error: --speculation: policy full keeps all entries"),
         (["--speculation", "ngram", "--policy", "quest"], "error: --speculation: speculation ngram does not go with"),
+        (["--lossless", "--draft-weights", "int8", "--weights", "int8"], "both int8"),
+        (["--lossless", "--draft-weights", "int4"], "take int8"),  # of rows of 62
+        (["--lossless", "--draft-weights", "int4", "--weights", "int8"], "take int8"),
     ],
 )
 def test_what_speculation_does_not_go_with(

@@ -597,7 +597,7 @@ WRONG = {
     "--decode-budget": [*NO_COUNT, "31", "9" * 40],
     "--speculation": ["", "self,ngram", "NGRAM"],
     "--draft-tokens": [*NO_COUNT, "17", "9" * 40, "2"],  # nothing is drafted without --lossless or --speculation
-    "--draft-weights": ["", "int4", "int8"],
+    "--draft-weights": ["", "int2", "INT4", "int4", "int8"],  # nothing drafts without --lossless
     "--temperature": ["-1", "9" * 5000, "-0.001", "nan", "inf", "abc", ""],
     "--top-k": ["-1", str(2**63), "9" * 4000, "9" * 5000, "1.5", "nan", "abc", ""],
     "--top-p": ["0", "-0.5", "1.1", "nan", "inf", "abc", ""],

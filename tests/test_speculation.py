@@ -26,7 +26,7 @@ from fastkv.engine.speculation.figures import MOST_DRAFTED
 from fastkv.engine.speculation.lookup import Lookup, lookup_bytes
 from fastkv.engine.speculation.pace import Pace, expected_tokens
 from fastkv.engine.speculation.speculative import SpeculativeBatch
-from fastkv.models.weights import in_int8
+from fastkv.models.weights import in_integers
 
 PROMPT = torch.randint(3, 256, (200,), generator=torch.Generator().manual_seed(1)).tolist()
 GREEDY = SamplingParams(max_tokens=14, ignore_eos=True)
@@ -236,11 +236,11 @@ def test_memory_is_that_of_both_caches(llm: LLM) -> None:
 
 def test_drafting_weights_are_those_of_a_model_in_int8(llm: LLM, tiny_folder: Path) -> None:
     own = LLM(tiny_folder, dtype="float32", device="cpu", weights="int8").model
-    copy = in_int8(llm.model)
+    copy = in_integers(llm.model, "int8")
     for (name, mine), (_, its) in zip(copy.named_parameters(), own.named_parameters(), strict=True):
         assert torch.equal(mine, its), name
     assert copy.rotary is llm.model.rotary
-    assert in_int8(own) is own
+    assert in_integers(own, "int8") is own
 
 
 @pytest.mark.parametrize(

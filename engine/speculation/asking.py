@@ -64,19 +64,21 @@ def drafted_by_model(
     )
     request = replace(whole, speculation=speculation, draft_plan=draft_plan)
     draft = draft_plan.nbytes + draft_plan.index_nbytes
-    _check_fits(runtime, request, draft, drafting.buffers.reusable(draft, {}))
+    _check_fits(runtime, request, draft, drafting.buffers.reusable(draft, {}), drafting.model.makes_floats)
     return request
 
 
-def _check_fits(runtime: Runtime, request: Request, draft: int, idle: int = 0) -> None:
+def _check_fits(runtime: Runtime, request: Request, draft: int, idle: int = 0, floats: int = 0) -> None:
     """FastKVError unless there is memory for both caches, and for steps of as many tokens as may be judged at once.
 
-    draft: bytes of its cache, of which an earlier draft has left so many idle.
+    draft: bytes of its cache, of which an earlier draft has left so many idle. floats: that a step of it makes of its
+    weights.
     """
     slot = bytes_of(layout_of([request]), capacities_of([request]), request.plan.shape)
     plan = request.plan if request.draft_plan is None else request.draft_plan
     draws = request.params.temperature > 0
     looks_up, judged = request.draft_plan is None, MOST_DRAFTED + 1
     needed = footprint(runtime.model, plan, slot + draft, judged=judged, draws=draws, looks_up=looks_up)
+    needed = needed._replace(step=needed.step + floats)
     reusable = runtime.buffers.reusable(slot, needed.workspace) + idle
     check_request_fits(runtime.model, plan, needed, reusable)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from fastkv.errors import check_choice, check_integer
 
 KINDS = ("self", "ngram")
+DRAFT_WEIGHTS = ("int8", "int4")
 MOST_DRAFTED = 16  # tokens at a time: a cache can always forget so many, and more are seldom all right
 
 

@@ -31,7 +31,7 @@ from fastkv.engine.speculation.figures import MOST_DRAFTED, Speculated
 from fastkv.engine.speculation.pace import Pace
 from fastkv.kernels.threads import as_many
 from fastkv.models.llama import JUDGED
-from fastkv.models.weights import int8_bytes
+from fastkv.models.weights import bytes_apart
 
 _AT_A_TIME = 1024  # tokens of a prompt that are Python's numbers at a time: each takes as much as a dozen characters
 _ENOUGH = 4  # verifications: with fewer, what comes once (kernels are chosen) would be taken for what drafts cost
@@ -80,14 +80,13 @@ class SpeculativeBatch(DecodeBatch):
         step, counts = self._pace.plain_step, self._counts
         brought = counts["verifications"] + counts["plain_steps"] + counts["accepted_tokens"]
         drafting = self._drafting
-        own = drafting is not None and drafting.model is not self._runtime.model
         plan = self._request.draft_plan
         return Speculated(
             self._kind,
             **counts,
             speed_up=brought * step / self._seconds if step and counts["verifications"] >= _ENOUGH else None,
             draft_kv_bytes=0 if plan is None else plan.nbytes + plan.index_nbytes,
-            draft_weight_bytes=int8_bytes(self._runtime.model.config) if own else 0,
+            draft_weight_bytes=0 if drafting is None else bytes_apart(drafting.model, self._runtime.model),
             draft_seconds=self._drafting_seconds,
             verify_seconds=self._verifying_seconds,
             plain_seconds=step,
