@@ -39,7 +39,7 @@ class Clusters:
         self._sinks, self._per_cluster = sinks, per_cluster
         self._block = block_of(sizes, sinks, block)
         self._heads, self._head_dim = (sizes.batch, sizes.n_kv_heads), sizes.head_dim
-        self._known = self._n_clusters = 0
+        self._ends: list[tuple[int, int]] = []  # of what was clustered together: the entry and the cluster after it
         n_clusters = most_clusters(sizes, sinks, per_cluster, self._block)
         self.means = torch.zeros(*self._heads, n_clusters, sizes.head_dim, device=device)
         self.order = torch.zeros(*self._heads, max(0, sizes.capacity - sinks), dtype=torch.int32, device=device)
@@ -63,6 +63,15 @@ class Clusters:
         held = heads * n_keys * (2 * sizes.head_dim * _FLOAT + 3 * _INDEX)
         products = max(heads * count, min(_VALUES, heads * n_keys * count))
         return held + _FLOAT * (products + 3 * heads * count * sizes.head_dim)
+
+    @property
+    def _known(self) -> int:
+        """Entries before this one are clustered, the sinks apart."""
+        return self._ends[-1][0] if self._ends else 0
+
+    @property
+    def _n_clusters(self) -> int:
+        return self._ends[-1][1] if self._ends else 0
 
     @property
     def nbytes(self) -> int:
@@ -94,11 +103,11 @@ class Clusters:
         self.order[:, :, old : old + end - first] = (order + first).unflatten(0, self._heads)
         self.starts[:, :, new] = (counts.cumsum(1) - counts + old).unflatten(0, self._heads)
         self.counts[:, :, new] = counts.unflatten(0, self._heads)
-        self._known, self._n_clusters = end, self._n_clusters + count
+        self._ends.append((end, self._n_clusters + count))
 
     def forget(self, n_entries: int) -> None:
-        if n_entries < self._known:  # a cluster may have some of what is gone
-            self._known = self._n_clusters = 0
+        while n_entries < self._known:  # a cluster of these may have some of what is gone
+            self._ends.pop()
 
     def choose(self, q: Tensor, n_entries: int, budget: int) -> Tensor | None:
         sinks = min(self._sinks, n_entries)
@@ -114,9 +123,10 @@ class Clusters:
     def _best(self, q: Tensor, room: int) -> Tensor:
         """So many entries of the best clusters, of the last one only its first: int64 [B, Hkv, room]."""
         n = self._n_clusters
-        scores = wanted(products(q.float(), self.means[:, :, :n]), q.shape[3])  # [B, Hkv, C]
-        ranked = scores.argsort(dim=-1, descending=True)
-        counts = self.counts[..., :n].gather(2, ranked)
+        counts, logits = self.counts[..., :n], products(q.float(), self.means[:, :, :n])
+        logits.masked_fill_((counts == 0).unsqueeze(2), -torch.inf)  # which would take shares, and give nothing
+        ranked = wanted(logits, q.shape[3]).argsort(dim=-1, descending=True)  # [B, Hkv, C]
+        counts = counts.gather(2, ranked)
         ends = counts.cumsum(2)
         shifts = self.starts[..., :n].gather(2, ranked) - (ends - counts)
         places = torch.arange(room, device=q.device).expand(*ranked.shape[:2], -1).contiguous()
@@ -135,10 +145,10 @@ def block_of(sizes: IndexSizes, sinks: int, block: int) -> int:
 
 
 def most_clusters(sizes: IndexSizes, sinks: int, per_cluster: int, block: int) -> int:
-    """Clusters of the prompt, and of what may be appended."""
-    of_prompt = max(1, max(0, sizes.n_entries - sinks) // per_cluster)
-    of_block = max(1, block // min(BLOCK_PER_CLUSTER, per_cluster))
-    return of_prompt + (1 + max(0, sizes.capacity - sizes.n_entries) // block) * of_block
+    """Clusters of the prompt, and of what may be appended: what is clustered together has one more at most."""
+    tokens = max(0, sizes.capacity - sinks)
+    together = 1 + tokens // max(STRETCH, per_cluster) + max(0, sizes.capacity - sizes.n_entries) // block
+    return tokens // min(BLOCK_PER_CLUSTER, per_cluster) + 1 + together
 
 
 def k_means(keys: Tensor, count: int) -> Tensor:

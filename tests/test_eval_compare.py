@@ -22,6 +22,8 @@ from fastkv.cache.policy import plan_layers
 from fastkv.console.markdown import BEGIN, END, check_page, write_page
 from fastkv.console.policy_text import read_settings, write_settings
 from fastkv.eval import cli
+from fastkv.eval.cli_flags import PARSERS, check
+from fastkv.eval.compare import command as compare_command
 from fastkv.eval.compare.command import page_part
 from fastkv.eval.compare.reads import read_share
 from fastkv.eval.compare.settings import Terms, equal_policies, nearest_decay, off_by, wanted
@@ -209,7 +211,7 @@ def test_policies_that_read_few_read_as_much_as_the_others_keep() -> None:
     ("text", "says"),
     [
         ("sinkrouter", "--policy sinkrouter: how much its steps read, the text decides"),
-        ("quest", "--policy quest: it reads "),
+        ("quest", "--policy quest: it reads 16 % of the cache at least, what chooses and dense_layers included: raise"),
         ("clusterkv:read_retention=0.2", "read_retention is what makes the policies read the same; --read-retention"),
         ("rocketkv:read_len=9", "read_len is what makes the policies read the same"),
         ("snapkv:kv_dtype=int8", "kv_dtype: entries are compared in the model's dtype"),
@@ -221,6 +223,27 @@ def test_who_cannot_read_as_much_takes_no_part(text: str, says: str) -> None:
     with pytest.raises(FastKVError) as complaint:
         equal_policies([text], [0.1], LONG)
     assert says in str(complaint.value)
+
+
+def test_two_shares_that_come_to_the_same_are_told() -> None:
+    with pytest.raises(
+        FastKVError, match=r"--policy rocketkv: --read-retention 0.3 and 0.30001 give it the same setting"
+    ):
+        equal_policies(["rocketkv"], [0.3, 0.30001], LONG)
+    with pytest.raises(FastKVError, match=r"--policy snapkv: is the same policy as snapkv"):
+        equal_policies(["snapkv", "snapkv"], [0.3], LONG)
+
+
+def test_windows_are_not_compared_by_reads(tiny_llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A layer with one reads it, whatever a budget says."""
+    config = replace(tiny_llm.config, sliding_windows=(None, 512) * (tiny_llm.config.n_layers // 2))
+    monkeypatch.setattr(tiny_llm, "config", config)
+    monkeypatch.setattr(compare_command, "load", lambda args: (tiny_llm, Path(MODEL)))
+    args = PARSERS["compare"]().parse_args(["--model", MODEL, "--task", "archive", "--read-retention", "0.3"])
+    check(args)
+    args.words = []
+    with pytest.raises(FastKVError, match="--read-retention does not compare what layers with a sliding window read"):
+        compare_command.run(args)
 
 
 def test_the_note_of_what_was_read() -> None:

@@ -263,6 +263,55 @@ def test_what_was_clustered_and_then_forgotten_is_clustered_anew() -> None:
     assert torch.equal(chosen, expected)
 
 
+@pytest.mark.parametrize(("per_cluster", "budget"), [(16, 78), (40, 174), (80, 174), (5, 30), (1, 20), (500, 90)])
+def test_there_is_room_for_the_clusters_of_any_answer(per_cluster: int, budget: int) -> None:
+    """Entry by entry to the end, now and then some forgotten: what is clustered is no more than memory is there for."""
+    k, q, _ = keys_and_queries(700)
+    own = sizes(300, room=400, budget=budget)
+    index: Any = Clusters(own, CPU, 16, per_cluster=per_cluster)
+    n_entries, step = 300, 0
+    while n_entries <= 700:
+        if index.due(n_entries):
+            index.learn(k[:, :, :n_entries])
+        for head in clusters_of(index):
+            assert sum(map(len, head)) == index._known - 16
+        if step % 7 == 6:
+            index.forget(n_entries - 5)
+            n_entries -= 5
+        n_entries, step = n_entries + 1, step + 1
+    assert index.choose(q, 700, budget).shape == (1, HEADS, budget)
+    assert index.nbytes == Clusters.bytes_of(own, 16, per_cluster)
+
+
+def test_what_is_forgotten_leaves_the_clusters_before_it() -> None:
+    k, _, _ = keys_and_queries(300)
+    index: Any = learnt(Clusters(sizes(200, budget=50), CPU, 16, per_cluster=10), k, 200)
+    ends = list(index._ends)
+    assert len(ends) > 3
+    index.forget(ends[1][0] + 1)
+    assert index._ends == ends[:2]
+    index.forget(ends[0][0] - 1)
+    assert (index._ends, index._known, index._n_clusters) == ([], 0, 0)
+
+
+def test_clusters_without_keys_have_no_share() -> None:
+    """Keys that repeat leave some empty, and all products with the others are below the 0 of an empty one's mean."""
+    distinct = torch.randn(1, HEADS, 10, DIM, generator=torch.Generator().manual_seed(3))
+    k = torch.cat((distinct.repeat(1, 1, 20, 1), distinct[:, :, :1]), dim=2)
+    base, noise = torch.randn(2, 1, HEADS, GROUP, DIM, generator=torch.Generator().manual_seed(4))
+    q = base[:, :, :1] + 0.1 * noise
+    k = k - 5 * base[:, :, :1]
+    index: Any = learnt(Clusters(sizes(201), CPU, 0, per_cluster=5), k, 201)
+    chosen = index.choose(q, 201, 41)
+    assert (q @ k.transpose(2, 3) < 0).all()
+    for head, found in enumerate(clusters_of(index)):
+        real = [cluster for cluster in found if cluster]
+        assert len(real) < len(found)
+        means = torch.stack([k[0, head, cluster].mean(dim=0) for cluster in real])
+        best = int((q[0, head] @ means.T * DIM**-0.5).softmax(dim=1).sum(dim=0).argmax())
+        assert set(chosen[0, head, : len(real[best])].tolist()) == set(real[best])
+
+
 # --- the first key ---
 
 

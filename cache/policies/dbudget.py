@@ -27,7 +27,8 @@ class DBudgetKV(Policy):
     request say what was kept. The attention says how many, never which.
 
     drop_norm: in [0, 1]; 0 keeps all. uncounted: the first tokens whose part of a is taken for 0. In models that attend
-    to the first token almost alone, nothing else would count. full_layers: the first layers, which keep everything.
+    to the first token almost alone, nothing else would count; of a prompt of no more tokens, nothing does, and
+    min_tokens stay. full_layers: the first layers, which keep everything.
     window: a is the mean of so many last tokens, which are always kept. min_tokens: no head keeps fewer.
     keep_mass_most: no head keeps more than this share of the prompt, or than min_tokens. Memory is there before the
     prefill, for keep_mass_most.

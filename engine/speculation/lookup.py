@@ -4,7 +4,8 @@ The last three tokens are looked for, then two, then one; of several places the 
 the draft: free of cost, and often right where an answer repeats its prompt.
 
 The text is a string, a token a character, in which Python searches quickly. A table of what stands where took 250 to
-410 bytes a token and 9 µs to make, by hand (tracemalloc; random tokens, one CPU); this takes 8 while it grows.
+410 bytes a token and 9 µs to make, by hand (tracemalloc; random tokens, one CPU); this takes 8 while it grows. It is
+copied for each token that comes: 0.1 ms at 60,000 tokens (by hand), next to nothing beside a step.
 """
 
 from __future__ import annotations

@@ -36,6 +36,11 @@ def run(args: argparse.Namespace) -> int:
     by, shares = ("kept", args.kv_retention or [0.1]) if args.read_retention is None else ("read", args.read_retention)
     sizes, entries = (llm.config.n_layers, llm.config.n_kv_heads), (llm.config.head_dim, llm.dtype)
     terms = Terms(*sizes, plan.lengths, args.head_scores, args.kv_dtype, by, *entries)
+    if by == "read" and llm.config.sliding_window is not None:
+        raise FastKVError(
+            "--read-retention does not compare what layers with a sliding window read: take --kv-retention, or "
+            "another model"
+        )
     specs, left_out = equal_policies(args.policy, sorted(set(shares)), terms)
     results, missing = ask(args, llm, folder, plan, specs, left_out)
     entry_bytes = 2 * llm.config.head_dim * llm.dtype.itemsize

@@ -102,6 +102,7 @@ def equal_policies(
                 if read_settings(text) == (FullKV.name, {}):  # which is there already
                     continue
                 spec = _equal_policy(text, retention, terms)
+                _check_shares(spec, found, terms)
                 check_twin(spec, found, terms.kv_dtype)
                 found.append(spec)
             except FastKVError as error:
@@ -111,6 +112,14 @@ def equal_policies(
     if len(found) == 1:
         raise FastKVError("--policy: there is nothing to compare with the full cache; name another policy")
     return found, list(dict.fromkeys(missing))
+
+
+def _check_shares(spec: PolicySpec, others: Sequence[PolicySpec], terms: Terms) -> None:
+    """FastKVError where two shares give a policy the same settings."""
+    for one in others:
+        if one.title == spec.title and one.policy == spec.policy and one.retention not in (None, spec.retention):
+            flag, shares = flag_of(FLAGS[terms.by]), f"{one.retention} and {spec.retention}"
+            raise FastKVError(f"{flag} {shares} give it the same settings; leave one of them out")
 
 
 def check_names(texts: Sequence[str] | None, head_scores: Path | None) -> None:
@@ -160,11 +169,24 @@ def _equal_policy(text: str, retention: float, terms: Terms) -> PolicySpec:
         settings["read_retention"], policy = found, dataclasses.replace(policy, read_retention=found)
     off = off_by(policy, retention, terms)
     if abs(off) > _allowed(policy, terms):
+        _complain_of_least(policy, retention, terms)
         more, share = ("more" if off > 0 else "less"), 100 * abs(off)
         does = "keeps" if terms.by == "kept" else "reads"
         raise _UnequalError(f"it {does} {share:.1f} % {more} than the others at {flag} {retention:g}")
     told = settings if kv_dtype is None else {**settings, "kv_dtype": kv_dtype}
     return PolicySpec(write_settings(name, told), policy, text, retention, kv_dtype)
+
+
+def _complain_of_least(policy: Policy, retention: float, terms: Terms) -> None:
+    """_UnequalError that says what to do, where a policy reads more than is wanted, however little it chooses."""
+    if not isinstance(policy, ReadByBudget) or terms.by != "read":
+        return
+    least = 1 + off_by(dataclasses.replace(policy, read_retention=1e-6), retention, terms)
+    if least > 1 + NEAR_READ:
+        raise _UnequalError(
+            f"it reads {100 * least * retention:.0f} % of the cache at least, what chooses and dense_layers included: "
+            "raise --read-retention, or lower its dense_layers"
+        )
 
 
 def _allowed(policy: Policy, terms: Terms) -> float:
