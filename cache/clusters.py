@@ -92,7 +92,7 @@ class Clusters:
     def _cluster(self, k: Tensor, first: int, per_cluster: int) -> None:
         """Cluster some keys, [B, Hkv, n, D], whose first entry is `first`."""
         end = first + k.shape[2]
-        count = min(max(1, k.shape[2] // per_cluster), self.means.shape[2] - self._n_clusters)
+        count = max(1, k.shape[2] // per_cluster)
         keys = k.flatten(0, 1).float()
         of_key = k_means(keys, count)  # [B * Hkv, n]
         order = of_key.argsort(dim=1, stable=True)

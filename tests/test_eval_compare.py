@@ -254,7 +254,7 @@ def test_the_note_of_what_was_read() -> None:
     text = render([*base, *ours], [full, few], 256, by="read")
     assert text.startswith("### archive, 20 % of the KV cache read in a step: 2 examples\n")
     assert "chooses included: 20 % of what those of the full cache read; " in text
-    assert "of single examples: few +5.0 % (+0.0 % to +10.0 %)." in text
+    assert "of single examples: few +5.00 % (+0.00 % to +10.00 %)." in text
     assert "Counted in every prompt" not in text
     alone = render([replace(one, read_bytes=None) for one in (*base, *ours)], [full, few], 256, by="read")
     assert "of the full cache read; not counted." in alone

@@ -26,13 +26,15 @@ def read_share(policy: Policy, n_layers: int, n_tokens: int, shape: EntryShape) 
 
     Its own entry is not counted. shape: of a layer's entries.
     """
-    known: dict[tuple[bool, int], float] = {}  # layers that keep the same, and choose, are alike
+    known: dict[int, float] = {}  # layers that choose among as many are alike
     read = 0.0
     for layer, plan in enumerate(plan_layers(policy, n_layers, n_tokens)):
-        few = policy.reads_few(layer, plan.kept + 1, n_tokens + 1)
-        if (few, plan.kept) not in known:
-            known[few, plan.kept] = _entries(policy, layer, plan.kept, n_tokens, shape)
-        read += known[few, plan.kept]
+        if not policy.reads_few(layer, plan.kept + 1, n_tokens + 1):
+            read += plan.kept * shape.n_kv_heads
+            continue
+        if plan.kept not in known:
+            known[plan.kept] = _chosen(policy, layer, plan.kept, n_tokens, shape)
+        read += known[plan.kept]
     return read / (n_layers * n_tokens * shape.n_kv_heads)
 
 
@@ -47,11 +49,8 @@ def nearest_read(policy: ReadByBudget, share: float, n_layers: int, lengths: Seq
     return min(high - 1, high, key=lambda step: abs(off(step))) / STEPS
 
 
-def _entries(policy: Policy, layer: int, kept: int, n_tokens: int, shape: EntryShape) -> float:
-    """Of one layer, in entries of one head: what is read of an index counts as its bytes do."""
-    whole = kept * shape.n_kv_heads
-    if not policy.reads_few(layer, kept + 1, n_tokens + 1):
-        return whole
+def _chosen(policy: Policy, layer: int, kept: int, n_tokens: int, shape: EntryShape) -> float:
+    """Of a layer that chooses, in entries of one head: what is read of an index counts as its bytes do."""
     of_keys = (1, shape.n_kv_heads, shape.head_dim, shape.dtype)
     index = policy.index(layer, IndexSizes(*of_keys, kept, kept + 1, policy.read_budget(n_tokens)), _CPU)
     keys = torch.zeros(1, shape.n_kv_heads, kept + 1, shape.head_dim, dtype=shape.dtype)
@@ -60,6 +59,6 @@ def _entries(policy: Policy, layer: int, kept: int, n_tokens: int, shape: EntryS
             index.learn(keys[:, :, :count])
     chosen = index.choose(keys[:, :, -1:], kept + 1, policy.read_budget(n_tokens + 1))
     if chosen is None:
-        return whole
+        return kept * shape.n_kv_heads
     entry_bytes = 2 * shape.head_dim * shape.dtype.itemsize
     return chosen.numel() - shape.n_kv_heads + index.read_bytes / entry_bytes

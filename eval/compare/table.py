@@ -144,8 +144,7 @@ def _kept_note(answers: shared.Answers, specs: Sequence[PolicySpec], retention: 
     for spec in specs[1:]:
         records = shared.records_of(answers, spec.label)
         off = [record.kv_entries / _wanted_entries(record, retention) - 1 for record in records]
-        mean, low, high = (f"{100 * share:+.2f} %".replace("-", "−") for share in (fmean(off), min(off), max(off)))
-        missed += [f"{spec.title} {mean} ({low} to {high})"] if any(off) else []
+        missed += [f"{spec.title} {_off_text(off)}"] if any(off) else []
     after = shared.question_came_after(answers)
     of = "context of N tokens, and all of the question," if after else "prompt of N tokens"
     same = f"int({retention:g} · N) entries of a {of} for each layer and KV head, in the mean"
@@ -160,13 +159,16 @@ def _read_note(answers: shared.Answers, specs: Sequence[PolicySpec], share: floa
     for spec in specs[1:]:
         pairs = [(one[spec.label].read_bytes, one[full].read_bytes) for one in answers]
         off = [ours / theirs / share - 1 for ours, theirs in pairs if ours is not None and theirs]
-        if off:
-            told = (f"{100 * of:+.1f} %".replace("-", "−") for of in (fmean(off), min(off), max(off)))
-            mean, low, high = told
-            lines.append(f"{spec.title} {mean} ({low} to {high})")
+        lines += [f"{spec.title} {_off_text(off)}"] if off else []
     wanted_share = f"{100 * share:g} % of what those of the full cache read"
     counted = f"against that, in the mean and of single examples: {', '.join(lines)}" if lines else "not counted"
     return f"\nWhat the steps of an answer were to read, what chooses included: {wanted_share}; {counted}.\n"
+
+
+def _off_text(off: Sequence[float]) -> str:
+    """Shares as "mean (least to most)", in %."""
+    mean, low, high = (f"{100 * share:+.2f} %".replace("-", "−") for share in (fmean(off), min(off), max(off)))
+    return f"{mean} ({low} to {high})"
 
 
 def _wanted_entries(record: Record, retention: float) -> int:
