@@ -359,7 +359,9 @@ def test_the_plot_of_a_run(run: Callable[..., int], tmp_path: Path) -> None:
             pixels = np.asarray(picture.convert("RGB"), dtype=int)
         for colour in ((0x1B, 0x1B, 0x1B), (0x00, 0x72, 0xB2)):
             for panel in (pixels[:, :750], pixels[:, 750:]):
-                assert (abs(panel - colour).sum(-1) < 10).sum() > 300
+                assert (
+                    abs(panel - colour).sum(-1) < 10
+                ).sum() > 100  # one line may cover a part of another: they stand where the clock puts them
     assert heights == [675, 1245]
 
 
