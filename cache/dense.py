@@ -105,6 +105,9 @@ class DenseLayer:
     def attend(self, slots: range, q: Tensor, window: int | None = None) -> Tensor:
         raise NotImplementedError("the engine attends to what `read` gives")
 
+    def row(self, slot: int) -> tuple[Tensor, ...]:
+        raise NotImplementedError("the engine attends to what `read` gives")
+
     def padded(self, slots: range, span: int) -> tuple[Tensor, Tensor]:
         return self.k[slots.start : slots.stop, :, :span], self.v[slots.start : slots.stop, :, :span]
 

@@ -125,6 +125,9 @@ class KVLayer(Protocol):
         layouts leave it to the engine, by `read`.
         """
 
+    def row(self, slot: int) -> tuple[Tensor, ...]:
+        """Of a layout with a `kv_dtype`, of one sequence: see QuantisedLayer."""
+
     def padded(self, slots: range, span: int) -> tuple[Tensor, Tensor]:
         """The first `span` entries of each head, live or not: k and v [B, Hkv, span, D]. Reads no host count."""
 

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from fastkv.cache.layer import EntryShape, Kept, LayerMemory, Part
 from fastkv.kernels.packed_attention import packed_attention
+from fastkv.kernels.packed_loops import in_words
 from fastkv.kernels.packing import SCHEMES, Packed, Scheme, pack, unpack
 
 SINKS = 4  # first entries of a head: their keys are unlike all others (arXiv 2309.17453), and would spoil a block
@@ -42,6 +43,7 @@ class Run:
     stored: int = 0
     packed: int = 0
     views: Packed | None = None
+    words: Packed | None = None
 
     @property
     def n_heads(self) -> int:
@@ -129,6 +131,25 @@ class QuantisedLayer:
         ]
         return (attended[0] if len(attended) == 1 else torch.cat(attended)).view(q.shape)
 
+    def row(self, slot: int) -> tuple[Tensor, ...]:
+        """What the next token of a sequence attends to, with a place for its own k and v, the last one, to be written.
+
+        Its heads are equally long. -> exact entries k and v [1, Hkv, m, D] alone, or blocks with codes as words
+        (kernels/packed_loops.py), four tensors [Hkv, n, …], and these. What becomes too many is packed here.
+        """
+        (run,) = self._runs[slot]
+        before = self._n_exact(slot, run)
+        if blocks_over(before + 1, self._scheme):
+            self._push(slot, run, run.k[:, :0], run.v[:, :0], room=1)
+            before = self._n_exact(slot, run)
+        exact = tuple(each[:, : before + 1].unsqueeze(0) for each in (run.k, run.v))
+        if not run.packed:
+            return exact
+        blocks = self._blocks(slot, run)
+        if run.words is None:
+            run.words = in_words(blocks)
+        return (*run.words, *exact)
+
     def padded(self, slots: range, span: int) -> tuple[Tensor, Tensor]:
         raise NotImplementedError("only where graphs are captured")
 
@@ -189,8 +210,8 @@ class QuantisedLayer:
 
     @classmethod
     def _exact_of(cls, capacity: int, shape: EntryShape) -> int:
-        """Exact entries that a head has room for."""
-        return min(capacity, most_exact(cls._its_scheme()))
+        """Exact entries that a head has room for, and one that stays empty: a compiler tells full memory apart."""
+        return min(capacity, most_exact(cls._its_scheme())) + 1
 
     @classmethod
     def _blocks_of(cls, capacity: int, shape: EntryShape) -> int:
@@ -220,11 +241,14 @@ class QuantisedLayer:
         for run in self._runs[slot]:
             run.stored = -self._appended[slot]
 
-    def _push(self, slot: int, run: Run, k: Tensor, v: Tensor) -> None:
-        """Write k and v [h, T, D] after what a run holds, and count none of them; pack what becomes too many."""
+    def _push(self, slot: int, run: Run, k: Tensor, v: Tensor, room: int = 0) -> None:
+        """Write k and v [h, T, D] after what a run holds, and count none of them; pack what becomes too many.
+
+        room: for so many more that are written later.
+        """
         before = self._n_exact(slot, run)
         end = before + k.shape[1]
-        more = blocks_over(end, self._scheme)
+        more = blocks_over(end + room, self._scheme)
         if not more:
             run.k[:, before:end], run.v[:, before:end] = k, v
             return
@@ -251,13 +275,14 @@ class QuantisedLayer:
     def _blocks(self, slot: int, run: Run) -> Packed:
         """The blocks that a run has, [h, n, …]: views."""
         if run.views is None or run.views.k.shape[1] != run.packed:
-            run.views = self._views(slot, run)
+            run.views, run.words = self._views(slot, run), None
         return run.views
 
     def _views(self, slot: int, run: Run) -> Packed:
         here = slice(run.first, run.first + run.n_heads * run.room)
-        blocks = (each[slot, here].unflatten(0, (run.n_heads, run.room)) for each in self._packed)
-        return Packed(*(each[:, : run.packed] for each in blocks))
+        # The heads' first blocks, their second ones, and so on: so strides do not depend on the room there is.
+        blocks = (each[slot, here].unflatten(0, (run.room, run.n_heads)) for each in self._packed)
+        return Packed(*(each[: run.packed].transpose(0, 1) for each in blocks))
 
     def _unpacked(self, slot: int, run: Run, new: int) -> tuple[Tensor, Tensor]:
         """All entries of a run, and `new` that are not counted, in their order: k and v [1, h, n, D]."""

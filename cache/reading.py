@@ -56,6 +56,9 @@ class ReadingLayer:
     def attend(self, slots: range, q: Tensor, window: int | None = None) -> Tensor:
         return self._source.attend(slots, q, window)
 
+    def row(self, slot: int) -> tuple[Tensor, ...]:
+        raise NotImplementedError("layers that share entries are no compiled row")
+
     def padded(self, slots: range, span: int) -> tuple[Tensor, Tensor]:
         return self._source.padded(slots, span)
 

@@ -8,24 +8,28 @@ and v into the cache itself.
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from fastkv.engine.packed_row import PACKED_LOOPS, PackedRow
 from fastkv.kernels import row_attention
 from fastkv.kernels.calibration import calibration, is_on
 from fastkv.kernels.direct import DirectCode, DirectCompiler
+from fastkv.kernels.packed_loops import has_words
 from fastkv.kernels.recording import Function
-from fastkv.kernels.tracing import GRAPH, recording
+from fastkv.kernels.tracing import fix
 from fastkv.models.block import Block
 from fastkv.models.layers import Rope, Rotation
 from fastkv.models.llama import Llama
 
 _LOOPS = "loops"  # attention as loops that the compiler writes; the other ways are calls of torch's kernels
 _MASKED = "masked"  # that of several tokens, each of which sees the tokens up to itself
+_GIVEN = "given"  # attention is not a part of the function: what was attended stands in place of q
+_PACKED = "packed"  # that over packed entries
 _USUAL = 509  # entries that the compiler is told of; it decides by them what is worth two threads
 _SHORT = 10  # the size class (below 1,024 entries) up to which loops are taken where nothing is measured
 
@@ -46,12 +50,13 @@ class CompiledRow:
     def __init__(self, model: Llama, options: dict[str, Any]) -> None:
         self._model = model
         self._compiler = DirectCompiler(options)
+        self._packed = PackedRow(partial(self._code_or_none, _PACKED, DirectCompiler(PACKED_LOOPS)))
         self._known: dict[tuple[int | str, ...], _Compiled] = {}
         self._ways: dict[tuple[int, ...], str] = {}
         self._failed: set[tuple[str, int, int]] = set()  # ways that could not be compiled, for how many tokens, threads
 
     @torch.inference_mode()
-    def prepare(self, count: int = 1) -> None:
+    def prepare(self, count: int = 1, kv_dtype: str | None = None) -> None:
         """See RowLayers."""
         config, dtype = self._model.config, self._model.dtype
         hidden, q = (
@@ -66,33 +71,52 @@ class CompiledRow:
         for layer in range(last):
             self._compiled_if_possible(layer, (hidden, q, k, k, new, new, *tables))
         self._compiled_if_possible(last, (hidden, q, k, k))
+        if kv_dtype is not None and has_words(config.head_dim) and not any(config.windows):
+            self._packed.prepare(_rows(q, k)[0], kv_dtype)
+            for layer in range(last):
+                self._compiled_if_possible(layer, (hidden, q, new, new, *tables), _GIVEN)
+            self._compiled_if_possible(last, (hidden, q), _GIVEN)
 
-    def logits(self, hidden: Tensor, rope: Rope, entries: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+    def logits(self, hidden: Tensor, rope: Rope, entries: Sequence[tuple[Tensor, ...]]) -> Tensor:
         """See RowLayers."""
         tables = [table.contiguous() for each in rope.rotations for table in (each.cos, each.sin)]
-        k, v = entries[0]
         own = slice(-hidden.shape[1], None)
-        (q,) = self._run(_BEFORE, (hidden, k[:, :, own], v[:, :, own], *tables))
-        for layer, (next_k, next_v) in enumerate(entries[1:]):
-            new = next_k[:, :, own], next_v[:, :, own]
-            hidden, q = self._run(layer, (hidden, q.contiguous(), k, v, *new, *tables))
-            k, v = next_k, next_v
-        return self._run(len(entries) - 1, (hidden, q.contiguous(), k, v))[0]
+        new = [tuple(each[:, :, own] for each in of_layer[-2:]) for of_layer in entries]
+        (q,) = self._run(_BEFORE, (hidden, *new[0], *tables))
+        for layer, of_layer in enumerate(entries[:-1]):
+            hidden, q = self._layer(layer, hidden, q.contiguous(), of_layer, (*new[layer + 1], *tables))
+        return self._layer(len(entries) - 1, hidden, q.contiguous(), entries[-1], ())[0]
 
-    def _run(self, layer: int, inputs: _Inputs) -> Sequence[Tensor]:
-        compiled = self._compiled_if_possible(layer, inputs)
+    def _layer(
+        self, layer: int, hidden: Tensor, q: Tensor, entries: tuple[Tensor, ...], others: _Inputs
+    ) -> Sequence[Tensor]:
+        if len(entries) == 2:
+            return self._run(layer, (hidden, q, *entries, *others))
+        return self._run(layer, (hidden, self._packed(q, entries), *others), _GIVEN)
+
+    def _run(self, layer: int, inputs: _Inputs, way: str | None = None) -> Sequence[Tensor]:
+        compiled = self._compiled_if_possible(layer, inputs, way)
         if compiled is None or not compiled[0].fits(inputs):
-            return self._function(layer, self._plain_way(layer, inputs))(*inputs)
+            return self._function(layer, way or self._plain_way(layer, inputs))(*inputs)
         code, weights = compiled
         return code.run([*inputs, *weights])
 
-    def _compiled_if_possible(self, layer: int, inputs: _Inputs) -> _Compiled | None:
-        way = self._way(layer, inputs)
+    def _compiled_if_possible(self, layer: int, inputs: _Inputs, way: str | None = None) -> _Compiled | None:
+        """way: of attention (None: the fastest)."""
+        taken = self._way(layer, inputs) if way is None else way
+        return self._if_possible(taken, inputs, lambda: self._compiled(layer, taken, inputs))
+
+    def _code_or_none(
+        self, way: str, compiler: DirectCompiler, function: Function, inputs: Sequence[Tensor]
+    ) -> _Compiled | None:
+        return self._if_possible(way, inputs, lambda: compiler.compiled(function, inputs))
+
+    def _if_possible(self, way: str, inputs: Sequence[Tensor], make: Callable[[], _Compiled]) -> _Compiled | None:
         which = way, inputs[0].shape[1], torch.get_num_threads()
         if which in self._failed:
             return None
         try:
-            return self._compiled(layer, way, inputs)
+            return make()
         except Exception as error:  # whatever the compiler and the tools around it raise
             if not self._failed:
                 reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
@@ -104,7 +128,7 @@ class CompiledRow:
         key = layer, way, inputs[0].shape[1], torch.get_num_threads()
         known = self._known.get(key)
         if known is None:
-            function, examples = self._counted(layer, way, inputs[0].shape[1]), _likeness(layer, inputs)
+            function, examples = self._counted(layer, way, inputs[0].shape[1]), _likeness(layer, way, inputs)
             known = self._known[key] = self._compiler.compiled(function, examples)
         return known
 
@@ -113,16 +137,17 @@ class CompiledRow:
         if layer == _BEFORE:
             return partial(_before, blocks[0])
         if layer == len(blocks) - 1:
-            return partial(_last, self._model, way)
-        return partial(_between, blocks[layer], blocks[layer + 1], way)
+            return partial(_head, self._model) if way == _GIVEN else partial(_last, self._model, way)
+        after = blocks[layer + 1]
+        return partial(_after, blocks[layer], after) if way == _GIVEN else partial(_between, blocks[layer], after, way)
 
     def _counted(self, layer: int, way: str, count: int) -> Function:
         """The function of a layer for so many tokens, which the compiler would leave open."""
         function = self._function(layer, way)
 
         def counted(*inputs: Tensor) -> tuple[Tensor, ...]:
-            _fix(1, count, inputs[0])
-            _fix(2, count, *(inputs[1:] if layer == _BEFORE else (inputs[1], *inputs[4:])))
+            fix(1, count, inputs[0])
+            fix(2, count, *(inputs[1:] if layer == _BEFORE or way == _GIVEN else (inputs[1], *inputs[4:])))
             return function(*inputs)
 
         return counted
@@ -131,7 +156,7 @@ class CompiledRow:
         """The fastest attention over about as many entries."""
         if layer == _BEFORE:
             return ""
-        key = row_attention.size_class(inputs[2]), inputs[0].shape[1], torch.get_num_threads()
+        key = row_attention.size_class(inputs[2].shape[2]), inputs[0].shape[1], torch.get_num_threads()
         known = self._ways.get(key)
         if known is None:
             known = self._ways[key] = self._choose(layer, inputs)
@@ -148,7 +173,7 @@ class CompiledRow:
     def _choose(self, layer: int, inputs: _Inputs) -> str:
         _, q, k, *_ = inputs
         rows, other = _rows(q, k), self._plain_way(layer, inputs)
-        default = _LOOPS if row_attention.size_class(k) <= _SHORT else other
+        default = _LOOPS if row_attention.size_class(k.shape[2]) <= _SHORT else other
         if not is_on():
             return default
         count = inputs[0].shape[1]
@@ -172,12 +197,15 @@ class CompiledRow:
         return {way: partial(compute, way) for way in ways}
 
 
-def _likeness(layer: int, inputs: _Inputs) -> _Inputs:
+def _likeness(layer: int, way: str, inputs: _Inputs) -> _Inputs:
     """The inputs that are compiled for: of these sizes, whichever sequence comes first, with a usual number of entries.
 
     Strides of a dimension of 1 differ between what is compiled and what is not, and would make two codes of one.
     """
-    entries, new = ((), (1, 2)) if layer == _BEFORE else ((2, 3), (4, 5) if len(inputs) > 4 else ())
+    if layer == _BEFORE:
+        entries, new = range(0), range(1, 3)
+    else:
+        entries, new = (range(0), range(2, 4)) if way == _GIVEN else (range(2, 4), range(4, 6))
     made = []
     for place, each in enumerate(inputs):
         if place in entries:
@@ -202,7 +230,7 @@ def _rows(q: Tensor, k: Tensor) -> Tensor:
 
 def _before(block: Block, hidden: Tensor, new_k: Tensor, new_v: Tensor, *tables: Tensor) -> tuple[Tensor]:
     """hidden [1, T, E] -> q [1, Hq, T, D]; k and v go into new_k and new_v, [1, Hkv, T, D]."""
-    _fix(1, block.self_attn.heads[1], new_k, new_v)
+    fix(1, block.self_attn.heads[1], new_k, new_v)
     rotations = tuple(Rotation(cos, sin) for cos, sin in zip(tables[::2], tables[1::2], strict=True))
     q, k, v = type(block).project(block, hidden, Rope(rotations))
     new_k.copy_(k)
@@ -214,24 +242,34 @@ def _between(
     block: Block, after: Block, way: str, hidden: Tensor, q: Tensor, k: Tensor, v: Tensor, *others: Tensor
 ) -> tuple[Tensor, Tensor]:
     """hidden, and q over the entries k and v -> the new hidden, and q of the next layer; others: as for `_before`."""
-    hidden = _finished(block, way, hidden, q, k, v)
+    return _after(block, after, hidden, _attended(way, block, q, k, v), *others)
+
+
+def _after(block: Block, after: Block, hidden: Tensor, attended: Tensor, *others: Tensor) -> tuple[Tensor, Tensor]:
+    """`_between` from attended [1, Hq, T, D] on."""
+    hidden = _finished(block, hidden, attended)
     return hidden, *_before(after, hidden, *others)
 
 
 def _last(model: Llama, way: str, hidden: Tensor, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor]:
-    return (model.head(_finished(model.blocks[-1], way, hidden, q, k, v)),)
+    return _head(model, hidden, _attended(way, model.blocks[-1], q, k, v))
 
 
-def _finished(block: Block, way: str, hidden: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def _head(model: Llama, hidden: Tensor, attended: Tensor) -> tuple[Tensor]:
+    return (model.head(_finished(model.blocks[-1], hidden, attended)),)
+
+
+def _finished(block: Block, hidden: Tensor, attended: Tensor) -> Tensor:
+    fix(1, block.self_attn.heads[0], attended)
     hidden = hidden.clone()
-    type(block).finish_(block, hidden, _attended(way, block, q, k, v))
+    type(block).finish_(block, hidden, attended)
     return hidden
 
 
 def _attended(way: str, block: Block, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     n_q, n_kv, _ = block.self_attn.heads
-    _fix(1, n_q, q)
-    _fix(1, n_kv, k, v)
+    fix(1, n_q, q)
+    fix(1, n_kv, k, v)
     count, head_dim = int(q.shape[2]), block.self_attn.head_dim
     rows = q.reshape(1, n_kv, n_q // n_kv * count, head_dim)
     if way == _LOOPS:
@@ -241,13 +279,6 @@ def _attended(way: str, block: Block, q: Tensor, k: Tensor, v: Tensor) -> Tensor
     else:
         attended = row_attention.ways_of(n_q // n_kv)[way](rows, k, v)
     return attended.reshape(1, n_q, count, head_dim)
-
-
-def _fix(place: int, size: int, *tensors: Tensor) -> None:
-    """Tell the compiler a size, which it would leave open: how many heads there are, or tokens."""
-    if recording.kind == GRAPH:
-        for each in tensors:
-            torch._check(each.shape[place] == size)
 
 
 def _loops(rows: Tensor, k: Tensor, v: Tensor, count: int) -> Tensor:

@@ -21,6 +21,7 @@ from fastkv.cache.dense import DenseLayer
 from fastkv.cache.layer import EntryShape
 from fastkv.cache.pool import KVPool
 from fastkv.engine.attention import attend_parts, without_cudnn
+from fastkv.kernels.packed_loops import has_words
 from fastkv.kernels.row_attention import CausalMasks, two_rows_are_faster
 
 Windows = Sequence[int | None]  # the sliding window of each layer, in tokens
@@ -31,6 +32,13 @@ class StepAttention(Protocol):
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Append k and v [B, Hkv, T, D], and let q [B, Hq, T, D] attend to all entries up to its own. -> as q."""
+
+
+def can_be_one_row(pool: KVPool, windows: Windows) -> bool:
+    """Whether one token of a sequence in this pool can be a step of RowLayers (models/llama.py)."""
+    if pool.layout.per_head:
+        return False
+    return pool.layout.kv_dtype is None or (has_words(pool.shape.head_dim) and not any(windows))
 
 
 class EagerAttention:
@@ -46,16 +54,22 @@ class EagerAttention:
     def is_one_row(self) -> bool:
         """Whether this is one sequence, all of whose heads are equally long, each layer with its own entries.
 
-        Several tokens: and no layer has a window, within which each of them would see others.
+        Several tokens: and no layer has a window, within which each of them would see others, nor packed entries.
         """
-        layout, runs = self._pool.layout, self._runs
-        plain = not layout.per_head and layout.kv_dtype is None and not self.shared
-        seen_alike = self.n_new == 1 or not any(self._windows)
-        return len(runs) == 1 and len(runs[0]) == 1 and plain and seen_alike
+        runs, pool = self._runs, self._pool
+        if len(runs) != 1 or len(runs[0]) != 1 or self.shared:
+            return False
+        packed = pool.layout.kv_dtype is not None
+        return can_be_one_row(pool, self._windows) and (self.n_new == 1 or not (packed or any(self._windows)))
 
-    def entries(self) -> list[tuple[Tensor, Tensor]]:
-        """Of one row: what it attends to in each layer, k and v [1, Hkv, n, D]. Its tokens' own it writes."""
-        found = []
+    def entries(self) -> list[tuple[Tensor, ...]]:
+        """Of one row: what it attends to in each layer, k and v [1, Hkv, n, D]. Its tokens' own it writes.
+
+        Packed entries come before these: see QuantisedLayer.row.
+        """
+        if self._pool.layout.kv_dtype is not None:
+            return [storage.row(self._runs[0].start) for storage in self._pool.layers]
+        found: list[tuple[Tensor, ...]] = []
         for storage, window in zip(self._pool.layers, self._windows, strict=True):
             (part,) = storage.read(self._runs[0], self.n_new)
             k, v = part.k, part.v
@@ -108,10 +122,10 @@ class RecordedAttention:
         """See EagerAttention."""
         return self._attention.is_one_row
 
-    def entries(self) -> list[tuple[Tensor, Tensor]]:
+    def entries(self) -> list[tuple[Tensor, ...]]:
         """See EagerAttention. What is recorded are views, which hold k and v when the layers have run."""
         found, own = self._attention.entries(), slice(-self._attention.n_new, None)
-        self._recorded += [(k[:, :, own], v[:, :, own]) for k, v in found]
+        self._recorded += [(k[:, :, own], v[:, :, own]) for *_, k, v in found]
         return found
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -132,7 +132,7 @@ class LoadedModel:
         for model in models:
             if model.row is not None:
                 with as_many(threads):
-                    model.row.prepare()
+                    model.row.prepare(kv_dtype=self.kv_dtype)
 
     def _check_process(self) -> None:
         check_process(self._process, self._device, self._runtime.step_threads)

@@ -6,6 +6,7 @@ import logging
 from dataclasses import dataclass, field
 
 from fastkv.engine.buffers import BufferPool, Buffers
+from fastkv.engine.decode_attention import can_be_one_row
 from fastkv.engine.graph import GraphError, GraphStepper
 from fastkv.engine.step import EagerStepper, SlotState, Stepper
 from fastkv.models.llama import Llama
@@ -42,8 +43,9 @@ class Runtime:
         empty where there is no such thing.
         """
         assert buffers.state is not None, "the slots come first"
-        kv_dtype = buffers.state.pool.layout.kv_dtype
-        if not eager and kv_dtype is not None:
+        pool = buffers.state.pool
+        kv_dtype, windows = pool.layout.kv_dtype, self.model.config.windows
+        if not eager and kv_dtype is not None and (self.cuda_graph or not can_be_one_row(pool, windows)):
             eager = f"{kv_dtype} entries"
         if eager:
             self._say_eager(eager)

@@ -42,20 +42,20 @@ def _logits(scheme: Scheme, queries: Tensor, packed: Packed) -> list[Tensor]:
     if not n_blocks:
         return []
     n_rows, head_dim = queries.shape[1:]
-    low, scale = packed.k_params.float().unbind(2)  # [h, n, D]
-    below = (low @ queries.transpose(1, 2)).unsqueeze(3)  # [h, n, R, 1]
-    scaled = queries.unsqueeze(1) * scale.unsqueeze(2)  # [h, n, R, D]
+    low, scale = packed.k_params.transpose(0, 1).float().unbind(2)  # [n, h, D]
+    below = (low.transpose(0, 1) @ queries.transpose(1, 2)).transpose(0, 1).unsqueeze(3)  # [n, h, R, 1]
+    scaled = queries * scale.unsqueeze(2)  # [n, h, R, D]
     found = []
     for part in chunks_of(n_heads, n_blocks, block * head_dim):
-        codes, some = packed.k[:, part], scaled[:, part].flatten(0, 1)
-        logits = below[:, part].flatten(0, 1)
+        codes, some = packed.k[:, part].transpose(0, 1), scaled[part].flatten(0, 1)  # as they are in memory
+        logits = below[part].flatten(0, 1)
         if scheme.bits == 8:
             logits = torch.baddbmm(logits, some, _floats(codes).transpose(1, 2))
         else:
             first, second = some[..., :width], some[..., width:]
             logits = torch.baddbmm(logits, first, _floats(codes).transpose(1, 2))
             logits.baddbmm_(second - 16 * first, _floats(codes >> 4).transpose(1, 2))
-        found.append(logits.unflatten(0, (n_heads, -1)).transpose(1, 2).reshape(n_heads, n_rows, -1))
+        found.append(logits.unflatten(0, (-1, n_heads)).permute(1, 2, 0, 3).reshape(n_heads, n_rows, -1))
     return found
 
 
@@ -69,12 +69,11 @@ def _add_values(scheme: Scheme, attended: Tensor, weights: Tensor, packed: Packe
     for part in chunks_of(n_heads, n_blocks, block * head_dim):
         entries, codes = slice(part.start * block, part.stop * block), packed.v[:, part]
         if scheme.bits == 8:
-            floats = (codes.view(torch.int8) if scheme.signed else codes).float().flatten(1, 2)
-            attended.baddbmm_(first[:, :, entries], floats)
+            attended.baddbmm_(first[:, :, entries], _by_head(codes.view(torch.int8) if scheme.signed else codes))
         else:
-            high = (codes >> 4).float().flatten(1, 2)
+            high = _by_head(codes >> 4)
             product = first[:, :, entries] @ high
-            attended[:, :, :width] += (first[:, :, entries] @ codes.float().flatten(1, 2)).sub_(product, alpha=16)
+            attended[:, :, :width] += (first[:, :, entries] @ _by_head(codes)).sub_(product, alpha=16)
             attended[:, :, width:] += product if second is None else second[:, :, entries] @ high
     if not scheme.signed:
         below = weights @ params[:, :, 0]  # [h, R, P]
@@ -82,5 +81,10 @@ def _add_values(scheme: Scheme, attended: Tensor, weights: Tensor, packed: Packe
 
 
 def _floats(codes: Tensor) -> Tensor:
-    """Codes [h, n, block, W] of some blocks -> float32 [h * n, block, W]."""
+    """Codes [n, h, block, W] of some blocks -> float32 [n * h, block, W]."""
     return codes.float().flatten(0, 1)
+
+
+def _by_head(codes: Tensor) -> Tensor:
+    """Codes [h, n, block, W] of some blocks -> float32 [h, n * block, W]."""
+    return codes.to(torch.float32, memory_format=torch.contiguous_format).flatten(1, 2)

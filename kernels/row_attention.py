@@ -31,7 +31,7 @@ def chosen_way(rows: Tensor, k: Tensor) -> tuple[str, RowAttention]:
     Rows attend to all entries.
     """
     _, n_kv_heads, n_rows, head_dim = rows.shape
-    size = min(k.shape[2].bit_length(), _LONG)  # see size_class
+    size = size_class(k.shape[2])
     key = (n_kv_heads, n_rows, head_dim, size, rows.dtype, torch.get_num_threads())
     known = _chosen.get(key)
     if known is None:
@@ -39,16 +39,16 @@ def chosen_way(rows: Tensor, k: Tensor) -> tuple[str, RowAttention]:
     return known
 
 
-def size_class(k: Tensor) -> int:
+def size_class(n_entries: int) -> int:
     """A choice holds for numbers of entries below the next power of two, the same for all long caches: its exponent."""
-    return min(k.shape[2].bit_length(), _LONG)
+    return min(n_entries.bit_length(), _LONG)
 
 
 def told(rows: Tensor, k: Tensor) -> str:
     """What a choice is about, in words."""
     _, n_kv_heads, n_rows, head_dim = rows.shape
     dtype = str(rows.dtype).removeprefix("torch.")
-    return f"{n_kv_heads} x {n_rows} heads of {head_dim}, {1 << size_class(k)} entries, {dtype}"
+    return f"{n_kv_heads} x {n_rows} heads of {head_dim}, {1 << size_class(k.shape[2])} entries, {dtype}"
 
 
 def forget() -> None:
@@ -136,7 +136,7 @@ def _timed(rows: Tensor, k: Tensor, ways: dict[str, RowAttention]) -> dict[str, 
 def cold_entries(rows: Tensor, k: Tensor) -> list[tuple[Tensor, Tensor]]:
     """k and v [1, Hkv, n, D] of a number of layers, so many that they come from memory, for the size class of k."""
     _, n_kv_heads, _, head_dim = rows.shape
-    n = 1 << size_class(k)
+    n = 1 << size_class(k.shape[2])
     entry = 2 * n_kv_heads * head_dim * rows.dtype.itemsize
     layers = min(_MOST, max(1, _COLD // (n * entry)))
     # As in a cache, which has room for more: the heads do not touch, and some products would copy them.

@@ -7,6 +7,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Literal
 
+import torch
+from torch import Tensor
+
 Kind = Literal["graph", "names"]
 GRAPH: Kind = "graph"
 NAMES: Kind = "names"
@@ -33,3 +36,10 @@ def recorded_as(kind: Kind) -> Iterator[None]:
         yield
     finally:
         recording.kind = before
+
+
+def fix(place: int, size: int, *tensors: Tensor) -> None:
+    """Tell the compiler a size, which it would leave open: how many heads there are, or tokens."""
+    if recording.kind == GRAPH:
+        for each in tensors:
+            torch._check(each.shape[place] == size)

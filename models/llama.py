@@ -24,13 +24,17 @@ JUDGED = 4  # tokens of a step that judges drafted ones, where it is compiled: w
 class RowLayers(Protocol):
     """All layers and the head, attention over the cache included, for one token of one sequence, or JUDGED of them."""
 
-    def prepare(self, count: int = 1) -> None:
-        """Make what the usual step of so many tokens needs, so that the first one does not wait for it."""
+    def prepare(self, count: int = 1, kv_dtype: str | None = None) -> None:
+        """Make what the usual step of so many tokens needs, so that the first one does not wait for it.
 
-    def logits(self, hidden: Tensor, rope: Rope, entries: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+        kv_dtype: and what one token over such entries does, "int8" or "int4".
+        """
+
+    def logits(self, hidden: Tensor, rope: Rope, entries: Sequence[tuple[Tensor, ...]]) -> Tensor:
         """hidden [1, T, E] -> logits float32 [1, T, V].
 
-        entries: k and v [1, Hkv, n, D] of each layer. The last T are the tokens' own, and are written here.
+        entries: k and v [1, Hkv, n, D] of each layer. The last T are the tokens' own, and are written here. Of one
+        token packed entries may come before them (QuantisedLayer.row).
         """
 
 

@@ -22,6 +22,7 @@ from torch import Tensor
 from fastkv import LLM
 from fastkv.engine import memory
 from fastkv.kernels import calibration, direct, int8, limits, products, row_attention
+from fastkv.kernels.recording import recorded
 
 # A shell that starts `make test &` lets Ctrl-C be ignored, and what we start would inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -128,6 +129,36 @@ def stand_in_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[A
     monkeypatch.setattr(direct, "_built", built)
     monkeypatch.setattr(direct, "_loaded", loaded)
     return graphs
+
+
+_traces: dict[Any, Any] = {}
+
+
+@pytest.fixture
+def traced_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What torch makes of a function is the same in every test, and takes half a second a part.
+
+    Told apart by everything that the function calls, as the code that is kept is, and by the sizes that it was given.
+    """
+    traced = direct._traced
+
+    def remembered(function: Any, inputs: Sequence[Tensor], weights: Sequence[Tensor]) -> Any:
+        key = recorded(function, inputs)[0]
+        if key not in _traces:
+            _traces[key] = traced(function, inputs, weights)
+        return _traces[key]
+
+    monkeypatch.setattr(direct, "_traced", remembered)
+
+
+@pytest.fixture
+def traced_anew() -> Iterator[None]:
+    """For a test that changes what a trace says of its sizes."""
+    others = dict(_traces)
+    _traces.clear()
+    yield
+    _traces.clear()
+    _traces.update(others)
 
 
 @pytest.fixture(scope="session")

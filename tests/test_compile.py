@@ -111,7 +111,7 @@ def test_a_compiler_that_is_gone_is_no_error_where_code_was_kept(
     module._warn_once.cache_clear()
     monkeypatch.setattr(module, "anything_kept", lambda: True)
     monkeypatch.setattr(module, "_check_compiler", gone)
-    monkeypatch.setattr(module.CompiledRow, "prepare", lambda self: None)
+    monkeypatch.setattr(module.CompiledRow, "prepare", lambda *_, **named: None)
     llm = LLM(tiny_folder, dtype="float32", device="cpu", compile=True)
     params, prompts = SamplingParams(max_tokens=4, ignore_eos=True), [PROMPT, PROMPT[:100]]
     expected, found = (each.generate(prompts, params, FastKV(min_tokens=8)) for each in (tiny_llm, llm))

@@ -47,38 +47,8 @@ Compiler = list[Any]  # the graphs that it was given
 
 
 @pytest.fixture(autouse=True)
-def compiler(stand_in_compiler: Compiler) -> Compiler:
+def compiler(stand_in_compiler: Compiler, traced_once: None) -> Compiler:
     return stand_in_compiler
-
-
-_traces: dict[Any, Any] = {}
-
-
-@pytest.fixture(autouse=True)
-def traced_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What torch makes of a function is the same in every test, and takes half a second a part.
-
-    Told apart by everything that the function calls, as the code that is kept is, and by the sizes that it was given.
-    """
-    traced = direct._traced
-
-    def remembered(function: Any, inputs: Sequence[Tensor], weights: Sequence[Tensor]) -> Any:
-        key = recorded(function, inputs)[0]
-        if key not in _traces:
-            _traces[key] = traced(function, inputs, weights)
-        return _traces[key]
-
-    monkeypatch.setattr(direct, "_traced", remembered)
-
-
-@pytest.fixture
-def traced_anew() -> Iterator[None]:
-    """For a test that changes what a trace says of its sizes."""
-    others = dict(_traces)
-    _traces.clear()
-    yield
-    _traces.clear()
-    _traces.update(others)
 
 
 def network(family: str = "Llama", **changes: Any) -> Llama:
