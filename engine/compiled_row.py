@@ -24,7 +24,7 @@ from fastkv.kernels.recording import Function
 from fastkv.kernels.tracing import fix
 from fastkv.models.block import Block
 from fastkv.models.layers import Rope, Rotation
-from fastkv.models.llama import Llama
+from fastkv.models.llama import Attend, Llama
 
 _LOOPS = "loops"  # attention as loops that the compiler writes; the other ways are calls of torch's kernels
 _MASKED = "masked"  # that of several tokens, each of which sees the tokens up to itself
@@ -86,6 +86,23 @@ class CompiledRow:
         for layer, of_layer in enumerate(entries[:-1]):
             hidden, q = self._layer(layer, hidden, q.contiguous(), of_layer, (*new[layer + 1], *tables))
         return self._layer(len(entries) - 1, hidden, q.contiguous(), entries[-1], ())[0]
+
+    def logits_around(self, hidden: Tensor, rope: Rope, attend: Attend) -> Tensor:
+        """See RowLayers."""
+        tables = [table.contiguous() for each in rope.rotations for table in (each.cos, each.sin)]
+        k, v = self._new()
+        (q,) = self._run(_BEFORE, (hidden, k, v, *tables))
+        last = len(self._model.blocks) - 1
+        for layer in range(last):
+            attended, (k, v) = attend(layer, q, k, v), self._new()
+            hidden, q = self._run(layer, (hidden, attended.contiguous(), k, v, *tables), _GIVEN)
+        return self._run(last, (hidden, attend(last, q, k, v).contiguous()), _GIVEN)[0]
+
+    def _new(self) -> tuple[Tensor, Tensor]:
+        """Where k and v [1, Hkv, 1, D] of a token are written to: with gaps, as in the memory of a cache."""
+        config = self._model.config
+        k, v = torch.empty(2, 1, config.n_kv_heads, 2, config.head_dim, dtype=self._model.dtype)[:, :, :, :1]
+        return k, v
 
     def _layer(
         self, layer: int, hidden: Tensor, q: Tensor, entries: tuple[Tensor, ...], others: _Inputs

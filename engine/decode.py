@@ -52,6 +52,8 @@ def run_layers(model: Llama, ids: Tensor, positions: Tensor, attention: StepAtte
         return row.logits(hidden, rope, attention.entries())
     if isinstance(attention, EagerAttention) and attention.shared:
         return _run_sharing(model, hidden, rope, attention, attention.shared)
+    if row is not None and ids.numel() == 1:
+        return row.logits_around(hidden, rope, attention)
     q, k, v = model.blocks[0].project(hidden, rope)
     last = len(model.blocks) - 1
     for layer in range(last):

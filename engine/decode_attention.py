@@ -56,11 +56,12 @@ class EagerAttention:
 
         Several tokens: and no layer has a window, within which each of them would see others, nor packed entries.
         """
-        runs, pool = self._runs, self._pool
+        runs, layout = self._runs, self._pool.layout
         if len(runs) != 1 or len(runs[0]) != 1 or self.shared:
             return False
-        packed = pool.layout.kv_dtype is not None
-        return can_be_one_row(pool, self._windows) and (self.n_new == 1 or not (packed or any(self._windows)))
+        if layout.kv_dtype is None:
+            return not layout.per_head and (self.n_new == 1 or not any(self._windows))
+        return self.n_new == 1 and can_be_one_row(self._pool, self._windows)
 
     def entries(self) -> list[tuple[Tensor, ...]]:
         """Of one row: what it attends to in each layer, k and v [1, Hkv, n, D]. Its tokens' own it writes.

@@ -38,9 +38,9 @@ class Runtime:
     def stepper(self, buffers: Buffers, eager: str = "") -> Stepper:
         """What makes the steps of the sequences in the slots of these buffers.
 
-        eager: what any of them has that neither a graph nor a compiled step can follow: entries that are dropped
-        meanwhile, or chosen anew in each step; nor do they follow entries that are packed as they become old. In words;
-        empty where there is no such thing.
+        eager: what any of them has that neither a graph nor compiled attention can follow: entries that are dropped
+        meanwhile, or chosen anew in each step. In words; empty where there is no such thing. Nor does a graph follow
+        entries that are packed as they become old.
         """
         assert buffers.state is not None, "the slots come first"
         pool = buffers.state.pool
@@ -66,8 +66,10 @@ class Runtime:
     def _say_eager(self, why: str) -> None:
         if (self.cuda_graph or self.model.row is not None) and not self._said_eager:
             self._said_eager = True
-            kind = "CUDA graphs" if self.cuda_graph else "compiled steps"
-            _log.warning("answers with %s are made without %s, which is slower", why, kind)
+            if self.cuda_graph:
+                _log.warning("answers with %s are made without CUDA graphs, which is slower", why)
+            else:
+                _log.warning("answers with %s have attention that is not compiled, which is slower", why)
 
     def _say_if_slow(self, reason: str | None) -> None:
         if reason is not None and not self._said_slow:

@@ -5,7 +5,7 @@ What a family builds otherwise it says itself (family.py); one layer is a Block 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import torch
@@ -19,6 +19,8 @@ from fastkv.models.layers import Embedding, Rope, RotaryEmbeddings
 from fastkv.models.linear import Linear
 
 JUDGED = 4  # tokens of a step that judges drafted ones, where it is compiled: what products of few rows are best at
+
+Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]  # of a layer: q, k and v -> as q
 
 
 class RowLayers(Protocol):
@@ -36,6 +38,9 @@ class RowLayers(Protocol):
         entries: k and v [1, Hkv, n, D] of each layer. The last T are the tokens' own, and are written here. Of one
         token packed entries may come before them (QuantisedLayer.row).
         """
+
+    def logits_around(self, hidden: Tensor, rope: Rope, attend: Attend) -> Tensor:
+        """The same for one token, with attention of any kind, which gets k and v to keep."""
 
 
 class Llama(nn.Module):

@@ -20,7 +20,7 @@ from fastkv import LLM, FastKV, FullKV, SamplingParams
 from fastkv.cache.dense import DenseLayer
 from fastkv.cache.kv_cache import KVCache
 from fastkv.cache.layer import EntryShape
-from fastkv.cache.policies import FastKVAda
+from fastkv.cache.policies import FastKVAda, Quest
 from fastkv.cache.policy import Policy
 from fastkv.cache.pool import KVPool
 from fastkv.console.load import load_model
@@ -129,7 +129,7 @@ def test_every_family_computes_what_it_does_in_plain_steps(
     assert [each.runs for each in compiler] == [1, LAYERS - 1, 1]
 
 
-@pytest.mark.parametrize("policy", [FullKV(), FastKV(min_tokens=8), FastKVAda(min_tokens=8)])
+@pytest.mark.parametrize("policy", [FullKV(), FastKV(min_tokens=8)])
 def test_decoding_gives_the_tokens_of_plain_steps(
     policy: Policy, tiny_llm: LLM, monkeypatch: pytest.MonkeyPatch, compiler: Compiler
 ) -> None:
@@ -137,7 +137,21 @@ def test_decoding_gives_the_tokens_of_plain_steps(
     expected = tiny_llm.generate(PROMPT, params, policy).token_ids
     monkeypatch.setattr(tiny_llm.model, "row", CompiledRow(tiny_llm.model, {}))
     assert tiny_llm.generate(PROMPT, params, policy).token_ids == expected
-    assert bool(compiler) is (not isinstance(policy, FastKVAda))  # heads of different lengths go the usual way
+    assert [each.runs for each in compiler] == [11, 11 * (tiny_llm.config.n_layers - 1), 11]
+
+
+@pytest.mark.parametrize("attention", ["heads of different lengths", "few reads", "a budget"])
+def test_attention_of_another_kind_lies_between_compiled_parts(
+    attention: str, tiny_llm: LLM, monkeypatch: pytest.MonkeyPatch, compiler: Compiler
+) -> None:
+    params = SamplingParams(max_tokens=6, ignore_eos=True)
+    policy = {"heads of different lengths": FastKVAda(min_tokens=8), "few reads": Quest(read_len=32)}.get(attention)
+    settings: Any = {"policy": policy or FullKV(), "decode_budget": None if policy else 60}
+    expected = tiny_llm.generate(PROMPT, params, **settings).token_ids
+    monkeypatch.setattr(tiny_llm.model, "row", CompiledRow(tiny_llm.model, {}))
+    monkeypatch.setattr(tiny_llm.model, "between", lambda *_: pytest.fail("not compiled ahead, and not kept"))
+    assert tiny_llm.generate(PROMPT, params, **settings).token_ids == expected
+    assert [each.runs for each in compiler] == [5, 5 * (tiny_llm.config.n_layers - 1), 5]
 
 
 @pytest.mark.parametrize("draft_tokens", [None, 2, 3, 8])

@@ -6,7 +6,6 @@ import dataclasses
 import logging
 from itertools import pairwise
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -23,6 +22,7 @@ from fastkv.cache.policies.rocketkv import kept_share, pages_of
 from fastkv.cache.pool import bucket
 from fastkv.cache.reader import Index, IndexSizes, wanted
 from fastkv.engine import few_reads
+from fastkv.engine.compiled_row import CompiledRow
 from fastkv.engine.few_reads import of_heads
 from fastkv.engine.footprint import footprint
 from fastkv.engine.plan import plan_request
@@ -539,17 +539,24 @@ def test_what_does_not_go_with_few_reads_is_one_line(tiny_llm: LLM) -> None:
         ClusterKV(read_len=17)
 
 
-def test_compiled_steps_give_way_and_that_is_said_once(
-    tiny_llm: LLM, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+def test_compiled_steps_leave_attention_as_it_is_and_that_is_said_once(
+    tiny_llm: LLM,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    stand_in_compiler: list[Any],
+    traced_once: None,
 ) -> None:
     def refused(*_: Any) -> Any:
         raise AssertionError("a compiled step reads everything")
 
+    expected = tiny_llm.generate(PROMPT, params(5), Quest(read_len=64)).token_ids
+    row = CompiledRow(tiny_llm.model, {})
+    monkeypatch.setattr(row, "logits", refused)
     monkeypatch.setattr(tiny_llm._runtime, "_said_eager", False)
-    monkeypatch.setattr(tiny_llm.model, "row", SimpleNamespace(logits=refused))
-    with caplog.at_level(logging.WARNING):
+    monkeypatch.setattr(tiny_llm.model, "row", row)
+    with caplog.at_level(logging.WARNING, "fastkv"):
         for _ in range(2):
-            tiny_llm.generate(PROMPT, params(5), Quest(read_len=64))
-    assert [record.getMessage() for record in caplog.records] == [
-        "answers with policy quest, which chooses what a step reads, are made without compiled steps, which is slower"
-    ]
+            assert tiny_llm.generate(PROMPT, params(5), Quest(read_len=64)).token_ids == expected
+    assert stand_in_compiler
+    (told,) = [record.getMessage() for record in caplog.records]
+    assert "policy quest, which chooses what a step reads, have attention that is not compiled" in told
