@@ -31,7 +31,7 @@ def chosen_way(rows: Tensor, k: Tensor) -> tuple[str, RowAttention]:
     Rows attend to all entries.
     """
     _, n_kv_heads, n_rows, head_dim = rows.shape
-    size = size_class(k.shape[2])
+    size = min(k.shape[2].bit_length(), _LONG)  # see size_class
     key = (n_kv_heads, n_rows, head_dim, size, rows.dtype, torch.get_num_threads())
     known = _chosen.get(key)
     if known is None:

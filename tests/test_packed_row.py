@@ -176,7 +176,8 @@ def test_which_steps_are_compiled(case: str, llm: LLM) -> None:
     assert attention.is_one_row is (case == "one")
 
 
-def test_sampled_answers_are_told_nothing_of_slow_steps(llm: LLM, caplog: pytest.LogCaptureFixture) -> None:
+def test_slow_steps_alone_are_told(llm: LLM, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(llm._runtime, "_said_eager", False)
     llm.kv_dtype = "int8"
     params = SamplingParams(max_tokens=3, ignore_eos=True)
     llm.generate(PROMPT, params, FullKV())
