@@ -32,7 +32,8 @@ class Run:
 
     first: their first block in the slot's memory; room: blocks that each of them has. stored: entries, without those
     that decode steps have appended. packed: blocks. k, v: exact entries, [h, E, D]; views: of the blocks, [h, n, …],
-    until there are more of them. To make these anew for each layer of each step takes a share of its time.
+    until there are more of them; words: the same, with codes as words of 32 bits. To make these anew for each layer of
+    each step takes a share of its time.
     """
 
     heads: slice

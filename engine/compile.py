@@ -18,7 +18,6 @@ from torch import Tensor
 
 from fastkv.engine.compiled_row import CompiledRow
 from fastkv.errors import FastKVError
-from fastkv.kernels.direct import known_options
 from fastkv.kernels.kept_code import anything_kept
 from fastkv.models.block import Block
 from fastkv.models.layers import Rope
@@ -82,8 +81,7 @@ def _by_rows(part: Callable[..., Any], device: torch.device) -> Callable[..., An
             _warn_once(f"going on without: {error}")
             return part
         if of_one:
-            options = known_options(ONE_ROW) if device.type == "cpu" else {}
-            return torch.compile(_apart(part), dynamic=False, options=options)
+            return torch.compile(_apart(part), dynamic=False)  # on a GPU; a CPU has model.row
         return torch.compile(_apart(part), dynamic=True)
 
     def run(hidden: Tensor, *arguments: Any) -> Any:

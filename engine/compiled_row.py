@@ -2,7 +2,8 @@
 
 A step of a small model spends more time between its operations than in them. So attention over the entries, the rest
 of the layer and the projections of the next one are one function, called directly (kernels/direct.py), which writes k
-and v into the cache itself.
+and v into the cache itself. Attention over packed entries is a function of its own (packed_row.py); that of any other
+kind is called between functions that hold the rest.
 """
 
 from __future__ import annotations
@@ -24,12 +25,11 @@ from fastkv.kernels.recording import Function
 from fastkv.kernels.tracing import fix
 from fastkv.models.block import Block
 from fastkv.models.layers import Rope, Rotation
-from fastkv.models.llama import Attend, Llama
+from fastkv.models.llama import LayerAttention, Llama
 
 _LOOPS = "loops"  # attention as loops that the compiler writes; the other ways are calls of torch's kernels
 _MASKED = "masked"  # that of several tokens, each of which sees the tokens up to itself
-_GIVEN = "given"  # attention is not a part of the function: what was attended stands in place of q
-_PACKED = "packed"  # that over packed entries
+_GIVEN = "given"  # no attention: it is not a part of the function, and what was attended stands in place of q
 _USUAL = 509  # entries that the compiler is told of; it decides by them what is worth two threads
 _SHORT = 10  # the size class (below 1,024 entries) up to which loops are taken where nothing is measured
 
@@ -50,7 +50,7 @@ class CompiledRow:
     def __init__(self, model: Llama, options: dict[str, Any]) -> None:
         self._model = model
         self._compiler = DirectCompiler(options)
-        self._packed = PackedRow(partial(self._code_or_none, _PACKED, DirectCompiler(PACKED_LOOPS)))
+        self._packed = PackedRow(partial(self._code_or_none, DirectCompiler(PACKED_LOOPS)))
         self._known: dict[tuple[int | str, ...], _Compiled] = {}
         self._ways: dict[tuple[int, ...], str] = {}
         self._failed: set[tuple[str, int, int]] = set()  # ways that could not be compiled, for how many tokens, threads
@@ -68,14 +68,17 @@ class CompiledRow:
         tables = [table for each in rope.rotations for table in (each.cos, each.sin)]
         last = len(self._model.blocks) - 1
         self._compiled_if_possible(_BEFORE, (hidden, new, new, *tables))
-        for layer in range(last):
-            self._compiled_if_possible(layer, (hidden, q, k, k, new, new, *tables))
-        self._compiled_if_possible(last, (hidden, q, k, k))
-        if kv_dtype is not None and has_words(config.head_dim) and not any(config.windows):
-            self._packed.prepare(_rows(q, k)[0], kv_dtype)
+        has_loops = has_words(config.head_dim) and not any(config.windows)
+        if kv_dtype is None or has_loops:  # as long as nothing is packed
+            for layer in range(last):
+                self._compiled_if_possible(layer, (hidden, q, k, k, new, new, *tables))
+            self._compiled_if_possible(last, (hidden, q, k, k))
+        if kv_dtype is not None:
             for layer in range(last):
                 self._compiled_if_possible(layer, (hidden, q, new, new, *tables), _GIVEN)
             self._compiled_if_possible(last, (hidden, q), _GIVEN)
+            if has_loops:
+                self._packed.prepare(_rows(q[:, :, :1], k)[0], kv_dtype)
 
     def logits(self, hidden: Tensor, rope: Rope, entries: Sequence[tuple[Tensor, ...]]) -> Tensor:
         """See RowLayers."""
@@ -87,7 +90,7 @@ class CompiledRow:
             hidden, q = self._layer(layer, hidden, q.contiguous(), of_layer, (*new[layer + 1], *tables))
         return self._layer(len(entries) - 1, hidden, q.contiguous(), entries[-1], ())[0]
 
-    def logits_around(self, hidden: Tensor, rope: Rope, attend: Attend) -> Tensor:
+    def logits_around(self, hidden: Tensor, rope: Rope, attend: LayerAttention) -> Tensor:
         """See RowLayers."""
         tables = [table.contiguous() for each in rope.rotations for table in (each.cos, each.sin)]
         k, v = self._new()
@@ -124,7 +127,7 @@ class CompiledRow:
         return self._if_possible(taken, inputs, lambda: self._compiled(layer, taken, inputs))
 
     def _code_or_none(
-        self, way: str, compiler: DirectCompiler, function: Function, inputs: Sequence[Tensor]
+        self, compiler: DirectCompiler, way: str, function: Function, inputs: Sequence[Tensor]
     ) -> _Compiled | None:
         return self._if_possible(way, inputs, lambda: compiler.compiled(function, inputs))
 

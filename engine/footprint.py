@@ -465,8 +465,10 @@ class _Shapes:
     def decoding(self, slots: int, draws: bool) -> int:
         """A step of `slots` tokens: its MLP, or its logits, and what is drawn from them."""
         one = (self.hidden + 4 * self.inner) * self.item
-        if self.plan.layout.kv_dtype is not None:  # logits of the entries, the weights, and these times the scales
+        if self.plan.layout.kv_dtype is not None:  # logits of the entries, weights, and these and queries times scales
             scheme, longest = SCHEMES[self.plan.layout.kv_dtype], max(self.plan.longest) + self.plan.max_tokens
-            blocks = scratch(self.kv_heads, -(-longest // scheme.block), scheme.block, self.head_dim)
-            one = max(one, (4 * self.heads * longest + 2 * blocks) * _FLOAT)
+            n_blocks = -(-longest // scheme.block)
+            blocks = scratch(self.kv_heads, n_blocks, scheme.block, self.head_dim)
+            queries = 2 * self.heads * self.head_dim * n_blocks
+            one = max(one, (4 * self.heads * longest + 2 * blocks + queries) * _FLOAT)
         return slots * max(one, self.vocab * (self.item + _FLOAT + (_DRAWING if draws else 0)))

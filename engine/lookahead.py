@@ -9,7 +9,7 @@ of the prefill itself.
 What differs from the paper: it drafts over the compressed cache. What is held allows more, and where that cache lacks
 the answer it drafts something else, and then keeps the entries for that.
 
-Cost: m eager decode steps over a full cache; a second scoring; and until then, in memory, K and V of every token that
+Cost: m decode steps over a full cache; a second scoring; and until then, in memory, K and V of every token that
 a layer saw (before the TSP layer all of them, after it the propagated ones), which RequestPlan.held_nbytes counts.
 """
 

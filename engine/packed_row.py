@@ -26,6 +26,8 @@ _LOOPS, _CALLS = "loops", "calls"
 # Blocks, and exact entries, that the compiler is told of. Sizes that are equal there it takes for one: so these are
 # none that heads, queries, blocks or channels have.
 _USUAL, _EXACT, _ROOM = 101, 61, 3
+_WORD = 32  # bits
+_MOST_SUMS = 96  # in one loop: planes of a word for each query head. More would take minutes to compile
 _COLD = 32 << 20  # bytes of entries that are read in turn while a way is timed
 _MOST = 64  # layers' worth of them
 
@@ -34,12 +36,13 @@ _Known = tuple[DirectCode, list[Tensor]]
 
 
 class PackedRow:
-    """Attention of q [1, Hq, 1, D] over what `QuantisedLayer.row` gives. compiled: makes code of a function, or None.
+    """Attention of q [1, Hq, 1, D] over what `QuantisedLayer.row` gives.
 
-    Code that does not fit the sizes, one block alone, is left out for the calls.
+    compiled: makes code of a function with this name, or None. Sizes that the code does not fit go by calls: one block
+    alone, and more than 4,096, above which the compiler would build sums otherwise.
     """
 
-    def __init__(self, compiled: Callable[[Function, Sequence[Tensor]], _Known | None]) -> None:
+    def __init__(self, compiled: Callable[[str, Function, Sequence[Tensor]], _Known | None]) -> None:
         self._compiled = compiled
         self._codes: dict[tuple[int, ...], _Known | None] = {}
         self._ways: dict[tuple[int, ...], str] = {}
@@ -47,7 +50,7 @@ class PackedRow:
     def __call__(self, q: Tensor, entries: _Entries) -> Tensor:
         rows = q.reshape(entries[0].shape[0], -1, q.shape[3])
         code = self._code(rows, entries)
-        if code is not None and self._way(rows, entries, code) == _LOOPS and code[0].fits((rows, *entries)):
+        if code is not None and code[0].fits((rows, *entries)) and self._way(rows, entries, code) == _LOOPS:
             return code[0].run([rows, *entries, *code[1]])[0].view(q.shape)
         return by_calls(rows, *entries)[0].view(q.shape)
 
@@ -56,11 +59,17 @@ class PackedRow:
         self._code(rows, _entries_of(rows, SCHEMES[kv_dtype], _USUAL))
 
     def _code(self, rows: Tensor, entries: _Entries) -> _Known | None:
-        key = entries[0].shape[3], torch.get_num_threads()
+        key = *rows.shape, entries[0].shape[3], torch.get_num_threads()
         if key not in self._codes:
-            inputs = torch.zeros_like(rows), *_likeness(rows, entries)
-            self._codes[key] = self._compiled(_loops_for(inputs), inputs)
+            self._codes[key] = self._made(rows, scheme_of(entries[0], rows.shape[2]))
         return self._codes[key]
+
+    def _made(self, rows: Tensor, scheme: Scheme) -> _Known | None:
+        """Code for rows like these, whichever sequence comes first; None where it would be long, or cannot be made."""
+        if rows.shape[1] * _WORD // scheme.bits > _MOST_SUMS:
+            return None
+        inputs = torch.zeros_like(rows), *_entries_of(rows, scheme, _USUAL)
+        return self._compiled(f"int{scheme.bits}", _loops_for(inputs), inputs)
 
     def _way(self, rows: Tensor, entries: _Entries, code: _Known) -> str:
         """The faster one over about as many entries."""
@@ -74,7 +83,7 @@ class PackedRow:
 
 
 def by_calls(rows: Tensor, *entries: Tensor) -> tuple[Tensor]:
-    """What the loops compute, by packed_attention: rows [Hkv, G, D] and the entries -> [Hkv, G, D]."""
+    """What the loops compute, by packed_attention: rows [Hkv, G, D] and the entries -> one tensor as rows."""
     words, k, v = Packed(*entries[:4]), entries[4], entries[5]
     packed = words._replace(k=words.k.view(torch.uint8), v=words.v.view(torch.uint8))
     return (packed_attention(scheme_of(words.k, rows.shape[2]), rows, packed, k[0], v[0]),)
@@ -95,11 +104,6 @@ def _loops_for(inputs: Sequence[Tensor]) -> Function:
         return (packed_loops(rows, Packed(*entries[:4]), entries[4][0], entries[5][0]),)
 
     return loops
-
-
-def _likeness(rows: Tensor, entries: _Entries) -> _Entries:
-    """What is compiled for, whichever sequence comes first."""
-    return _entries_of(rows, scheme_of(entries[0], rows.shape[2]), _USUAL)
 
 
 def _entries_of(rows: Tensor, scheme: Scheme, n_blocks: int) -> _Entries:

@@ -96,7 +96,7 @@ class RequestPlan:
 
     @property
     def eager(self) -> str:
-        """What its steps have, in words, that neither a graph nor a compiled step can follow; empty: nothing."""
+        """What its steps have, in words, that neither a graph nor compiled attention can follow; empty: nothing."""
         if self.evicts is not None:
             return "a decode_budget"
         if self.shared:

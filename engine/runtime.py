@@ -45,10 +45,11 @@ class Runtime:
         assert buffers.state is not None, "the slots come first"
         pool = buffers.state.pool
         kv_dtype, windows = pool.layout.kv_dtype, self.model.config.windows
-        if not eager and kv_dtype is not None and (self.cuda_graph or not can_be_one_row(pool, windows)):
-            eager = f"{kv_dtype} entries"
+        if not eager and kv_dtype is not None:
+            unlike = not pool.layout.per_head and not can_be_one_row(pool, windows)  # by heads it is never compiled
+            eager = f"{kv_dtype} entries" if self.cuda_graph or unlike else ""
         if eager:
-            self._say_eager(eager)
+            self._say_eager(eager, bool(pool.shared))
         if eager or not self.cuda_graph:
             return EagerStepper(self.model, buffers.state, self.step_threads)
         if buffers.stepper is None:
@@ -63,11 +64,12 @@ class Runtime:
         _log.warning("CUDA graphs are off, decoding is slower: %s", error)
         return EagerStepper(self.model, state)
 
-    def _say_eager(self, why: str) -> None:
+    def _say_eager(self, why: str, shared: bool) -> None:
         if (self.cuda_graph or self.model.row is not None) and not self._said_eager:
             self._said_eager = True
-            if self.cuda_graph:
-                _log.warning("answers with %s are made without CUDA graphs, which is slower", why)
+            if self.cuda_graph or shared:
+                kind = "CUDA graphs" if self.cuda_graph else "compiled steps"
+                _log.warning("answers with %s are made without %s, which is slower", why, kind)
             else:
                 _log.warning("answers with %s have attention that is not compiled, which is slower", why)
 

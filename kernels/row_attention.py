@@ -31,7 +31,7 @@ def chosen_way(rows: Tensor, k: Tensor) -> tuple[str, RowAttention]:
     Rows attend to all entries.
     """
     _, n_kv_heads, n_rows, head_dim = rows.shape
-    size = min(k.shape[2].bit_length(), _LONG)  # see size_class
+    size = min(k.shape[2].bit_length(), _LONG)  # size_class, without a call in each layer of a step
     key = (n_kv_heads, n_rows, head_dim, size, rows.dtype, torch.get_num_threads())
     known = _chosen.get(key)
     if known is None:

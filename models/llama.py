@@ -20,11 +20,11 @@ from fastkv.models.linear import Linear
 
 JUDGED = 4  # tokens of a step that judges drafted ones, where it is compiled: what products of few rows are best at
 
-Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]  # of a layer: q, k and v -> as q
+LayerAttention = Callable[[int, Tensor, Tensor, Tensor], Tensor]  # of a layer: q, k and v -> as q
 
 
 class RowLayers(Protocol):
-    """All layers and the head, attention over the cache included, for one token of one sequence, or JUDGED of them."""
+    """All layers and the head for one token of one sequence, or JUDGED: with attention over the cache, or around it."""
 
     def prepare(self, count: int = 1, kv_dtype: str | None = None) -> None:
         """Make what the usual step of so many tokens needs, so that the first one does not wait for it.
@@ -39,7 +39,7 @@ class RowLayers(Protocol):
         token packed entries may come before them (QuantisedLayer.row).
         """
 
-    def logits_around(self, hidden: Tensor, rope: Rope, attend: Attend) -> Tensor:
+    def logits_around(self, hidden: Tensor, rope: Rope, attend: LayerAttention) -> Tensor:
         """The same for one token, with attention of any kind, which gets k and v to keep."""
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 import dataclasses
 import logging
 from itertools import islice
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -25,6 +24,7 @@ from fastkv.cache.dense import DenseLayer
 from fastkv.cache.kv_cache import KVCache
 from fastkv.cache.policy import Policy
 from fastkv.engine import graph
+from fastkv.engine.compiled_row import CompiledRow
 from fastkv.engine.footprint import _Shapes, footprint
 from fastkv.engine.generation import Generation
 
@@ -272,7 +272,12 @@ def test_the_footprint_knows_of_sums_and_of_evictions(tiny_llm: LLM, name: str) 
 
 @pytest.mark.parametrize("way", ["replayed", "compiled"])
 def test_other_kinds_of_steps_give_way_to_eager_ones_and_say_so_once(
-    tiny_llm: LLM, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, way: str
+    tiny_llm: LLM,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    stand_in_compiler: list[Any],
+    traced_once: None,
+    way: str,
 ) -> None:
     """One step ahead, too, as on a GPU: what was launched after the last token is never read."""
     expected = tiny_llm.generate(PROMPT, params(40), FullKV(), decode_budget=LEAST).token_ids
@@ -287,14 +292,16 @@ def test_other_kinds_of_steps_give_way_to_eager_ones_and_say_so_once(
         monkeypatch.setattr(type(runtime), "ahead", True)
         monkeypatch.setattr(runtime, "cuda_graph", True)
     else:
-        monkeypatch.setattr(tiny_llm.model, "row", SimpleNamespace(logits=refused))
-    with caplog.at_level(logging.WARNING):
+        row = CompiledRow(tiny_llm.model, {})
+        monkeypatch.setattr(row, "logits", refused)
+        monkeypatch.setattr(tiny_llm.model, "row", row)
+    with caplog.at_level(logging.WARNING, "fastkv"):
         for prompt in (PROMPT, [PROMPT, PROMPT[:60]]):
             found = tiny_llm.generate(prompt, params(40), FullKV(), decode_budget=LEAST)
             assert (found[0] if isinstance(found, list) else found).token_ids == expected
-    kind = "CUDA graphs" if way == "replayed" else "compiled steps"
+    what = "are made without CUDA graphs" if way == "replayed" else "have attention that is not compiled"
     said = [record.getMessage() for record in caplog.records]
-    assert said == [f"answers with a decode_budget are made without {kind}, which is slower"]
+    assert said == [f"answers with a decode_budget {what}, which is slower"]
     tiny_llm.free_buffers()
 
 
