@@ -133,6 +133,9 @@ def _timed(rows: Tensor, scheme: Scheme, size: int, code: _Known) -> dict[str, W
     n_blocks = max(2, (1 << size) // scheme.block)
     layers = min(_MOST, max(1, _COLD // (n_blocks * rows.shape[0] * scheme.block_bytes(rows.shape[2]))))
     entries = [_entries_of(rows, scheme, n_blocks) for _ in range(layers)]
+    for each in entries:
+        for part in each:
+            part.fill_(1)  # zeros that nobody has written are in no memory
 
     def loops() -> None:
         for each in entries:
