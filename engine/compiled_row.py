@@ -20,7 +20,7 @@ from fastkv.engine.packed_row import PACKED_LOOPS, PackedRow
 from fastkv.kernels import row_attention
 from fastkv.kernels.calibration import calibration, is_on
 from fastkv.kernels.direct import DirectCode, DirectCompiler
-from fastkv.kernels.packed_loops import has_words
+from fastkv.kernels.packed_loops import has_loops
 from fastkv.kernels.recording import Function
 from fastkv.kernels.tracing import fix
 from fastkv.models.block import Block
@@ -68,8 +68,8 @@ class CompiledRow:
         tables = [table for each in rope.rotations for table in (each.cos, each.sin)]
         last = len(self._model.blocks) - 1
         self._compiled_if_possible(_BEFORE, (hidden, new, new, *tables))
-        has_loops = has_words(config.head_dim) and not any(config.windows)
-        if kv_dtype is None or has_loops:  # as long as nothing is packed
+        loops = has_loops(config.head_dim, config.windows)
+        if kv_dtype is None or loops:  # as long as nothing is packed
             for layer in range(last):
                 self._compiled_if_possible(layer, (hidden, q, k, k, new, new, *tables))
             self._compiled_if_possible(last, (hidden, q, k, k))
@@ -77,7 +77,7 @@ class CompiledRow:
             for layer in range(last):
                 self._compiled_if_possible(layer, (hidden, q, new, new, *tables), _GIVEN)
             self._compiled_if_possible(last, (hidden, q), _GIVEN)
-            if has_loops:
+            if loops:
                 self._packed.prepare(_rows(q[:, :, :1], k)[0], kv_dtype)
 
     def logits(self, hidden: Tensor, rope: Rope, entries: Sequence[tuple[Tensor, ...]]) -> Tensor:

@@ -21,7 +21,7 @@ from fastkv.cache.dense import DenseLayer
 from fastkv.cache.layer import EntryShape
 from fastkv.cache.pool import KVPool
 from fastkv.engine.attention import attend_parts, without_cudnn
-from fastkv.kernels.packed_loops import has_words
+from fastkv.kernels.packed_loops import has_loops
 from fastkv.kernels.row_attention import CausalMasks, two_rows_are_faster
 
 Windows = Sequence[int | None]  # the sliding window of each layer, in tokens
@@ -38,7 +38,7 @@ def can_be_one_row(pool: KVPool, windows: Windows) -> bool:
     """Whether one token of a sequence in this pool can be a step of RowLayers (models/llama.py)."""
     if pool.layout.per_head:
         return False
-    return pool.layout.kv_dtype is None or (has_words(pool.shape.head_dim) and not any(windows))
+    return pool.layout.kv_dtype is None or has_loops(pool.shape.head_dim, windows)
 
 
 class EagerAttention:

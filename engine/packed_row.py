@@ -14,7 +14,7 @@ from fastkv.kernels import row_attention
 from fastkv.kernels.calibration import Way, calibration, is_on
 from fastkv.kernels.direct import DirectCode
 from fastkv.kernels.packed_attention import packed_attention
-from fastkv.kernels.packed_loops import in_words, packed_loops, scheme_of
+from fastkv.kernels.packed_loops import in_words, packed_loops, places_of, scheme_of
 from fastkv.kernels.packing import SCHEMES, Packed, Scheme
 from fastkv.kernels.recording import Function
 from fastkv.kernels.tracing import fix
@@ -26,8 +26,7 @@ _LOOPS, _CALLS = "loops", "calls"
 # Blocks, and exact entries, that the compiler is told of. Sizes that are equal there it takes for one: so these are
 # none that heads, queries, blocks or channels have.
 _USUAL, _EXACT, _ROOM = 101, 61, 3
-_WORD = 32  # bits
-_MOST_SUMS = 96  # in one loop: planes of a word for each query head. More would take minutes to compile
+_MOST_SUMS = 96  # in one loop: planes of a word for each query head. Compiling takes longer with each of them
 _COLD = 32 << 20  # bytes of entries that are read in turn while a way is timed
 _MOST = 64  # layers' worth of them
 
@@ -66,7 +65,7 @@ class PackedRow:
 
     def _made(self, rows: Tensor, scheme: Scheme) -> _Known | None:
         """Code for rows like these, whichever sequence comes first; None where it would be long, or cannot be made."""
-        if rows.shape[1] * _WORD // scheme.bits > _MOST_SUMS:
+        if rows.shape[1] * len(places_of(scheme)) > _MOST_SUMS:
             return None
         inputs = torch.zeros_like(rows), *_entries_of(rows, scheme, _USUAL)
         return self._compiled(f"int{scheme.bits}", _loops_for(inputs), inputs)

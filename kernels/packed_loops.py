@@ -7,6 +7,10 @@ one by one; so codes come as words of 32 bits, and those in the same place of ea
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import reduce
+from operator import add
+
 import torch
 from torch import Tensor
 
@@ -18,6 +22,11 @@ _WORD = 32  # bits
 def has_words(head_dim: int) -> bool:
     """Whether the codes of an entry fill words, so that there are loops for them."""
     return all(head_dim * scheme.bits % _WORD == 0 for scheme in SCHEMES.values())
+
+
+def has_loops(head_dim: int, windows: Sequence[int | None]) -> bool:
+    """Whether there are loops for all layers of a model: they know no sliding window."""
+    return has_words(head_dim) and not any(windows)
 
 
 def in_words(packed: Packed) -> Packed:
@@ -53,11 +62,11 @@ def _logits(scheme: Scheme, queries: Tensor, words: Packed) -> Tensor:
     below = (low @ queries.transpose(1, 2)).transpose(1, 2).unsqueeze(3)  # [h, R, n, 1]
     scaled = _in_memory(queries.unsqueeze(1) * scale.unsqueeze(2))
     scaled = _in_memory(_by_plane(scheme, scaled))  # [h, n, R, planes, W / 4]
-    planes = [_unsigned(words.k, scheme.bits, place).float() for place in _places(scheme)]
+    planes = [_unsigned(words.k, scheme.bits, place).float() for place in places_of(scheme)]
     sums = []
     for row in scaled.unbind(2):
         each = [plane * part.unsqueeze(2) for plane, part in zip(planes, row.unbind(2), strict=True)]
-        sums.append(_sum(each).sum(dim=3))  # [h, n, block]
+        sums.append(reduce(add, each).sum(dim=3))  # [h, n, block]
     return torch.stack(sums, dim=1) + below
 
 
@@ -66,7 +75,7 @@ def _values(scheme: Scheme, weights: Tensor, words: Packed) -> Tensor:
     params = words.v_params.float()  # [h, n, block, N, P]
     groups = [_in_memory(weights * params[:, None, :, :, -1, group]) for group in range(params.shape[4])]
     read = _signed if scheme.signed else _unsigned
-    planes = [read(words.v, scheme.bits, place).float() for place in _places(scheme)]
+    planes = [read(words.v, scheme.bits, place).float() for place in places_of(scheme)]
     halves = 8 // scheme.bits
     sums = []
     for row in range(weights.shape[1]):
@@ -81,7 +90,7 @@ def _values(scheme: Scheme, weights: Tensor, words: Packed) -> Tensor:
     return (attended.unflatten(2, (below.shape[2], -1)) + below.unsqueeze(3)).flatten(2)
 
 
-def _places(scheme: Scheme) -> range:
+def places_of(scheme: Scheme) -> range:
     """The planes: that of place i has the bits of each word from `bits * i` on."""
     return range(_WORD // scheme.bits)
 
@@ -104,10 +113,3 @@ def _unsigned(words: Tensor, bits: int, place: int) -> Tensor:
 
 def _signed(words: Tensor, bits: int, place: int) -> Tensor:
     return (words << _WORD - bits * (place + 1)) >> _WORD - bits
-
-
-def _sum(parts: list[Tensor]) -> Tensor:
-    whole = parts[0]
-    for part in parts[1:]:
-        whole = whole + part
-    return whole

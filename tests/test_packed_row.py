@@ -298,8 +298,8 @@ def test_every_shape(kv_dtype: str, changes: dict[str, Any], compiler: Compiler)
     found, expected = (steps(model, filled(model, kv_dtype), which) for which in (row, None))
     torch.testing.assert_close(found, expected, atol=bound, rtol=bound)
     assert len(compiler) == made
-    has_loops = has_words(model.config.head_dim) and "sliding_windows" not in changes
-    assert sum(each.runs > 0 for each in compiler) == (4 if has_loops else 3)
+    loops = has_words(model.config.head_dim) and "sliding_windows" not in changes
+    assert sum(each.runs > 0 for each in compiler) == (4 if loops else 3)
 
 
 def test_after_forgetting_and_in_another_slot(compiler: Compiler) -> None:
