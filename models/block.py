@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fastkv.models.layers import MLP, RMSNorm, Rope
-from fastkv.models.linear import Linear, Stacked
+from fastkv.models.linear import Stacked, Summed
 from fastkv.models.network_config import NetworkConfig
 
 # (q [B, Hq, T, D], k [B, Hkv, T, D], v [B, Hkv, T, D]), q and k rotated -> [B, Hq, T, D]
@@ -43,7 +43,7 @@ class Attention(nn.Module):
         self.heads = (config.n_heads, config.n_kv_heads, config.n_kv_heads)
         self.rotary = rotary
         self.qkv_proj = Stacked(config.hidden_size, [n * self.head_dim for n in self.heads], bias=config.qkv_bias)
-        self.o_proj = Linear(config.n_heads * self.head_dim, config.hidden_size, bias=config.o_bias)
+        self.o_proj = Summed(config.n_heads * self.head_dim, config.hidden_size, bias=config.o_bias)
         self.q_norm = nn.Identity() if q_norm is None else q_norm
         self.k_norm = nn.Identity() if k_norm is None else k_norm
         self.has_norms = q_norm is not None

@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastkv.kernels.int8 import dequantised
-from fastkv.models.linear import Linear, Stacked
+from fastkv.kernels.ranks import Across
+from fastkv.models.linear import Stacked, Summed
 from fastkv.models.rope_config import RopeConfig
 from fastkv.models.rope_frequencies import attention_factor, inverse_frequencies
 
@@ -33,14 +34,16 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
 
 
-class Embedding(nn.Module):
+class Embedding(Across, nn.Module):
     """A row of a table for each token.
 
-    scale: float32 [V] where the table is int8, whose rows it multiplies; dtype: of what it gives then.
+    scale: float32 [V] where the table is int8, whose rows it multiplies; dtype: of what it gives then. first: of ranks,
+    the token whose row is the first one here; a token without a row here has zeros, to which the others' are added.
     """
 
     scale: Tensor | None = None
     dtype = torch.float32
+    first = 0
 
     def __init__(self, vocab_size: int, size: int) -> None:
         super().__init__()
@@ -48,13 +51,18 @@ class Embedding(nn.Module):
 
     def forward(self, ids: Tensor) -> Tensor:
         """ids int64 [B, T] -> [B, T, E]."""
+        places = ids if self.ranks is None else (ids - self.first).clamp(0, self.weight.shape[0] - 1)
         if self.scale is None:
-            return F.embedding(ids, self.weight)
-        return dequantised(self.weight[ids], self.scale[ids], self.dtype)
+            rows = F.embedding(places, self.weight)
+        else:
+            rows = dequantised(self.weight[places], self.scale[places], self.dtype)
+        if self.ranks is None:
+            return rows
+        return self.ranks.sum_(rows.masked_fill_((places != ids - self.first).unsqueeze(-1), 0))
 
     def into(self, out: Tensor, ids: Tensor) -> None:
         """The same, into `out` [B, T, E]."""
-        if self.scale is None:
+        if self.scale is None and self.ranks is None:
             torch.index_select(self.weight, 0, ids.flatten(), out=out.flatten(0, 1))
         else:
             out.copy_(self(ids))
@@ -67,7 +75,7 @@ class MLP(nn.Module):
         super().__init__()
         self.activation = activation
         self.gate_up_proj = Stacked(hidden_size, (intermediate_size, intermediate_size), bias=bias)
-        self.down_proj = Linear(intermediate_size, hidden_size, bias=bias)
+        self.down_proj = Summed(intermediate_size, hidden_size, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
         gate, up = self.gate_up_proj(x).chunk(2, dim=-1)  # [B, T, I] each

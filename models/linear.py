@@ -15,6 +15,7 @@ from fastkv.kernels import int4, int8
 from fastkv.kernels.int4 import int4_product
 from fastkv.kernels.int8 import dequantised_product, int8_product
 from fastkv.kernels.products import product_for, turned
+from fastkv.kernels.ranks import Across
 from fastkv.kernels.tracing import GRAPH, NAMES, recording
 
 
@@ -36,6 +37,16 @@ class Linear(nn.Linear):
             return self.weight
         kind = int4 if self.weight.dtype == torch.int32 else int8
         return kind.dequantised(self.weight, self.scale, torch.float32)
+
+
+class Summed(Across, Linear):
+    """A matrix of which each rank may have some columns: what they give is summed. The bias is added once, by all."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.ranks is None:
+            return linear(x, self.weight, self.bias, self.scale)
+        y = self.ranks.sum_(linear(x, self.weight, None, self.scale))
+        return y if self.bias is None else y + self.bias
 
 
 class Stacked(Linear):

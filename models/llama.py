@@ -9,9 +9,11 @@ from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastkv.kernels import int4
+from fastkv.kernels.ranks import Across
 from fastkv.models.block import Block
 from fastkv.models.catalogue import family_of
 from fastkv.models.config import ModelConfig
@@ -43,8 +45,11 @@ class RowLayers(Protocol):
         """The same for one token, with attention of any kind, which gets k and v to keep."""
 
 
-class Llama(nn.Module):
-    """Embedding, blocks and head of any supported family. row: the layers for a single row, where there are others."""
+class Llama(Across, nn.Module):
+    """Embedding, blocks and head of any supported family. row: the layers for a single row, where there are others.
+
+    ranks: those that have a part of it each (models/split.py); None: this is all of it.
+    """
 
     row: RowLayers | None = None
     _dtype: torch.dtype | None = None
@@ -54,12 +59,12 @@ class Llama(nn.Module):
         self.config = config
         self.family = family_of(config.architecture)
         # Not nn.Embedding: drawing its values on the meta device makes torch import symbolic mathematics.
-        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
+        self.embed_tokens = Embedding(config.table_rows, config.hidden_size)
         # The layers, first to last, as what they are: ModuleList forgets the type.
         self.blocks: Sequence[Block] = [self.family.block(config, layer) for layer in range(config.n_layers)]
         self.layers = nn.ModuleList(self.blocks)
         self.norm = self.family.final_norm(config)
-        self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = Linear(config.hidden_size, config.table_rows, bias=False)
         self.rotary = RotaryEmbeddings(self.family.rotary_embeddings(config), config.head_dim)
         self.tie()
 
@@ -130,5 +135,14 @@ class Llama(nn.Module):
     def head(self, hidden: Tensor) -> Tensor:
         """hidden [..., E] -> logits float32 [..., V]."""
         logits = self.lm_head(self.norm(hidden)).float()
+        if self.ranks is not None:
+            logits = self._of_all_ranks(logits)
         change = self.family.logits_
         return logits if change is None else change(self.config, logits)
+
+    def _of_all_ranks(self, logits: Tensor) -> Tensor:
+        """[..., rows] of this rank's part of the vocabulary -> [..., V]. The last ranks may have fewer rows."""
+        assert self.ranks is not None
+        missing = -(-self.config.vocab_size // self.ranks.count) - logits.shape[-1]
+        padded = F.pad(logits, (0, missing)) if missing else logits
+        return self.ranks.join(padded, dim=-1)[..., : self.config.vocab_size]

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from fastkv.kernels.ranks import Across
 from fastkv.models.block import Attention, Block, gated_mlp
 from fastkv.models.family import Family
 from fastkv.models.fields import Fields
@@ -13,13 +15,22 @@ from fastkv.models.layers import RMSNorm
 from fastkv.models.network_config import NetworkConfig
 
 
-class ProjectionNorm(RMSNorm):
-    """RMS norm over all heads of a token together."""
+class ProjectionNorm(Across, RMSNorm):
+    """RMS norm over all heads of a token together, those of all ranks."""
 
     def forward(self, x: Tensor) -> Tensor:
         """x [B, H, T, D] -> [B, H, T, D]."""
         rows = x.transpose(1, 2).flatten(2)  # [B, T, H * D]
-        return super().forward(rows).unflatten(-1, (x.shape[1], -1)).transpose(1, 2)
+        normed = super().forward(rows) if self.ranks is None else self._over_ranks(rows)
+        return normed.unflatten(-1, (x.shape[1], -1)).transpose(1, 2)
+
+    def _over_ranks(self, rows: Tensor) -> Tensor:
+        """rows [B, T, n] of this rank's heads -> the same, by the mean square of all ranks' values."""
+        assert self.ranks is not None
+        values = rows.float()
+        squares = self.ranks.sum_(values.square().sum(dim=-1, keepdim=True))
+        mean = squares / (self.ranks.count * rows.shape[-1])
+        return (values * torch.rsqrt(mean + self.eps)).to(rows.dtype) * self.weight
 
 
 class Olmo2Block(Block):

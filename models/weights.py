@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,9 @@ from fastkv.models.config import ModelConfig
 from fastkv.models.layers import Embedding
 from fastkv.models.linear import Linear
 from fastkv.models.llama import Llama
-from fastkv.models.sources import EMBEDDING, targets
+from fastkv.models.network_config import Part
+from fastkv.models.sources import EMBEDDING, Source, Target, targets
+from fastkv.models.split import cut, whole_of
 from fastkv.models.stored import StoredNames
 from fastkv.models.tying import settled_config
 
@@ -85,19 +87,21 @@ def load_weights(
 
     weights: "int8" for matrices of 8-bit integers, made of each tensor as it is read (None: all in `dtype`). settled:
     `config` is what `settled_config` gave; else that is done first, and the model's own config tells what came of it.
+    Of a part (models/split.py) only that part of each tensor is read.
     Raises FastKVError for missing, unexpected, misshapen or quantised tensors, and for broken files.
     """
     if not settled:
         config = settled_config(config, folder, dtype)
     model = meta_model(config)
     plan, memory = targets(model), HostMemory()
+    stored = plan if config.part is None else targets(meta_model(whole_of(config)))
     with Checkpoint.open(folder) as checkpoint:
-        names = StoredNames(checkpoint, config).of(source for target in plan for source in target.sources)
+        names = StoredNames(checkpoint, config).of(source for target in stored for source in target.sources)
         total = model_bytes(config, dtype, weights)
         done = held = 0
         for target in plan:
             kind = _kind(model, target.name, weights)
-            pieces = (checkpoint.read(names[source.name]) for source in target.sources)
+            pieces = (_read(checkpoint, names, source, config) for source in target.sources)
             if kind is not None:
                 _assign_integers(model, target.name, kind, target.shape, pieces, memory, device)
             elif target.name == _EMBEDDING_WEIGHT and not config.tie_word_embeddings and device.type == "cpu":
@@ -114,6 +118,12 @@ def load_weights(
     return _ready(model, dtype, device)
 
 
+def _read(checkpoint: Checkpoint, names: Mapping[str, str], source: Source, config: ModelConfig) -> Tensor:
+    """A tensor of a checkpoint, or the part of it that is this model's."""
+    tensor = checkpoint.read(names[source.name])
+    return tensor if config.part is None else cut(tensor, source.shape, config.part)
+
+
 def random_weights(
     config: ModelConfig, dtype: torch.dtype, device: torch.device, seed: int = 0, weights: str | None = None
 ) -> Llama:
@@ -124,18 +134,29 @@ def random_weights(
     """
     generator = torch.Generator(device).manual_seed(seed)
     model, memory = meta_model(config), HostMemory()
-    for name, parameter in list(model.named_parameters()):
-        shape, kind = tuple(parameter.shape), _kind(model, name, weights)
-        value = torch.empty(shape, dtype=dtype, device=device) if kind else memory.empty(shape, dtype, device)
+    whole = model if config.part is None else meta_model(whole_of(config))
+    for target, drawn in zip(targets(model), targets(whole), strict=True):
+        name, kind = target.name, _kind(model, target.name, weights)
+        is_taken, shape = kind is None and config.part is None, drawn.shape  # of a part the whole is drawn, and let go
+        value = memory.empty(shape, dtype, device) if is_taken else torch.empty(shape, dtype=dtype, device=device)
         if value.dim() == 2:
             value.normal_(0, value.shape[1] ** -0.5, generator=generator)
         else:
             value.fill_(0 if name.endswith(".bias") else 1)
+        pieces = [value] if config.part is None else _cuts(value, drawn, target, config.part)
         if kind:
-            _assign_integers(model, name, kind, shape, [value], memory, device)
-        else:
+            _assign_integers(model, name, kind, target.shape, pieces, memory, device)
+        elif is_taken:
             _assign(model, name, value)
+        else:
+            _assign(model, name, _stacked(pieces, target.rows, memory.empty(target.shape, dtype, device)))
     return _ready(model, dtype, device)
+
+
+def _cuts(value: Tensor, whole: Target, target: Target, part: Part) -> list[Tensor]:
+    """Of a whole parameter the parts of the tensors that it is stacked of."""
+    pieces = zip(value.split(whole.rows), target.sources, strict=True)
+    return [cut(piece, source.shape, part) for piece, source in pieces]
 
 
 def copy_bytes(config: ModelConfig, kind: str, weights: str | None = None) -> int:

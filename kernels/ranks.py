@@ -1,0 +1,162 @@
+"""The processes that hold one model together: each of them, a rank, has a part of every matrix and of every cache.
+
+All ranks run the same program over the same requests. Where a layer needs what the others have, they meet here:
+everything else of the engine knows no more than `sum_` and `join`. How the parts are cut stands in models/split.py.
+
+Tensor parallelism after Megatron-LM (arXiv 1909.08053): heads and MLP columns are split, and two sums a layer join
+them.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from fastkv.errors import FastKVError, FaultError, check_integer
+from fastkv.kernels.torchrun import local_rank, started_here, world_size
+
+_BACKENDS = {"cpu": "gloo", "cuda": "nccl"}
+
+
+class RankLostError(FaultError):
+    """Another rank has ended, or cannot be reached: nothing can be computed any more."""
+
+
+class Ranks:
+    """What the ranks of a model do together. Each call waits for all of them, which must make the same calls.
+
+    rank: this one's number, from 0. count: how many there are, at least 2. on_host: how many of them share this host's
+    memory. A subclass says how tensors get from one to the others.
+    """
+
+    def __init__(self, rank: int, count: int, on_host: int) -> None:
+        self.rank, self.count, self.on_host = rank, count, on_host
+
+    def sum_(self, x: Tensor) -> Tensor:
+        """x of any shape and dtype -> the sum of all ranks' x, in its place."""
+        raise NotImplementedError
+
+    def gather(self, x: Tensor) -> Sequence[Tensor]:
+        """x of every rank, all of one shape, by rank."""
+        raise NotImplementedError
+
+    def join(self, x: Tensor, dim: int) -> Tensor:
+        """What the ranks have of a tensor, one after the other along `dim`; equally much each."""
+        return torch.cat(list(self.gather(x)), dim=dim)
+
+    def own(self, x: Tensor, dim: int) -> Tensor:
+        """This rank's part of what `join` gave."""
+        size = x.shape[dim] // self.count
+        return x.narrow(dim, self.rank * size, size)
+
+    def least(self, number: int, device: torch.device) -> int:
+        """The smallest number that any rank has."""
+        mine = torch.tensor([number], dtype=torch.int64, device=device)
+        return min(int(each) for each in self.gather(mine))
+
+    def number(self, number: int, device: torch.device) -> int:
+        """What rank 0 has."""
+        mine = torch.tensor([number], dtype=torch.int64, device=device)
+        return int(self.gather(mine)[0])
+
+    def seed(self, device: torch.device) -> int:
+        """A new seed for what is drawn at random, the same on all ranks."""
+        return self.number(secrets.randbits(63), device)
+
+    def text(self, text: str, device: torch.device) -> str:
+        """What rank 0 has; the others' is not looked at."""
+        data = text.encode("utf-8", "surrogatepass") if self.rank == 0 else b""
+        length = self.number(len(data), device)
+        row = torch.zeros(length, dtype=torch.uint8, device=device)
+        if self.rank == 0 and length:
+            row.copy_(torch.frombuffer(bytearray(data), dtype=torch.uint8))
+        return bytes(self.gather(row)[0].tolist()).decode("utf-8", "surrogatepass") if length else ""
+
+
+class Across:
+    """What a module needs of the other ranks; None: it has the whole of its parameters. See models/split.py."""
+
+    ranks: Ranks | None = None
+
+
+class ProcessRanks(Ranks):
+    """Ranks that are processes, by torch.distributed: NCCL on GPUs, gloo on CPUs.
+
+    They are made once in a process (`of_this_process`), and end with it.
+    """
+
+    _made: ClassVar[ProcessRanks | None] = None
+
+    @classmethod
+    def of_this_process(cls, count: int, kind: str) -> ProcessRanks:
+        """Those that torchrun has started. kind: "cpu" or "cuda".
+
+        Raises FastKVError where it has started none, or another number, and RankLostError where one is missing.
+        """
+        check_started(count)
+        if cls._made is None:
+            cls._made = cls(kind)
+        elif cls._made.kind != kind:
+            raise FastKVError(f"the ranks of this process have met on {cls._made.kind}: take that device here, too")
+        return cls._made
+
+    def __init__(self, kind: str) -> None:
+        import torch.distributed as dist
+
+        self.kind, self._dist = kind, dist
+        if not dist.is_initialized():
+            settings: dict[str, Any] = {"device_id": rank_device(kind)} if kind == "cuda" else {}
+            with _explained():
+                dist.init_process_group(_BACKENDS[kind], **settings)
+        super().__init__(dist.get_rank(), dist.get_world_size(), started_here())
+
+    def sum_(self, x: Tensor) -> Tensor:
+        with _explained():
+            if x.is_contiguous():
+                self._dist.all_reduce(x)
+                return x
+            whole = x.contiguous()
+            self._dist.all_reduce(whole)
+        return x.copy_(whole)
+
+    def gather(self, x: Tensor) -> Sequence[Tensor]:
+        parts = x.new_empty((self.count, *x.shape)).unbind()
+        with _explained():
+            self._dist.all_gather(list(parts), x.contiguous())
+        return parts
+
+
+class _explained:  # noqa: N801 (a context manager, which a step of a layer enters twice: a class is faster)
+    """What a lost connection raises, as one line."""
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        if isinstance(error, RuntimeError) and not isinstance(error, torch.OutOfMemoryError):
+            raise RankLostError("another rank has ended, or cannot be reached, and no rank can go on alone") from error
+
+
+def rank_device(kind: str) -> torch.device:
+    """Where this process works: of several GPUs the one with its number on this host."""
+    return torch.device("cpu") if kind == "cpu" else torch.device("cuda", local_rank())
+
+
+def check_started(count: int) -> None:
+    """FastKVError unless torchrun has started `count` processes, of which this is one."""
+    check_integer("tensor_parallel", count, 1)
+    found = world_size()
+    if count > 1 and found == 1:
+        raise FastKVError(
+            f"tensor_parallel {count} takes {count} processes: start the program by torchrun --nproc-per-node {count}",
+            setting="tensor_parallel",
+        )
+    if count > 1 and found != count:
+        raise FastKVError(
+            f"tensor_parallel is {count}, but torchrun has started {found} processes: the two must be equal",
+            setting="tensor_parallel",
+        )
