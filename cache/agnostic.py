@@ -102,19 +102,22 @@ def chunks_at_a_time(n_heads: int, chunk: int, device: torch.device) -> int:
     return max(1, tokens_at_a_time(n_heads * chunk, device) // chunk)
 
 
-def compactor_scores(outlying: Tensor, received: Tensor, v: Tensor, weight: float) -> Tensor:
+def compactor_scores(
+    outlying: Tensor, received: Tensor, v: Tensor, weight: float, all_heads: Callable[[Tensor], Tensor] = lambda x: x
+) -> Tensor:
     """Leverage and attention in one score, float32 [B, Hkv, T] (arXiv 2507.08143).
 
     received: what `attention_nearby` gives; times the length of v [B, Hkv, T, D], it is the mean of three neighbours.
     Both are counted in standard deviations from the mean over all heads and tokens; attention weighs `weight`.
+    all_heads: makes the values of all heads of those of some (Observation.all_heads).
     """
     attended = pooled(received * value_norms(v), 3, "avg")
-    return _standard(outlying) + weight * _standard(attended)
+    return _standard(outlying, all_heads(outlying)) + weight * _standard(attended, all_heads(attended))
 
 
-def _standard(x: Tensor) -> Tensor:
-    deviation = x.std(dim=(1, 2), keepdim=True, correction=0).clamp_min(1e-6)
-    return (x - x.mean(dim=(1, 2), keepdim=True)) / deviation
+def _standard(x: Tensor, among: Tensor) -> Tensor:
+    deviation = among.std(dim=(1, 2), keepdim=True, correction=0).clamp_min(1e-6)
+    return (x - among.mean(dim=(1, 2), keepdim=True)) / deviation
 
 
 def query_moments(queries: Part, start: int, end: int, size: int) -> tuple[Tensor, Tensor]:

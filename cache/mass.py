@@ -91,19 +91,21 @@ class MassOfLayers:
             self.layers.append(None)
         else:
             mass = attention_mass(observed.peaks, window)
-            total = mass.sum(dim=(1, 2)) / self._left
-            self.layers.append(LayerMass(kept_mass(mass, kept), total, measured=True))
+            total = _of_all_heads(observed, mass.sum(dim=(1, 2))) / self._left
+            self.layers.append(LayerMass(_of_all_heads(observed, kept_mass(mass, kept)), total, measured=True))
 
     def _keep_others(self, observed: Observation, kept: Kept | Sequence[PerHead], window: int) -> None:
         """What drafted tokens have chosen is measured by their attention: the window's would miss what it let go."""
         before, drafted = self.layers[observed.layer], observed.drafted
         if before is None or observed.peaks is None or drafted is None:
             return
-        left = attention_mass(observed.peaks, window).sum(dim=(1, 2)) / (before.total + _NOTHING)
+        seen = _of_all_heads(observed, attention_mass(observed.peaks, window).sum(dim=(1, 2)))
+        left = seen / (before.total + _NOTHING)
         peaks = drafted.attention(observed.k).amax(dim=(2, 3)).where(drafted.live[:, :1, None], observed.peaks)
         mass = attention_mass(peaks, window)
-        total = mass.sum(dim=(1, 2)) / (left + _NOTHING)
-        self.layers[observed.layer] = before._replace(kept=kept_mass(mass, kept), total=total)
+        total = _of_all_heads(observed, mass.sum(dim=(1, 2))) / (left + _NOTHING)
+        kept_now = _of_all_heads(observed, kept_mass(mass, kept))
+        self.layers[observed.layer] = before._replace(kept=kept_now, total=total)
 
     def propagate(self, observed: Observation, chosen: Tensor | None, window: int) -> None:
         """Of the new tokens observed some are propagated, `chosen` int64 [B, n]; None: all."""
@@ -113,8 +115,13 @@ class MassOfLayers:
             self._left = None
             return
         mass = attention_mass(observed.peaks, window)[..., observed.n_past :]
-        left = kept_mass(mass, chosen.unsqueeze(1).expand(-1, mass.shape[1], -1)) + _NOTHING
-        self._left = self._left * left / (mass.sum(dim=(1, 2)) + _NOTHING)
+        left = _of_all_heads(observed, kept_mass(mass, chosen.unsqueeze(1).expand(-1, mass.shape[1], -1))) + _NOTHING
+        self._left = self._left * left / (_of_all_heads(observed, mass.sum(dim=(1, 2))) + _NOTHING)
+
+
+def _of_all_heads(observed: Observation, sums: Tensor) -> Tensor:
+    """Sums over the heads that are seen here, [B] -> over all of the layer."""
+    return sums if observed.heads is None else observed.all_heads(sums.unsqueeze(1)).sum(dim=1)
 
 
 def shares(by_layer: Sequence[LayerMass | None], row: int = 0) -> tuple[float | None, tuple[float | None, ...]]:

@@ -85,6 +85,16 @@ class Rotary(Protocol):
         """The mean of the rotations of the positions first … first + count - 1: float32 [D, D], for column vectors."""
 
 
+class Heads(Protocol):
+    """The KV heads of a layer, of which this process has some, and other ranks the others (kernels/ranks.py)."""
+
+    def join(self, x: Tensor, dim: int) -> Tensor:
+        """What all ranks have of a tensor, one after the other along `dim`."""
+
+    def own(self, x: Tensor, dim: int) -> Tensor:
+        """This rank's part of what `join` gave."""
+
+
 @dataclass(frozen=True)
 class ScoreSizes:
     """What `Policy.score` is to be given: B, Hq, Hkv, D, and n_past + T of which it sees the last n queries."""
@@ -112,6 +122,7 @@ class Observation:
     positions: int64 [B, Hkv, n_past + T], where they stand in the sequence. rotary: what has turned q and k.
     peaks: float32 [B, Hkv, n_past + T], the most that any of the window's queries, in any query head that reads it,
     attends to each entry; None until the policy has asked for `attention`.
+    heads: of a model that several ranks share, whose layers each see a part of the heads; None: these are all.
     """
 
     layer: int
@@ -126,6 +137,20 @@ class Observation:
     output: Callable[[Tensor, str], Tensor] | None = field(default=None, repr=False, compare=False)
     positions: Tensor | None = field(default=None, repr=False, compare=False)
     rotary: Rotary | None = field(default=None, repr=False, compare=False)
+    heads: Heads | None = field(default=None, repr=False, compare=False)
+
+    def all_heads(self, x: Tensor) -> Tensor:
+        """x [B, H, …] of the KV heads that are seen here -> of all of the layer, those of other ranks among them."""
+        return x if self.heads is None else self.heads.join(x, 1)
+
+    def own_heads(self, x: Tensor) -> Tensor:
+        """x [B, H, …] of all heads of the layer -> of those that are seen here."""
+        return x if self.heads is None else self.heads.own(x, 1)
+
+    def highest(self, x: Tensor) -> Tensor:
+        """The highest value of x [B, H, …] in all heads of the layer: a tensor of one value, without dimensions."""
+        highest = x.amax()
+        return highest if self.heads is None else self.all_heads(highest.view(1, 1)).amax()
 
     @property
     def peaks(self) -> Tensor | None:
@@ -195,6 +220,9 @@ class OnlineSelector(Protocol):
         """
 
 
+_PACKAGE = __name__.partition(".")[0]
+
+
 class Policy:
     """Base of every method. This one keeps everything; a method overrides what it decides otherwise.
 
@@ -215,10 +243,15 @@ class Policy:
     compresses_again: ClassVar[bool] = False
     # How a layer of the cache stores what is kept (None: the plain layout, or that for heads of different lengths).
     layout: ClassVar[type[KVLayer] | None] = None
+    # Whether it chooses alike where a layer's heads are shared out over ranks: whatever it works out of several heads,
+    # it works out of Observation.all_heads. So do all classes of this package; any other has to say so itself.
+    splits_heads: ClassVar[bool] = True
 
     def __init_subclass__(cls) -> None:
         if "name" not in vars(cls):
             cls.name = cls.__name__.lower()
+        if "splits_heads" not in vars(cls):
+            cls.splits_heads = cls.__module__.partition(".")[0] == _PACKAGE
 
     def __post_init__(self) -> None:
         """Check the settings, each by itself. Raises FastKVError for a value out of range."""
@@ -298,7 +331,7 @@ class Policy:
         raise NotImplementedError(f"{type(self).__name__} knows its budgets before it scores")
 
     def head_budgets(self, layer: int, n_layers: int, count: int, scores: Tensor) -> Tensor:
-        """int64 [B, Hkv]: entries that each KV head keeps, its window included; together Hkv * count.
+        """int64 [B, Hkv]: entries that each KV head keeps, its window included; together Hkv * count. Of all heads.
 
         count: the layer's budget, less than the T tokens that it saw. scores: its own, [B, Hkv, T - window]. Asked only
         of a policy that is `per_head`.
@@ -306,7 +339,7 @@ class Policy:
         raise NotImplementedError(f"{type(self).__name__} gives every head the same")
 
     def model_budgets(self, counts: Sequence[int], scores: Sequence[Tensor]) -> list[Tensor]:
-        """As `head_budgets` for all layers at once: int64 [B, Hkv] for each, together Hkv times the sum of `counts`.
+        """As `head_budgets`, for all layers at once: int64 [B, Hkv] for each, together Hkv times the sum of `counts`.
 
         Asked only of a policy that is `over_layers`, once all layers have been scored.
         """
@@ -330,10 +363,11 @@ class Policy:
     def importance(self, observed: Observation, scores: Tensor, count: int | None) -> Tensor:
         """What chooses the new tokens that are propagated, by its sum over H: [B, H, T - window] for some H.
 
-        scores: those that chose the entries, [B, Hkv, n_past + T - window]. count: how many tokens are propagated, the
-        window included; None where an `online_selector` says it later.
+        It is of all heads of the layer (Observation.all_heads). scores: those that chose the entries, [B, Hkv, n_past +
+        T - window]. count: how many tokens are propagated, the window included; None where an `online_selector` says it
+        later.
         """
-        return scores[..., observed.n_past :]
+        return observed.all_heads(scores[..., observed.n_past :])
 
     def score(self, observed: Observation) -> Tensor:
         """float32 [B, Hkv, n_past + T - window]: how much each token before the window matters to each KV head.

@@ -63,9 +63,11 @@ class CompetingLayers:
         """
         if not self._held:  # a prompt that is kept whole
             return
-        budgets = self._policy.model_budgets(self._counts, [_known(held.scores) for held in self._held])
-        for counts in budgets:
+        scores = [held.observed.all_heads(_known(held.scores)) for held in self._held]
+        budgets = self._policy.model_budgets(self._counts, scores)
+        for of_all_heads in budgets:
             held = self._held.pop(0)
+            counts = held.observed.own_heads(of_all_heads)
             ranking = self._policy.ranking(held.observed, _known(held.scores), counts)
             yield held.observed, select_each(ranking, counts, self._policy.window), held.positions
 

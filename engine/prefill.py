@@ -180,7 +180,7 @@ class LayerRun:
         q, k, v = self.projection.keys(first.layer, state.hidden, rope, self._n_queries(ids.shape[1]))
         positions = state.positions.unsqueeze(1).expand(-1, k.shape[1], -1)
         observed = self._observed(first.layer, q, k, v, positions)
-        return select_tokens(self._score(observed), first.keep, self.policy.window)
+        return select_tokens(observed.all_heads(self._score(observed)), first.keep, self.policy.window)
 
     def layer(self, layer: int, state: TokenState, rope: Rope) -> tuple[TokenState, Rope]:
         """Keys, selection, then attention and MLP of the tokens that are propagated: those, and their rotation."""
@@ -270,7 +270,8 @@ class LayerRun:
         attention = self.model.blocks[layer].self_attn
         rotary = self.model.rotary.each[attention.rotary]
         output = partial(output_norms, attention)
-        return Observation(layer, q, k, v, past, output=output, positions=positions, rotary=rotary)
+        heads = self.model.ranks
+        return Observation(layer, q, k, v, past, output=output, positions=positions, rotary=rotary, heads=heads)
 
     def fill(self, observed: Observation, positions: Tensor) -> Tensor:
         """Let the policy score what a layer saw, at `positions` [B, Hkv, T], and keep its share. -> the scores."""
@@ -279,6 +280,8 @@ class LayerRun:
         counts: Tensor | int = most
         if sizes.least < most:
             counts = self.policy.counts(observed, len(self.layers), scores, sizes.least, most)
+        elif self.per_head and most < n_entries and observed.heads is not None:
+            counts = self._head_budgets(observed, most, scores)
         if isinstance(counts, Tensor):
             ranking = self.policy.ranking(observed, scores, counts)
             self._store_each(observed, select_each(ranking, counts, self.policy.window), positions)
@@ -326,8 +329,13 @@ class LayerRun:
         """The entries that a layer keeps: `count` of each head, or on average."""
         if not self.per_head:
             return select_entries(self.policy.ranking(observed, scores, count), count, self.policy.window)
-        counts = self.policy.head_budgets(observed.layer, len(self.layers), count, scores)
+        counts = self._head_budgets(observed, count, scores)
         return select_per_head(self.policy.ranking(observed, scores, counts), counts, self.policy.window)
+
+    def _head_budgets(self, observed: Observation, count: int, scores: Tensor) -> Tensor:
+        """How many entries each of this model's heads keeps, where those of a layer keep `count` on average."""
+        of_all = observed.all_heads(scores)
+        return observed.own_heads(self.policy.head_budgets(observed.layer, len(self.layers), count, of_all))
 
     def _score(self, observed: Observation) -> Tensor:
         """The policy's scores. Raises FastKVError if they are not as many as tokens stand before its window."""

@@ -47,7 +47,7 @@ def test_a_decode_step_goes_through_few_functions(tiny_llm: LLM) -> None:
     cache = tiny_llm.prefill(torch.arange(3, 203)[None], FastKV(min_tokens=8), 2).cache
     tiny_llm.decode(cache, torch.tensor([4]))  # kernels are chosen in the first one
     found = crossed(lambda: tiny_llm.decode(cache, torch.tensor([5])))
-    assert len(found) <= 39, sorted(found)
+    assert len(found) <= 40, sorted(found)
     assert len({path for path, _ in found}) <= 14
 
 
@@ -64,4 +64,4 @@ def test_a_layer_of_a_prefill_goes_through_few_functions(tiny_llm: LLM, monkeypa
     tiny_llm.prefill(torch.arange(3, 203)[None])  # memory is taken in the first one
     monkeypatch.setattr(LayerRun, "layer", watched)
     tiny_llm.prefill(torch.arange(3, 203)[None], FastKV(tsp_layer=2, min_tokens=8))
-    assert len(found[0]) <= 60, sorted(found[0])
+    assert len(found[0]) <= 64, sorted(found[0])

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fastkv import ASL, LLM, AdaKV, FastKV, FastKVError, PyramidKV, SamplingParams, SnapKV, StructKV
 from fastkv.cache.policies.window_scored import WindowScored
-from fastkv.cache.policy import Policy
+from fastkv.cache.policy import Observation, Policy
 from fastkv.cache.scores import value_norms
 from fastkv.cli import main
 from fastkv.engine.footprint import footprint
@@ -22,6 +22,7 @@ from fastkv.engine.prefill import Prefill, prefill
 from fastkv.engine.workspace import Workspace
 
 M = 5
+ONE_PROCESS = Observation(0, *[torch.empty(0)] * 3)
 TSP = FastKV(min_tokens=8, tsp_layer=1, tsp_rate=0.5, lookahead=M, lookahead_reach=3)
 NO_TSP = FastKV(min_tokens=8, tsp_rate=1.0, lookahead=M)
 ONE_LENGTH: list[WindowScored] = [
@@ -113,12 +114,12 @@ def slow_choice(llm: LLM, ids: Tensor, policy: WindowScored) -> list[Tensor]:
 def slow_best(policy: WindowScored, received: Tensor, count: int) -> Tensor:
     """The best by forward pooling, then for the narrow part of the budget the best others by `kernel` neighbours."""
     reach = policy.reach if policy.lookahead_reach is None else policy.lookahead_reach
-    scores = policy.smoothed(received[None], reach)[0]
+    scores = policy.smoothed(ONE_PROCESS, received[None], reach)[0]
     if not (isinstance(policy, FastKV) and policy.narrows):
         return scores.topk(count, dim=-1).indices
     n_wide = max(count - int(policy.narrow * count), min(count, 3 * (policy.reach + 1)))
     wide = scores.topk(n_wide, dim=-1).indices
-    narrow = policy.smoothed(received[None], None)[0]
+    narrow = policy.smoothed(ONE_PROCESS, received[None], None)[0]
     return narrow.scatter(-1, wide, float("inf")).topk(count, dim=-1).indices
 
 

@@ -115,12 +115,13 @@ def test_each_sequence_has_its_width_and_shift() -> None:
 
 def test_drift_is_how_far_the_window_moves_on() -> None:
     """In one prompt from token 10 to 7000, in the other one back by 3000."""
+    seen = Observation(0, *[torch.empty(0)] * 3)
     attention = torch.zeros(2, 1, 1, 4, 9000)
     attention[0, ..., :2, 10], attention[0, ..., 2:, 7000] = 1, 1
     attention[1, ..., :2, 5000], attention[1, ..., 2:, 2000] = 1, 1
-    assert ReSTKV(kv_len=9)._drifts(attention) == [6990, -3000]
-    assert ReSTKV(kv_len=8)._drifts(attention) == [0, 0]  # nothing but the window is kept
-    assert ReSTKV(kv_len=9)._drifts(attention[..., :1, :]) == [0, 0]
+    assert ReSTKV(kv_len=9)._drifts(seen, attention) == [6990, -3000]
+    assert ReSTKV(kv_len=8)._drifts(seen, attention) == [0, 0]  # nothing but the window is kept
+    assert ReSTKV(kv_len=9)._drifts(seen, attention[..., :1, :]) == [0, 0]
 
 
 def test_a_drift_of_thousands_widens_and_shifts(attention: Attention, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -132,7 +133,7 @@ def test_a_drift_of_thousands_widens_and_shifts(attention: Attention, monkeypatc
 
     monkeypatch.setattr("fastkv.cache.scores.shifted_mean", watch)
     for drifts in ([500.0, -1999.0], [6990.0, -4000.0]):
-        monkeypatch.setattr(ReSTKV, "_drifts", lambda self, attention, drifts=drifts: drifts)
+        monkeypatch.setattr(ReSTKV, "_drifts", lambda self, observed, attention, drifts=drifts: drifts)
         with torch.inference_mode():
             ReSTKV().score(observed(attention, batch=2))
     assert asked == [([5, 5], [0, 0]), ([7, 5], [3, -2])]

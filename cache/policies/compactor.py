@@ -51,7 +51,8 @@ class Compactor(QueryAgnostic):
         size = tokens_at_a_time(batch * n_heads * self._width(head_dim), observed.k.device)
         outlying = leverage(observed.unrotated_keys, ends.start, ends.stop, size, mixtures, _RIDGE)
         received = attention_nearby(observed.q[:, :, ends], observed.k[:, :, ends], self.chunk)
-        return compactor_scores(outlying, received, observed.v[:, :, ends], self.attention_weight)
+        values = observed.v[:, :, ends]
+        return compactor_scores(outlying, received, values, self.attention_weight, observed.all_heads)
 
     def _width(self, head_dim: int) -> int:
         """Values of a key that are held at a time, in float32: twice its mixtures, for float64."""

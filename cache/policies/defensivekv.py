@@ -55,8 +55,9 @@ class DefensiveKV(AdaKV):
         highest = over_queries(self._rows(observed, before), self.queries).amax(dim=2)  # [B, Hkv, T - W]
         risk = highest.clamp_min(highest.mean(dim=-1, keepdim=True))
         norms = observed.output_norms(observed.v[:, :, : -self.window], self.norm).mean(dim=2)
-        scores = self.raised(risk * (norms / norms.sum(dim=1, keepdim=True)))
-        return torch.where(self._certain(before.mean(dim=(2, 3))), scores.amax() + 1, scores)
+        share = norms / observed.all_heads(norms).sum(dim=1, keepdim=True)
+        scores = self.raised(observed, risk * share)
+        return torch.where(self._certain(before.mean(dim=(2, 3))), observed.highest(scores) + 1, scores)
 
     def _rows(self, observed: Observation, attention: Tensor) -> Tensor:
         """The attention of each query, pooled: [B, Hkv, G, W, n] -> the same shape."""

@@ -180,18 +180,18 @@ class FastKV(WindowScored):
         """
         reach = self._reach_of_tsp
         if window != self.window or reach != self.reach:
-            scores = self.smoothed(self._received_from(observed, window), reach)
+            scores = self.smoothed(observed, self._received_from(observed, window), reach)
         return scores[..., observed.n_past :]
 
     def importance(self, observed: Observation, scores: Tensor, count: int | None) -> Tensor:
         from torch.nn.functional import pad
 
         window = self.window_of_tsp(observed, count)
-        chosen_by = self.tsp_scores(observed, scores, window)
+        chosen_by = observed.all_heads(self.tsp_scores(observed, scores, window))
         if count is not None and self.narrows:
             received = None if window == self.window else self._received_from(observed, window)
-            narrow = self._narrow_scores(observed) if received is None else self.smoothed(received, None)
-            narrow = narrow[..., observed.n_past :].sum(dim=1, keepdim=True)
+            narrow = self._narrow_scores(observed) if received is None else self.smoothed(observed, received, None)
+            narrow = observed.all_heads(narrow[..., observed.n_past :]).sum(dim=1, keepdim=True)
             wide = chosen_by.sum(dim=1, keepdim=True)
             chosen_by = self._with_narrow(wide, narrow, count - window, self._reach_of_tsp)
         return pad(chosen_by, (0, window - self.window), value=float("inf"))  # as good as in the window

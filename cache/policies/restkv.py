@@ -59,13 +59,13 @@ class ReSTKV(SnapKV):
         attention = observed.attention(self.window)  # [B, Hkv, G, W, T]
         lost = self._lost(observed, self._mean(attention))
         if self.pooling != "adaptive":
-            return self.smoothed(lost, self.reach)
+            return self.smoothed(observed, lost, self.reach)
         from fastkv.cache.scores import shifted_mean
 
         lost[..., : self.sinks] = 0
-        drifts = [drift / _DRIFT_PER_TOKEN for drift in self._drifts(attention[..., : -self.window])]
+        drifts = [drift / _DRIFT_PER_TOKEN for drift in self._drifts(observed, attention[..., : -self.window])]
         widths = [max(self.kernel, 2 * int(abs(drift)) + 1) for drift in drifts]
-        return self.raised(shifted_mean(lost.sum(dim=2), widths, [int(drift) for drift in drifts]))
+        return self.raised(observed, shifted_mean(lost.sum(dim=2), widths, [int(drift) for drift in drifts]))
 
     def _mean(self, attention: Tensor) -> Tensor:
         """The moving average over the queries, at the last one: [B, Hkv, G, W, T] -> [B, Hkv, G, T]."""
@@ -87,13 +87,14 @@ class ReSTKV(SnapKV):
         share = mean[..., : -self.window]
         return share / (1 - share).clamp_min(1e-6) * torch.cat(away, dim=-1)
 
-    def _drifts(self, attention: Tensor) -> list[float]:
+    def _drifts(self, observed: Observation, attention: Tensor) -> list[float]:
         """For each prompt, by how many tokens the later half of the window looks further on than the earlier one."""
         n_queries, n_before = attention.shape[3:]
         keep = self.fewest(n_before + self.window) - self.window
         if n_queries < 2 or keep < 1:
             return [0.0] * attention.shape[0]
         halves = attention.split((n_queries // 2, n_queries - n_queries // 2), dim=3)
-        places = [half.sum(dim=(2, 3)).topk(keep, dim=-1).indices.float().mean(dim=(1, 2)) for half in halves]
+        best = [half.sum(dim=(2, 3)).topk(keep, dim=-1).indices.float() for half in halves]
+        places = [observed.all_heads(of_half).mean(dim=(1, 2)) for of_half in best]
         drifts: list[float] = (places[1] - places[0]).tolist()
         return drifts

@@ -108,15 +108,19 @@ class Scored(Compressed):
             chosen = best(self.ranking(observed, scores, counts), counts - self.window)
             return (before * chosen).sum(dim=-1) + of_window
 
-        def enough_together(count: int) -> bool:
-            counts = self.head_budgets(observed.layer, n_layers, count, scores)
-            return bool((held(counts).sum(dim=1) >= wanted.sum(dim=1)).all())
-
-        if self.heads_compete:
-            return smallest(enough_together, least, most)
-        if self.per_head:
+        if self.per_head and not self.heads_compete:
             return smallest_of_each(held, wanted, least, most)
-        return smallest(lambda count: bool((held(count) >= wanted).all()), least, most)
+        scores_of_all, wanted_of_all = observed.all_heads(scores), observed.all_heads(wanted)
+
+        def enough(count: int) -> bool:
+            return bool((observed.all_heads(held(count)) >= wanted_of_all).all())
+
+        def enough_together(count: int) -> bool:
+            counts = self.head_budgets(observed.layer, n_layers, count, scores_of_all)
+            together = observed.all_heads(held(observed.own_heads(counts))).sum(dim=1)
+            return bool((together >= wanted_of_all.sum(dim=1)).all())
+
+        return smallest(enough_together if self.heads_compete else enough, least, most)
 
     def mass(self, observed: Observation, scores: Tensor) -> Tensor:
         """What `keep_mass` counts of each entry, at least 0: float32 [B, Hkv, n_past + T].

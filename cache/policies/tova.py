@@ -33,8 +33,8 @@ class TOVA(WindowScored):
 
     def score(self, observed: Observation) -> Tensor:
         scores = super().score(observed)
-        return scores.mean(dim=1, keepdim=True).expand_as(scores)
+        return observed.all_heads(scores).mean(dim=1, keepdim=True).expand_as(scores)
 
     def mass(self, observed: Observation, scores: Tensor) -> Tensor:
         mass = super().mass(observed, scores)
-        return mass.mean(dim=1, keepdim=True).expand_as(mass)
+        return observed.all_heads(mass).mean(dim=1, keepdim=True).expand_as(mass)

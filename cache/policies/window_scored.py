@@ -76,10 +76,11 @@ class WindowScored(Scored):
 
         None: each head's own, nothing shared, pooled over `kernel` neighbours, whatever `pooling` is.
         """
-        scores, drafted = self.smoothed(self.received(observed), reach), observed.drafted
+        scores, drafted = self.smoothed(observed, self.received(observed), reach), observed.drafted
         if drafted is None:
             return scores
-        ahead = self.smoothed(self._received(observed, drafted.attention(observed.k), self.window), ahead_reach)
+        received = self._received(observed, drafted.attention(observed.k), self.window)
+        ahead = self.smoothed(observed, received, ahead_reach)
         return ahead.where(drafted.live[:, :1, None], scores)  # of a sequence that has drafted nothing the window's
 
     def received(self, observed: Observation) -> Tensor:
@@ -107,9 +108,9 @@ class WindowScored(Scored):
             received = received * value_norms(observed.v[:, :, :-window]).unsqueeze(2)
         return received
 
-    def smoothed(self, received: Tensor, reach: int | None) -> Tensor:
+    def smoothed(self, observed: Observation, received: Tensor, reach: int | None) -> Tensor:
         """Scores of the KV heads, [B, Hkv, n], from those of their query heads, [B, Hkv, G, n]: pooled and summed."""
-        return self.raised(self.pooled(received, reach).sum(dim=2), shared=reach is not None)
+        return self.raised(observed, self.pooled(received, reach).sum(dim=2), shared=reach is not None)
 
     def pooled(self, received: Tensor, reach: int | None) -> Tensor:
         """What tokens receive, [..., n], pooled along them; what the sinks draw is left out.
@@ -125,10 +126,10 @@ class WindowScored(Scored):
             return forward_pooled(received, reach)
         return pooled(received, self.kernel, "avg" if self.pooling == "avg" else "max")
 
-    def raised(self, scores: Tensor, *, shared: bool = True) -> Tensor:
+    def raised(self, observed: Observation, scores: Tensor, *, shared: bool = True) -> Tensor:
         """Scores of the KV heads, [B, Hkv, n], with what they share, and the sinks above all others."""
         if shared and self.share:
-            scores = scores + self.share * scores.amax(dim=1, keepdim=True)
+            scores = scores + self.share * observed.all_heads(scores).amax(dim=1, keepdim=True)
         if self.sinks:
-            scores[..., : self.sinks] = scores.amax() + 1
+            scores[..., : self.sinks] = observed.highest(scores) + 1
         return scores
