@@ -103,6 +103,7 @@ class Answer:
             decode_budget=None if budget is None else budget.entries,
             kv_dtype=self.request.plan.layout.kv_dtype,
             shared_layers=pairs_of(self.request.plan.shared),
+            ranks=self._config.n_ranks,
         )
 
     def _read_bytes(self) -> int | None:

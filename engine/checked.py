@@ -60,6 +60,8 @@ class CheckedRequests(LoadedModel):
                 "Session.save and load_session take a session to another LLM of the same model",
                 setting="prompt",
             )
+        if self.ranks is not None and params.temperature > 0 and params.seed is None:
+            params = dataclasses.replace(params, seed=self.ranks.seed(self._device))  # all draw the same
         ids = self._turn_ids(prompt) if isinstance(prompt, Turn) else self._token_ids(prompt)
         policy = turn.working_policy if turn is not None else policy
         policy = self.policy if policy is None else self._checked_policy(policy)
@@ -76,7 +78,7 @@ class CheckedRequests(LoadedModel):
         max_tokens = answer_length(self.config, params, ids.shape[1], limit, n_before, evicts)
         sizes = ids.shape[1], max_tokens, self.dtype, limit
         ways: dict[str, Any] = {"kv_dtype": self.kv_dtype, "shared": self._sources}
-        plan = plan_request(self.config, policy, *sizes, past, self._told, decode_budget, **ways)
+        plan = plan_request(self._model.config, policy, *sizes, past, self._told, decode_budget, **ways)
         request = Request(ids, params, plan, self._eos_ids(params, getattr(prompt, "ends", frozenset())), turn)
         if fitting is None or request.sizes not in fitting:
             slot, draws = self._slot_bytes(request), params.temperature > 0

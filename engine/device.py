@@ -6,6 +6,7 @@ import torch
 
 from fastkv.errors import FastKVError, brief, check_choice
 from fastkv.kernels.dtypes import faster_dtype
+from fastkv.kernels.ranks import rank_device
 from fastkv.models.config import DTYPES
 
 _MOST_DIGITS = 9  # of a device's number: Python refuses to read thousands of them
@@ -31,6 +32,16 @@ def resolve_device(device: str | torch.device) -> torch.device:
             setting="device",
         )
     return torch.device("cuda", number)
+
+
+def resolve_rank_device(device: str | torch.device) -> torch.device:
+    """The same for a process that torchrun has started: of the GPUs of its host the one with its own number."""
+    found = resolve_device(device)
+    if found.type == "cpu":
+        return found
+    if ":" in str(device):
+        raise FastKVError(f"each rank has a GPU of its own: take device cuda, not {device}", setting="device")
+    return resolve_device(rank_device("cuda"))
 
 
 def _unknown(device: object) -> FastKVError:

@@ -188,6 +188,7 @@ class _Shapes:
     int8: bool
     rotations: int
     device: torch.device
+    ranks: int
 
     @classmethod
     def of(cls, model: Llama, plan: RequestPlan, batch: int) -> _Shapes:
@@ -206,6 +207,7 @@ class _Shapes:
             int8=model.lm_head.scale is not None,
             rotations=len(model.rotary.embeddings),
             device=model.device,
+            ranks=config.n_ranks,
         )
 
     @property
@@ -332,14 +334,20 @@ class _Shapes:
         sizes = ScoreSizes(self.batch, self.heads, self.kv_heads, self.head_dim, n_entries, self.device)
         told = self.plan.policy.scratch(sizes)
         if told is not None:
-            return told * _FLOAT
+            return told * _FLOAT + self.joining(n_entries)
         if self.plan.policy.needs_all_queries or self.plan.probe is not None:
             n_queries = queries_at_a_time(self.batch, self.heads, n_entries, self.device)
         n_queries = max(1, min(n_queries, n_entries))
         keys = self.batch * self.kv_heads * n_entries * self.head_dim * _FLOAT if self.copies_keys else 0
         one = self.batch * self.heads * n_entries * _FLOAT  # of one query of each head
         made = n_queries * one + self.norming(n_entries)  # of the weights, when the logits are gone
-        return max(keys + (2 * n_queries + 1) * one, made)
+        return max(keys + (2 * n_queries + 1) * one, made) + self.joining(n_entries)
+
+    def joining(self, n_entries: int) -> int:
+        """Scores of all ranks' heads, as each gave them, and as one tensor."""
+        if self.ranks == 1:
+            return 0
+        return 2 * self.ranks * self.batch * self.kv_heads * n_entries * _FLOAT
 
     def counting(self, n_entries: int) -> int:
         """How many entries to keep: scores, what each holds of their mass, and their order, for one number tried."""

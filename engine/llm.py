@@ -69,9 +69,11 @@ class LLM(CheckedRequests):
     compiler, which makes the first request up to a minute slower, the first one of several prompts together, too, and
     the next ones faster; on a CPU the steps of a single sequence are compiled here, and kept in the cache folder.
     attention: the kernels of causal attention, "auto" (on a GPU the first that works of these four) | "cudnn" | "flash"
-    | "efficient" | "math". prefix_cache: bytes of K and V that are kept of the last prompts, in which nothing was
-    dropped: one that begins like one of them (in 64 tokens or more, and alone, not in a list) reads only the rest;
-    0 keeps none. progress: called while stored weights are read, with the bytes read and the bytes in all.
+    | "efficient" | "math". tensor_parallel: processes, started by torchrun, that hold the model together, each a part
+    of the heads, of the MLP and of every cache; all of them make the same calls (docs/library.md). prefix_cache: bytes
+    of K and V that are kept of the last prompts, in which nothing was dropped: one that begins like one of them (in 64
+    tokens or more, and alone, not in a list) reads only the rest; 0 keeps none. progress: called while stored weights
+    are read, with the bytes read and the bytes in all.
 
     Raises FastKVError for a folder that cannot be loaded and for settings that do not fit; nothing is loaded then.
     """
@@ -221,12 +223,15 @@ class LLM(CheckedRequests):
         """
         called_at = time.perf_counter()
         check_switch("keep_selection", keep_selection)
+        if keep_selection:
+            self._refuse_ranks("keep_selection", "report")
         if isinstance(prompt, Turn) and policy is not None:
             raise FastKVError("a turn goes by its session's policy: leave policy out")
         budget = None if decode_budget is None else DecodeBudget(decode_budget)
         if speculation is None and draft_tokens is not None:
             raise FastKVError("draft_tokens is for speculation: leave it out, or say which", setting="draft_tokens")
         if speculation is not None:
+            self._refuse_ranks("speculation", "speculation")
             asked = Speculation(speculation, draft_tokens)
             request = self._speculating(prompt, params, policy, asked, budget, keep_selection)
             drafting = self._drafting if asked.kind == "self" else None
@@ -261,6 +266,7 @@ class LLM(CheckedRequests):
         """
         if self._sources:
             self._refuse_shared("sessions")
+        self._refuse_ranks("a session's file")
         saved = read_session(path, self._model)
         if self.kv_dtype is not None:
             raise FastKVError(
@@ -321,7 +327,7 @@ class LLM(CheckedRequests):
             "kv_dtype": self.kv_dtype,
             "shared": self._sources if cache is None else cache.pool.shared,
         }
-        plan = plan_request(self.config, policy, *sizes, cache, self._told, **ways)
+        plan = plan_request(self._model.config, policy, *sizes, cache, self._told, **ways)
         new = 0 if plan.compresses else plan.n_tokens + max_tokens
         fits = cache is not None and cache.has_room(plan.capacities, new)
         new_cache = 0 if cache is not None and fits else ids.shape[0] * plan.nbytes

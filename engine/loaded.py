@@ -17,7 +17,7 @@ from fastkv.cache.policies import FastKV
 from fastkv.cache.policy import Policy
 from fastkv.engine.attention import check_backend
 from fastkv.engine.compile import compile_layers
-from fastkv.engine.device import resolve_device, resolve_dtype
+from fastkv.engine.device import resolve_device, resolve_dtype, resolve_rank_device
 from fastkv.engine.loading import load_parts
 from fastkv.engine.memory import check_fits, explain_out_of_memory
 from fastkv.engine.prefix_store import PrefixStore
@@ -28,12 +28,14 @@ from fastkv.engine.speculation.figures import DRAFT_WEIGHTS
 from fastkv.errors import FastKVError, brief, check_choice, check_integer, check_switch, writable
 from fastkv.kernels.out_of_memory import LOADING
 from fastkv.kernels.packing import KV_DTYPES
+from fastkv.kernels.ranks import ProcessRanks, Ranks, check_started
 from fastkv.kernels.threads import as_many, step_threads
 from fastkv.models.checkpoint import stored_dtype
 from fastkv.models.config import ModelConfig
 from fastkv.models.hub import model_folder
 from fastkv.models.llama import Llama
 from fastkv.models.presets import PRESETS
+from fastkv.models.split import join, part_of
 from fastkv.models.text.tokenizer import Tokenizer
 from fastkv.models.tying import settled_config
 from fastkv.models.weights import copy_bytes, in_integers, load_weights, random_weights
@@ -68,6 +70,7 @@ class LoadedModel:
         attention: str = "auto",
         prefix_cache: int = 0,
         draft_weights: str | None = None,
+        tensor_parallel: int = 1,
         progress: Callable[[int, int], None] | None = None,
     ) -> None:
         _check_arguments(model, revision, load_format, weights, progress)
@@ -78,10 +81,13 @@ class LoadedModel:
         for name, switch in (("cuda_graph", cuda_graph), ("compile", compile)):
             check_switch(name, switch)
         check_integer("prefix_cache", prefix_cache, 0)
+        check_started(tensor_parallel)
         self._prefixes = PrefixStore(prefix_cache) if prefix_cache else None
         self._check_kv_dtype(kv_dtype)
-        target = resolve_device(device)
-        self._process = process_for_model(target)
+        if tensor_parallel > 1:
+            _check_parallel(compile=compile, prefix_cache=prefix_cache, draft_weights=draft_weights)
+        target = resolve_device(device) if tensor_parallel == 1 else resolve_rank_device(device)
+        self._process, self._tensor_parallel = process_for_model(target), tensor_parallel
         dummy = load_format == "dummy"
         folder = self._folder = Path(model) if dummy and model in PRESETS else model_folder(model, revision)
         if writable(str(folder)) != str(folder):
@@ -94,19 +100,23 @@ class LoadedModel:
         torch_dtype = resolve_dtype(dtype, self.config.dtype or ("float32" if dummy else stored_dtype(folder)), target)
         if not dummy:
             self.config = settled_config(self.config, folder, torch_dtype)
-        parts = load_parts(self.config, None if dummy else folder, torch_dtype, weights, target)
+        ranks = None if tensor_parallel == 1 else ProcessRanks.of_this_process(tensor_parallel, target.type)
+        own = self.config if ranks is None else part_of(self.config, ranks.rank, ranks.count)
+        parts = load_parts(own, None if dummy else folder, torch_dtype, weights, target)
         if draft_weights is not None:
             parts["weights of drafts"] = copy_bytes(self.config, draft_weights, weights)
         advice = "take a smaller model, a device with more memory, --dtype bfloat16 or --weights int8"
-        check_fits(f"the model {folder.name}", parts, target, advice)
+        check_fits(f"the model {folder.name}", parts, target, advice, ranks=ranks)
         # Only now are the sizes known to be those of a model that there is room for.
-        heads = (self.config.n_heads, self.config.n_kv_heads)
+        heads = (own.n_heads, own.n_kv_heads)
         check_backend(attention, heads, self.config.head_dim, torch_dtype, target)
         self.tokenizer = Tokenizer.from_pretrained(folder, self.config)
         if dummy:
-            self._model = random_weights(self.config, torch_dtype, target, weights=weights)
+            self._model = random_weights(own, torch_dtype, target, weights=weights)
         else:
-            self._model = load_weights(self.config, folder, torch_dtype, target, progress, weights, settled=True)
+            self._model = load_weights(own, folder, torch_dtype, target, progress, weights, settled=True)
+        if ranks is not None:
+            join(self._model, ranks)
         has_model()
         check_alike(self._model, sources)
         self._sources = sources
@@ -122,7 +132,7 @@ class LoadedModel:
             for model in models:
                 compile_layers(model)
         self._device = self._model.device
-        self._entry = EntryShape(self.config.n_kv_heads, self.config.head_dim, self._model.dtype)
+        self._entry = EntryShape(self._model.config.n_kv_heads, self.config.head_dim, self._model.dtype)
         largest = max(self._model.blocks[0].parameters(), key=Tensor.numel)
         cuda_graph = cuda_graph and self._device.type == "cuda"
         threads = step_threads(largest)
@@ -203,6 +213,16 @@ class LoadedModel:
         return self._model
 
     @property
+    def ranks(self) -> Ranks | None:
+        """Those that hold the model together with this process; None: it is whole here."""
+        return self._model.ranks
+
+    def _refuse_ranks(self, what: str, setting: str | None = None) -> None:
+        """FastKVError where the model is shared out over ranks, which do not do this."""
+        if self._model.ranks is not None:
+            raise FastKVError(f"{what} does not go with tensor_parallel: leave one of the two out", setting=setting)
+
+    @property
     def device(self) -> torch.device:
         return self._model.device
 
@@ -221,6 +241,11 @@ class LoadedModel:
         if not isinstance(policy, Policy):
             raise FastKVError(f"policy must be a policy such as FastKV() or FullKV(), not {brief(policy)}")
         policy.validate(self.config.n_layers, self.config.n_kv_heads)
+        if not policy.splits_heads and self._tensor_parallel > 1:
+            raise FastKVError(
+                f"policy {policy.name} does not say that it works where ranks have a part of the heads each "
+                "(Policy.splits_heads): take another one, or leave tensor_parallel out"
+            )
         return policy
 
 
@@ -235,3 +260,10 @@ def _check_arguments(model: Any, revision: Any, load_format: Any, weights: Any, 
     check_choice("load_format", load_format, LOAD_FORMATS)
     if weights is not None:
         check_choice("weights", weights, WEIGHTS)
+
+
+def _check_parallel(**others: Any) -> None:
+    """FastKVError for what does not go with tensor_parallel yet."""
+    for name, value in others.items():
+        if value:
+            raise FastKVError(f"{name} does not go with tensor_parallel: leave one of the two out", setting=name)

@@ -12,6 +12,7 @@ import torch
 from fastkv.errors import FastKVError
 from fastkv.kernels import limits
 from fastkv.kernels.out_of_memory import Work, is_out_of_memory, told
+from fastkv.kernels.ranks import Ranks
 
 STATUS = Path("/proc/self/status")
 CLEAR_REFS = Path("/proc/self/clear_refs")
@@ -25,6 +26,18 @@ def available_bytes(device: torch.device) -> int | None:
         return torch.cuda.mem_get_info(device)[0] + held
     left = limits.left()
     return None if left is None else left.nbytes + limits.heap_free()
+
+
+def agreed(available: int | None, ranks: Ranks | None, device: torch.device) -> int | None:
+    """What each of the ranks that share a model can take: as much as the one with the least, so that all decide alike.
+
+    available: what this one's device says. Those of one host share its memory. ranks: None, where there is one process.
+    """
+    if ranks is None:
+        return available
+    mine = sys.maxsize if available is None else available
+    least = ranks.least(mine if device.type == "cuda" else mine // ranks.on_host, device)
+    return None if available is None else least
 
 
 def start_peak(device: torch.device) -> None:
@@ -101,13 +114,14 @@ def check_fits(
     device: torch.device,
     advice: str,
     reusable: int = 0,
+    ranks: Ranks | None = None,
 ) -> None:
     """Raise FastKVError if the bytes of all `parts` are more than `device` has left: said before anything is allocated.
 
     parts: by what they are for, in words; the large ones are told. reusable: bytes that are taken but will be used
-    again for this.
+    again for this. ranks: those that all need as much (see `agreed`).
     """
-    available, needed = available_bytes(device), sum(parts.values())
+    available, needed = agreed(available_bytes(device), ranks, device), sum(parts.values())
     if available is None or needed <= available + reusable:
         return
     left = f"{size_text(available + reusable)} {_why(device, available)}"

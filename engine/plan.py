@@ -267,6 +267,8 @@ def plan_request(
     kept = [plan.kept for plan in layers]
     if cache is not None and layout.per_head:  # a head's memory is not its own: what counts is all of them together
         kept = [cache.mean(layer) + n_tokens for layer in range(n_layers)]
+    elif layout.per_head:  # those of one rank may win what all ranks' heads have together
+        kept = [min(plan.kept * config.n_ranks, plan.seen) for plan in layers]
     own = [not shared or shared[layer] == layer for layer in range(n_layers)]
     capacities = tuple(round_up(count + max_tokens) * mine for count, mine in zip(kept, own, strict=True))
     plan = RequestPlan(

@@ -189,7 +189,7 @@ def check_request_fits(model: Llama, plan: RequestPlan, needed: Footprint, reusa
         advice = "leave pairs out of share_layers, lower kv_retention or max_tokens, or shorten the prompt"
     elif needed.held:
         advice = "set lookahead to 0, lower kv_retention or max_tokens, or shorten the prompt"
-    check_fits("the request", parts, model.device, advice, reusable)
+    check_fits("the request", parts, model.device, advice, reusable, model.ranks)
 
 
 def _whose(plan: RequestPlan) -> str:

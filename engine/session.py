@@ -206,6 +206,8 @@ class Session:
         Raises FastKVError, and leaves the earlier file, where it cannot be written, for a policy that is not fastkv's
         own, for entries of a kv_dtype, and while a turn runs.
         """
+        if self._llm.model.ranks is not None:
+            raise FastKVError("a session's file does not go with tensor_parallel, where each rank has a part of it")
         with self._lock:
             self._check_idle()
             saved = Saved(self.policy, [*map(dict, self.messages)], self._held)
