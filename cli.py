@@ -29,12 +29,14 @@ from fastkv.console.parser import DONE, INTERRUPTED, check_stdout, flag_of, guar
 from fastkv.console.policy_file import read_policy_file
 from fastkv.console.policy_text import build_policy
 from fastkv.console.prompt import Job, check_names, is_broken, read_jobs, read_prompt
+from fastkv.console.ranks import check_rank_flags
 from fastkv.console.run_flags import SAMPLING_FLAGS, given_flags
 from fastkv.console.sharing import check_share_layers
 from fastkv.console.speculation import named_as_typed, speculation_of, stream_arguments
 from fastkv.console.summary import as_json, kernels
 from fastkv.console.tuned import tuned_policy
 from fastkv.errors import FastKVError, brief, check_integer, writable
+from fastkv.kernels.torchrun import rank
 
 if TYPE_CHECKING:
     from fastkv.cache.policy import Policy
@@ -46,7 +48,7 @@ if TYPE_CHECKING:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command; returns its exit status: 0 done, 1 a fault, 2 a user's mistake, 130 interrupted."""
-    return guarded("fastkv-run", lambda: _run(build_parser().parse_args(argv)), NAMED_SETTINGS)
+    return guarded("fastkv-run", lambda: _run(build_parser().parse_args(argv)), NAMED_SETTINGS, takes_ranks=True)
 
 
 def _run(args: argparse.Namespace) -> int:
@@ -60,6 +62,7 @@ def _run(args: argparse.Namespace) -> int:
         if any(map(is_broken, texts)):
             raise FastKVError(f"{flag}: is not UTF-8")
     check_stdout()
+    check_rank_flags(args)
     check_share_layers(args)
     if args.policy is not None and args.policy_file is not None:
         raise FastKVError("--policy-file names a policy already: leave it or --policy out")
@@ -124,7 +127,9 @@ def _policy(name: str | None, given: dict[str, Any], document: Document | None) 
 
 
 def _check_targets(args: argparse.Namespace) -> None:
-    """FastKVError unless what is to be written can be."""
+    """FastKVError unless what is to be written can be. Of several ranks the first one writes."""
+    if rank() > 0:
+        return
     if args.output is not None:
         check_output(args.output)
     if args.report is not None:

@@ -9,7 +9,7 @@ import dataclasses
 import json
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,9 +21,12 @@ from fastkv.console.words import counted
 from fastkv.errors import FastKVError
 
 if TYPE_CHECKING:
+    import torch
+
     from fastkv.engine.llm import LLM
     from fastkv.engine.sampler import SamplingParams
     from fastkv.engine.turn import Turn
+    from fastkv.kernels.ranks import Ranks
 
 _BEGINNING = b'{"id": '  # of every record
 
@@ -78,6 +81,35 @@ class Records:
         self.done.add(record["id"])
 
 
+class FollowingRecords:
+    """What a rank that writes nothing has in place of Records: what rank 0 found there."""
+
+    def __init__(self, done: Iterable[str]) -> None:
+        self.done = set(done)
+
+    def append(self, job: Job, answer: dict[str, Any]) -> None:
+        self.done.add(job.id)
+
+    def __enter__(self) -> FollowingRecords:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+
+def _records(
+    ranks: Ranks | None, device: torch.device, output: str, about: dict[str, Any], jobs: Sequence[Job]
+) -> Records | FollowingRecords:
+    """The output file, which of several ranks the first one has: it says which answers are there already."""
+    if ranks is None:
+        return Records(output, about, jobs)
+    if ranks.rank > 0:
+        return FollowingRecords(json.loads(ranks.text("", device)))
+    records = Records(output, about, jobs)
+    ranks.text(json.dumps(sorted(records.done)), device)
+    return records
+
+
 def _is_record(value: Any) -> bool:
     return isinstance(value, dict) and all(isinstance(value.get(name), str) for name in ("id", "prompt_sha256"))
 
@@ -123,7 +155,7 @@ def run_jobs(
     about["decode_budget"] = limits.get("decode_budget")  # other answers, unlike the other limits
     about["kv_dtype"] = llm.kv_dtype
     about["shared_layers"] = [list(pair) for pair in llm.share_layers.items()] or None
-    with Records(output, about, jobs) as records, ProgressLine(sys.stderr) as line:
+    with _records(llm.ranks, llm.device, output, about, jobs) as records, ProgressLine(sys.stderr) as line:
         todo = [job for job in jobs if job.id not in records.done]
         started, new_tokens, warned, reused = time.perf_counter(), 0, 0, 0
         try:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastkv.console.progress import ProgressLine
+from fastkv.kernels.torchrun import world_size
 
 if TYPE_CHECKING:
     from fastkv.cache.policy import Policy
@@ -27,7 +28,7 @@ def load_model(model: str | Path, threads: int | None = None, **settings: Any) -
 
 
 def load_by_flags(args: argparse.Namespace, policy: Policy | None) -> LLM:
-    """The model that the flags of `add_machine_flags` and `add_engine_flags` name."""
+    """The model that the flags of `add_machine_flags` and `add_engine_flags` name; of several ranks, their part."""
     return load_model(
         args.model,
         args.threads,
@@ -42,6 +43,7 @@ def load_by_flags(args: argparse.Namespace, policy: Policy | None) -> LLM:
         compile=args.compile,
         attention=args.attention,
         draft_weights=getattr(args, "draft_weights", None),
+        tensor_parallel=world_size(),
     )
 
 

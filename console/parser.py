@@ -8,13 +8,16 @@ import os
 import sys
 from collections.abc import Callable, Collection
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
 from fastkv.console.progress import clear_line
+from fastkv.console.ranks import begin_rank, check_alone, end_rank, last_words
 from fastkv.console.warnings_told import warnings_told
 from fastkv.errors import FastKVError, FaultError, brief, cut, one_line
 from fastkv.kernels.out_of_memory import COMMAND, is_out_of_memory, told
+from fastkv.kernels.torchrun import world_size
 
 _RESERVE = 4 << 20  # bytes that are kept for telling that there are no more
 
@@ -72,12 +75,28 @@ def file_path(text: str) -> Path:
     return Path(file_name(text))
 
 
-def guarded(name: str, work: Callable[[], int | None], settings: Collection[str] = ()) -> int:
+def guarded(
+    name: str, work: Callable[[], int | None], settings: Collection[str] = (), takes_ranks: bool = False
+) -> int:
     """Do the work of command `name`; its exit status: 0 done, 1 a fault, 2 a user's mistake, 130 interrupted.
 
-    settings: those that have a flag of this command, which a complaint about them begins with.
+    settings: those that have a flag of this command, which a complaint about them begins with. takes_ranks: whether
+    torchrun may start several processes of it, which are then ranks (console/ranks.py).
     """
     _occupy_closed_streams()
+    begin_rank(name)
+    try:
+        return _guarded(name, work if takes_ranks else partial(_alone, name, work), settings)
+    finally:
+        end_rank()
+
+
+def _alone(name: str, work: Callable[[], int | None]) -> int | None:
+    check_alone(name)
+    return work()
+
+
+def _guarded(name: str, work: Callable[[], int | None], settings: Collection[str]) -> int:
     write_utf8()  # typographic signs, whatever the locale says
     reserve: list[bytearray] = []
     try:
@@ -100,14 +119,14 @@ def guarded(name: str, work: Callable[[], int | None], settings: Collection[str]
         else:
             raise
         _drop_stdout()
-        say(f"{name}: error: {one_line(line, _LONGEST)}")
+        _say_last(f"{name}: error: {one_line(line, _LONGEST)}")
         return status
 
 
 def complain(name: str, error: FastKVError, settings: Collection[str] = ()) -> int:
     """Say what is wrong, as `guarded` does; the exit status that it means."""
     flag = f"{flag_of(error.setting)}: " if error.setting is not None and error.setting in settings else ""
-    say(f"{name}: error: {flag}{error}")
+    _say_last(f"{name}: error: {flag}{error}")
     return FAULT if isinstance(error, FaultError) else USER_ERROR
 
 
@@ -120,6 +139,15 @@ def say(line: str) -> None:
     if sys.stderr is not None:
         with suppress(OSError, ValueError):
             print(one_line(line, _LONGEST_LINE), file=sys.stderr)  # a file's name cannot move the cursor
+
+
+def _say_last(line: str) -> None:
+    """Why a command ends; of several ranks one says it."""
+    if world_size() == 1:
+        say(line)
+    else:
+        clear_line()
+        last_words(one_line(line, _LONGEST_LINE))
 
 
 def check_stdout() -> None:

@@ -35,6 +35,7 @@ def as_json(output: Output) -> dict[str, Any]:
         "kv_dtype": output.run.kv_dtype,
         "shared_layers": output.run.shared_layers,
         "decode_budget": output.run.decode_budget,
+        "ranks": output.run.ranks,
         "warning": warning(output.run, output.metrics),
         "metrics": dataclasses.asdict(output.metrics),
     }
@@ -64,6 +65,7 @@ def figures(output: Output) -> Rows:
     speed = metrics.decode_tokens_per_s
     rows = [
         ("policy", f"{run.policy}, on {run.device} in {run.dtype}{_entries_in(run.kv_dtype)}"),
+        *([("ranks", f"{run.ranks}; what follows is of one of them")] if run.ranks > 1 else []),
         ("prompt", _tokens(metrics.prompt_tokens) + _reused(metrics.reused_tokens)),
     ]
     if not metrics.new_tokens:  # interrupted before there was anything to measure
