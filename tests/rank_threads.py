@@ -105,6 +105,11 @@ def on_ranks(count: int, work: Callable[[], T]) -> list[T]:
     return results
 
 
+def this_rank() -> Ranks:
+    """Of the thread that asks."""
+    return _own.ranks
+
+
 class _Started:
     """In place of processes that torchrun has started."""
 

@@ -11,17 +11,17 @@ from typing import Any, ClassVar
 import pytest
 import torch
 from checkpoints import TINY, shapes, tensors_of, write, write_config
-from rank_threads import Shared, on_ranks
+from rank_threads import Shared, on_ranks, this_rank
 from safetensors import safe_open
 from test_reference import BUNDLED, MODELS, settings
 from torch import Tensor
 
-from fastkv import ASL, LLM, AdaKV, FastKV, FastKVError, FullKV, SamplingParams, SnapKV
+from fastkv import ASL, LLM, AdaKV, Compactor, DefensiveKV, FastKV, FastKVError, FullKV, ReSTKV, SamplingParams, SnapKV
 from fastkv.cache.catalogue import POLICIES
-from fastkv.cache.policy import Policy
+from fastkv.cache.policy import Observation, Policy
 from fastkv.engine.prefill import Prefill
 from fastkv.kernels import ranks as ranks_module
-from fastkv.kernels.ranks import ProcessRanks, check_started
+from fastkv.kernels.ranks import ProcessRanks, Ranks, check_started
 from fastkv.models.config import ModelConfig
 from fastkv.models.split import part_of
 from fastkv.models.weights import checkpoint_tensors
@@ -35,6 +35,8 @@ MORE: list[Policy] = [
     AdaKV(min_tokens=8, keep_mass=0.5),
     SnapKV(min_tokens=8, keep_mass=0.5, keep_mass_by="head"),
     ASL(min_tokens=8, reading="code", first_layer=1, tau=5.0),
+    Compactor(min_tokens=16, budgets="heads"),
+    DefensiveKV(min_tokens=16, certain_mass=0.0),
 ]
 
 
@@ -80,6 +82,19 @@ def test_every_policy_chooses_what_one_process_chooses(policy: Policy, tiny_llm:
         assert mass == pytest.approx(answer.metrics.attention_kept, abs=1e-4)
     for layer, kept in enumerate(whole.kept):
         assert joined([part.kept[layer] for part, _, _ in found]) == joined([kept])
+
+
+def test_a_drift_is_that_of_all_heads() -> None:
+    """Between tokens 10 and 7000 in one head, and in the other one from 100 back to 40."""
+    attention = torch.zeros(1, 2, 1, 4, 9000)
+    for head, (before, after) in enumerate(((10, 7000), (100, 40))):
+        attention[0, head, 0, :2, before], attention[0, head, 0, 2:, after] = 1, 1
+
+    def drifts(heads: Ranks | None, own: Tensor) -> list[float]:
+        return ReSTKV(kv_len=9)._drifts(Observation(0, *[own] * 3, heads=heads), own)
+
+    found = on_ranks(2, lambda: drifts(this_rank(), attention[:, this_rank().rank : this_rank().rank + 1]))
+    assert found == [drifts(None, attention)] * 2 == [[(6990 - 60) / 2]] * 2
 
 
 def test_a_rank_holds_its_own_heads_alone(tiny_llm: LLM, shared: Shared) -> None:
@@ -253,9 +268,8 @@ def test_texts_reach_all_ranks() -> None:
     device = torch.device("cpu")
 
     def work() -> list[str]:
-        from rank_threads import _own
-
-        return [_own.ranks.text(text if _own.ranks.rank == 0 else "", device) for text in ("ä\ud800b", "", "x" * 300)]
+        ranks = this_rank()
+        return [ranks.text(text if ranks.rank == 0 else "", device) for text in ("ä\ud800b", "", "x" * 300)]
 
     assert on_ranks(3, work) == [["ä\ud800b", "", "x" * 300]] * 3
 
