@@ -109,7 +109,10 @@ class ProcessRanks(Ranks):
 
         self.kind, self._dist = kind, dist
         if not dist.is_initialized():
-            settings: dict[str, Any] = {"device_id": rank_device(kind)} if kind == "cuda" else {}
+            settings: dict[str, Any] = {}
+            if kind == "cuda":
+                settings["device_id"] = rank_device(kind)
+                torch.cuda.set_device(settings["device_id"])  # NCCL works on the current one
             with _explained():
                 dist.init_process_group(_BACKENDS[kind], **settings)
         super().__init__(dist.get_rank(), dist.get_world_size(), started_here())
