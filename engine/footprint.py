@@ -405,7 +405,8 @@ class _Shapes:
 
     def chunk(self, n_tokens: int) -> int:
         """Tokens of the largest chunk."""
-        return max(end - start for start, end in chunks(torch.empty(1, n_tokens, 0, device=self.device)))
+        device = "cpu" if self.on_cpu else "meta"  # a device that is planned for need not be there
+        return max(end - start for start, end in chunks(torch.empty(1, n_tokens, 0, device=device)))
 
     # --- a bounded cache (cache/bounded.py) ---
 
