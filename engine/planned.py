@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 from fastkv.cache.decode_budget import DecodeBudget
+from fastkv.cache.policies import FullKV
 from fastkv.cache.policy import Policy
 from fastkv.cache.pool import bucket, bytes_of
 from fastkv.engine.footprint import Footprint, footprint, within_products
@@ -26,8 +27,6 @@ from fastkv.errors import FastKVError
 from fastkv.models.config import ModelConfig
 from fastkv.models.llama import Llama
 from fastkv.models.weights import model_bytes
-
-_PROMPT = ("hidden", "other hidden", "heads", "queries")  # buffers that have a row for each token of a prompt
 
 
 @dataclass(frozen=True)
@@ -130,18 +129,20 @@ def planned(wanted: Wanted) -> Planned:
 
 
 def offloaded(plan: Planned) -> Offloaded:
-    """Of a prefill that keeps a chunk of the prompt on the device, and the rest of it in the host's memory.
+    """Of a prefill that keeps hidden states, K and V of the layer at work in the host's memory.
 
-    What chooses tokens and entries still sees a whole layer: its scores count as in engine/footprint.py (`scoring`).
+    A chunk of the prompt is on the device, or all tokens that are left once a layer has dropped the others: these take
+    there what a prompt of so many does.
     """
-    prompt = {name: plan.needs.workspace.get(name, 0) for name in _PROMPT}
-    part = min(1.0, CHUNK / plan.wanted.n_tokens)
-    chunk = planned(replace(plan.wanted, n_tokens=min(CHUNK, plan.wanted.n_tokens), max_tokens=1))
-    queries = max(plan.request.policy.n_queries, 1)
-    scores = (2 * queries + 1) * plan.wanted.rank.n_heads * plan.wanted.n_tokens * torch.float32.itemsize
-    working = sum(int(size * part) for size in prompt.values()) + chunk.needs.step + scores + plan.needs.lists
-    device = plan.weights + plan.needs.cache + plan.needs.held + plan.products + working
-    return Offloaded(device, sum(prompt.values()))
+    wanted, rank = plan.wanted, plan.wanted.rank
+    seen = plan.request.layers[0].seen
+    left = min(each.seen for each in plan.request.layers)
+    there = max(min(CHUNK, seen), left if left < seen else 0)
+    usual = planned(replace(wanted, policy=FullKV(), n_tokens=there, max_tokens=1, decode_budget=None))
+    lists, held = plan.needs.lists, plan.needs.held
+    device = plan.weights + plan.needs.cache + held + lists + usual.needs.buffers + usual.needs.step + plan.products
+    row = rank.hidden_size + 2 * rank.n_kv_heads * rank.head_dim
+    return Offloaded(device, seen * row * wanted.dtype.itemsize)
 
 
 @lru_cache(maxsize=64)

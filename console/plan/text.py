@@ -41,7 +41,7 @@ def _who(plan: Planned, machine: Machine) -> str:
 
 def _request(plan: Planned, model: str) -> str:
     wanted, request = plan.wanted, plan.request
-    prompts = f"{wanted.batch} prompts of " if wanted.batch > 1 else ""
+    prompts = f"{counted(wanted.batch, 'prompt')} of " if wanted.batch > 1 else ""
     precision = str(wanted.dtype).removeprefix("torch.") + (", int8 weights" if wanted.weights else "")
     stored = f", {wanted.kv_dtype} entries" if wanted.kv_dtype else ""
     answer = f"an answer of {counted(request.max_tokens, 'token')}"
@@ -135,4 +135,4 @@ def _row(answer: Answer, change: Change) -> tuple[str, str, str, str]:
 
 def seconds_text(seconds: float) -> str:
     """With about three digits."""
-    return f"{seconds:,.0f} s" if seconds >= 100 else f"{seconds:.3g} s"
+    return f"{seconds:,.0f} s" if seconds >= 100 else f"{seconds:#.3g} s"
