@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from torch import Tensor
 from fastkv import LLM, FastKVError, FullKV, SamplingParams
 from fastkv.cache.catalogue import POLICIES
 from fastkv.cache.decode_budget import DecodeBudget
+from fastkv.console.plan.command import main as plan_command
 from fastkv.engine import footprint as footprint_module
 from fastkv.engine.expected import decode_step, expected, first_token
 from fastkv.engine.machine import MACHINES, ON_CPU, Link, Machine, Reached
@@ -55,35 +57,40 @@ def parameters(llm: LLM) -> int:
     return sum({tensor.data_ptr(): tensor.nbytes for tensor in tensors}.values())
 
 
-@pytest.mark.parametrize("shape", ["narrow", "short dtype", "int8"])
-@pytest.mark.parametrize(("policy", "given"), [
-    ("full", {}),
-    ("fastkv", {}),
-    ("adakv", {}),
-    ("gemfilter", {}),
-    ("quest", {}),
-    ("full", {"kv_dtype": "int8"}),
-    ("snapkv", {"decode_budget": DecodeBudget(64)}),
-    ("fastkv", {"batch": 3}),
-])  # fmt: skip
+SIZES = [("narrow", 900), ("short dtype", 900), ("int8", 900), ("int8", 30)]  # of 30 the floats of some rows are most
+
+
+@pytest.mark.parametrize(("shape", "n_tokens"), SIZES)
+@pytest.mark.parametrize(
+    ("policy", "given"),
+    [
+        ("full", {}),
+        ("fastkv", {}),
+        ("adakv", {}),
+        ("gemfilter", {}),
+        ("quest", {"batch": 3}),
+        ("full", {"kv_dtype": "int8"}),
+        ("snapkv", {"decode_budget": DecodeBudget(64), "batch": 3, "max_tokens": 700}),
+        ("fastkv", {"batch": 3}),
+    ],
+)
 def test_a_plan_without_a_model_is_the_one_that_a_request_is_checked_by(
-    llms: dict[str, LLM], shape: str, policy: str, given: dict[str, Any]
+    llms: dict[str, LLM], shape: str, n_tokens: int, policy: str, given: dict[str, Any]
 ) -> None:
     llm = llms[shape]
-    plan = planned(wanted(llm, policy, 900, weights="int8" if shape == "int8" else None, **given))
+    asked = replace(wanted(llm, policy, n_tokens, weights="int8" if shape == "int8" else None), **given)
+    plan = planned(asked)
     assert plan.weights == parameters(llm)
-    llm.kv_dtype = given.get("kv_dtype")
+    llm.model.rotary = replaced_tables(llm)
+    llm.kv_dtype = asked.kv_dtype
     try:
-        budget, params = given.get("decode_budget"), SamplingParams(max_tokens=20)
-        llm.model.rotary = replaced_tables(llm)
-        request = llm._request([7] * 900, params, POLICIES[policy](), decode_budget=budget)
-        slots = given.get("batch", 1)
-        assert plan.request == request.plan
-        assert plan.needs == footprint_module.footprint(
-            llm.model, request.plan, slots * llm._slot_bytes(request), slots=slots
-        )
+        params = SamplingParams(max_tokens=asked.max_tokens)
+        request = llm._request([7] * n_tokens, params, asked.policy, decode_budget=asked.decode_budget)
     finally:
         llm.kv_dtype = None
+    assert plan.request == request.plan
+    cache = asked.batch * llm._slot_bytes(request)
+    assert plan.needs == footprint_module.footprint(llm.model, request.plan, cache, slots=asked.batch)
 
 
 def replaced_tables(llm: LLM) -> Any:
@@ -273,3 +280,25 @@ def test_a_probe_and_a_first_pass_are_work() -> None:
     assert twice == {"products": 2 * full["products"], "attention": 3 * full["attention"]}
     layer = POLICIES["gemfilter"]().first_pass(80, 2**14).layer  # type: ignore[union-attr]
     assert filtered["attention"] > full["attention"] * layer / 80
+
+
+def test_a_line_of_the_table_is_a_plan_beside_two_processes(
+    benchmarks: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    module, mib = benchmarks.plan_memory, 2**20
+
+    def run_json(command: list[str], environment: dict[str, str]) -> Any:
+        if "--json" in command:
+            assert plan_command(command[3:]) == 0  # after python -c PROGRAM
+            found = json.loads(capsys.readouterr().out)
+            assert found["kv_dtype"] == "int8"
+            return found | {"memory_bytes": dict.fromkeys("abc", mib), "needed_bytes": 3 * mib}
+        return (2 if "MALLOC_MMAP_THRESHOLD_" in environment else 4) * mib
+
+    monkeypatch.setattr(module, "run_json", run_json)
+    folder = module.config_folder("tiny", tmp_path)
+    case = dict(zip(module.KEYS, (folder, "float32", "full", "int8", 600), strict=True)) | {"tiny": folder}
+    figures = "1.0 | 1.0 | 1.0 | 3.0 | 2.0 | 1.50 | 4.0 | 0.75"
+    assert module.row(case, 1) == f"| tiny | float32, int8 entries | full | 600 | {figures} |"
+    assert module.measured({**case, "threads": 1}) > 0
+    assert {case[0] for case in module.CASES} - set(PRESETS) <= set(module.SHAPES)

@@ -143,7 +143,7 @@ def test_the_longest_prompt_that_fits_fits(plan: Callable[..., Any], run: Call) 
     assert not plan(*SMALL, "--context", str(longest + 1024))["fits"]
     assert plan("--memory", "0.1")["longest_context"] is None
     assert plan()["longest_context"] == 2**21 - 1024
-    assert "2047K tokens, by the model's context" in run("--model", "llama-100m", "--context", "16K")[1]
+    assert "--context 2047K, by the model's context" in run("--model", "llama-100m", "--context", "16K")[1]
 
 
 def test_what_offloading_would_need_is_told_where_it_helps(plan: Callable[..., Any], run: Call) -> None:

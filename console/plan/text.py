@@ -112,7 +112,7 @@ def _changes(answer: Answer) -> list[str]:
             "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in table
         ]
     if answer.longest is not None:
-        told.append(f"the longest prompt that fits as it is: {context_text(answer.longest)} tokens{_why(answer)}")
+        told.append(f"the longest prompt that fits as it is: --context {context_text(answer.longest)}{_why(answer)}")
     if answer.offload is not None:
         sizes = size_text(answer.offload.device), size_text(answer.offload.host)
         told.append(f"with --offload it fits: {sizes[0]} of a GPU, and {sizes[1]} of host memory for each")
