@@ -32,7 +32,7 @@ _SMALL = {"vocab_size": 16_000, "hidden_size": 512, "intermediate_size": 1536, "
 _SMALL |= {"num_attention_heads": 16, "num_key_value_heads": 4, "max_position_embeddings": 2**17, "rms_norm_eps": 1e-6}
 SHAPES: dict[str, dict[str, Any]] = {
     "tiny": {"architectures": ["LlamaForCausalLM"], **_TINY},
-    "qwen3-90m": {"architectures": ["Qwen3ForCausalLM"], **_SMALL},
+    "qwen3-75m": {"architectures": ["Qwen3ForCausalLM"], **_SMALL},
 }
 KEYS = ("model", "dtype", "policy", "kv_dtype", "tokens")
 CASES = (
@@ -40,10 +40,10 @@ CASES = (
     ("llama-100m", "float32", "fastkv", None, 4096),
     ("llama-100m", "float32", "full", "int8", 2048),
     ("llama-100m", "bfloat16", "snapkv", None, 2048),
-    ("qwen3-90m", "float32", "adakv", None, 2048),
-    ("qwen3-90m", "float32", "h2o", None, 2048),
-    ("qwen3-90m", "float32", "gemfilter", None, 2048),
-    ("qwen3-90m", "bfloat16", "full", None, 4096),
+    ("qwen3-75m", "float32", "adakv", None, 2048),
+    ("qwen3-75m", "float32", "h2o", None, 2048),
+    ("qwen3-75m", "float32", "gemfilter", None, 2048),
+    ("qwen3-75m", "bfloat16", "full", None, 4096),
 )
 HEADER = "| model | dtype | policy | tokens | weights | KV cache | working | plan | exact | ratio | as usual | ratio |"
 

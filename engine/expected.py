@@ -146,6 +146,8 @@ def _unknown(plan: Planned, machine: Machine) -> tuple[list[str], list[str]]:
 
 def _notes(plan: Planned) -> tuple[str, ...]:
     policy, notes = plan.request.policy, []
+    if plan.wanted.device.type == "cpu":
+        notes.append("the C library may keep freed blocks: processes took up to 21 % more than planned (docs/plan.md)")
     if plan.request.compresses and (policy.needs_all_queries or plan.request.probe is not None):
         notes.append(f"what policy {policy.name} computes to score the prompt is not counted: its first token is later")
     if policy.per_head and plan.request.compresses and plan.wanted.ranks > 1:

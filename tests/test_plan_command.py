@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from places import ROOT
 
 from fastkv.cache.catalogue import SETTINGS
 from fastkv.console.plan import command, machine
@@ -134,6 +136,13 @@ def test_a_full_cache_is_told_of_fastkv_and_of_gpus_that_are_enough(plan: Callab
     changes = {each["flags"]: each["fits"] for each in plan(*asked)["changes"]}
     assert changes["--gpus 2"] is False
     assert changes["--policy fastkv"] is changes["--gpus 4"] is True
+
+
+def test_nothing_is_told_to_change_into_what_it_is(plan: Callable[..., Any]) -> None:
+    """Of 100 tokens FastKV drops none, as a full cache does."""
+    for policy in ("fastkv", "full"):
+        flags = [each["flags"] for each in plan("--context", "100", "--policy", policy)["changes"]]
+        assert flags == ["--gpus 2", "--kv-dtype int8", "--weights int8"]
 
 
 def test_the_longest_prompt_that_fits_fits(plan: Callable[..., Any], run: Call) -> None:
@@ -290,6 +299,15 @@ def test_check_needs_to_know_the_memory(run: Call, monkeypatch: pytest.MonkeyPat
     status, out, err = run(*asked, "--check")
     assert (status, out) == (2, "")
     assert err == "fastkv-plan: error: --check: how much memory there is is not known: give --memory\n"
+
+
+def test_the_page_shows_what_the_commands_print(run: Call, benchmarks: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    page = (ROOT / "docs" / "plan.md").read_text(encoding="utf-8")
+    shown = re.search(r"^fastkv-plan (.*)$", page, re.MULTILINE)
+    assert shown is not None
+    assert f"```\n{run(*shown[1].split())[1]}```" in page
+    benchmarks.plan_times.main()
+    assert capsys.readouterr().out in page
 
 
 def test_the_name_of_the_command() -> None:

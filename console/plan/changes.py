@@ -37,7 +37,7 @@ def fits(plan: Planned, memory: int | None) -> bool:
 
 
 def longest(wanted: Wanted, memory: int | None) -> int | None:
-    """The longest prompt, in whole thousands (1,024) of tokens, that fits with nothing else changed; None: none does.
+    """The longest prompt, in whole thousands (1,024) of tokens, that fits with nothing else changed; None: none of so many.
 
     As far as the model's context goes. Memory is taken to grow with the prompt.
     """
@@ -79,9 +79,10 @@ def _more_gpus(wanted: Wanted, memory: int | None) -> Iterator[tuple[str, Wanted
 
 
 def _other_policies(wanted: Wanted) -> Iterator[tuple[str, Wanted]]:
-    policy = wanted.policy
-    if not drops_tokens(policy, wanted.config.n_layers, wanted.n_tokens):
-        yield "--policy fastkv", replace(wanted, policy=FastKV())
+    policy, sizes = wanted.policy, (wanted.config.n_layers, wanted.n_tokens)
+    if not drops_tokens(policy, *sizes):
+        if drops_tokens(FastKV(), *sizes):
+            yield "--policy fastkv", replace(wanted, policy=FastKV())
         return
     half = _half_retention(policy)
     if half is not None:
