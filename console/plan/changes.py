@@ -37,7 +37,7 @@ def fits(plan: Planned, memory: int | None) -> bool:
 
 
 def longest(wanted: Wanted, memory: int | None) -> int | None:
-    """The longest prompt, in whole thousands (1,024) of tokens, that fits with nothing else changed; None: none of so many.
+    """The longest prompt, in thousands (1,024) of tokens, that fits with nothing else changed; None: none of so many.
 
     As far as the model's context goes. Memory is taken to grow with the prompt.
     """
