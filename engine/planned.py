@@ -20,7 +20,7 @@ from fastkv.engine.footprint import Footprint, footprint, within_products
 from fastkv.engine.loading import load_parts
 from fastkv.engine.plan import RequestPlan, plan_request, position_limit
 from fastkv.engine.projection import CHUNK
-from fastkv.engine.ranks import rank_config, vocab_rows
+from fastkv.engine.ranks import rank_config, stored_config
 from fastkv.engine.request import answer_length
 from fastkv.engine.sampler import SamplingParams
 from fastkv.errors import FastKVError
@@ -59,7 +59,7 @@ class Wanted:
     @property
     def stored(self) -> ModelConfig:
         """The same with the rows of embedding and head that it holds."""
-        return replace(self.rank, vocab_size=vocab_rows(self.config, self.ranks))
+        return stored_config(self.config, self.ranks)
 
 
 @dataclass(frozen=True)
@@ -128,11 +128,11 @@ def planned(wanted: Wanted) -> Planned:
     return Planned(wanted, weight_bytes(wanted), request, needs, products)
 
 
-def offloaded(plan: Planned) -> Offloaded:
-    """Of a prefill that keeps hidden states, K and V of the layer at work in the host's memory.
+def offloaded(plan: Planned) -> list[Offloaded]:
+    """Ways to keep hidden states, K and V of the layer at work in the host's memory, the fastest first.
 
-    A chunk of the prompt is on the device, or all tokens that are left once a layer has dropped the others: these take
-    there what a prompt of so many does.
+    An estimate: a chunk of the prompt is on the device, or all tokens that are left once a layer has dropped the
+    others, and these take there what a prompt of so many does.
     """
     wanted, rank = plan.wanted, plan.wanted.rank
     seen = plan.request.layers[0].seen
@@ -142,7 +142,7 @@ def offloaded(plan: Planned) -> Offloaded:
     lists, held = plan.needs.lists, plan.needs.held
     device = plan.weights + plan.needs.cache + held + lists + usual.needs.buffers + usual.needs.step + plan.products
     row = rank.hidden_size + 2 * rank.n_kv_heads * rank.head_dim
-    return Offloaded(device, seen * row * wanted.dtype.itemsize)
+    return [Offloaded(device, seen * row * wanted.dtype.itemsize)]
 
 
 @lru_cache(maxsize=64)

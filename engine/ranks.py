@@ -9,17 +9,11 @@ from fastkv.models.config import ModelConfig
 
 
 def rank_config(config: ModelConfig, ranks: int) -> ModelConfig:
-    """The network of one rank of `ranks`: its heads and MLP columns. Its rows of the vocabulary are `vocab_rows`.
+    """The network of one rank of `ranks`, with its heads and MLP columns, and logits over the whole vocabulary.
 
     Raises FastKVError where KV heads or columns cannot be split so.
     """
-    for count, what in ((config.n_kv_heads, "KV heads"), (config.intermediate_size, "columns of the MLP")):
-        if count % ranks:
-            known = ", ".join(map(str, possible_ranks(config)))
-            raise FastKVError(
-                f"the model's {count:,} {what} cannot be split over {ranks} GPUs alike; it takes one of {known}",
-                setting="gpus",
-            )
+    _check(config, ranks)
     return replace(
         config,
         n_heads=config.n_heads // ranks,
@@ -28,12 +22,22 @@ def rank_config(config: ModelConfig, ranks: int) -> ModelConfig:
     )
 
 
+def stored_config(config: ModelConfig, ranks: int) -> ModelConfig:
+    """The same with the rows of embedding and head that a rank holds at the most: a network of as many parameters."""
+    return replace(rank_config(config, ranks), vocab_size=-(-config.vocab_size // ranks))
+
+
 def possible_ranks(config: ModelConfig) -> list[int]:
     """The numbers of ranks that a model can be split over."""
     counts = range(1, config.n_kv_heads + 1)
     return [n for n in counts if config.n_kv_heads % n == 0 and config.intermediate_size % n == 0]
 
 
-def vocab_rows(config: ModelConfig, ranks: int) -> int:
-    """Rows of the embedding, and of the head, that a rank holds at the most."""
-    return -(-config.vocab_size // ranks)
+def _check(config: ModelConfig, ranks: int) -> None:
+    for count, what in ((config.n_kv_heads, "KV heads"), (config.intermediate_size, "columns of the MLP")):
+        if count % ranks:
+            known = ", ".join(map(str, possible_ranks(config)))
+            raise FastKVError(
+                f"the model's {count:,} {what} cannot be split over {ranks} GPUs alike; it takes one of {known}",
+                setting="gpus",
+            )

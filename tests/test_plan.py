@@ -22,7 +22,7 @@ from fastkv.engine import footprint as footprint_module
 from fastkv.engine.expected import decode_step, expected, first_token
 from fastkv.engine.machine import MACHINES, ON_CPU, Link, Machine, Reached
 from fastkv.engine.planned import Planned, Wanted, offloaded, planned
-from fastkv.engine.ranks import possible_ranks, rank_config, vocab_rows
+from fastkv.engine.ranks import possible_ranks, rank_config, stored_config
 from fastkv.models.presets import PRESETS
 
 CUDA = torch.device("cuda")
@@ -155,7 +155,8 @@ def test_a_rank_of_two_by_hand() -> None:
     config = replace(PRESETS["llama-100m"], vocab_size=61, hidden_size=8, intermediate_size=12, n_layers=1, n_heads=4)
     config = replace(config, n_kv_heads=2, head_dim=4)
     half = rank_config(config, 2)
-    assert (half.n_heads, half.n_kv_heads, half.intermediate_size, vocab_rows(config, 2)) == (2, 1, 6, 31)
+    assert (half.n_heads, half.n_kv_heads, half.intermediate_size, half.vocab_size) == (2, 1, 6, 61)
+    assert stored_config(config, 2).vocab_size == 31
     plans = [planned(Wanted(config, FullKV(), 100, torch.float32, CPU, 28, ranks=n)) for n in (1, 2)]
     matrices = [2 * 8 * 8 // n + 2 * 8 * 16 // n + 3 * 8 * 12 // n for n in (1, 2)]  # k and v; q and o; MLP
     assert plans[0].weights == 4 * (matrices[0] + 2 * 61 * 8 + 3 * 8)
@@ -178,10 +179,10 @@ def test_offload_leaves_a_chunk_on_the_device() -> None:
     """Hidden states, K and V of all tokens lie on the host; under full none of them is on the device."""
     plans = [planned(plan_on(2**18, policy)) for policy in ("full", "fastkv")]
     for plan in plans:
-        found = offloaded(plan)
+        (found,) = offloaded(plan)
         assert found.host == 2**18 * (8192 + 2 * 128) * 2
         assert found.device < plan.total
-    full = offloaded(plans[0])
+    (full,) = offloaded(plans[0])
     left = full.device - plans[0].weights - plans[0].needs.cache - plans[0].needs.lists
     assert left < 2**30 < plans[0].working - plans[0].needs.lists
 

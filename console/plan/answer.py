@@ -66,8 +66,7 @@ def _offload(plan: Planned, memory: int) -> Offloaded | None:
     """Where a GPU's memory is enough for all but the prompt's hidden states and one layer's K/V."""
     if plan.wanted.device.type == "cpu":
         return None
-    found = offloaded(plan)
-    return found if found.device <= memory else None
+    return next((way for way in offloaded(plan) if way.device <= memory), None)
 
 
 def memory_parts(plan: Planned) -> Parts:
