@@ -179,10 +179,11 @@ def test_offload_leaves_a_chunk_on_the_device() -> None:
     """Hidden states, K and V of all tokens lie on the host; under full none of them is on the device."""
     plans = [planned(plan_on(2**18, policy)) for policy in ("full", "fastkv")]
     for plan in plans:
-        (found,) = offloaded(plan)
-        assert found.host == 2**18 * (8192 + 2 * 128) * 2
+        found = offloaded(plan)[0]
+        assert found.host >= 2**18 * (8192 + 2 * 128) * 2
         assert found.device < plan.total
-    (full,) = offloaded(plans[0])
+    full = offloaded(plans[0])[0]
+    assert full.host == pytest.approx(2**18 * (8192 + 2 * 128) * 2, rel=0.01)
     left = full.device - plans[0].weights - plans[0].needs.cache - plans[0].needs.lists
     assert left < 2**30 < plans[0].working - plans[0].needs.lists
 
