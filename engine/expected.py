@@ -150,6 +150,8 @@ def _notes(plan: Planned) -> tuple[str, ...]:
         notes.append("the C library may keep freed blocks: processes took up to 21 % more than planned (docs/plan.md)")
     if plan.request.compresses and (policy.needs_all_queries or plan.request.probe is not None):
         notes.append(f"what policy {policy.name} computes to score the prompt is not counted: its first token is later")
+    if plan.request.layout.per_head and plan.wanted.device.type == "cuda":
+        notes.append("steps over heads of different lengths are slower (1.3 times, measured once); that is not counted")
     if policy.per_head and plan.request.compresses and plan.wanted.ranks > 1:
         notes.append("heads compete for entries: a GPU may hold more than the mean that is said here, and another less")
     return tuple(notes)

@@ -274,6 +274,7 @@ def test_what_is_not_known_is_said_and_not_guessed() -> None:
     assert why(machine, "quest")[:2] == (True, False)
     assert "is not counted" in why(machine, "h2o")[2]
     assert "another less" in why(machine, "adakv")[2]
+    assert "1.3 times" in why(machine, "adakv")[2]
 
 
 def test_a_probe_and_a_first_pass_are_work() -> None:
