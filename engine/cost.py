@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 from fastkv.cache.policies import FullKV
 from fastkv.cache.policy import LayerPlan, Policy, plan_layers
@@ -16,29 +17,51 @@ def layer_weights(config: ModelConfig) -> tuple[int, int, int]:
     return keys, queries, 3 * config.hidden_size * config.intermediate_size
 
 
-def prefill_flops(config: ModelConfig, plans: Sequence[LayerPlan], batch: int = 1) -> float:
-    """Operations that a prefill of `batch` prompts cannot avoid, a multiply-add being two of them.
+class Work(NamedTuple):
+    """Operations, a multiply-add being two of them: of products with weights, and of attention."""
+
+    products: float
+    attention: float
+
+
+def prefill_work(config: ModelConfig, plans: Sequence[LayerPlan], batch: int = 1) -> Work:
+    """Operations that a prefill of `batch` prompts cannot avoid.
 
     K and V for every token that a layer sees; queries, attention, output and MLP for every token that leaves it, which
     is one token at the last layer. A token attends to half of what the layer saw, on average over the tokens. Sliding
     windows, which spare some of that, are not looked at.
     """
     keys, queries, mlp = layer_weights(config)
-    total = 2.0 * config.vocab_size * config.hidden_size
+    products, attention = 2.0 * config.vocab_size * config.hidden_size, 0.0
     for layer, plan in enumerate(plans):
         last = layer == len(plans) - 1
-        leaving = 1 if last else plan.propagated or plan.seen
         attended = plan.seen if last else plan.seen / 2
-        total += 2.0 * plan.seen * keys + 2.0 * leaving * (queries + mlp)
-        total += 4.0 * leaving * attended * config.n_heads * config.head_dim
-    return batch * total
+        products += 2.0 * plan.seen * keys + 2.0 * leaving(plans, layer) * (queries + mlp)
+        attention += 4.0 * leaving(plans, layer) * attended * config.n_heads * config.head_dim
+    return Work(batch * products, batch * attention)
 
 
-def first_pass_flops(config: ModelConfig, layer: int, n_tokens: int, batch: int = 1) -> float:
+def leaving(plans: Sequence[LayerPlan], layer: int) -> int:
+    """Tokens of a prompt whose attention and MLP a layer computes."""
+    return 1 if layer == len(plans) - 1 else plans[layer].propagated or plans[layer].seen
+
+
+def prefill_flops(config: ModelConfig, plans: Sequence[LayerPlan], batch: int = 1) -> float:
+    """All of `prefill_work`."""
+    return sum(prefill_work(config, plans, batch))
+
+
+def first_pass_work(config: ModelConfig, layer: int, n_tokens: int, batch: int = 1) -> Work:
     """What choosing tokens adds (Policy.first_pass): all layers in front of `layer`, and its keys for every token."""
     keys, queries, mlp = layer_weights(config)
     attention = 2.0 * n_tokens * config.n_heads * config.head_dim
-    return batch * n_tokens * (layer * (2.0 * (keys + queries + mlp) + attention) + 2.0 * keys)
+    tokens = batch * n_tokens
+    return Work(tokens * (layer * 2.0 * (keys + queries + mlp) + 2.0 * keys), tokens * layer * attention)
+
+
+def first_pass_flops(config: ModelConfig, layer: int, n_tokens: int, batch: int = 1) -> float:
+    """All of `first_pass_work`."""
+    return sum(first_pass_work(config, layer, n_tokens, batch))
 
 
 def decode_bytes(

@@ -95,7 +95,7 @@ def footprint(
     steps = [shapes.decoding(slots * judged, draws) + slots * shapes.judging(judged)]
     if plan.first_pass is not None:  # all tokens, but only the layers up to the one that chooses
         whole = _Way(
-            seen, seen, seen, 0, 0, keys_first=plan.first_pass.layer == 0, online=False, least=seen, reads=False
+            seen, seen, seen, 0, 0, plan.first_pass.layer == 0, online=False, least=seen, reads=False, leaving=seen
         )
         _grow(workspace, shapes.buffers(whole))
         steps += [] if whole.keys_first else [shapes.of_layer(whole)]
@@ -130,8 +130,9 @@ def _grow(workspace: dict[str, int], needs: dict[str, int]) -> None:
 class _Way(NamedTuple):
     """How a layer is computed (engine/prefill.py: LayerRun.layer).
 
-    seen, kept, out: tokens that it sees, entries that it keeps, tokens whose attention and MLP it computes. past:
-    entries that its cache holds already. queries: of its last tokens, how many score (0: nothing is scored).
+    seen, kept, out: tokens that it sees, entries that it keeps, tokens whose attention and MLP it computes. leaving:
+    tokens that the next layer sees, which a GPU may choose when all have been computed. past: entries that its cache
+    holds already. queries: of its last tokens, how many score (0: nothing is scored).
     keys_first: queries only of the tokens that leave it. online: which these are shows then; perhaps all. least:
     entries that it keeps at the least. reads: K and V of another layer, and has none of its own.
     """
@@ -145,6 +146,7 @@ class _Way(NamedTuple):
     online: bool
     least: int
     reads: bool
+    leaving: int
 
     @classmethod
     def of(cls, plan: RequestPlan, index: int, on_cpu: bool) -> _Way:
@@ -159,7 +161,8 @@ class _Way(NamedTuple):
         scores = drops or (layer.least < past + layer.seen and not reads)
         queries = (plan.policy.n_queries if drops else plan.policy.window) if scores else 0
         kept, least = (layer.seen, layer.seen) if reads else (layer.kept, layer.least)
-        return cls(layer.seen, kept, out, past, queries, keys_first, online, least, reads)
+        leaving = 1 if last or online else layer.propagated or layer.seen
+        return cls(layer.seen, kept, out, past, queries, keys_first, online, least, reads, leaving)
 
     @property
     def entries(self) -> int:
@@ -230,8 +233,8 @@ class _Shapes:
         sizes = {"hidden": self.values(way.seen, self.hidden), "heads": self.of_heads(way.seen, heads)}
         if way.reads:
             del sizes["heads"]
-        if way.out < way.seen or way.online:
-            sizes["other hidden"] = self.values(way.out if way.out < way.seen else 1, self.hidden)
+        if way.leaving < way.seen or way.online:
+            sizes["other hidden"] = self.values(way.leaving, self.hidden)
         if way.online or (way.reads and not way.keys_first):
             sizes["queries"] = self.of_heads(way.seen, self.heads)
         if way.past and way.queries:
@@ -413,7 +416,8 @@ class _Shapes:
 
     def chunk(self, n_tokens: int) -> int:
         """Tokens of the largest chunk."""
-        return max(end - start for start, end in chunks(torch.empty(1, n_tokens, 0, device=self.device)))
+        device = "cpu" if self.on_cpu else "meta"  # a device that is planned for need not be there
+        return max(end - start for start, end in chunks(torch.empty(1, n_tokens, 0, device=device)))
 
     # --- a bounded cache (cache/bounded.py) ---
 

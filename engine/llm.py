@@ -63,7 +63,7 @@ class LLM(CheckedRequests):
     `fastkv-eval share-layers` wrote for this model, or {reader: source}; None: every layer has its own.
 
     load_format: "auto", or "dummy" for random weights, to measure speed: then `model` may also be the name of a preset
-    ("llama-3.1-8b", "llama-3.2-1b", "llama-100m"), and a folder needs no more than its config.json.
+    (models/presets.py: "llama-3.1-8b", "qwen3-32b", …), and a folder needs no more than its config.json.
 
     cuda_graph: on a GPU, decode by replaying captured graphs; a CPU has none. compile: run the layers through torch's
     compiler, which makes the first request up to a minute slower, the first one of several prompts together, too, and

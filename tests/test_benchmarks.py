@@ -470,7 +470,14 @@ def test_presets_are_the_published_sizes() -> None:
     from fastkv.models.weights import model_bytes
 
     millions = {name: round(model_bytes(config, torch.int8) / 1e6) for name, config in PRESETS.items()}
-    assert millions == {"llama-3.1-8b": 8030, "llama-3.2-1b": 1236, "llama-100m": 125}
+    assert millions == {
+        "llama-3.1-70b": 70_554,
+        "qwen3-32b": 32_762,
+        "qwen2.5-7b": 7616,
+        "llama-3.1-8b": 8030,
+        "llama-3.2-1b": 1236,
+        "llama-100m": 125,
+    }
 
 
 @pytest.mark.parametrize("warm_ups", [0, 2])

@@ -16,6 +16,7 @@ from places import ROOT
 
 from fastkv.cache.catalogue import POLICIES
 from fastkv.cli_flags import build_parser
+from fastkv.console.plan.flags import build_parser as build_plan_parser
 from fastkv.console.talk.flags import build_parser as build_chat_parser
 
 FOLDERS = (".", "docs", "benchmarks/results", "examples/archive")
@@ -107,6 +108,12 @@ def test_flags_of_fastkv_chat_exist() -> None:
         "--share-layers",
     }
     assert lacking - of_files == {"--chat", "--json", "--report", "--verbose"}
+
+
+def test_flags_of_fastkv_plan_exist() -> None:
+    known = set(build_plan_parser()._option_string_actions)
+    told = PAGES["docs/plan.md"].read_text(encoding="utf-8")
+    assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]*", told)) <= known
 
 
 def test_every_policy_is_in_the_readme() -> None:

@@ -55,7 +55,7 @@ def _shown(part: ast.expr) -> str:
 _NEVER_ONE = {"; {} tokens of prompts that begin alike were read once"}  # 64 at least
 
 
-@pytest.mark.parametrize("folder", ["console", "console/talk"])
+@pytest.mark.parametrize("folder", ["console", "console/plan", "console/talk"])
 def test_no_number_stands_before_a_plural(folder: str) -> None:
     """`counted` says it, so that one is no plural."""
     found = [
