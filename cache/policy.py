@@ -215,10 +215,16 @@ class Policy:
     compresses_again: ClassVar[bool] = False
     # How a layer of the cache stores what is kept (None: the plain layout, or that for heads of different lengths).
     layout: ClassVar[type[KVLayer] | None] = None
+    # Whether a prompt may go by host memory (engine/offload.py): whether all that this policy asks of an observation is
+    # q, k, v and positions, which are on the host then, where `score` and the others run. Each class says it for
+    # itself: one that is derived may look at more.
+    scores_on_host: ClassVar[bool] = False
 
     def __init_subclass__(cls) -> None:
         if "name" not in vars(cls):
             cls.name = cls.__name__.lower()
+        if "scores_on_host" not in vars(cls):
+            cls.scores_on_host = False
 
     def __post_init__(self) -> None:
         """Check the settings, each by itself. Raises FastKVError for a value out of range."""

@@ -86,6 +86,7 @@ def prefill(
     attention: str = AUTO,
     eos_ids: Collection[int] = (),
     whole: KVCache | None = None,
+    kind: type[LayerRun] | None = None,
 ) -> Prefill:
     """Run the new tokens `ids`, int64 [B, N], through all layers, into `cache`, which may hold a sequence already.
 
@@ -93,8 +94,9 @@ def prefill(
     keeps its share in the cache, and the next one writes over the rest. (Look-ahead and competing layers hold it for
     longer: engine/lookahead.py, engine/competing.py.) eos_ids: the tokens that end an answer, and the draft of a
     look-ahead. whole: a second, empty cache, which keeps all tokens of every layer; of a plan that propagates them all.
+    kind: how the layers are run (None: all on the device).
     """
-    run = LayerRun(model, plan, cache, workspace, attention, whole)
+    run = (kind or LayerRun)(model, plan, cache, workspace, attention, whole)
     start = cache.position
     model.reserve(start + plan.positions)
     cache.begin(whole=not plan.compresses, room=plan.max_tokens)
@@ -284,10 +286,14 @@ class LayerRun:
             self._store_each(observed, select_each(ranking, counts, self.policy.window), positions)
             return scores
         kept = self._best(observed, counts, scores) if counts < n_entries else None
-        self.positions = positions if kept is None else positions_of(kept, positions)
-        self.cache.store(observed.layer, observed.k, observed.v, kept, self.positions)
+        self._store(observed, kept, positions)
         self.mass.keep(observed, kept, self.policy.window)
         return scores
+
+    def _store(self, observed: Observation, kept: Kept, positions: Tensor) -> None:
+        """Keep the `kept` of a layer's entries, at `positions` [B, Hkv, T]."""
+        self.positions = positions if kept is None else positions_of(kept, positions)
+        self.cache.store(observed.layer, observed.k, observed.v, kept, self.positions)
 
     def _store_each(self, observed: Observation, kept: list[PerHead], positions: Tensor) -> None:
         """Keep what each sequence has chosen of a layer's entries, at `positions` [B, Hkv, T]."""
