@@ -58,6 +58,8 @@ class OffloadedRun(LayerRun):
         super().__init__(model, plan, cache, workspace, attention, whole)
         assert plan.offload is not None, "the usual way is LayerRun"
         assert whole is None, "drafts have two caches"
+        n_layers, propagated = plan.offload.layers, plan.layers[plan.offload.layers - 1].propagated
+        assert n_layers == len(plan.layers) or propagated is not None, "all hidden states would go to the device"
         self.offload, self.host = plan.offload, workspace.host
         self.lanes = lanes_of(model.device)
         self.mass = MassOfLayers(cache.batch, _HOST, known=True)

@@ -56,7 +56,10 @@ class Past(Protocol):
 
 @dataclass(frozen=True)
 class Offload:
-    """How a prefill goes by host memory (engine/offload.py): its first `layers`, with `chunk` tokens on the device."""
+    """How a prefill goes by host memory (engine/offload.py): its first `layers`, with `chunk` tokens on the device.
+
+    The last of these layers propagates some of its tokens only, or is the last of all.
+    """
 
     layers: int
     chunk: int
