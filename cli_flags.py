@@ -19,7 +19,7 @@ NAMED_SETTINGS = {
     *SETTINGS,
     *SAMPLING_FLAGS,
     *("prompt", "chat", "chat_arg", "stop", "stop_token", "policy", "policy_file", "device", "dtype", "weights"),
-    *("kv_dtype", "share_layers", "threads", "revision", "compile", "attention", "report"),
+    *("kv_dtype", "share_layers", "threads", "revision", "compile", "attention", "report", "offload"),
     *("prompts", "output", "batch_size", "kv_memory", "reuse_prefix", "decode_budget"),
     *("context", "cache", "save_cache"),
     *SPECULATION_SETTINGS,
@@ -86,6 +86,9 @@ def build_parser() -> Parser:
         help="layers that read an earlier one's entries, by fastkv-eval share-layers",
     )
     add_engine_flags(machine)
+    machine.add_argument(
+        "--offload", action="store_true", help="let a prompt that does not fit on the device go by host memory"
+    )
     machine.add_argument("--json", action="store_true", help="print one JSON object in place of the text")
     machine.add_argument(
         "--output",

@@ -18,7 +18,6 @@ from fastkv.cache.kv_cache import KVCache
 from fastkv.cache.layer import Kept, Part
 from fastkv.cache.mass import MassOfLayers
 from fastkv.cache.policy import Observation
-from fastkv.cache.selection import PerHead, positions_of
 from fastkv.engine.attention import AUTO
 from fastkv.engine.host_blocks import Block, blocks_of, lanes_of
 from fastkv.engine.plan import RequestPlan
@@ -60,6 +59,7 @@ class OffloadedRun(LayerRun):
         assert whole is None, "drafts have two caches"
         n_layers, propagated = plan.offload.layers, plan.layers[plan.offload.layers - 1].propagated
         assert n_layers == len(plan.layers) or propagated is not None, "all hidden states would go to the device"
+        self.store = self._store_from_host
         self.offload, self.host = plan.offload, workspace.host
         self.lanes = lanes_of(model.device)
         self.mass = MassOfLayers(cache.batch, _HOST, known=True)
@@ -214,16 +214,17 @@ class OffloadedRun(LayerRun):
     def _positions_with(self, layer: int, new: Tensor) -> Tensor:
         return super()._positions_with(layer, self.host.to_host(new))
 
-    def _store(self, observed: Observation, kept: Kept, positions: Tensor) -> None:
-        """What is kept, gathered on the host, into the cache."""
-        assert not isinstance(kept, PerHead), "heads of different lengths stay on the device"
+    def _store_from_host(self, layer: int, k: Tensor, v: Tensor, kept: Kept, positions: Tensor) -> None:
+        """As KVCache.store, of what is on the host, where it is gathered."""
+        device = self.model.device
+        self.positions = self.host.to_device(positions, device)
         if kept is None:
-            self._store_all(observed.layer, self.host.to_device(positions, self.model.device))
+            self._store_all(layer, self.positions)
             return
-        device, index = self.model.device, kept.unsqueeze(-1).expand(-1, -1, -1, observed.k.shape[3])
-        k, v = (self.host.to_device(each.gather(2, index), device) for each in (observed.k, observed.v))
-        self.positions = self.host.to_device(positions_of(kept, positions), device)
-        self.cache.store(observed.layer, k, v, None, self.positions)
+        assert isinstance(kept, Tensor), "heads of different lengths stay on the device"
+        index = kept.unsqueeze(-1).expand(-1, -1, -1, k.shape[3])
+        k, v = (self.host.to_device(each.gather(2, index), device) for each in (k, v))
+        self.cache.store(layer, k, v, None, self.positions)
 
     def _keep_all(self, layer: int, state: TokenState, k: Tensor, v: Tensor) -> list[Part]:
         self.mass.keep_all()

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from fastkv.engine.plan import Offload, RequestPlan
+from fastkv.errors import FastKVError
 
 # Tokens on the device at a time. A block of keys comes from the host once for as many queries. With G query heads on a
 # KV head and 16-bit values each byte of it serves CHUNK * G operations: for 4 heads, at 50 GB/s, 0.8 PFLOP/s (by hand),
@@ -41,3 +42,30 @@ def offloaded(plan: RequestPlan, chunk: int = CHUNK) -> Iterator[RequestPlan]:
     whole = sum(layer.seen == plan.n_tokens for layer in plan.layers)
     for count in dict.fromkeys((whole, n_layers)):
         yield dataclasses.replace(plan, offload=Offload(count, chunk))
+
+
+def planned_for_memory(plan: RequestPlan, allowed: bool, check: Callable[[RequestPlan], None]) -> RequestPlan:
+    """The plan itself if there is memory for it; else, where that is allowed, the first way by host memory that fits.
+
+    check: raises FastKVError for a plan for which there is too little. Raises it where no plan fits, and says so where
+    host memory would help.
+    """
+    try:
+        check(plan)
+        return plan
+    except FastKVError as error:
+        refused = error
+    why_not = why_not_offloaded(plan)
+    if why_not is not None:
+        raise FastKVError(f"{refused}; offload does not go with {why_not}") if allowed else refused
+    last = refused
+    for way in offloaded(plan):
+        try:
+            check(way)
+        except FastKVError as error:
+            last = error
+            continue
+        if allowed:
+            return way
+        raise FastKVError(f"{refused}, or let it go by host memory with offload (--offload)")
+    raise last if allowed else refused

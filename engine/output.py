@@ -75,6 +75,7 @@ class RunInfo:
     first_pass_layer: where a first pass chose the tokens that the
     model then read anew, None where there was none. decode_budget: entries that each KV head was to hold at most while
     the answer grew; None: it kept all. shared_layers: (reader, source) of each layer that read another one's entries.
+    offloaded_layers: how many of the first ones read the prompt by host memory.
     """
 
     policy: str
@@ -85,6 +86,7 @@ class RunInfo:
     decode_budget: int | None = None
     kv_dtype: str | None = None
     shared_layers: tuple[tuple[int, int], ...] = ()
+    offloaded_layers: int = 0
 
 
 @dataclass(frozen=True)

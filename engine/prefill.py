@@ -143,7 +143,7 @@ class LayerRun:
             "not every layer sees all tokens"
         )
         self.model, self.plan, self.cache, self.attention = model, plan, cache, attention
-        self.whole = whole
+        self.whole, self.store = whole, cache.store
         self.policy, self.layers = plan.policy, list(plan.layers)
         self.per_head = plan.policy.per_head
         self.shared = SharedEntries(plan.shared, cache, plan.copies_shared) if plan.shared else None
@@ -286,14 +286,10 @@ class LayerRun:
             self._store_each(observed, select_each(ranking, counts, self.policy.window), positions)
             return scores
         kept = self._best(observed, counts, scores) if counts < n_entries else None
-        self._store(observed, kept, positions)
+        self.positions = positions if kept is None else positions_of(kept, positions)
+        self.store(observed.layer, observed.k, observed.v, kept, self.positions)
         self.mass.keep(observed, kept, self.policy.window)
         return scores
-
-    def _store(self, observed: Observation, kept: Kept, positions: Tensor) -> None:
-        """Keep the `kept` of a layer's entries, at `positions` [B, Hkv, T]."""
-        self.positions = positions if kept is None else positions_of(kept, positions)
-        self.cache.store(observed.layer, observed.k, observed.v, kept, self.positions)
 
     def _store_each(self, observed: Observation, kept: list[PerHead], positions: Tensor) -> None:
         """Keep what each sequence has chosen of a layer's entries, at `positions` [B, Hkv, T]."""
