@@ -32,7 +32,7 @@ def why_not_offloaded(plan: RequestPlan) -> str | None:
     return None
 
 
-def offloaded(plan: RequestPlan, chunk: int = CHUNK) -> Iterator[RequestPlan]:
+def offloaded(plan: RequestPlan) -> Iterator[RequestPlan]:
     """The plan with its first layers by host memory: those that see all tokens, then all, if these are more.
 
     The layers after TSP see few tokens, and are faster on the device, if these fit. Of a plan that `why_not_offloaded`
@@ -41,7 +41,7 @@ def offloaded(plan: RequestPlan, chunk: int = CHUNK) -> Iterator[RequestPlan]:
     n_layers = len(plan.layers)
     whole = sum(layer.seen == plan.n_tokens for layer in plan.layers)
     for count in dict.fromkeys((whole, n_layers)):
-        yield dataclasses.replace(plan, offload=Offload(count, chunk))
+        yield dataclasses.replace(plan, offload=Offload(count, CHUNK))
 
 
 def planned_for_memory(plan: RequestPlan, allowed: bool, check: Callable[[RequestPlan], None]) -> RequestPlan:
