@@ -96,7 +96,7 @@ EACH: dict[str, Policy] = {
 
 
 @pytest.mark.parametrize("policy", EACH.values(), ids=list(EACH))
-@pytest.mark.parametrize(("n_tokens", "chunk"), [(230, 64), (37, 64), (192, 64), (301, 100)])
+@pytest.mark.parametrize(("n_tokens", "chunk"), [(230, 64), (37, 64), (300, 100)])
 def test_it_is_the_usual_prefill(policy: Policy, n_tokens: int, chunk: int) -> None:
     """Chunks that divide the prompt and that do not, and a prompt that is shorter than one."""
     check_same(network(), policy, ids_of(n_tokens), chunk)
