@@ -86,9 +86,6 @@ def build_parser() -> Parser:
         help="layers that read an earlier one's entries, by fastkv-eval share-layers",
     )
     add_engine_flags(machine)
-    machine.add_argument(
-        "--offload", action="store_true", help="let a prompt that does not fit on the device go by host memory"
-    )
     machine.add_argument("--json", action="store_true", help="print one JSON object in place of the text")
     machine.add_argument(
         "--output",

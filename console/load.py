@@ -41,7 +41,7 @@ def load_by_flags(args: argparse.Namespace, policy: Policy | None) -> LLM:
         cuda_graph=not args.no_cuda_graph,
         compile=args.compile,
         attention=args.attention,
-        offload=getattr(args, "offload", False),
+        offload=args.offload,
         draft_weights=getattr(args, "draft_weights", None),
     )
 

@@ -108,7 +108,7 @@ class DecodeBatch:
         model, attention = self._runtime.model, self._runtime.attention
         ids = ids.to(model.device)
         given = (model, ids, plan, cache, self._buffers.workspace, attention, request.eos_ids)
-        return prefill(*given, kind=kind_of(plan))
+        return prefill(*given, None, kind_of(plan))
 
     def finish(self, slot: int, token_ids: Sequence[int], text: str) -> None:
         """A request is done, as far as these tokens of its answer: if it is a turn, its session has them."""

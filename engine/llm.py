@@ -337,7 +337,7 @@ class LLM(CheckedRequests):
         buffers = self._runtime.buffers.lease()
         eos_ids = self._eos_ids(SamplingParams())
         given = (ids, plan, cache, buffers.workspace, self._runtime.attention, eos_ids)
-        result = prefill(self._model, *given, kind=kind_of(plan))
+        result = prefill(self._model, *given, None, kind_of(plan))
         self._runtime.buffers.give_back(buffers)
         return dataclasses.replace(result, logits=result.logits.clone())  # a tensor like any other: writable
 
