@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import re
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,6 +17,7 @@ from two_devices import DEVICE, HOST, two_devices
 from fastkv import LLM, FastKVError, Policy, SamplingParams
 from fastkv.cache.catalogue import POLICIES
 from fastkv.cache.policies import FastKV, FullKV, SnapKV, StreamingLLM
+from fastkv.cli import main
 from fastkv.engine import footprint as footprint_module
 from fastkv.engine import offload_plan, streamed_attention
 from fastkv.engine.decode import decode_step
@@ -27,7 +31,8 @@ from fastkv.engine.workspace import Workspace
 from fastkv.models.config import ModelConfig
 from fastkv.models.granite import Multipliers
 from fastkv.models.llama import Llama
-from fastkv.models.weights import random_weights
+from fastkv.models.presets import PRESETS
+from fastkv.models.weights import meta_model, random_weights
 
 CPU = torch.device("cpu")
 STEPS = 4
@@ -351,6 +356,47 @@ def test_without_offload_the_refusal_names_it(little: LLM) -> None:
     little.offload = False
     with pytest.raises(FastKVError, match=r"the request needs .* or let it go by host memory with offload \(--offload"):
         little.generate([7] * 500, SamplingParams(max_tokens=4), FullKV())
+
+
+def test_the_command_takes_it_and_says_so(
+    archive_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Where no request fits in the usual way. --json has it, too."""
+
+    def check(model: Llama, plan: RequestPlan, *rest: Any) -> None:
+        if plan.offload is None:
+            raise FastKVError("no room; shorten the prompt")
+
+    (tmp_path / "p.txt").write_text("The access code of the calm owl is 9264. " * 9)
+    machine = ["--model", str(archive_folder), "--dtype", "float32", "--device", "cpu", "--max-tokens", "3"]
+    command = [*machine, "--prompt", str(tmp_path / "p.txt"), "--policy", "full"]
+    assert main(command) == 0
+    usual = capfd.readouterr()
+    monkeypatch.setattr("fastkv.engine.checked.check_request_fits", check)
+    monkeypatch.setattr(offload_plan, "CHUNK", 64)
+    assert main([*command, "--offload"]) == 0
+    told = capfd.readouterr()
+    assert told.out == usual.out
+    assert re.search(r"prompt +\d+ tokens, 8 layers by host memory\n", told.err)
+    assert main([*command, "--offload", "--json"]) == 0
+    assert json.loads(capfd.readouterr().out)["offloaded_layers"] == 8
+    assert main(command) == 2
+    assert "shorten the prompt, or let it go by host memory with offload (--offload)" in capfd.readouterr().err
+    assert main([*command, "--offload", "--attention", "math"]) == 2
+    assert "error: --offload: offload attends in a way of its own" in capfd.readouterr().err
+
+
+def test_what_it_takes_is_told_of_a_model_that_is_not_there() -> None:
+    """For plans: a model without weights, for a GPU."""
+    config = PRESETS["llama-3.1-8b"]
+    model = meta_model(config)
+    model.computes_in(torch.bfloat16)
+    plan = plan_request(config, FastKV(), 2**20, 256, torch.bfloat16, 2**21)
+    usual, some, every = (footprint(model, way, plan.nbytes) for way in (plan, *offloaded(plan)))
+    assert usual.on_host == 0
+    assert some.on_host == every.on_host > 2**20 * (4096 + 2 * 1024) * 2
+    assert every.total < some.total < 0.5 * usual.total
+    assert every.total - every.cache - every.lists < 2**30
 
 
 def test_speculation_does_not_go_with_it(little: LLM) -> None:
