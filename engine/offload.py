@@ -241,7 +241,7 @@ class OffloadedRun(LayerRun):
         for index, block in enumerate(self._stream(self._chunks(self.entries.shape[1]))):
             k, v = _heads(block)
             if index == 0:
-                self.cache.store(layer, k, v, None, positions)
+                self.cache.store(layer, k, v, None, positions, to_come=self.entries.shape[1] - k.shape[2])
             else:
                 self.cache.extend(layer, k, v, positions)
 

@@ -9,7 +9,7 @@ what that holds, too.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
 
@@ -143,7 +143,8 @@ class LayerRun:
             "not every layer sees all tokens"
         )
         self.model, self.plan, self.cache, self.attention = model, plan, cache, attention
-        self.whole, self.store = whole, cache.store
+        self.whole = whole
+        self.store: Callable[[int, Tensor, Tensor, Kept, Tensor], None] = cache.store
         self.policy, self.layers = plan.policy, list(plan.layers)
         self.per_head = plan.policy.per_head
         self.shared = SharedEntries(plan.shared, cache, plan.copies_shared) if plan.shared else None

@@ -76,6 +76,8 @@ def check_same(model: Llama, policy: Policy, ids: Tensor, chunk: int, layers: in
     found, others = run(model, policy, ids, chunk, layers)
     assert all(map(torch.equal, found.kept, expected.kept))
     assert all(map(torch.equal, found.tokens, expected.tokens))
+    for one, other in zip(expected.cache.layers, found.cache.layers, strict=True):  # what a graph is captured for
+        assert [one.span(0), one.count(0)] == [other.span(0), other.count(0)]
     for one, other in zip(logits, others, strict=True):
         torch.testing.assert_close(other, one, atol=1e-4, rtol=1e-4)
         assert torch.equal(one.argmax(-1), other.argmax(-1))
