@@ -67,5 +67,5 @@ def planned_for_memory(plan: RequestPlan, allowed: bool, check: Callable[[Reques
             continue
         if allowed:
             return way
-        raise FastKVError(f"{refused}, or let it go by host memory with offload (--offload)")
+        raise FastKVError(f"{refused}, or take host memory, too: offload (--offload of fastkv-run and fastkv-chat)")
     raise last if allowed else refused

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from test_host_blocks import LateLanes
 from torch import Tensor
 from two_devices import DEVICE, HOST, two_devices
 
@@ -162,6 +163,12 @@ def test_a_kernel_that_tells_no_sums_is_done_without(monkeypatch: pytest.MonkeyP
     assert bool(seen) == has_sums
 
 
+def test_blocks_may_come_as_late_as_they_are_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fastkv.engine.offload.lanes_of", lambda device: LateLanes())
+    for policy in (FullKV(), FastKV(min_tokens=8)):
+        check_same(network(), policy, ids_of(230), 40)
+
+
 def test_in_a_short_dtype_it_is_as_near_as_that_goes() -> None:
     model, ids = network(dtype=torch.bfloat16), ids_of(200)
     (expected, _), (found, _) = run(model, FullKV(), ids), run(model, FullKV(), ids, 64)
@@ -222,7 +229,7 @@ def test_no_tensor_is_on_the_wrong_side_and_none_is_forgotten(
 def test_the_device_holds_of_a_longer_prompt_its_cache_and_lists_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """All else is a chunk's. On the host a token has its hidden state, K, V, and the attention that it is paid."""
     model, policy = network(), SnapKV(min_tokens=8)
-    (_, short), (_, long) = (on_two_devices(monkeypatch, model, policy, n, 64) for n in (512, 1024))
+    (_, short), (_, long) = (on_two_devices(monkeypatch, model, policy, n, 128) for n in (512, 1024))
     cache = plan_of(model, policy, 1024).nbytes - plan_of(model, policy, 512).nbytes
     kept = 51  # tokens more of each layer
     positions = 512 * 8 + 4 * 2 * kept * 8
@@ -297,7 +304,12 @@ def test_the_first_way_that_fits_is_taken() -> None:
     for allowed, given, layers, message in (
         (True, plan, (), r"no room for Offload\(layers=4, chunk=4096\)$"),
         (False, plan, (), "no room for None$"),
-        (False, plan, (4,), r"no room for None, or let it go by host memory with offload \(--offload\)$"),
+        (
+            False,
+            plan,
+            (4,),
+            r"no room for None, or take host memory, too: offload \(--offload of fastkv-run and fastkv-chat\)$",
+        ),
         (True, other, (2,), "no room for None; offload does not go with policy h2o, which looks at"),
         (False, other, (2,), "no room for None$"),
     ):
@@ -356,7 +368,7 @@ def test_a_prompt_that_fits_in_no_other_way_goes_by_host_memory(little: LLM, mon
 
 def test_without_offload_the_refusal_names_it(little: LLM) -> None:
     little.offload = False
-    with pytest.raises(FastKVError, match=r"the request needs .* or let it go by host memory with offload \(--offload"):
+    with pytest.raises(FastKVError, match=r"the request needs .* or take host memory, too: offload \(--offload"):
         little.generate([7] * 500, SamplingParams(max_tokens=4), FullKV())
 
 
@@ -383,7 +395,7 @@ def test_the_command_takes_it_and_says_so(
     assert main([*command, "--offload", "--json"]) == 0
     assert json.loads(capfd.readouterr().out)["offloaded_layers"] == 8
     assert main(command) == 2
-    assert "shorten the prompt, or let it go by host memory with offload (--offload)" in capfd.readouterr().err
+    assert "shorten the prompt, or take host memory, too: offload (--offload of fastkv-run" in capfd.readouterr().err
     assert main([*command, "--offload", "--attention", "math"]) == 2
     assert "error: --offload: offload attends in a way of its own" in capfd.readouterr().err
 
