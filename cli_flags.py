@@ -19,7 +19,7 @@ NAMED_SETTINGS = {
     *SETTINGS,
     *SAMPLING_FLAGS,
     *("prompt", "chat", "chat_arg", "stop", "stop_token", "policy", "policy_file", "device", "dtype", "weights"),
-    *("kv_dtype", "share_layers", "threads", "revision", "compile", "attention", "report"),
+    *("kv_dtype", "share_layers", "threads", "revision", "compile", "attention", "report", "offload"),
     *("prompts", "output", "batch_size", "kv_memory", "reuse_prefix", "decode_budget"),
     *("context", "cache", "save_cache"),
     *SPECULATION_SETTINGS,

@@ -2,8 +2,9 @@
 
     python benchmarks/plan_times.py
 
-The shares of engine/machine.py come from here: they are fitted to these very runs (least squares of the ratio), so that
-the ratios say how well a model of two figures each describes them, and nothing of other shapes or several GPUs.
+The shares of engine/planning/machine.py come from here: they are fitted to these very runs (least squares of the
+ratio), so that the ratios say how well a model of two figures each describes them, and nothing of other shapes or
+several GPUs.
 """
 
 from __future__ import annotations
@@ -17,9 +18,9 @@ from typing import Any, NamedTuple
 import torch
 
 from fastkv.cache.catalogue import POLICIES
-from fastkv.engine.expected import decode_step, first_token
-from fastkv.engine.machine import MACHINES, Machine, Reached
-from fastkv.engine.planned import Planned, Wanted, planned
+from fastkv.engine.planning.expected import decode_step, first_token
+from fastkv.engine.planning.machine import MACHINES, Machine, Reached
+from fastkv.engine.planning.planned import Planned, Wanted, planned
 from fastkv.models.presets import PRESETS
 
 RESULTS = Path(__file__).parent / "results"

@@ -131,9 +131,12 @@ class KVCache:
         self.unfinished, self._whole, self.reader = True, whole, None
         self.room = self._entry_room = room
 
-    def store(self, layer: int, k: Tensor, v: Tensor, kept: Kept, positions: Tensor) -> None:
-        """Replace a layer's entries by the `kept` of k and v [B, Hkv, T, D], which stand at `positions` [B, Hkv, n]."""
-        self.pool.layers[layer].store(self.slots, k, v, kept, self._entry_room)
+    def store(self, layer: int, k: Tensor, v: Tensor, kept: Kept, positions: Tensor, to_come: int = 0) -> None:
+        """Replace a layer's entries by the `kept` of k and v [B, Hkv, T, D], which stand at `positions` [B, Hkv, n].
+
+        to_come: entries that `extend` adds before the prefill ends.
+        """
+        self.pool.layers[layer].store(self.slots, k, v, kept, self._entry_room + to_come)
         if not self._whole:
             self._chosen[layer] = positions
 

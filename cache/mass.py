@@ -9,7 +9,7 @@ right, through the few heads that attend to its beginning most, and is lost if t
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -72,6 +72,14 @@ class MassOfLayers:
         self.layers: list[LayerMass | None] = []
         self._one = torch.ones(batch, device=device)
         self._left = self._one if known else None  # the share of the mass that reaches the next layer
+
+    def move(self, move: Callable[[Tensor], Tensor]) -> None:
+        """The next layers are observed on another device, to which `move` takes a tensor."""
+        self._one, self._left = move(self._one), None if self._left is None else move(self._left)
+        self.layers = [
+            None if each is None else each._replace(kept=move(each.kept), total=move(each.total))
+            for each in self.layers
+        ]
 
     def keep_all(self) -> None:
         """A layer keeps all that it saw."""

@@ -246,12 +246,18 @@ class Policy:
     # Whether it chooses alike where a layer's heads are shared out over ranks: whatever it works out of several heads,
     # it works out of Observation.all_heads. So do all classes of this package; any other has to say so itself.
     splits_heads: ClassVar[bool] = True
+    # Whether a prompt may go by host memory (engine/offloading): whether all that this policy asks of an observation is
+    # q, k, v and positions, which are on the host then, where `score` and the others run. Each class says it for
+    # itself: one that is derived may look at more.
+    scores_on_host: ClassVar[bool] = False
 
     def __init_subclass__(cls) -> None:
         if "name" not in vars(cls):
             cls.name = cls.__name__.lower()
         if "splits_heads" not in vars(cls):
             cls.splits_heads = cls.__module__.partition(".")[0] == _PACKAGE
+        if "scores_on_host" not in vars(cls):
+            cls.scores_on_host = False
 
     def __post_init__(self) -> None:
         """Check the settings, each by itself. Raises FastKVError for a value out of range."""

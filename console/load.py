@@ -42,6 +42,7 @@ def load_by_flags(args: argparse.Namespace, policy: Policy | None) -> LLM:
         cuda_graph=not args.no_cuda_graph,
         compile=args.compile,
         attention=args.attention,
+        offload=args.offload,
         draft_weights=getattr(args, "draft_weights", None),
         tensor_parallel=world_size(),
     )

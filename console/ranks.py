@@ -43,7 +43,7 @@ def check_rank_flags(args: argparse.Namespace) -> None:
     """FastKVError for flags that do not go with several ranks."""
     if world_size() == 1:
         return
-    for flag in ("report", "cache", "save_cache", "speculation", "draft_weights", "compile"):
+    for flag in ("report", "cache", "save_cache", "speculation", "draft_weights", "compile", "offload"):
         if getattr(args, flag, None):
             raise FastKVError("does not go with torchrun: leave it out, or start one process", setting=flag)
     for flag, names in (("prompt", args.prompt), ("prompts", [args.prompts])):

@@ -59,6 +59,9 @@ def add_engine_flags(group: argparse._ArgumentGroup) -> None:
     """How the engine computes, beyond `add_machine_flags`."""
     group.add_argument("--no-cuda-graph", action="store_true", help="on a GPU, decode without captured graphs")
     group.add_argument("--compile", action="store_true", help="compile the layers: a slow first run, then faster")
+    group.add_argument(
+        "--offload", action="store_true", help="a prompt that does not fit on the device: by host memory"
+    )
     group.add_argument("--attention", default="auto", metavar="B", help="auto (default), cudnn, flash, efficient, math")
 
 

@@ -34,6 +34,7 @@ def as_json(output: Output) -> dict[str, Any]:
         "dtype": output.run.dtype,
         "kv_dtype": output.run.kv_dtype,
         "shared_layers": output.run.shared_layers,
+        "offloaded_layers": output.run.offloaded_layers,
         "decode_budget": output.run.decode_budget,
         "ranks": output.run.ranks,
         "warning": warning(output.run, output.metrics),
@@ -66,7 +67,7 @@ def figures(output: Output) -> Rows:
     rows = [
         ("policy", f"{run.policy}, on {run.device} in {run.dtype}{_entries_in(run.kv_dtype)}"),
         *([("ranks", f"{run.ranks}; what follows is of one of them")] if run.ranks > 1 else []),
-        ("prompt", _tokens(metrics.prompt_tokens) + _reused(metrics.reused_tokens)),
+        ("prompt", _tokens(metrics.prompt_tokens) + _reused(metrics.reused_tokens) + _offloaded(run)),
     ]
     if not metrics.new_tokens:  # interrupted before there was anything to measure
         return [*rows, ("decode", _tokens(0))]
@@ -115,6 +116,11 @@ def _entries_in(kv_dtype: str | None) -> str:
 
 def _reused(count: int) -> str:
     return f", after {count:,} that had been read" if count else ""
+
+
+def _offloaded(run: RunInfo) -> str:
+    count = run.offloaded_layers
+    return f", {count} layer{'' if count == 1 else 's'} by host memory" if count else ""
 
 
 def _layers(run: RunInfo, metrics: Metrics) -> Rows:

@@ -94,6 +94,7 @@ class Answer:
 
     def _run(self) -> RunInfo:
         policy, first, budget = self.request.policy, self.request.plan.first_pass, self.request.plan.decode_budget
+        offload = self.request.plan.offload
         return RunInfo(
             policy=policy.name,
             settings=policy.settings(self._config.n_layers),
@@ -104,6 +105,7 @@ class Answer:
             kv_dtype=self.request.plan.layout.kv_dtype,
             shared_layers=pairs_of(self.request.plan.shared),
             ranks=self._config.n_ranks,
+            offloaded_layers=0 if offload is None else offload.layers,
         )
 
     def _read_bytes(self) -> int | None:

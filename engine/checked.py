@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from fastkv.engine.decode_batch import capacities_of, layout_of
 from fastkv.engine.footprint import Footprint, footprint
 from fastkv.engine.loaded import LoadedModel
 from fastkv.engine.memory import explain_out_of_memory
+from fastkv.engine.offloading.plan import planned_for_memory
 from fastkv.engine.plan import RequestPlan, plan_request, position_limit
 from fastkv.engine.request import (
     Request,
@@ -80,10 +81,11 @@ class CheckedRequests(LoadedModel):
         ways: dict[str, Any] = {"kv_dtype": self.kv_dtype, "shared": self._sources}
         plan = plan_request(self._model.config, policy, *sizes, past, self._told, decode_budget, **ways)
         request = Request(ids, params, plan, self._eos_ids(params, getattr(prompt, "ends", frozenset())), turn)
-        if fitting is None or request.sizes not in fitting:
+        if fitting is None or self.offload or request.sizes not in fitting:
             slot, draws = self._slot_bytes(request), params.temperature > 0
             kept = plan.nbytes if turn is not None and turn.keep else 0  # what the session then holds, beside the slot
-            self._check_fits(plan, footprint(self._model, plan, slot + kept, draws=draws))
+            plan = self._fitting(plan, lambda way: footprint(self._model, way, slot + kept, draws=draws))
+            request = dataclasses.replace(request, plan=plan)
         if fitting is not None:
             fitting.add(request.sizes)
         return request
@@ -92,10 +94,18 @@ class CheckedRequests(LoadedModel):
         """Bytes of the slot that a request is given if it is alone."""
         return bytes_of(layout_of([request]), capacities_of([request]), request.plan.shape)
 
-    def _check_fits(self, plan: RequestPlan, needed: Footprint, pool: bool = True) -> None:
-        """FastKVError where memory is too little. pool: whether the slots of earlier requests can be used again."""
-        reusable = self._runtime.buffers.reusable(needed.cache if pool else 0, needed.workspace)
-        check_request_fits(self._model, plan, needed, reusable)
+    def _fitting(self, plan: RequestPlan, needs: Callable[[RequestPlan], Footprint], pool: bool = True) -> RequestPlan:
+        """The plan, by host memory if it fits in no other way. FastKVError where memory is too little.
+
+        pool: whether the slots of earlier requests can be used again.
+        """
+
+        def check(plan: RequestPlan) -> None:
+            needed, buffers = needs(plan), self._runtime.buffers
+            reusable = buffers.reusable(needed.cache if pool else 0, needed.workspace)
+            check_request_fits(self._model, plan, needed, reusable, buffers.reusable(0, needed.host))
+
+        return planned_for_memory(plan, self.offload, check)
 
     def _request_of(
         self,
@@ -156,6 +166,11 @@ class CheckedRequests(LoadedModel):
         by_model = speculation.kind == "self"
         drafts = self.policy if policy is None else self._checked_policy(policy)
         request = self._request(prompt, params, FullKV() if by_model else policy)
+        if request.plan.offload is not None:
+            raise FastKVError(
+                "this prompt fits by offload only, which speculation does not go with: leave one of the two out",
+                setting="speculation",
+            )
         if by_model:
             room = position_limit(self.config, drafts, request.plan.n_tokens) - request.plan.n_tokens
             if 0 < room < request.max_tokens and request.params.max_tokens is None:  # nobody asked for so many

@@ -22,6 +22,7 @@ from fastkv.cache.pool import bucket
 from fastkv.cache.quantised_layouts import QuantisedModelWideLayer
 from fastkv.engine.graph import GraphError
 from fastkv.engine.memory import start_peak
+from fastkv.engine.offloading.run import kind_of
 from fastkv.engine.plan import RequestPlan
 from fastkv.engine.prefill import Prefill, prefill
 from fastkv.engine.request import Request
@@ -106,7 +107,8 @@ class DecodeBatch:
         """Read ids, int64 [1, N] on the host, of a request."""
         model, attention = self._runtime.model, self._runtime.attention
         ids = ids.to(model.device)
-        return prefill(model, ids, plan, cache, self._buffers.workspace, attention, request.eos_ids)
+        given = (model, ids, plan, cache, self._buffers.workspace, attention, request.eos_ids)
+        return prefill(*given, None, kind_of(plan))
 
     def finish(self, slot: int, token_ids: Sequence[int], text: str) -> None:
         """A request is done, as far as these tokens of its answer: if it is a turn, its session has them."""

@@ -10,7 +10,8 @@ that were freed.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -20,8 +21,9 @@ from fastkv.cache.model_wide import ModelWideLayer
 from fastkv.cache.policy import ScoreSizes
 from fastkv.cache.scores import queries_at_a_time
 from fastkv.engine.attention import QUERY_BLOCK
+from fastkv.engine.offloading.sizes import OffloadedLayer, offloaded_layer
 from fastkv.engine.output_norms import tokens_at_a_time
-from fastkv.engine.plan import RequestPlan
+from fastkv.engine.plan import Offload, RequestPlan
 from fastkv.engine.probe import ProbePlan
 from fastkv.engine.projection import chunks
 from fastkv.engine.speculation.lookup import lookup_bytes
@@ -56,6 +58,8 @@ class Footprint(NamedTuple):
 
     cache: its slots. held: K and V of all tokens, where a policy holds them until all layers have run. workspace: by
     the names of the buffers. lists: positions, indices and rotations. step: what the largest step makes besides.
+    host, host_step: the same two of an offloaded prefill on the host, where that has another memory than the device;
+    they are not in the total.
     """
 
     cache: int
@@ -63,6 +67,8 @@ class Footprint(NamedTuple):
     workspace: dict[str, int]
     lists: int
     step: int
+    host: Mapping[str, int] = {}
+    host_step: int = 0
 
     @property
     def buffers(self) -> int:
@@ -72,6 +78,17 @@ class Footprint(NamedTuple):
     @property
     def total(self) -> int:
         return self.cache + self.held + self.buffers + self.lists + self.step
+
+    @property
+    def on_host(self) -> int:
+        """Bytes of host memory, of an offloaded prefill for a GPU."""
+        return sum(self.host.values()) + self.host_step
+
+    def in_one_memory(self) -> Footprint:
+        """The same on a CPU, which is its own host."""
+        return self._replace(
+            workspace={**self.workspace, **self.host}, step=max(self.step, self.host_step), host={}, host_step=0
+        )
 
 
 def footprint(
@@ -92,6 +109,8 @@ def footprint(
     shapes = _Shapes.of(model, plan, batch)
     seen = plan.n_tokens
     workspace: dict[str, int] = {}
+    host: dict[str, int] = {}
+    host_step = 0
     steps = [shapes.decoding(slots * judged, draws) + slots * shapes.judging(judged)]
     if plan.first_pass is not None:  # all tokens, but only the layers up to the one that chooses
         whole = _Way(
@@ -102,6 +121,13 @@ def footprint(
         steps.append(max(shapes.projecting(seen, keys_only=True), shapes.scoring(seen, 1)))
     for index in range(len(plan.layers)):
         way = _Way.of(plan, index, shapes.on_cpu)
+        if plan.offload is not None and index < plan.offload.layers:
+            by_host = shapes.of_offloaded_layer(way, index, plan.offload)
+            _grow(workspace, by_host.buffers)
+            _grow(host, by_host.host_buffers)
+            steps.append(by_host.step)
+            host_step = max(host_step, by_host.host_step)
+            continue
         _grow(workspace, shapes.buffers(way))
         steps.append(shapes.of_layer(way))
     if plan.probe is not None:  # all layers once more, for a part of the prompt at a time
@@ -118,7 +144,8 @@ def footprint(
         lists += (slots - 1) * (index + reading)  # of those that decode meanwhile; its own comes after the layers
         steps.append(batch * (index + max(taken for _, taken in plan.index_bytes)))
         steps.append(batch * (index + reading) + (shapes.choosing() if plan.max_tokens else 0) + steps[0])
-    return Footprint(cache, batch * plan.held_nbytes, workspace, lists, max(steps))
+    said = Footprint(cache, batch * plan.held_nbytes, workspace, lists, max(steps), host, host_step)
+    return said.in_one_memory() if shapes.on_cpu else said
 
 
 def _grow(workspace: dict[str, int], needs: dict[str, int]) -> None:
@@ -294,6 +321,14 @@ class _Shapes:
         steps.append(attended + self.attending(way.out, way.entries, masked=few or way.past > 0))
         steps.append(attended + self.finishing(way.out))
         return max(steps)
+
+    def of_offloaded_layer(self, way: _Way, index: int, offload: Offload) -> OffloadedLayer:
+        """Of a layer that goes by host memory, where its policy scores."""
+        scored = way.queries > 0
+        out = 1 if index == len(self.plan.layers) - 1 else self.plan.layers[index].propagated or way.seen
+        scoring = replace(self, device=torch.device("cpu")).scoring(way.entries, way.queries) if scored else 0
+        stays = index + 1 < offload.layers
+        return offloaded_layer(self, offload.chunk, way.seen, way.kept, out, way.queries, scoring, stays)
 
     def probing(self, probe: ProbePlan) -> int:
         """The largest step of a probe, besides the scores of all layers, once as parts and once joined."""

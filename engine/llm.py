@@ -25,6 +25,7 @@ from fastkv.engine.decode import decode_step
 from fastkv.engine.footprint import footprint
 from fastkv.engine.generation import Generation
 from fastkv.engine.memory import explain_out_of_memory, raise_if_out_of_memory
+from fastkv.engine.offloading.run import kind_of
 from fastkv.engine.output import Output
 from fastkv.engine.plan import plan_request, position_limit
 from fastkv.engine.prefill import Prefill, prefill
@@ -70,10 +71,12 @@ class LLM(CheckedRequests):
     the next ones faster; on a CPU the steps of a single sequence are compiled here, and kept in the cache folder.
     attention: the kernels of causal attention, "auto" (on a GPU the first that works of these four) | "cudnn" | "flash"
     | "efficient" | "math". tensor_parallel: processes, started by torchrun, that hold the model together, each a part
-    of the heads, of the MLP and of every cache; all of them make the same calls (docs/library.md). prefix_cache: bytes
+    of the heads, of the MLP and of every cache; all of them make the same calls (docs/parallel.md). prefix_cache: bytes
     of K and V that are kept of the last prompts, in which nothing was dropped: one that begins like one of them (in 64
-    tokens or more, and alone, not in a list) reads only the rest; 0 keeps none. progress: called while stored weights
-    are read, with the bytes read and the bytes in all.
+    tokens or more, and alone, not in a list) reads only the rest; 0 keeps none. offload: where a prompt does not fit on
+    the device, let its hidden states and K and V of one layer lie in host memory while it is read (engine/offloading),
+    so that host memory is the limit. For policies that say `scores_on_host`, and prompts that begin a sequence.
+    progress: called while stored weights are read, with the bytes read and the bytes in all.
 
     Raises FastKVError for a folder that cannot be loaded and for settings that do not fit; nothing is loaded then.
     """
@@ -237,7 +240,7 @@ class LLM(CheckedRequests):
             drafting = self._drafting if asked.kind == "self" else None
             return Generation(self._runtime, self.tokenizer, request, called_at, keep_selection, drafting=drafting)
         request = self._request(prompt, params, policy, decode_budget=budget)
-        whole = request.turn is None and budget is None and request.plan.is_exact
+        whole = request.turn is None and budget is None and request.plan.is_exact and request.plan.offload is None
         store = self._prefixes if whole and not keep_selection else None
         if store is not None:
             with explain_out_of_memory(REQUEST):
@@ -331,14 +334,15 @@ class LLM(CheckedRequests):
         new = 0 if plan.compresses else plan.n_tokens + max_tokens
         fits = cache is not None and cache.has_room(plan.capacities, new)
         new_cache = 0 if cache is not None and fits else ids.shape[0] * plan.nbytes
-        self._check_fits(plan, footprint(self._model, plan, new_cache, ids.shape[0]), pool=False)
+        plan = self._fitting(plan, lambda way: footprint(self._model, way, new_cache, ids.shape[0]), pool=False)
         if cache is None:
             cache = plan.new_cache(ids.shape[0], self.device)
         elif not fits:
             cache.make_room(plan.capacities, new)
         buffers = self._runtime.buffers.lease()
         eos_ids = self._eos_ids(SamplingParams())
-        result = prefill(self._model, ids, plan, cache, buffers.workspace, self._runtime.attention, eos_ids)
+        given = (ids, plan, cache, buffers.workspace, self._runtime.attention, eos_ids)
+        result = prefill(self._model, *given, None, kind_of(plan))
         self._runtime.buffers.give_back(buffers)
         return dataclasses.replace(result, logits=result.logits.clone())  # a tensor like any other: writable
 

@@ -69,6 +69,7 @@ class LoadedModel:
         compile: bool = False,
         attention: str = "auto",
         prefix_cache: int = 0,
+        offload: bool = False,
         draft_weights: str | None = None,
         tensor_parallel: int = 1,
         progress: Callable[[int, int], None] | None = None,
@@ -78,14 +79,17 @@ class LoadedModel:
             check_choice("draft_weights", draft_weights, DRAFT_WEIGHTS)
             if weights == draft_weights:
                 raise FastKVError("the weights are int8 already: leave one of them out", setting="draft_weights")
-        for name, switch in (("cuda_graph", cuda_graph), ("compile", compile)):
+        for name, switch in (("cuda_graph", cuda_graph), ("compile", compile), ("offload", offload)):
             check_switch(name, switch)
+        if offload and attention != "auto":
+            raise FastKVError("offload attends in a way of its own: leave attention or it out", setting="offload")
+        self.offload = offload
         check_integer("prefix_cache", prefix_cache, 0)
         check_started(tensor_parallel)
         self._prefixes = PrefixStore(prefix_cache) if prefix_cache else None
         self._check_kv_dtype(kv_dtype)
         if tensor_parallel > 1:
-            _check_parallel(compile=compile, prefix_cache=prefix_cache, draft_weights=draft_weights)
+            _check_parallel(compile=compile, prefix_cache=prefix_cache, draft_weights=draft_weights, offload=offload)
         target = resolve_device(device) if tensor_parallel == 1 else resolve_rank_device(device)
         self._process, self._tensor_parallel = process_for_model(target), tensor_parallel
         dummy = load_format == "dummy"

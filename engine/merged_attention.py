@@ -20,6 +20,8 @@ from fastkv.kernels.key_products import products
 _BLOCK = 1024
 # Float32 logits that are held at a time, for the keys under the mask: 256 MiB, half of that again for the weights.
 _LOGITS = 2**26
+LOWEST = torch.finfo(torch.float32).min  # a log-sum-exp of nothing, with which one can still reckon
+_TINY = torch.finfo(torch.float32).tiny
 
 
 def merged_attention(indices: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -55,30 +57,31 @@ def _attend(indices: Tensor, q: Tensor, k: Tensor, v: Tensor, first: int, end: i
     # The queries of a KV head's group are the rows of one product: K and V are never repeated.
     rows = q.unflatten(1, (k.shape[1], -1)).flatten(2, 3)  # [B, Hkv, G * n, D]
     ahead = torch.arange(first, end, device=k.device) > indices.unsqueeze(-1)  # [B, n, end - first]
-    attended, sums = _near(rows, k[:, :, first:end], v[:, :, first:end], ahead)
+    attended, sums = near(rows, k[:, :, first:end], v[:, :, first:end], ahead)
     if first > 0:
-        before, sums_before = _flash(rows, k[:, :, :first], v[:, :, :first])
+        before, sums_before = flash(rows, k[:, :, :first], v[:, :, :first])
         share = torch.sigmoid(sums_before - sums).unsqueeze(-1)
         attended = torch.lerp(attended, before.float(), share)
     return attended.to(q.dtype).unflatten(2, (-1, q.shape[2])).flatten(1, 2)
 
 
-def _near(rows: Tensor, k: Tensor, v: Tensor, ahead: Tensor) -> tuple[Tensor, Tensor]:
+def near(rows: Tensor, k: Tensor, v: Tensor, ahead: Tensor | None) -> tuple[Tensor, Tensor]:
     """Attention under a mask: rows [B, Hkv, G * n, D]; ahead bool [B, n, s], the keys that a query does not see.
 
-    Every query sees one key at the least, its own. -> float32 [B, Hkv, G * n, D], and the log-sum-exps of the logits,
-    float32 [B, Hkv, G * n].
+    ahead: None where every query sees every key. -> float32 [B, Hkv, G * n, D], and the log-sum-exps of the logits,
+    float32 [B, Hkv, G * n]; of a query that sees no key, zeros and LOWEST.
     """
     logits = products(rows, k).div_(rows.shape[-1] ** 0.5)
-    logits.unflatten(2, (-1, ahead.shape[1])).masked_fill_(ahead[:, None, None], float("-inf"))
-    highest = logits.amax(dim=-1, keepdim=True)
+    if ahead is not None:
+        logits.unflatten(2, (-1, ahead.shape[1])).masked_fill_(ahead[:, None, None], float("-inf"))
+    highest = logits.amax(dim=-1, keepdim=True).clamp_(min=LOWEST)  # finite, even of a query that sees no key
     weights = logits.sub_(highest).exp_()  # in place: one tensor of this size
-    total = weights.sum(dim=-1, keepdim=True)
+    total = weights.sum(dim=-1, keepdim=True).clamp_(min=_TINY)
     attended = weights.div_(total).to(v.dtype) @ v
     return attended.float(), (highest + total.log()).squeeze(-1)
 
 
-def _flash(rows: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+def flash(rows: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     """Attention without a mask. -> [B, Hkv, G * n, D], and float32 [B, Hkv, G * n]."""
     # What scaled_dot_product_attention calls; it keeps the log-sum-exps to itself.
     if rows.device.type == "cpu":
@@ -94,8 +97,17 @@ def why_not_merged(group: int, head_dim: int, dtype: torch.dtype, device: torch.
 
     The kernel is internal to torch, and versions and devices differ: so it is tried once, on a small sample.
     """
-    if device.type != "cuda":
-        return "a mask is as fast on a CPU"
+    return "a mask is as fast on a CPU" if device.type != "cuda" else _why_no_sums(group, head_dim, dtype, device)
+
+
+@functools.cache
+def has_sums(group: int, head_dim: int, dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether there is flash attention here that tells its log-sum-exps, for `group` query heads on each KV head."""
+    return _why_no_sums(group, head_dim, dtype, device) is None
+
+
+def _why_no_sums(group: int, head_dim: int, dtype: torch.dtype, device: torch.device) -> str | None:
+    """Why there is none; None: there is."""
     try:
         return None if _agrees_on_a_sample(group, head_dim, dtype, device) else "merging gives other results here"
     except (AttributeError, RuntimeError, TypeError, ValueError) as error:

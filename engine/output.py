@@ -76,6 +76,7 @@ class RunInfo:
     model then read anew, None where there was none. decode_budget: entries that each KV head was to hold at most while
     the answer grew; None: it kept all. shared_layers: (reader, source) of each layer that read another one's entries.
     ranks: processes that held the model together; entries and bytes are then those of one of them.
+    offloaded_layers: how many of the first ones read the prompt by host memory.
     """
 
     policy: str
@@ -87,6 +88,7 @@ class RunInfo:
     kv_dtype: str | None = None
     shared_layers: tuple[tuple[int, int], ...] = ()
     ranks: int = 1
+    offloaded_layers: int = 0
 
 
 @dataclass(frozen=True)

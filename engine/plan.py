@@ -55,6 +55,17 @@ class Past(Protocol):
 
 
 @dataclass(frozen=True)
+class Offload:
+    """How a prefill goes by host memory (engine/offloading): its first `layers`, with `chunk` tokens on the device.
+
+    The last of these layers propagates some of its tokens only, or is the last of all.
+    """
+
+    layers: int
+    chunk: int
+
+
+@dataclass(frozen=True)
 class RequestPlan:
     """The sizes of a prefill and of what comes after it, for each sequence.
 
@@ -66,7 +77,7 @@ class RequestPlan:
     the prompt is repeated before its layers choose (None: not at all). capacities: entries of each layer's KV heads.
     layout, shape: how they are stored. decode_budget: what bounds the entries while the answer grows (None: nothing).
     shared: of each layer the one whose entries it reads, itself or an earlier one (cache/layer_map.py); () where none
-    reads another.
+    reads another. offload: how it goes by host memory (None: it does not).
     """
 
     policy: Policy
@@ -85,6 +96,7 @@ class RequestPlan:
     shape: EntryShape
     decode_budget: DecodeBudget | None = None
     shared: Sources = ()
+    offload: Offload | None = None
 
     @property
     def evicts(self) -> DecodeBudget | None:

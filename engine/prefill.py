@@ -9,7 +9,7 @@ what that holds, too.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
 
@@ -86,6 +86,7 @@ def prefill(
     attention: str = AUTO,
     eos_ids: Collection[int] = (),
     whole: KVCache | None = None,
+    kind: type[LayerRun] | None = None,
 ) -> Prefill:
     """Run the new tokens `ids`, int64 [B, N], through all layers, into `cache`, which may hold a sequence already.
 
@@ -93,8 +94,9 @@ def prefill(
     keeps its share in the cache, and the next one writes over the rest. (Look-ahead and competing layers hold it for
     longer: engine/lookahead.py, engine/competing.py.) eos_ids: the tokens that end an answer, and the draft of a
     look-ahead. whole: a second, empty cache, which keeps all tokens of every layer; of a plan that propagates them all.
+    kind: how the layers are run (None: all on the device).
     """
-    run = LayerRun(model, plan, cache, workspace, attention, whole)
+    run = (kind or LayerRun)(model, plan, cache, workspace, attention, whole)
     start = cache.position
     model.reserve(start + plan.positions)
     cache.begin(whole=not plan.compresses, room=plan.max_tokens)
@@ -142,6 +144,7 @@ class LayerRun:
         )
         self.model, self.plan, self.cache, self.attention = model, plan, cache, attention
         self.whole = whole
+        self.store: Callable[[int, Tensor, Tensor, Kept, Tensor], None] = cache.store
         self.policy, self.layers = plan.policy, list(plan.layers)
         self.per_head = plan.policy.per_head
         self.shared = SharedEntries(plan.shared, cache, plan.copies_shared) if plan.shared else None
@@ -288,7 +291,7 @@ class LayerRun:
             return scores
         kept = self._best(observed, counts, scores) if counts < n_entries else None
         self.positions = positions if kept is None else positions_of(kept, positions)
-        self.cache.store(observed.layer, observed.k, observed.v, kept, self.positions)
+        self.store(observed.layer, observed.k, observed.v, kept, self.positions)
         self.mass.keep(observed, kept, self.policy.window)
         return scores
 

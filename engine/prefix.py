@@ -110,7 +110,8 @@ def _beginnings(
 def _may_share(request: Request, compressed: bool) -> bool:
     """Whether a request can go on after a copy of its beginning. compressed: also where that has lost something."""
     plan = request.plan
-    return request.turn is None and plan.decode_budget is None and (compressed or plan.is_exact)
+    plain = request.turn is None and plan.decode_budget is None and plan.offload is None
+    return plain and (compressed or plan.is_exact)
 
 
 def _continued(model: Llama, requests: Sequence[Request], begun: Sequence[tuple[Group, Beginning]]) -> list[Request]:

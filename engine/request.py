@@ -170,10 +170,12 @@ def answer_length(
     return int(params.max_tokens)
 
 
-def check_request_fits(model: Llama, plan: RequestPlan, needed: Footprint, reusable: int = 0) -> None:
-    """FastKVError if a request needs more than the device's memory has left, at its worst moment.
+def check_request_fits(
+    model: Llama, plan: RequestPlan, needed: Footprint, reusable: int = 0, reusable_on_host: int = 0
+) -> None:
+    """FastKVError if a request needs more than the device's memory has left, at its worst moment, or the host's.
 
-    reusable: bytes that are allocated but idle, which it can use.
+    reusable, reusable_on_host: bytes that are allocated but idle, which it can use.
     """
     parts = {
         "KV cache": needed.cache,
@@ -190,6 +192,12 @@ def check_request_fits(model: Llama, plan: RequestPlan, needed: Footprint, reusa
     elif needed.held:
         advice = "set lookahead to 0, lower kv_retention or max_tokens, or shorten the prompt"
     check_fits("the request", parts, model.device, advice, reusable, model.ranks)
+    if needed.on_host:
+        parts = {
+            "hidden states, K and V of one layer on the host": sum(needed.host.values()),
+            "scores there": needed.host_step,
+        }
+        check_fits("the request", parts, torch.device("cpu"), advice, reusable_on_host)
 
 
 def _whose(plan: RequestPlan) -> str:

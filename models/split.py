@@ -51,10 +51,15 @@ def part_of(config: Config, rank: int, count: int) -> Config:
     )
 
 
+def possible_counts(config: NetworkConfig) -> list[int]:
+    """How many ranks can share a model, 1 among them."""
+    sizes = (config.n_kv_heads, config.n_heads, config.intermediate_size)
+    return [n for n in range(1, config.n_kv_heads + 1) if not any(size % n for size in sizes)]
+
+
 def _counts(config: NetworkConfig) -> str:
     """How many ranks can share a model, in words."""
-    sizes = (config.n_kv_heads, config.n_heads, config.intermediate_size)
-    counts = [str(n) for n in range(2, config.n_kv_heads + 1) if not any(size % n for size in sizes)]
+    counts = [str(n) for n in possible_counts(config) if n > 1]
     if not counts:
         return "one process"
     return counts[0] if len(counts) == 1 else f"{', '.join(counts[:-1])} or {counts[-1]}"

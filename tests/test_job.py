@@ -254,7 +254,7 @@ def test_another_revision_is_another_model(run: Run, archive_llm: LLM, monkeypat
 # Of all flags, those that change no answer, but how it is made or told. What they change is rounding.
 _HOW = {
     *("prompt", "prompts", "policy_file", "save_cache", "output", "batch_size", "kv_memory", "report", "json"),
-    *("device", "threads", "no_cuda_graph", "compile", "attention", "quiet", "verbose", "version", "help"),
+    *("device", "threads", "no_cuda_graph", "compile", "attention", "offload", "quiet", "verbose", "version", "help"),
 }
 _REFUSED_WITH_OUTPUT = {"lossless", "speculation", "draft_tokens", "draft_weights"}
 # By the name that records have for it. The other flags are settings of the policy, and of sampling.

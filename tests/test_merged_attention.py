@@ -109,9 +109,9 @@ def test_keys_before_a_block_are_left_to_flash_attention(monkeypatch: pytest.Mon
     """And no more than these: the plain products are those of the keys from a block's first place to its last."""
     monkeypatch.setattr(module, "_BLOCK", 4)
     seen: list[tuple[int, int]] = []
-    flash, near = module._flash, module._near
+    flash, near = module.flash, module.near
 
-    def watched_near(rows: Tensor, k: Tensor, v: Tensor, ahead: Tensor) -> tuple[Tensor, Tensor]:
+    def watched_near(rows: Tensor, k: Tensor, v: Tensor, ahead: Tensor | None) -> tuple[Tensor, Tensor]:
         seen.append((0, k.shape[2]))
         return near(rows, k, v, ahead)
 
@@ -119,8 +119,8 @@ def test_keys_before_a_block_are_left_to_flash_attention(monkeypatch: pytest.Mon
         seen[-1] = (k.shape[2], seen[-1][1])
         return flash(rows, k, v)
 
-    monkeypatch.setattr(module, "_near", watched_near)
-    monkeypatch.setattr(module, "_flash", watched_flash)
+    monkeypatch.setattr(module, "near", watched_near)
+    monkeypatch.setattr(module, "flash", watched_flash)
     q, k, v = heads_of(1, 4, 2, torch.float32)
     indices = torch.tensor([[0, 3, 4, 9, 20, 21, 22, 23, 200]])
     merged_attention(indices, take_tokens(q, indices), k, v)
@@ -162,13 +162,13 @@ def test_a_sample_tells_whether_it_works(monkeypatch: pytest.MonkeyPatch) -> Non
     for dtype in (torch.float32, torch.bfloat16):
         assert module._agrees_on_a_sample(4, 16, dtype, CPU)
         assert module._agrees_on_a_sample(1, 64, dtype, CPU)
-    flash = module._flash
+    flash = module.flash
 
     def in_base_two(rows: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         attended, sums = flash(rows, k, v)
         return attended, sums * 1.4427
 
-    monkeypatch.setattr(module, "_flash", in_base_two)
+    monkeypatch.setattr(module, "flash", in_base_two)
     assert not module._agrees_on_a_sample(4, 16, torch.float32, CPU)
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from rank_threads import Shared
 from test_footprint import CPU, model_of
 from test_peak_memory import Alive
 from torch import Tensor
@@ -19,11 +20,12 @@ from fastkv.cache.catalogue import POLICIES
 from fastkv.cache.decode_budget import DecodeBudget
 from fastkv.console.plan.command import main as plan_command
 from fastkv.engine import footprint as footprint_module
-from fastkv.engine.expected import decode_step, expected, first_token
-from fastkv.engine.machine import MACHINES, ON_CPU, Link, Machine, Reached
-from fastkv.engine.planned import Planned, Wanted, offloaded, planned
-from fastkv.engine.ranks import possible_ranks, rank_config, stored_config
+from fastkv.engine.planning.expected import decode_step, expected, first_token
+from fastkv.engine.planning.machine import MACHINES, ON_CPU, Link, Machine, Reached
+from fastkv.engine.planning.planned import Planned, Wanted, offloaded, planned
+from fastkv.engine.planning.rank_sizes import rank_config, stored_config
 from fastkv.models.presets import PRESETS
+from fastkv.models.split import possible_counts
 
 CUDA = torch.device("cuda")
 # Whatever reaches its ceilings: 1 FLOP/s, 1 byte/s.
@@ -167,10 +169,10 @@ def test_a_rank_of_two_by_hand() -> None:
 
 
 def test_how_many_ranks_a_model_takes() -> None:
-    assert possible_ranks(PRESETS["llama-3.1-70b"]) == [1, 2, 4, 8]
-    assert possible_ranks(PRESETS["qwen2.5-7b"]) == [1, 2, 4]
+    assert possible_counts(PRESETS["llama-3.1-70b"]) == [1, 2, 4, 8]
+    assert possible_counts(PRESETS["qwen2.5-7b"]) == [1, 2, 4]
     odd = replace(PRESETS["llama-3.1-70b"], intermediate_size=28_674)
-    assert possible_ranks(odd) == [1, 2]
+    assert possible_counts(odd) == [1, 2]
     with pytest.raises(FastKVError, match=r"28,674 columns of the MLP cannot be split over 4 GPUs"):
         rank_config(odd, 4)
 
@@ -273,7 +275,7 @@ def test_what_is_not_known_is_said_and_not_guessed() -> None:
     assert why(machine, kv_dtype="int8")[:2] == (True, False)
     assert why(machine, "quest")[:2] == (True, False)
     assert "is not counted" in why(machine, "h2o")[2]
-    assert "another less" in why(machine, "adakv")[2]
+    assert "compete for entries" in why(machine, "adakv")[2]
     assert "1.3 times" in why(machine, "adakv")[2]
 
 
@@ -305,3 +307,16 @@ def test_a_line_of_the_table_is_a_plan_beside_two_processes(
     assert module.row(case, 1) == f"| tiny | float32, int8 entries | full | 600 | {figures} |"
     assert module.measured({**case, "threads": 1}) > 0
     assert {case[0] for case in module.CASES} - set(PRESETS) <= set(module.SHAPES)
+
+
+@pytest.mark.parametrize("policy", ["full", "fastkv", "snapkv", "h2o"])
+def test_a_plan_of_two_ranks_is_what_a_rank_is_checked_by(llms: dict[str, LLM], policy: str) -> None:
+    llm = llms["wide"]
+    plan = planned(wanted(llm, policy, 900, ranks=2))
+
+    def of_rank(own: LLM) -> tuple[int, Any]:
+        request = own._request([7] * 900, SamplingParams(max_tokens=20), POLICIES[policy]())
+        return parameters(own), footprint_module.footprint(own.model, request.plan, own._slot_bytes(request))
+
+    shared = Shared(llm._folder, load_format="dummy")
+    assert shared.run(of_rank)[0] == (plan.weights, plan.needs)

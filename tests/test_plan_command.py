@@ -19,7 +19,7 @@ from fastkv.console.plan.command import main
 from fastkv.console.plan.flags import NAMED_SETTINGS, build_parser, tokens
 from fastkv.console.plan.model import shape_of
 from fastkv.console.policy_file import remember
-from fastkv.engine.ceilings import Ceilings
+from fastkv.engine.planning.ceilings import Ceilings
 from fastkv.errors import FastKVError
 from fastkv.models.files import fingerprint
 

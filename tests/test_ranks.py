@@ -292,7 +292,9 @@ def test_what_cannot_be_shared_is_refused(values: dict[str, Any], count: int, to
         part_of(config, count - 1, count)
 
 
-@pytest.mark.parametrize("setting", [{"compile": True}, {"prefix_cache": 2**20}, {"draft_weights": "int8"}])
+@pytest.mark.parametrize(
+    "setting", [{"compile": True}, {"prefix_cache": 2**20}, {"draft_weights": "int8"}, {"offload": True}]
+)
 def test_settings_of_one_process_are_refused(setting: dict[str, Any], tiny_folder: Path) -> None:
     with pytest.raises(FastKVError, match=f"{next(iter(setting))} does not go with tensor_parallel"):
         Shared(tiny_folder, **setting)

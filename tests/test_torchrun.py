@@ -154,6 +154,7 @@ def two_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
         (["--prompt", "x", "--save-cache", "c"], "--save-cache: does not go with torchrun"),
         (["--prompt", "x", "--speculation", "self"], "--speculation: does not go with torchrun"),
         (["--prompt", "x", "--draft-weights", "int8"], "--draft-weights: does not go with torchrun"),
+        (["--prompt", "x", "--offload"], "--offload: does not go with torchrun"),
         (["--prompt", "x", "--compile"], "--compile: does not go with torchrun"),
     ],
 )

@@ -66,6 +66,7 @@ class FastKV(WindowScored):
 
     name: ClassVar[str] = "fastkv"
     compresses_again: ClassVar[bool] = True
+    scores_on_host: ClassVar[bool] = True
 
     tsp_layer: int | tuple[int, ...] | None = setting(
         None,

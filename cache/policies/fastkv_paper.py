@@ -17,6 +17,7 @@ class FastKVPaper(FastKV):
     """
 
     name: ClassVar[str] = "fastkv-paper"
+    scores_on_host: ClassVar[bool] = True
 
     window: int = redefined(FastKV, "window", PAPER["window"])
     tsp_window: int = redefined(FastKV, "tsp_window", PAPER["tsp_window"])

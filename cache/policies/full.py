@@ -13,3 +13,4 @@ class FullKV(Policy):
     """Keeps everything."""
 
     name: ClassVar[str] = "full"
+    scores_on_host: ClassVar[bool] = True

@@ -24,6 +24,7 @@ class PyramidKV(SnapKV):
     """
 
     name: ClassVar[str] = "pyramidkv"
+    scores_on_host: ClassVar[bool] = True
 
     def budget(self, layer: int, n_layers: int, n_tokens: int) -> int:
         mean = super().budget(layer, n_layers, n_tokens)

@@ -21,3 +21,4 @@ class SnapKV(WindowScored):
 
     name: ClassVar[str] = "snapkv"
     compresses_again: ClassVar[bool] = True
+    scores_on_host: ClassVar[bool] = True

@@ -29,6 +29,7 @@ class StreamingLLM(Compressed):
     name: ClassVar[str] = "streamingllm"
     window = 1
     compresses_again: ClassVar[bool] = True
+    scores_on_host: ClassVar[bool] = True
 
     sinks: int = setting(4, whole(0), "first tokens that are always kept", metavar="N")
 

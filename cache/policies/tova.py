@@ -27,6 +27,7 @@ class TOVA(WindowScored):
 
     name: ClassVar[str] = "tova"
     compresses_again: ClassVar[bool] = True
+    scores_on_host: ClassVar[bool] = True
 
     window: int = redefined(WindowScored, "window", 1)
     kernel: int = redefined(WindowScored, "kernel", 1)

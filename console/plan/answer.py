@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from fastkv.console.plan.changes import Change, changes, fits, longest
-from fastkv.engine.expected import Expected, Parts, expected
-from fastkv.engine.machine import Machine
-from fastkv.engine.planned import Offloaded, Planned, offloaded
+from fastkv.engine.planning.expected import Expected, Parts, expected
+from fastkv.engine.planning.machine import Machine
+from fastkv.engine.planning.planned import Offloaded, Planned, offloaded
 
 OFF_BY = 0.1  # share of the memory that figures may be off by (benchmarks/plan_memory.py)
 

@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 
 from fastkv.cache.policies import FastKV
 from fastkv.cache.policy import drops_tokens
-from fastkv.engine.planned import Planned, Wanted, planned
-from fastkv.engine.ranks import possible_ranks
+from fastkv.engine.planning.planned import Planned, Wanted, planned
 from fastkv.errors import FastKVError
+from fastkv.models.split import possible_counts
 
 
 class Change(NamedTuple):
@@ -72,7 +72,7 @@ def _more_gpus(wanted: Wanted, memory: int | None) -> Iterator[tuple[str, Wanted
     """The next number of GPUs, and the first one that is enough; on a CPU ranks share what there is."""
     if wanted.device.type == "cpu":
         return
-    more = [replace(wanted, ranks=n) for n in possible_ranks(wanted.config) if n > wanted.ranks]
+    more = [replace(wanted, ranks=n) for n in possible_counts(wanted.config) if n > wanted.ranks]
     enough = next((other for other in more if fits(planned(other), memory)), None)
     for other in dict.fromkeys([*more[:1], *([enough] if enough else [])]):
         yield f"--gpus {other.ranks}", other

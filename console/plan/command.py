@@ -46,7 +46,7 @@ def _run(args: argparse.Namespace) -> int:
     from fastkv.console.plan.machine import device_of, machine_of
     from fastkv.console.plan.model import shape_of
     from fastkv.console.plan.text import lines
-    from fastkv.engine.planned import Wanted, planned
+    from fastkv.engine.planning.planned import Wanted, planned
 
     if args.threads is not None:
         torch.set_num_threads(args.threads)

@@ -6,7 +6,7 @@ from typing import Any
 
 from fastkv.console.plan.answer import BOUND_BY, Answer, largest, memory_parts, working_parts
 from fastkv.console.plan.changes import fits
-from fastkv.engine.expected import Expected, expected
+from fastkv.engine.planning.expected import Expected, expected
 
 
 def as_json(answer: Answer, model: str) -> dict[str, Any]:

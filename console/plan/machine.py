@@ -1,4 +1,4 @@
-"""The machine of a plan: one of engine/machine.py, this one, or what flags say."""
+"""The machine of a plan: one of engine/planning/machine.py, this one, or what flags say."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from dataclasses import replace
 
 import torch
 
-from fastkv.engine.ceilings import measure_ceilings
 from fastkv.engine.device import resolve_device
-from fastkv.engine.machine import ASSUMED_LATENCY, MACHINES, ON_CPU, Link, Machine
 from fastkv.engine.memory import available_bytes
+from fastkv.engine.planning.ceilings import measure_ceilings
+from fastkv.engine.planning.machine import ASSUMED_LATENCY, MACHINES, ON_CPU, Link, Machine
 from fastkv.errors import FastKVError, check_number, writable
 
 _GIVEN = ("memory", "bandwidth", "flops", "link", "link_latency")

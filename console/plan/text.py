@@ -5,10 +5,10 @@ from __future__ import annotations
 from fastkv.console.plan.answer import BOUND_BY, Answer, largest, memory_parts, working_parts
 from fastkv.console.plan.changes import Change, context_text, fits
 from fastkv.console.words import counted
-from fastkv.engine.expected import Parts, expected
-from fastkv.engine.machine import Machine
 from fastkv.engine.memory import size_text
-from fastkv.engine.planned import Planned
+from fastkv.engine.planning.expected import Parts, expected
+from fastkv.engine.planning.machine import Machine
+from fastkv.engine.planning.planned import Planned
 
 _UNKNOWN = "–"
 

@@ -18,7 +18,7 @@ NAMED_SETTINGS = {
     *SETTINGS,
     *SAMPLING_FLAGS,
     *("system", "chat_arg", "stop", "stop_token", "policy", "policy_file", "cache", "device", "dtype", "weights"),
-    *("kv_dtype", "threads", "revision", "compile", "attention"),
+    *("kv_dtype", "threads", "revision", "compile", "attention", "offload"),
 }
 
 

@@ -6,21 +6,21 @@ holds for its messages.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
 import torch
 
 from fastkv.cache.decode_budget import DecodeBudget
-from fastkv.cache.policies import FullKV
 from fastkv.cache.policy import Policy
 from fastkv.cache.pool import bucket, bytes_of
 from fastkv.engine.footprint import Footprint, footprint, within_products
 from fastkv.engine.loading import load_parts
+from fastkv.engine.offloading import plan as offload_plan
+from fastkv.engine.offloading.plan import why_not_offloaded
 from fastkv.engine.plan import RequestPlan, plan_request, position_limit
-from fastkv.engine.projection import CHUNK
-from fastkv.engine.ranks import rank_config, stored_config
+from fastkv.engine.planning.rank_sizes import rank_config, stored_config
 from fastkv.engine.request import answer_length
 from fastkv.engine.sampler import SamplingParams
 from fastkv.errors import FastKVError
@@ -113,6 +113,8 @@ def planned(wanted: Wanted) -> Planned:
     """What one rank needs. Raises FastKVError for what fastkv-run would refuse, but for too little memory."""
     config, policy = wanted.config, wanted.policy
     policy.validate(config.n_layers, config.n_kv_heads)
+    if wanted.ranks > 1 and not policy.splits_heads:
+        raise FastKVError(f"policy {policy.name} does not go with several GPUs: take another one", setting="gpus")
     rank, evicts = wanted.rank, wanted.decode_budget is not None
     if wanted.kv_dtype == "int4" and config.head_dim % 2:
         raise FastKVError(f"int4 stores channels in pairs, and head_dim is {config.head_dim}", setting="kv_dtype")
@@ -121,28 +123,23 @@ def planned(wanted: Wanted) -> Planned:
     max_tokens = answer_length(rank, params, wanted.n_tokens, limit, evicts=evicts)
     sizes = wanted.n_tokens, max_tokens, wanted.dtype, limit
     request = plan_request(rank, policy, *sizes, decode_budget=wanted.decode_budget, kv_dtype=wanted.kv_dtype)
-    slot = bytes_of(request.layout, [bucket(count) for count in request.capacities], request.shape)
-    model = _model(rank, wanted.dtype, wanted.device, wanted.weights is not None)
-    needs = footprint(model, request, wanted.batch * slot, slots=wanted.batch)
+    needs = _needs(wanted, request)
     products = within_products(rank, wanted.threads) if wanted.device.type == "cpu" else 0
     return Planned(wanted, weight_bytes(wanted), request, needs, products)
 
 
 def offloaded(plan: Planned) -> list[Offloaded]:
-    """Ways to keep hidden states, K and V of the layer at work in the host's memory, the fastest first.
+    """Ways to keep hidden states, K and V of the layer at work in the host's memory, the fastest first."""
+    if why_not_offloaded(plan.request) is not None:
+        return []
+    ways = (_needs(plan.wanted, way) for way in offload_plan.offloaded(plan.request))
+    return [Offloaded(plan.weights + needs.total + plan.products, needs.on_host) for needs in ways]
 
-    An estimate: a chunk of the prompt is on the device, or all tokens that are left once a layer has dropped the
-    others, and these take there what a prompt of so many does.
-    """
-    wanted, rank = plan.wanted, plan.wanted.rank
-    seen = plan.request.layers[0].seen
-    left = min(each.seen for each in plan.request.layers)
-    there = max(min(CHUNK, seen), left if left < seen else 0)
-    usual = planned(replace(wanted, policy=FullKV(), n_tokens=there, max_tokens=1, decode_budget=None))
-    lists, held = plan.needs.lists, plan.needs.held
-    device = plan.weights + plan.needs.cache + held + lists + usual.needs.buffers + usual.needs.step + plan.products
-    row = rank.hidden_size + 2 * rank.n_kv_heads * rank.head_dim
-    return [Offloaded(device, seen * row * wanted.dtype.itemsize)]
+
+def _needs(wanted: Wanted, request: RequestPlan) -> Footprint:
+    slot = bytes_of(request.layout, [bucket(count) for count in request.capacities], request.shape)
+    model = _model(wanted.rank, wanted.dtype, wanted.device, wanted.weights is not None)
+    return footprint(model, request, wanted.batch * slot, slots=wanted.batch)
 
 
 @lru_cache(maxsize=64)

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from fastkv.engine.cost import Work, first_pass_work, leaving, prefill_work
-from fastkv.engine.machine import Machine
-from fastkv.engine.planned import Planned, matrix_bytes
+from fastkv.engine.planning.machine import Machine
+from fastkv.engine.planning.planned import Planned, matrix_bytes
 from fastkv.engine.projection import CHUNK
 
 Parts = dict[str, float]  # seconds, by what they are for
@@ -153,5 +153,7 @@ def _notes(plan: Planned) -> tuple[str, ...]:
     if plan.request.layout.per_head and plan.wanted.device.type == "cuda":
         notes.append("steps over heads of different lengths are slower (1.3 times, measured once); that is not counted")
     if policy.per_head and plan.request.compresses and plan.wanted.ranks > 1:
-        notes.append("heads compete for entries: a GPU may hold more than the mean that is said here, and another less")
+        notes.append(
+            "heads of all GPUs compete for entries: each has room for winning them all, and reads its share on average"
+        )
     return tuple(notes)
