@@ -103,7 +103,7 @@ def is_broken(text: str) -> bool:
 
 
 def job_of(where: str, entry: dict[str, Any]) -> Job:
-    """The prompt of an object that stands at `FILE, line N`. Raises FastKVError, naming the place, for anything else."""
+    """The prompt of an object; where: `FILE, line N`. Raises FastKVError, naming it, for anything else."""
     if not isinstance(entry.get("prompt"), str) or not entry["prompt"]:
         raise FastKVError(f"{where}: needs a text as prompt", setting="prompts")
     unknown = sorted(set(entry) - {"prompt", "id"})
