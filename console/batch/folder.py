@@ -37,13 +37,14 @@ class OutputFolder:
     """A folder that no other command writes to until the end of the `with`.
 
     content: what the run is (input, model, settings). Raises FastKVError where the folder is of another run, holds
-    other things, is written to by another process, or cannot be made.
+    other things, is written to by another process, or cannot be made. Where nothing was done, nothing of it stays.
     """
 
     def __init__(self, path: Path, content: dict[str, Any]) -> None:
         self.path = path
         self.manifest: dict[str, Any] = json.loads(json.dumps({"kind": KIND, **content}, default=str))
         check_folder(path, "output")
+        self._is_new = not path.exists()
         try:
             path.mkdir(parents=True, exist_ok=True)
             there = os.listdir(path)
@@ -71,6 +72,7 @@ class OutputFolder:
     def __exit__(self, *_: object) -> None:
         with suppress(OSError):  # what is done is done
             self._sweep()
+            self._leave()
         self._file.close()
 
     def _begin(self) -> None:
@@ -99,6 +101,14 @@ class OutputFolder:
 
     def _refused(self, why: str) -> FastKVError:
         return FastKVError(f"{self.path}: {why}; name another folder", setting="output")
+
+    def _leave(self) -> None:
+        """Without a shard nothing is to be continued: a flag that was wrong may be mended, and the folder taken."""
+        if any(self.path.glob("shard-*")):
+            return
+        self._file.path.unlink(missing_ok=True)
+        if self._is_new:
+            self.path.rmdir()
 
     def _sweep(self) -> None:
         """Take away what is of no use to a later command."""

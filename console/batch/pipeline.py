@@ -10,6 +10,7 @@ import contextlib
 import json
 import logging
 import os
+import socket
 import sys
 import warnings
 from collections.abc import Callable, Generator, Iterator, Sequence
@@ -23,6 +24,7 @@ from fastkv.console.parser import check_installed
 from fastkv.errors import FastKVError, FaultError, brief, one_line
 
 _OBJECTS = 128 << 20  # bytes for what goes between processes: names of shards, and counts
+_PATIENCE = 10  # seconds for a cluster's head to answer
 _QUIET = {
     "RAY_USAGE_STATS_ENABLED": "0",  # nothing is sent to anyone
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # which it else warns of
@@ -72,6 +74,7 @@ def _cluster(wanted: Wanted, n_shards: int) -> Iterator[Any]:
     """Ray, connected; a cluster of its own ends with it."""
     for name, value in _QUIET.items():
         os.environ.setdefault(name, value)
+    _check_reached(wanted.address)
     import ray
     import ray.data
 
@@ -82,10 +85,25 @@ def _cluster(wanted: Wanted, n_shards: int) -> Iterator[Any]:
         except Exception as error:
             if wanted.address is None:
                 raise FaultError(f"Ray cannot begin: {_told(error)}") from None
-            raise FastKVError(f"no Ray cluster answers at {brief(wanted.address)}", setting="address") from None
+            raise _unreached(wanted.address) from None
         yield ray
     finally:
         ray.shutdown()
+
+
+def _check_reached(address: str | None) -> None:
+    """FastKVError where nobody listens: Ray itself would try for minutes."""
+    if address in (None, "auto"):
+        return
+    host, _, port = str(address).rpartition(":")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=_PATIENCE).close()
+    except OSError:
+        raise _unreached(address) from None
+
+
+def _unreached(address: str | None) -> FastKVError:
+    return FastKVError(f"no Ray cluster answers at {brief(address)}", setting="address")
 
 
 def _where(wanted: Wanted, n_shards: int) -> dict[str, Any]:

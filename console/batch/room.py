@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from fastkv.errors import FastKVError, check_integer, check_number
+from fastkv.errors import FastKVError, brief, check_integer, check_number
 
 
 @dataclass(frozen=True)
@@ -27,8 +27,17 @@ class Wanted:
             check_number("gpus_per_worker", self.gpus_per_worker, 0, 1, above=True)
             if self.device == "cpu":
                 raise FastKVError("is for GPUs: leave it out, or --device cpu", setting="gpus_per_worker")
+        if self.address is not None:
+            check_address(self.address)
         if self.device.startswith("cuda:"):
             raise FastKVError("Ray says which GPU a worker gets: take cuda", setting="device")
+
+
+def check_address(address: str) -> None:
+    """FastKVError for what is no address of a cluster's head, where Ray itself would say something longer."""
+    host, colon, port = address.rpartition(":")
+    if address != "auto" and not (host and "/" not in host and colon and port.isdecimal() and 0 < int(port) < 65_536):
+        raise FastKVError(f"is auto, or HOST:PORT of the cluster's head, not {brief(address)}", setting="address")
 
 
 @dataclass(frozen=True)
