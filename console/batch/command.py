@@ -88,7 +88,11 @@ def _answer(batch: Batch, output: OutputFolder, wanted: Wanted, shards: list[Sha
     def setup_of(room: Room) -> Setup:
         return batch.setup(room, output)
 
-    with ProgressLine(sys.stderr) as line, contextlib.closing(pipeline.run(setup_of, shards, wanted)) as each:
+    with (
+        pipeline.quiet(),
+        ProgressLine(sys.stderr) as line,
+        contextlib.closing(pipeline.run(setup_of, shards, wanted)) as each,
+    ):
         line.show("starting", 0, tally.todo)
         for done in each:
             for text in tally.add(done):

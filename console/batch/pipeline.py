@@ -42,7 +42,7 @@ def run(setup_of: Callable[[Room], Setup], shards: Sequence[Shard], wanted: Want
     setup_of: what the workers are to know. Raises FastKVError for a cluster that cannot be reached or has no room, and
     FaultError where Ray itself fails. Close it to end the work.
     """
-    with _quiet(), _cluster(wanted, len(shards)) as ray:
+    with _cluster(wanted, len(shards)) as ray:
         machines = [
             Machine(node["Resources"].get("CPU", 0), node["Resources"].get("GPU", 0))
             for node in ray.nodes()
@@ -127,17 +127,18 @@ def _cores() -> int:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Ray tells of what died on stdout, and its C++ parts write to the file 2: both lead nowhere meanwhile.
 
-    sys.stderr goes on leading where it did, for what the command has to say.
+    sys.stderr, looked up anew, goes on leading where it did, for what the command has to say.
     """
     with contextlib.ExitStack() as stack:
         nowhere = stack.enter_context(open(os.devnull, "w"))
+        told = sys.stderr
         stack.enter_context(contextlib.redirect_stdout(nowhere))
         stack.enter_context(warnings.catch_warnings())
         warnings.simplefilter("ignore")
-        if sys.stderr is not None and sys.stderr is sys.__stderr__:
+        if told is not None and told is sys.__stderr__:
             before = os.dup(2)
             own = stack.enter_context(open(before, "w", encoding=sys.stderr.encoding, errors="backslashreplace"))
             stack.callback(os.dup2, before, 2)  # before it is closed
