@@ -77,7 +77,7 @@ def run(
     write(*PROMPTS)
 
     def call(*argv: str) -> tuple[int, str, str]:
-        model = ["--model", str(archive_folder), "--device", "cpu", "--dtype", "float32", "--max-tokens", "4"]
+        model = ["--model", str(archive_folder), "--device", "cpu", "--dtype", "float32", "--max-tokens", "2"]
         status = main([*model, "--prompts", "in.jsonl", "--output", "out", "--shard-size", "3", *argv])
         return status, *capsys.readouterr()
 
@@ -106,7 +106,7 @@ def test_records_are_those_of_fastkv_run(run: Run, pool: Pool, archive_folder: P
     assert (status, out) == (0, "")
     assert err.startswith("7 answers to out: ")
     assert pool.asked() == [0, 1, 2]
-    model = ["--model", str(archive_folder), "--device", "cpu", "--dtype", "float32", "--max-tokens", "4"]
+    model = ["--model", str(archive_folder), "--device", "cpu", "--dtype", "float32", "--max-tokens", "2"]
     assert fastkv_run([*model, "--prompts", "in.jsonl", "--output", "one.jsonl", *flags]) == 0
     wanted = {r["id"]: r for r in map(json.loads, Path("one.jsonl").read_text().splitlines())}
     found = records()
@@ -206,7 +206,7 @@ def test_only_what_is_missing_is_done(run: Run, pool: Pool) -> None:
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
-        (["--max-tokens", "5"], "was made with sampling max tokens 4, not 5"),
+        (["--max-tokens", "5"], "was made with sampling max tokens 2, not 5"),
         (["--kv-retention", "0.5"], "was made with policy kv retention 0.1, not 0.5"),
         (["--policy", "full"], 'was made with policy name "fastkv", not "full"'),
         (["--shard-size", "4"], "was made with shard size 3, not 4"),
