@@ -66,7 +66,10 @@ def test_a_worker_that_is_killed_twice_loses_nothing(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     """Every prompt is answered once, in order, and what fails is a record. The same command again does nothing."""
-    lines = [json.dumps({"id": f"p{n}", "prompt": f"The code of the old mill is {n}. It is"}) for n in range(N_PROMPTS)]
+    texts = [f"The code of the old mill is {n}. It is" for n in range(N_PROMPTS)]
+    of_victim = slice(VICTIM * SHARD_SIZE, (VICTIM + 1) * SHARD_SIZE)
+    texts[of_victim] = ["A calm owl. " * 400 + text for text in texts[of_victim]]  # which leaves time to kill
+    lines = [json.dumps({"id": f"p{n}", "prompt": text}) for n, text in enumerate(texts)]
     lines[7] = "{no json"
     (tmp_path / "in.jsonl").write_text("\n".join(lines) + "\n")
     pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "env": environment}

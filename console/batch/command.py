@@ -93,11 +93,13 @@ def _answer(batch: Batch, output: OutputFolder, wanted: Wanted, shards: list[Sha
         ProgressLine(sys.stderr) as line,
         contextlib.closing(pipeline.run(setup_of, shards, wanted)) as each,
     ):
-        line.show("starting", 0, tally.todo)
+        first = 0  # prompts of the shard that came with the models being loaded: no measure of the time left
         for done in each:
             for text in tally.add(done):
                 say(text)
-            line.show(f"{tally.records:,} of {counted(tally.todo, 'prompt')}", tally.records, tally.todo)
+            first = first or tally.records
+            told = f"{tally.records:,} of {counted(tally.todo, 'prompt')}"
+            line.show(told, tally.records - first, tally.todo - first)
 
 
 class Batch:
