@@ -25,7 +25,7 @@ from fastkv.errors import FastKVError, FaultError, brief, one_line
 
 _OBJECTS = 128 << 20  # bytes for what goes between processes: names of shards, and counts
 _PATIENCE = 10  # seconds for a cluster's head to answer
-_QUIET = {
+ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",  # nothing is sent to anyone
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # which it else warns of
 }
@@ -51,6 +51,7 @@ def run(setup_of: Callable[[Room], Setup], shards: Sequence[Shard], wanted: Want
         found = room(wanted, machines, len(shards))
         context = ray.data.DataContext.get_current()
         context.enable_progress_bars = False
+        context.execution_no_progress_timeout_s = -1  # else half an hour, and a shard may take longer
         texts = [{"shard": json.dumps(asdict(shard))} for shard in shards]
         done = ray.data.from_items(texts, override_num_blocks=len(texts)).map_batches(
             Worker,
@@ -72,7 +73,7 @@ def run(setup_of: Callable[[Room], Setup], shards: Sequence[Shard], wanted: Want
 @contextlib.contextmanager
 def _cluster(wanted: Wanted, n_shards: int) -> Iterator[Any]:
     """Ray, connected; a cluster of its own ends with it."""
-    for name, value in _QUIET.items():
+    for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     _check_reached(wanted.address)
     import ray
@@ -85,7 +86,8 @@ def _cluster(wanted: Wanted, n_shards: int) -> Iterator[Any]:
         except Exception as error:
             if wanted.address is None:
                 raise FaultError(f"Ray cannot begin: {_told(error)}") from None
-            raise _unreached(wanted.address) from None
+            why = one_line(str(error), 300)
+            raise FastKVError(f"the Ray cluster at {brief(wanted.address)}: {why}", setting="address") from None
         yield ray
     finally:
         ray.shutdown()
@@ -99,11 +101,7 @@ def _check_reached(address: str | None) -> None:
     try:
         socket.create_connection((host.strip("[]"), int(port)), timeout=_PATIENCE).close()
     except OSError:
-        raise _unreached(address) from None
-
-
-def _unreached(address: str | None) -> FastKVError:
-    return FastKVError(f"no Ray cluster answers at {brief(address)}", setting="address")
+        raise FastKVError(f"no Ray cluster answers at {brief(address)}", setting="address") from None
 
 
 def _where(wanted: Wanted, n_shards: int) -> dict[str, Any]:
