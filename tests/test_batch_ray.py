@@ -30,7 +30,8 @@ VICTIM = 4  # the shard that a worker is killed over, twice: some are done befor
 def environment() -> Iterator[dict[str, str]]:
     """Of the command. Ray names sockets in its folder, so that its name must be short."""
     folder = tempfile.mkdtemp(prefix="ray")
-    yield {**os.environ, "RAY_TMPDIR": folder, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+    ours = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    yield {**ours, "RAY_TMPDIR": folder, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
     shutil.rmtree(folder, ignore_errors=True)
 
 
