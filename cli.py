@@ -22,7 +22,7 @@ from fastkv.console.asked import Asked, print_figures
 from fastkv.console.chat_flags import chat_arguments, stop_token_ids
 from fastkv.console.document import Document, check_save_cache, document_of
 from fastkv.console.files import check_writable
-from fastkv.console.job import named, run_jobs
+from fastkv.console.job import about_flags, named, run_jobs
 from fastkv.console.jsonl import check_output
 from fastkv.console.load import load_by_flags
 from fastkv.console.parser import DONE, INTERRUPTED, check_stdout, flag_of, guarded, say, write_utf8
@@ -232,9 +232,8 @@ def _run_many(args: argparse.Namespace, asked: Asked, jobs: list[Job], params: S
         limits["batch_size"] = args.batch_size
     if args.kv_memory is not None:
         limits["kv_memory"] = args.kv_memory * 2**20
-    about: dict[str, Any] = {"model": writable(args.model), "revision": args.revision, "chat": args.chat}
-    about |= {"system": args.system, "chat_arg": args.chat_arg}
-    limits["reuse_prefix"] = about["reuse_prefix"] = args.reuse_prefix  # answers depend on it, except under policy full
+    limits["reuse_prefix"] = args.reuse_prefix
+    about = about_flags(args)
     try:
         if args.save_cache is not None:
             asked.session()

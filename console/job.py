@@ -5,6 +5,7 @@ A record is written as soon as its answer is there. A later run with the same ou
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import json
 import sys
@@ -18,17 +19,19 @@ from fastkv.console.progress import ProgressLine
 from fastkv.console.prompt import Job
 from fastkv.console.summary import as_json
 from fastkv.console.words import counted
-from fastkv.errors import FastKVError
+from fastkv.errors import FastKVError, writable
 
 if TYPE_CHECKING:
     import torch
 
     from fastkv.engine.llm import LLM
+    from fastkv.engine.output import Output
     from fastkv.engine.sampler import SamplingParams
     from fastkv.engine.turn import Turn
     from fastkv.kernels.ranks import Ranks
 
 _BEGINNING = b'{"id": '  # of every record
+_OF_AN_ANSWER = ("text", "token_ids", "finish_reason", "warning", "metrics")
 
 
 class Records:
@@ -72,8 +75,8 @@ class Records:
     def _check(self, number: int, record: dict[str, Any], digests: dict[str, str]) -> None:
         if not _is_record(record):
             raise self._file.foreign(number)
-        found = _flat(record)
-        for name, value in _flat(json.loads(json.dumps(self._about))).items():
+        found = flat(record)
+        for name, value in flat(json.loads(json.dumps(self._about))).items():
             if found.get(name) != value:
                 raise self._file.refused(f"was made with {name} {difference(found.get(name), value)}", number)
         if digests.get(record["id"], record["prompt_sha256"]) != record["prompt_sha256"]:
@@ -122,7 +125,7 @@ def _is_another_object(tail: bytes) -> bool:
         return False
 
 
-def _flat(settings: dict[str, Any]) -> dict[str, Any]:
+def flat(settings: dict[str, Any]) -> dict[str, Any]:
     """Settings of settings under one name each: {"policy": {"window": 8}} as {"policy window": 8}."""
     flat: dict[str, Any] = {}
     for name, value in settings.items():
@@ -134,6 +137,30 @@ def _flat(settings: dict[str, Any]) -> dict[str, Any]:
 def named(job: Job, why: object, setting: str | None) -> FastKVError:
     """A complaint about one of several prompts."""
     return FastKVError(f"prompt {job.id}: {why}", setting=None if setting == "prompt" else setting)
+
+
+def about_flags(args: argparse.Namespace) -> dict[str, Any]:
+    """What a record says of the command: the model, and how its prompt was put."""
+    names = ("revision", "chat", "system", "chat_arg", "reuse_prefix")  # answers depend on the last, but under `full`
+    return {"model": writable(args.model), **{name: getattr(args, name) for name in names}}
+
+
+def about_engine(llm: LLM, params: SamplingParams, decode_budget: int | None) -> dict[str, Any]:
+    """What a record says of the model that ran, and of its settings."""
+    return {
+        "dtype": llm.model.precision,
+        "policy": {"name": llm.policy.name, **llm.policy.settings(llm.config.n_layers)},
+        "sampling": dataclasses.asdict(params),
+        "decode_budget": decode_budget,  # other answers, unlike the other limits
+        "kv_dtype": llm.kv_dtype,
+        "shared_layers": [list(pair) for pair in llm.share_layers.items()] or None,
+    }
+
+
+def answer_fields(answer: Output) -> dict[str, Any]:
+    """What a record says of its answer."""
+    fields = as_json(answer)
+    return {name: fields[name] for name in _OF_AN_ANSWER}
 
 
 def run_jobs(
@@ -150,11 +177,7 @@ def run_jobs(
     prompt_of: a job's prompt as the model is to see it. about: what else a record says of the whole run. limits:
     decode_budget, batch_size, kv_memory and reuse_prefix of `LLM.generate_each`.
     """
-    policy = {"name": llm.policy.name, **llm.policy.settings(llm.config.n_layers)}
-    about = {**about, "dtype": llm.model.precision, "policy": policy, "sampling": dataclasses.asdict(params)}
-    about["decode_budget"] = limits.get("decode_budget")  # other answers, unlike the other limits
-    about["kv_dtype"] = llm.kv_dtype
-    about["shared_layers"] = [list(pair) for pair in llm.share_layers.items()] or None
+    about = {**about, **about_engine(llm, params, limits.get("decode_budget"))}
     with _records(llm.ranks, llm.device, output, about, jobs) as records, ProgressLine(sys.stderr) as line:
         todo = [job for job in jobs if job.id not in records.done]
         started, new_tokens, warned, reused = time.perf_counter(), 0, 0, 0
@@ -165,9 +188,8 @@ def run_jobs(
                 raise
             raise named(todo[error.prompt], error.__cause__, error.setting) from None
         for count, (index, answer) in enumerate(each, 1):
-            fields = as_json(answer)
-            kept = ("text", "token_ids", "finish_reason", "warning", "metrics")
-            records.append(todo[index], {name: fields[name] for name in kept})
+            fields = answer_fields(answer)
+            records.append(todo[index], fields)
             new_tokens += answer.metrics.new_tokens
             reused += answer.metrics.reused_tokens
             warned += fields["warning"] is not None

@@ -30,7 +30,7 @@ def read_objects(path: Path, setting: str, holds: str) -> tuple[list[tuple[str, 
     lines = [(f"{path}, line {number}", line) for number, line in enumerate(text.split("\n"), start=1) if line.strip()]
     if not lines:
         raise FastKVError(f"{path}: has no lines; write one object with {holds} a line", setting=setting)
-    return [(where, _object(where, line, setting, holds)) for where, line in lines], checksum(data)
+    return [(where, object_of(where, line, setting, holds)) for where, line in lines], checksum(data)
 
 
 def checksum(data: bytes) -> str:
@@ -38,7 +38,8 @@ def checksum(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()[:16]
 
 
-def _object(where: str, line: str, setting: str, holds: str) -> dict[str, Any]:
+def object_of(where: str, line: str, setting: str, holds: str) -> dict[str, Any]:
+    """The object of one line. Raises FastKVError, naming the place, for a line that is none."""
     try:
         value = json.loads(line)
     except (ValueError, RecursionError):

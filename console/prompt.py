@@ -14,6 +14,8 @@ from fastkv.console.jsonl import read_objects
 from fastkv.errors import FastKVError
 from fastkv.storage import is_endless
 
+HOLDS = "prompt and, if wanted, id"  # an object of a JSONL file of prompts
+
 
 @dataclass(frozen=True)
 class Job:
@@ -80,8 +82,8 @@ def read_jobs(path: str) -> list[Job]:
 
     Raises FastKVError, naming the line, for whatever is not that.
     """
-    entries, _ = read_objects(Path(path), "prompts", "prompt and, if wanted, id")
-    jobs = [_job(where, entry) for where, entry in entries]
+    entries, _ = read_objects(Path(path), "prompts", HOLDS)
+    jobs = [job_of(where, entry) for where, entry in entries]
     check_names(jobs, "prompts")
     return jobs
 
@@ -100,7 +102,8 @@ def is_broken(text: str) -> bool:
     return any("\ud800" <= character <= "\udfff" for character in text)
 
 
-def _job(where: str, entry: dict[str, Any]) -> Job:
+def job_of(where: str, entry: dict[str, Any]) -> Job:
+    """The prompt of an object; where: `FILE, line N`. Raises FastKVError, naming it, for anything else."""
     if not isinstance(entry.get("prompt"), str) or not entry["prompt"]:
         raise FastKVError(f"{where}: needs a text as prompt", setting="prompts")
     unknown = sorted(set(entry) - {"prompt", "id"})

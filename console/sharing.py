@@ -14,12 +14,12 @@ _REFUSED = ("context", "cache", "save_cache", "lossless", "speculation", "decode
 
 
 def check_share_layers(args: argparse.Namespace) -> None:
-    """FastKVError for a file that is no map, and for flags of fastkv-run that do not go with one."""
+    """FastKVError for a file that is no map, and for flags of the command that do not go with one."""
     if args.share_layers is None:
         return
     read_map(args.share_layers)
     for other in _REFUSED:
-        if getattr(args, other):
+        if getattr(args, other, None):
             raise FastKVError(f"does not go with {flag_of(other)}: leave one of them out", setting="share_layers")
 
 

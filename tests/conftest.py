@@ -38,6 +38,7 @@ _MOUNT = limits.MOUNT
 
 # What takes longest, the first of all first: begun last, one of them would run alone when all else is done.
 LONGEST = (
+    "test_batch_ray.py",
     "test_compile.py",
     "test_compiled_row.py",
     "test_benchmarks.py",

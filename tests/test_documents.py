@@ -16,6 +16,7 @@ from places import ROOT
 
 from fastkv.cache.catalogue import POLICIES
 from fastkv.cli_flags import build_parser
+from fastkv.console.batch.flags import build_parser as build_batch_parser
 from fastkv.console.plan.flags import build_parser as build_plan_parser
 from fastkv.console.talk.flags import build_parser as build_chat_parser
 
@@ -82,13 +83,21 @@ def test_the_code_of_a_page_runs(
 
 def test_flags_of_fastkv_run_exist() -> None:
     known = set(build_parser()._option_string_actions)
-    told = PAGES["docs/command.md"].read_text(encoding="utf-8")
+    told, heading, _ = PAGES["docs/command.md"].read_text(encoding="utf-8").partition("\n## fastkv-batch")
+    assert heading
     assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]*", told)) <= known
     for page, text in ((page, path.read_text(encoding="utf-8")) for page, path in PAGES.items()):
         for line in text.replace("\\\n", " ").splitlines():
             if re.match(r"(\.venv/bin/)?fastkv-run ", line):
                 flags = {word for word in shlex.split(line.partition("|")[0], comments=True) if word.startswith("--")}
                 assert flags <= known, f"{page}: {flags - known}"
+
+
+def test_flags_of_fastkv_batch_exist() -> None:
+    known = set(build_batch_parser()._option_string_actions)
+    _, _, told = PAGES["docs/command.md"].read_text(encoding="utf-8").partition("\n## fastkv-batch")
+    assert "--shard-size" in told
+    assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]*", told)) <= known
 
 
 def test_flags_of_fastkv_chat_exist() -> None:

@@ -1,0 +1,1 @@
+"""fastkv-batch: many prompts on many workers, through Ray. command.py is the command."""
