@@ -466,7 +466,7 @@ def test_a_shard_that_workers_die_of_is_given_up(run: Run, pool: Pool, monkeypat
     assert "shard-000001.jsonl (line 4 of the prompts and what follows): 4 workers died while they were at it" in err
     assert {"shard-000000.jsonl", "shard-000001.jsonl"} & set(kept()) == {"shard-000000.jsonl"}
     monkeypatch.setattr(worker, "begin", lambda *x: (begin(x[0], x[1], "gone"), real(*x))[1])
-    assert "; 1 worker died and had its work done by another; 4 were there already" in run()[2]
+    assert "; 1 worker died, and its work was done again; 4 were there already" in run()[2]
 
 
 def test_a_worker_elsewhere_must_see_the_same_files(run: Run, pool: Pool, tmp_path: Path) -> None:
