@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import replace
@@ -11,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from fastkv import LLM, Policy
 from fastkv.cache.catalogue import SETTINGS
 from fastkv.cli import main as fastkv_run
 from fastkv.console.batch import pipeline, worker
@@ -21,6 +23,7 @@ from fastkv.console.batch.folder import OutputFolder, begin
 from fastkv.console.batch.room import Room, Wanted
 from fastkv.console.batch.shards import Shard
 from fastkv.console.batch.worker import Done, Setup, Worker
+from fastkv.console.load import load_by_flags
 from fastkv.console.run_flags import SAMPLING_FLAGS
 from fastkv.engine.sampler import SamplingParams
 from fastkv.errors import FastKVError, FaultError
@@ -56,11 +59,23 @@ class Pool:
         return asked
 
 
+_engines: dict[str, LLM] = {}
+
+
+def loaded_once(args: argparse.Namespace, policy: Policy) -> LLM:
+    """Of one model with one policy: to load it takes longer than what most tests ask of it."""
+    key = f"{args.model} {args.kv_dtype} {policy}"
+    if key not in _engines:
+        _engines[key] = load_by_flags(args, policy)
+    return _engines[key]
+
+
 @pytest.fixture
 def pool(monkeypatch: pytest.MonkeyPatch) -> Pool:
     pool = Pool()
     monkeypatch.setattr(pipeline, "run", pool.run)
     monkeypatch.setattr(pipeline, "check_ray", lambda: None)
+    monkeypatch.setattr(worker, "load_by_flags", loaded_once)
     return pool
 
 
