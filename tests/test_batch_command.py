@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import replace
@@ -11,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from fastkv import LLM, Policy
 from fastkv.cache.catalogue import SETTINGS
 from fastkv.cli import main as fastkv_run
 from fastkv.console.batch import pipeline, worker
@@ -21,6 +23,7 @@ from fastkv.console.batch.folder import OutputFolder, begin
 from fastkv.console.batch.room import Room, Wanted
 from fastkv.console.batch.shards import Shard
 from fastkv.console.batch.worker import Done, Setup, Worker
+from fastkv.console.load import load_by_flags
 from fastkv.console.run_flags import SAMPLING_FLAGS
 from fastkv.engine.sampler import SamplingParams
 from fastkv.errors import FastKVError, FaultError
@@ -56,11 +59,23 @@ class Pool:
         return asked
 
 
+_engines: dict[str, LLM] = {}
+
+
+def loaded_once(args: argparse.Namespace, policy: Policy) -> LLM:
+    """Of one model with one policy: to load it takes longer than what most tests ask of it."""
+    key = f"{args.model} {args.kv_dtype} {policy}"
+    if key not in _engines:
+        _engines[key] = load_by_flags(args, policy)
+    return _engines[key]
+
+
 @pytest.fixture
 def pool(monkeypatch: pytest.MonkeyPatch) -> Pool:
     pool = Pool()
     monkeypatch.setattr(pipeline, "run", pool.run)
     monkeypatch.setattr(pipeline, "check_ray", lambda: None)
+    monkeypatch.setattr(worker, "load_by_flags", loaded_once)
     return pool
 
 
@@ -466,7 +481,7 @@ def test_a_shard_that_workers_die_of_is_given_up(run: Run, pool: Pool, monkeypat
     assert "shard-000001.jsonl (line 4 of the prompts and what follows): 4 workers died while they were at it" in err
     assert {"shard-000000.jsonl", "shard-000001.jsonl"} & set(kept()) == {"shard-000000.jsonl"}
     monkeypatch.setattr(worker, "begin", lambda *x: (begin(x[0], x[1], "gone"), real(*x))[1])
-    assert "; 1 worker died and had its work done by another; 4 were there already" in run()[2]
+    assert "; 1 worker died, and its work was done again; 4 were there already" in run()[2]
 
 
 def test_a_worker_elsewhere_must_see_the_same_files(run: Run, pool: Pool, tmp_path: Path) -> None:

@@ -80,7 +80,7 @@ def test_a_worker_that_is_killed_twice_loses_nothing(
     assert (process.returncode, out, len(set(killed))) == (0, "", 2), err
     assert len(err.splitlines()) == 1  # nothing of Ray's own
     assert err.startswith(f"{N_PROMPTS - 1} answers to ")
-    assert '; 1 prompt failed: see "error" in their records; 2 workers died and had its work done by another' in err
+    assert '; 1 prompt failed: see "error" in their records; 2 workers died, and their work was done again' in err
     found = records(tmp_path)
     assert [record["line"] for record in found] == list(range(1, N_PROMPTS + 1))
     assert [record["id"] for record in found if "error" not in record] == [f"p{n}" for n in range(N_PROMPTS) if n != 7]

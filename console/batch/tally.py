@@ -65,7 +65,8 @@ class Tally:
         text += f"; {reused:,} tokens of prompts that begin alike were read once" if reused else ""
         text += f'; see "warning" in {warned:,} of them' if warned else ""
         text += f'; {counted(errors, "prompt")} failed: see "error" in their records' if errors else ""
-        text += f"; {counted(begun_again, 'worker')} died and had its work done by another" if begun_again else ""
+        whose = "its" if begun_again == 1 else "their"
+        text += f"; {counted(begun_again, 'worker')} died, and {whose} work was done again" if begun_again else ""
         known = self._known
         text += f"; {known:,} {'was' if known == 1 else 'were'} there already" if known else ""
         dtypes = sorted({done.dtype for done in self._done if done.dtype is not None})
