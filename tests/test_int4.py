@@ -244,7 +244,7 @@ def test_loading_counts_the_copy(
 ) -> None:
     """And says that steps which are not compiled are slow."""
     seen: list[dict[str, int]] = []
-    monkeypatch.setattr("fastkv.engine.loaded.check_fits", lambda what, parts, *rest: seen.append(dict(parts)))
+    monkeypatch.setattr("fastkv.engine.loaded.check_fits", lambda what, parts, *rest, **more: seen.append(dict(parts)))
     LLM(tiny_folder, dtype="float32", device="cpu", draft_weights="int4")
     assert seen[0]["weights of drafts"] == copy_bytes(ModelConfig.from_pretrained(tiny_folder), "int4")
     assert [record.getMessage() for record in caplog.records if "without compile" in record.getMessage()]
