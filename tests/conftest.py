@@ -61,6 +61,9 @@ LONGEST = (
     "test_tokenizer.py",
     "test_chat_command.py",
     "test_weights.py",
+    "test_ranks.py",
+    "test_torchrun.py",
+    "test_offload.py",
 )
 
 

@@ -272,7 +272,8 @@ def test_a_model_that_changed_under_its_name_is_refused(run: Run, make_copy: Cal
 # Of all flags, those that change no answer, but how it is made or told, and what the manifest calls the others.
 _HOW = {
     *("output", "workers", "address", "gpus_per_worker", "batch_size", "kv_memory"),
-    *("device", "threads", "no_cuda_graph", "compile", "offload", "attention", "quiet", "version", "help", "policy_file"),
+    *("device", "threads", "no_cuda_graph", "compile", "offload", "attention"),
+    *("quiet", "version", "help", "policy_file"),
 }
 _RECORDED = {
     **{name: name for name in ("model", "prompts", "shard_size", "revision", "dtype", "weights", "kv_dtype")},
