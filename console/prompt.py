@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import json
 import sys
@@ -100,6 +101,15 @@ def check_names(jobs: Sequence[Job], setting: str) -> None:
 def is_broken(text: str) -> bool:
     """Whether a text holds halves of surrogate pairs: Python makes them of bytes that are no UTF-8."""
     return any("\ud800" <= character <= "\udfff" for character in text)
+
+
+def check_texts(args: argparse.Namespace, *flags: str) -> None:
+    """FastKVError for a flag that holds a text, texts or an object of texts, and is not UTF-8."""
+    for flag in flags:
+        value = getattr(args, flag)
+        texts = value if isinstance(value, list) else [json.dumps(value, ensure_ascii=False)]
+        if any(map(is_broken, texts)):
+            raise FastKVError("is not UTF-8", setting=flag)
 
 
 def job_of(where: str, entry: dict[str, Any]) -> Job:

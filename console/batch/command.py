@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
-import json
 import os
 import sys
 from pathlib import Path
@@ -33,7 +32,7 @@ from fastkv.console.parser import DONE, INTERRUPTED, flag_of, guarded, say
 from fastkv.console.policy_file import PolicyFile, read_policy_file
 from fastkv.console.policy_text import build_policy
 from fastkv.console.progress import ProgressLine
-from fastkv.console.prompt import is_broken
+from fastkv.console.prompt import check_texts
 from fastkv.console.run_flags import SAMPLING_FLAGS, given_flags
 from fastkv.console.sharing import check_share_layers
 from fastkv.console.tuned import tuned_policy
@@ -175,17 +174,7 @@ def _check(args: argparse.Namespace) -> None:
     for flag in ("system", "chat_arg"):
         if getattr(args, flag) not in (None, {}) and not args.chat:
             raise FastKVError(f"{flag_of(flag)} is for --chat: add --chat, or leave it out")
-    texts = {
-        "revision": [args.revision or ""],
-        "address": [args.address or ""],
-        "system": [args.system or ""],
-        "stop": args.stop,
-        "stop_token": args.stop_token,
-        "chat_arg": [json.dumps(args.chat_arg, ensure_ascii=False)],
-    }
-    for name, each in texts.items():
-        if any(map(is_broken, each)):
-            raise FastKVError("is not UTF-8", setting=name)
+    check_texts(args, "revision", "address", "system", "stop", "stop_token", "chat_arg")
     for name in ("prompts", "output"):
         if getattr(args, name) in ("", "-"):
             raise FastKVError(f"{flag_of(name)} takes a name, not {brief(getattr(args, name))}")

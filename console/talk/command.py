@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,7 +19,7 @@ from fastkv.console.load import load_by_flags
 from fastkv.console.parser import DONE, check_stdout, complain, flag_of, guarded, say, write_utf8
 from fastkv.console.policy_file import read_policy_file
 from fastkv.console.policy_text import build_policy
-from fastkv.console.prompt import is_broken
+from fastkv.console.prompt import check_texts
 from fastkv.console.run_flags import SAMPLING_FLAGS, given_flags
 from fastkv.console.talk.answer import answer
 from fastkv.console.talk.commands import COMMANDS, policy_told, run_command, told
@@ -87,16 +86,7 @@ def _check(args: argparse.Namespace) -> None:
     """FastKVError for flags that are of no use, before anything is loaded."""
     if args.threads is not None:
         check_integer("threads", args.threads, 1, 4096)
-    texts = {
-        "revision": [args.revision or ""],
-        "system": [args.system or ""],
-        "stop": args.stop,
-        "stop_token": args.stop_token,
-        "chat_arg": [json.dumps(args.chat_arg, ensure_ascii=False)],
-    }
-    for name, each in texts.items():
-        if any(map(is_broken, each)):
-            raise FastKVError("is not UTF-8", setting=name)
+    check_texts(args, "revision", "system", "stop", "stop_token", "chat_arg")
     for name in ("cache", "policy_file"):
         if getattr(args, name) in ("", "-"):
             raise FastKVError(f"{flag_of(name)} takes the name of a file, not {brief(getattr(args, name))}")
