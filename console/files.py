@@ -115,6 +115,7 @@ def check_folder(folder: Path, setting: str) -> None:
     """Raise FastKVError, naming the setting, unless files can be put into `folder`, which may not be there yet."""
     there = next(path for path in (folder, *folder.parents) if os.path.exists(path))
     if not there.is_dir():
-        raise FastKVError(f"{folder}: {there} is no folder; name another one", setting=setting)
+        which = "is" if there == folder else f"{there} is"
+        raise FastKVError(f"{folder}: {which} no folder; name another one", setting=setting)
     if not os.access(there, os.W_OK):
         raise FastKVError(f"{folder}: the folder {there} cannot be written to", setting=setting)

@@ -149,7 +149,7 @@ def test_what_fails_is_a_record_and_not_the_end(run: Run) -> None:
         6: ("6", "line 6: is not UTF-8 (byte 12)"),
         8: ("8", "line 8: ID is neither prompt nor id"),
         9: ("3", "line 9: holds half of a surrogate pair, which is no text"),
-        10: ("p0", "line 10: an earlier prompt has the name p0; give each its own"),
+        10: ("p0", "line 10: an earlier prompt has the id p0; give each its own"),
     }
     assert all(record["prompt_sha256"] for record in records() if record["line"] in (1, 5, 7))
 

@@ -71,7 +71,9 @@ def _work(batch: Batch, output: OutputFolder, wanted: Wanted) -> int:
             _answer(batch, output, wanted, shards, tally)
     except KeyboardInterrupt:
         status = INTERRUPTED
-        line = f"stopped; the same command continues after the shards that are in {args.output}"
+        some = len(output.missing(batch.prompts.shards)) < len(batch.prompts.shards)
+        where = f"continues after the shards that are in {args.output}" if some else "begins anew: no shard was done"
+        line = f"stopped; the same command {where}"
     except FastKVError as error:
         raise error if batch.tuned is None else batch.tuned.blamed(error, batch.given) from None
     else:

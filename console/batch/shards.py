@@ -179,5 +179,6 @@ def _name(entry: dict[str, Any], number: int) -> str:
 def _unrepeated(line: Line, shard: Shard) -> Line:
     if line.number not in shard.repeated:
         return line
-    error = FastKVError(f"line {line.number}: an earlier prompt has the name {line.id}; give each its own")
+    given = "" if line.id != str(line.number) else ", which a line without an id is named by"
+    error = FastKVError(f"line {line.number}: an earlier prompt has the id {line.id}{given}; give each its own")
     return Line(line.number, line.id, None, str(error))

@@ -68,4 +68,4 @@ def planned_for_memory(plan: RequestPlan, allowed: bool, check: Callable[[Reques
         if allowed:
             return way
         raise FastKVError(f"{refused}, or take host memory, too: offload (--offload of fastkv-run and fastkv-chat)")
-    raise last if allowed else refused
+    raise FastKVError(f"{refused}; and by host memory {last}") if allowed else refused
