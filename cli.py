@@ -25,18 +25,18 @@ from fastkv.console.files import check_writable
 from fastkv.console.job import about_flags, named, run_jobs
 from fastkv.console.jsonl import check_output
 from fastkv.console.load import load_by_flags
-from fastkv.console.parser import DONE, INTERRUPTED, check_stdout, flag_of, guarded, say, write_utf8
+from fastkv.console.parser import DONE, INTERRUPTED, check_stdout, drop_stdout, flag_of, guarded, say, write_utf8
 from fastkv.console.policy_file import read_policy_file
 from fastkv.console.policy_text import build_policy
 from fastkv.console.prompt import Job, check_names, is_broken, read_jobs, read_prompt
-from fastkv.console.ranks import check_rank_flags
+from fastkv.console.ranks import check_alike, check_rank_flags
 from fastkv.console.run_flags import SAMPLING_FLAGS, given_flags
 from fastkv.console.sharing import check_share_layers
 from fastkv.console.speculation import named_as_typed, speculation_of, stream_arguments
 from fastkv.console.summary import as_json, kernels
 from fastkv.console.tuned import tuned_policy
 from fastkv.errors import FastKVError, brief, check_integer, writable
-from fastkv.kernels.torchrun import rank
+from fastkv.kernels.torchrun import rank, world_size
 
 if TYPE_CHECKING:
     from fastkv.cache.policy import Policy
@@ -91,6 +91,7 @@ def _run(args: argparse.Namespace) -> int:
         llm = load_by_flags(args, policy)
     except FastKVError as error:
         raise error if tuned is None else tuned.blamed(error, given) from None
+    check_alike(llm.ranks, llm.device, [jobs, document, policy, params])
     params = dataclasses.replace(params, stop_token_ids=stop_token_ids(llm, args.stop_token))
     asked = Asked(args, llm, document, source)
     if args.output is not None:
@@ -257,8 +258,7 @@ def _print_text(stream: Generation, ends: str = "") -> int:
     try:
         for piece in stream:
             if piece.text:
-                sys.stdout.write(piece.text)
-                sys.stdout.flush()
+                _write(piece.text)
                 ended = piece.text
     except KeyboardInterrupt:
         status = INTERRUPTED
@@ -268,6 +268,17 @@ def _print_text(stream: Generation, ends: str = "") -> int:
     elif sys.stdout.isatty() and not ended.endswith("\n"):
         say("")  # the figures begin on a line of their own, and stdout stays the text alone
     return status
+
+
+def _write(text: str) -> None:
+    """To standard output. Of several ranks one cannot stop alone because its reader has gone: it goes on unread."""
+    try:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        if world_size() == 1:
+            raise
+        drop_stdout()
 
 
 def _print_json(stream: Generation) -> int:

@@ -85,10 +85,10 @@ def guarded(
     """
     _occupy_closed_streams()
     begin_rank(name)
-    try:
-        return _guarded(name, work if takes_ranks else partial(_alone, name, work), settings)
-    finally:
+    status = _guarded(name, work if takes_ranks else partial(_alone, name, work), settings)
+    if status == DONE:
         end_rank()
+    return status
 
 
 def _alone(name: str, work: Callable[[], int | None]) -> int | None:
@@ -108,7 +108,7 @@ def _guarded(name: str, work: Callable[[], int | None], settings: Collection[str
     except KeyboardInterrupt:
         return INTERRUPTED
     except BrokenPipeError:
-        _drop_stdout()  # the reader has gone: nothing is left to say
+        drop_stdout()  # the reader has gone: nothing is left to say
         return DONE
     except Exception as error:
         reserve.clear()
@@ -118,7 +118,7 @@ def _guarded(name: str, work: Callable[[], int | None], settings: Collection[str
             line, status = str(error), FAULT
         else:
             raise
-        _drop_stdout()
+        drop_stdout()
         _say_last(f"{name}: error: {one_line(line, _LONGEST)}")
         return status
 
@@ -187,7 +187,7 @@ def _occupy_closed_streams() -> None:
             os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free: this one
 
 
-def _drop_stdout() -> None:
+def drop_stdout() -> None:
     """Let what is still buffered go nowhere, so that Python does not fail on it at exit."""
     if sys.stdout is None:
         return

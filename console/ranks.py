@@ -6,16 +6,23 @@ A complaint is one line, of whichever rank comes first; and a rank that is ended
 from __future__ import annotations
 
 import argparse
+import hashlib
 import os
 import signal
 import sys
 import threading
+from collections.abc import Sequence
 from contextlib import suppress
 from datetime import timedelta
-from typing import TextIO
+from typing import TYPE_CHECKING, TextIO
 
 from fastkv.errors import FastKVError
 from fastkv.kernels.torchrun import attempt, rank, store_address, world_size
+
+if TYPE_CHECKING:
+    import torch
+
+    from fastkv.kernels.ranks import Ranks
 
 _KEY = "fastkv/said"  # in torchrun's store: how many ranks wanted to have the last word
 _PATIENCE = timedelta(seconds=2)  # for that store
@@ -46,9 +53,23 @@ def check_rank_flags(args: argparse.Namespace) -> None:
     for flag in ("report", "cache", "save_cache", "speculation", "draft_weights", "compile", "offload"):
         if getattr(args, flag, None):
             raise FastKVError("does not go with torchrun: leave it out, or start one process", setting=flag)
-    for flag, names in (("prompt", args.prompt), ("prompts", [args.prompts])):
+    for flag, names in (("prompt", args.prompt), ("prompts", [args.prompts]), ("context", [args.context])):
         if "-" in names:
             raise FastKVError(f"--{flag}: - is standard input, which the ranks cannot share: give a file")
+
+
+def check_alike(ranks: Ranks | None, device: torch.device, asked: Sequence[object]) -> None:
+    """FastKVError where a rank was asked other things than rank 0: files may differ from host to host.
+
+    asked: what the command has read, prompts and settings, as values whose repr tells them apart.
+    """
+    if ranks is None:
+        return
+    mine = hashlib.sha256(repr(asked).encode("utf-8", "backslashreplace")).hexdigest()
+    if mine != ranks.text(mine, device):
+        raise FastKVError(
+            f"rank {ranks.rank} has read other prompts or settings than rank 0: all hosts need the same files"
+        )
 
 
 def check_alone(name: str) -> None:

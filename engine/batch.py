@@ -10,7 +10,7 @@ from fastkv.cache.pool import bytes_of
 from fastkv.engine.answer import Answer
 from fastkv.engine.decode_batch import DecodeBatch, capacities_of, layout_of
 from fastkv.engine.footprint import Footprint, footprint
-from fastkv.engine.memory import agreed, available_bytes, explain_out_of_memory, peak_bytes
+from fastkv.engine.memory import available_bytes, explain_out_of_memory, peak_bytes, share_of
 from fastkv.engine.one_reader import OneReader
 from fastkv.engine.output import Output
 from fastkv.engine.request import Request
@@ -99,8 +99,9 @@ def slots_there(
     if kv_memory is not None:
         return min(most, max(0, kv_memory - held) // (one + _index_bytes(requests)))
     device, ranks = runtime.model.device, runtime.model.ranks
-    available = agreed(available_bytes(device), ranks, device)
-    return most if available is None else _slots_in(available, runtime, requests, most, one, held)
+    available = share_of(available_bytes(device), ranks, device)
+    found = most if available is None else _slots_in(available, runtime, requests, most, one, held)
+    return found if ranks is None else ranks.least(found, device)
 
 
 def _slot_bytes(requests: Sequence[Request]) -> int:

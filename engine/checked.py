@@ -79,7 +79,7 @@ class CheckedRequests(LoadedModel):
         max_tokens = answer_length(self.config, params, ids.shape[1], limit, n_before, evicts)
         sizes = ids.shape[1], max_tokens, self.dtype, limit
         ways: dict[str, Any] = {"kv_dtype": self.kv_dtype, "shared": self._sources}
-        plan = plan_request(self._model.config, policy, *sizes, past, self._told, decode_budget, **ways)
+        plan = self._agreed(plan_request(self._model.config, policy, *sizes, past, self._told, decode_budget, **ways))
         request = Request(ids, params, plan, self._eos_ids(params, getattr(prompt, "ends", frozenset())), turn)
         if fitting is None or self.offload or request.sizes not in fitting:
             slot, draws = self._slot_bytes(request), params.temperature > 0
@@ -89,6 +89,17 @@ class CheckedRequests(LoadedModel):
         if fitting is not None:
             fitting.add(request.sizes)
         return request
+
+    def _agreed(self, plan: RequestPlan) -> RequestPlan:
+        """The plan with memory that is the same on all ranks, whose heads may hold different numbers of entries.
+
+        Raises FastKVError for what such heads do not do alike.
+        """
+        if self.ranks is None or not plan.layout.per_head:
+            return plan
+        if plan.evicts is not None:
+            self._refuse_ranks("decode_budget with heads that hold different numbers of entries", "decode_budget")
+        return dataclasses.replace(plan, capacities=tuple(self.ranks.largest(plan.capacities, self._device)))
 
     def _slot_bytes(self, request: Request) -> int:
         """Bytes of the slot that a request is given if it is alone."""

@@ -330,7 +330,7 @@ class LLM(CheckedRequests):
             "kv_dtype": self.kv_dtype,
             "shared": self._sources if cache is None else cache.pool.shared,
         }
-        plan = plan_request(self._model.config, policy, *sizes, cache, self._told, **ways)
+        plan = self._agreed(plan_request(self._model.config, policy, *sizes, cache, self._told, **ways))
         new = 0 if plan.compresses else plan.n_tokens + max_tokens
         fits = cache is not None and cache.has_room(plan.capacities, new)
         new_cache = 0 if cache is not None and fits else ids.shape[0] * plan.nbytes

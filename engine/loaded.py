@@ -31,7 +31,7 @@ from fastkv.kernels.packing import KV_DTYPES
 from fastkv.kernels.ranks import ProcessRanks, Ranks, check_started
 from fastkv.kernels.threads import as_many, step_threads
 from fastkv.models.checkpoint import stored_dtype
-from fastkv.models.config import ModelConfig
+from fastkv.models.config import DTYPES, ModelConfig
 from fastkv.models.hub import model_folder
 from fastkv.models.llama import Llama
 from fastkv.models.presets import PRESETS
@@ -42,6 +42,7 @@ from fastkv.models.weights import copy_bytes, in_integers, load_weights, random_
 
 LOAD_FORMATS = ("auto", "dummy")
 WEIGHTS = ("int8",)
+_DTYPES = [getattr(torch, name) for name in DTYPES]
 
 _log = logging.getLogger(__name__)
 
@@ -101,10 +102,12 @@ class LoadedModel:
         self._sources: Sources = ()
         self.kv_dtype = kv_dtype
         sources = self._sources_of(share_layers)
+        ranks = None if tensor_parallel == 1 else ProcessRanks.of_this_process(tensor_parallel, target.type)
         torch_dtype = resolve_dtype(dtype, self.config.dtype or ("float32" if dummy else stored_dtype(folder)), target)
+        if ranks is not None:  # what is faster may differ from one to the other
+            torch_dtype = _DTYPES[ranks.number(_DTYPES.index(torch_dtype), target)]
         if not dummy:
             self.config = settled_config(self.config, folder, torch_dtype)
-        ranks = None if tensor_parallel == 1 else ProcessRanks.of_this_process(tensor_parallel, target.type)
         own = self.config if ranks is None else part_of(self.config, ranks.rank, ranks.count)
         parts = load_parts(own, None if dummy else folder, torch_dtype, weights, target)
         if draft_weights is not None:

@@ -28,16 +28,11 @@ def available_bytes(device: torch.device) -> int | None:
     return None if left is None else left.nbytes + limits.heap_free()
 
 
-def agreed(available: int | None, ranks: Ranks | None, device: torch.device) -> int | None:
-    """What each of the ranks that share a model can take: as much as the one with the least, so that all decide alike.
-
-    available: what this one's device says. Those of one host share its memory. ranks: None, where there is one process.
-    """
-    if ranks is None:
+def share_of(available: int | None, ranks: Ranks | None, device: torch.device) -> int | None:
+    """What one of the ranks that share a model can take of what its device says: those of one host share its memory."""
+    if available is None or ranks is None or device.type != "cpu":
         return available
-    mine = sys.maxsize if available is None else available
-    least = ranks.least(mine if device.type == "cuda" else mine // ranks.on_host, device)
-    return None if available is None else least
+    return available // ranks.on_host
 
 
 def start_peak(device: torch.device) -> None:
@@ -119,11 +114,14 @@ def check_fits(
     """Raise FastKVError if the bytes of all `parts` are more than `device` has left: said before anything is allocated.
 
     parts: by what they are for, in words; the large ones are told. reusable: bytes that are taken but will be used
-    again for this. ranks: those that all need as much (see `agreed`).
+    again for this. ranks: those of a model; where it does not fit on one, all refuse.
     """
-    available, needed = agreed(available_bytes(device), ranks, device), sum(parts.values())
-    if available is None or needed <= available + reusable:
+    available, needed = share_of(available_bytes(device), ranks, device), sum(parts.values())
+    spare = sys.maxsize if available is None else available + reusable - needed
+    if (spare if ranks is None else ranks.least(spare, device)) >= 0:  # all ranks come to the same decision
         return
+    if available is None or spare >= 0:
+        raise FastKVError(f"{what} needs more memory than another rank has; {advice}")
     left = f"{size_text(available + reusable)} {_why(device, available)}"
     raise FastKVError(f"{what} needs {size_text(needed)} of memory{_told(parts)}, but {device} has {left}; {advice}")
 

@@ -283,8 +283,8 @@ class LayerRun:
         counts: Tensor | int = most
         if sizes.least < most:
             counts = self.policy.counts(observed, len(self.layers), scores, sizes.least, most)
-        elif self.per_head and most < n_entries and observed.heads is not None:
-            counts = self._head_budgets(observed, most, scores)
+        if self.per_head and isinstance(counts, int) and counts < n_entries and observed.heads is not None:
+            counts = self._head_budgets(observed, counts, scores)  # sequences differ in what these heads have together
         if isinstance(counts, Tensor):
             ranking = self.policy.ranking(observed, scores, counts)
             self._store_each(observed, select_each(ranking, counts, self.policy.window), positions)

@@ -9,6 +9,7 @@ from fastkv.engine.buffers import BufferPool, Buffers
 from fastkv.engine.decode_attention import can_be_one_row
 from fastkv.engine.graph import GraphError, GraphStepper
 from fastkv.engine.step import EagerStepper, SlotState, Stepper
+from fastkv.errors import FaultError
 from fastkv.models.llama import Llama
 
 _log = logging.getLogger(__name__)
@@ -59,7 +60,9 @@ class Runtime:
         return buffers.stepper
 
     def eagerly(self, state: SlotState, error: GraphError) -> Stepper:
-        """What continues in place of a stepper that could not be captured."""
+        """What continues in place of a stepper that could not be captured. FaultError of one of several ranks."""
+        if self.model.ranks is not None:  # the others have captured it, and go on with graphs
+            raise FaultError(f"a step could not be captured as a CUDA graph: switch graphs off on all ranks ({error})")
         self.cuda_graph = False
         _log.warning("CUDA graphs are off, decoding is slower: %s", error)
         return EagerStepper(self.model, state)

@@ -58,6 +58,12 @@ class Ranks:
         mine = torch.tensor([number], dtype=torch.int64, device=device)
         return min(int(each) for each in self.gather(mine))
 
+    def largest(self, numbers: Sequence[int], device: torch.device) -> list[int]:
+        """Of each of these numbers the largest that any rank has."""
+        mine = torch.tensor(numbers, dtype=torch.int64, device=device)
+        most: list[int] = torch.stack(list(self.gather(mine))).amax(dim=0).tolist()
+        return most
+
     def number(self, number: int, device: torch.device) -> int:
         """What rank 0 has."""
         mine = torch.tensor([number], dtype=torch.int64, device=device)

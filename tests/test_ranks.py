@@ -19,7 +19,11 @@ from torch import Tensor
 from fastkv import ASL, LLM, AdaKV, Compactor, DefensiveKV, FastKV, FastKVError, FullKV, ReSTKV, SamplingParams, SnapKV
 from fastkv.cache.catalogue import POLICIES
 from fastkv.cache.policy import Observation, Policy
+from fastkv.console.ranks import check_alike
+from fastkv.engine import batch as batch_module
+from fastkv.engine.graph import GraphError
 from fastkv.engine.prefill import Prefill
+from fastkv.errors import FaultError
 from fastkv.kernels import ranks as ranks_module
 from fastkv.kernels.ranks import ProcessRanks, Ranks, check_started
 from fastkv.models.config import ModelConfig
@@ -242,6 +246,51 @@ def test_requests_of_every_kind(tiny_llm: LLM, shared: Shared) -> None:
     assert shared.run(work) == [wanted, wanted]
 
 
+@pytest.mark.parametrize(
+    "policy", [AdaKV(min_tokens=8), AdaKV(min_tokens=8, keep_mass=0.5), SnapKV(min_tokens=8, keep_mass=0.5)], ids=str
+)
+def test_prompts_of_one_tensor(policy: Policy, tiny_llm: LLM, shared: Shared) -> None:
+    """Of which the heads of a rank keep different numbers together."""
+    ids = torch.tensor([prompt(200, 1), prompt(200, 2)])
+    whole = tiny_llm.prefill(ids, policy, max_tokens=2)
+    for part in shared.run(lambda llm: llm.prefill(ids, policy, max_tokens=2)):
+        torch.testing.assert_close(part.logits, whole.logits, atol=1e-4, rtol=0)
+
+
+def test_sessions_take_as_much_on_all_ranks(tiny_llm: LLM, shared: Shared) -> None:
+    """Though the heads of one hold more entries than those of another: a graph is captured by capacities."""
+    params = SamplingParams(max_tokens=4, ignore_eos=True)
+
+    def work(llm: LLM) -> tuple[list[list[int]], tuple[int, ...]]:
+        session = llm.session(AdaKV(min_tokens=24, head_floor=0.0))
+        answers = [llm.generate(session.turn(prompt(n, n)), params).token_ids for n in (150, 40, 40)]
+        request = llm._request(session.turn(prompt(40, 1)), params, None)
+        return answers, request.plan.capacities
+
+    (one, mine), (other, its) = shared.run(work)
+    assert one == other == work(tiny_llm)[0]
+    assert mine == its
+
+
+def test_ranks_compute_in_the_dtype_of_the_first(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    faster = [torch.bfloat16, torch.float32]
+    monkeypatch.setattr("fastkv.engine.loaded.resolve_dtype", lambda *_: faster[this_rank().rank])
+    assert [llm.dtype for llm in Shared(tiny_folder).llms] == [torch.bfloat16] * 2
+
+
+def test_a_step_that_one_rank_cannot_capture_ends_all(shared: Shared) -> None:
+    runtime = shared.llms[1]._runtime
+    with pytest.raises(FaultError, match="switch graphs off on all ranks"):
+        runtime.eagerly(None, GraphError("no"))  # type: ignore[arg-type]
+
+
+def test_ranks_that_are_asked_different_things_are_told(capsys: pytest.CaptureFixture[str]) -> None:
+    device = torch.device("cpu")
+    on_ranks(2, lambda: check_alike(this_rank(), device, ["the same", FastKV()]))
+    with pytest.raises(FastKVError, match="rank 1 has read other prompts or settings than rank 0"):
+        on_ranks(2, lambda: check_alike(this_rank(), device, [this_rank().rank]))
+
+
 def test_what_is_drawn_without_a_seed_is_the_same_on_all_ranks(shared: Shared) -> None:
     params = SamplingParams(max_tokens=12, ignore_eos=True, temperature=3.0)
     drawn = [shared.run(lambda llm: llm.generate(prompt(), params).token_ids) for _ in range(2)]
@@ -259,9 +308,24 @@ def test_ranks_with_different_memory_decide_alike(shared: Shared, monkeypatch: p
             llm.generate(ids, SamplingParams(max_tokens=2))
         return str(error.value)
 
-    told = shared.run(refused)
-    assert told[0] == told[1]
-    assert "needs" in told[0]
+    told = sorted(shared.run(refused), key=len)
+    assert "needs more memory than another rank has" in told[0]
+    assert "MiB of memory" in told[1]
+
+
+def test_ranks_with_different_memory_take_as_many_slots(shared: Shared, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[int] = []
+    real = batch_module.slots_there
+
+    def watched(runtime: Any, *rest: Any) -> int:
+        monkeypatch.setattr(batch_module, "available_bytes", lambda device: 2**40 if this_rank().rank else 3 * 2**17)
+        seen.append(real(runtime, *rest))
+        return seen[-1]
+
+    monkeypatch.setattr(batch_module, "slots_there", watched)
+    params = SamplingParams(max_tokens=2, ignore_eos=True)
+    shared.run(lambda llm: llm.generate([prompt(60, i) for i in range(6)], params, FullKV(), batch_size=6))
+    assert seen[0] == seen[1] < 6
 
 
 def test_texts_reach_all_ranks() -> None:
@@ -305,6 +369,7 @@ def test_settings_of_one_process_are_refused(setting: dict[str, Any], tiny_folde
     [
         lambda llm, path: llm.generate([5] * 40, speculation="ngram"),
         lambda llm, path: llm.stream([5] * 40, keep_selection=True),
+        lambda llm, path: llm.generate([5] * 300, policy=AdaKV(min_tokens=8), decode_budget=32),
         lambda llm, path: llm.load_session(path),
         lambda llm, path: llm.session().save(path),
     ],
@@ -327,7 +392,8 @@ def test_processes_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     check_started(1)
     with pytest.raises(FastKVError, match="start the program by torchrun --nproc-per-node 2"):
         LLM("anything", tensor_parallel=2)
-    for name, value in {"RANK": "0", "WORLD_SIZE": "3", "MASTER_ADDR": "x", "MASTER_PORT": "1"}.items():
+    told = {"TORCHELASTIC_RUN_ID": "x", "RANK": "0", "WORLD_SIZE": "3", "MASTER_ADDR": "x", "MASTER_PORT": "1"}
+    for name, value in told.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(FastKVError, match="tensor_parallel is 2, but torchrun has started 3"):
         check_started(2)

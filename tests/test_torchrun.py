@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 
 import fastkv
+from fastkv import cli
 from fastkv.cli import main
 from fastkv.console import ranks
 
@@ -138,7 +139,7 @@ def test_a_mistake_is_told_once(started: Any, tmp_path: Path) -> None:
 @pytest.fixture
 def two_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
     """As torchrun would tell the first of two; nothing else of this process changes."""
-    told = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}
+    told = {"TORCHELASTIC_RUN_ID": "x", "RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}
     for name, value in told.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr("fastkv.console.parser.begin_rank", lambda name: None)
@@ -149,6 +150,7 @@ def two_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         (["--prompt", "-"], "--prompt: - is standard input, which the ranks cannot share"),
         (["--prompts", "-", "--output", "x"], "--prompts: - is standard input, which the ranks cannot share"),
+        (["--prompt", "x", "--context", "-"], "--context: - is standard input, which the ranks cannot share"),
         (["--prompt", "x", "--report", "r.html"], "--report: does not go with torchrun"),
         (["--prompt", "x", "--cache", "c"], "--cache: does not go with torchrun"),
         (["--prompt", "x", "--save-cache", "c"], "--save-cache: does not go with torchrun"),
@@ -161,6 +163,21 @@ def two_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_flags_of_one_process(two_ranks: None, flags: list[str], told: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--model", "m", *flags]) == 2
     assert told in capsys.readouterr().err
+
+
+def test_a_reader_that_has_gone_does_not_end_one_rank_alone(two_ranks: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Gone:
+        def write(self, text: str) -> None:
+            raise BrokenPipeError
+
+    dropped: list[bool] = []
+    monkeypatch.setattr("fastkv.cli.drop_stdout", lambda: dropped.append(True))
+    monkeypatch.setattr(sys, "stdout", Gone())
+    cli._write("text")
+    assert dropped
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    with pytest.raises(BrokenPipeError):
+        cli._write("text")
 
 
 def test_other_commands_run_in_one_process(two_ranks: None, capsys: pytest.CaptureFixture[str]) -> None:
