@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import runpy
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -312,3 +313,11 @@ def test_the_page_shows_what_the_commands_print(run: Call, benchmarks: Any, caps
 
 def test_the_name_of_the_command() -> None:
     assert build_parser().prog == command.NAME == "fastkv-plan"
+
+
+def test_the_file_is_a_command_of_its_own(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.argv", ["fastkv-plan", "--version"])
+    with pytest.raises(SystemExit) as left:
+        runpy.run_path(str(command.__file__), run_name="__main__")
+    assert left.value.code == 0
+    assert capsys.readouterr().out.startswith("fastkv-plan ")
