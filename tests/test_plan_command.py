@@ -165,6 +165,9 @@ def test_what_offloading_would_need_is_told_where_it_helps(plan: Callable[..., A
     assert "with --offload it fits: " in run("--model", "llama-100m", *asked)[1]
     assert plan()["offload"] is None
     assert plan("--memory", "0.1")["offload"] is None
+    several = ("--context", "1M", "--memory", "3", "--gpus", "2")
+    assert not plan(*several)["fits"]
+    assert plan(*several)["offload"] is None  # it is refused there
 
 
 # --- models, policies, machines ---

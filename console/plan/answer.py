@@ -63,8 +63,8 @@ def answer_of(plan: Planned, machine: Machine) -> Answer:
 
 
 def _offload(plan: Planned, memory: int) -> Offloaded | None:
-    """Where a GPU's memory is enough for all but the prompt's hidden states and one layer's K/V."""
-    if plan.wanted.device.type == "cpu":
+    """Where one GPU's memory is enough for all but the prompt's hidden states and one layer's K/V; of several, none."""
+    if plan.wanted.device.type == "cpu" or plan.wanted.ranks > 1:  # refused with several
         return None
     return next((way for way in offloaded(plan) if way.device <= memory), None)
 

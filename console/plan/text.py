@@ -115,7 +115,7 @@ def _changes(answer: Answer) -> list[str]:
         told.append(f"the longest prompt that fits as it is: --context {context_text(answer.longest)}{_why(answer)}")
     if answer.offload is not None:
         sizes = size_text(answer.offload.device), size_text(answer.offload.host)
-        told.append(f"with --offload it fits: {sizes[0]} of a GPU, and {sizes[1]} of host memory for each")
+        told.append(f"with --offload it fits: {sizes[0]} of the GPU, and {sizes[1]} of host memory")
     return told
 
 
