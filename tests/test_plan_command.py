@@ -7,6 +7,7 @@ import re
 import runpy
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +15,18 @@ import pytest
 import torch
 from places import ROOT
 
-from fastkv.cache.catalogue import SETTINGS
+from fastkv.cache.catalogue import POLICIES, SETTINGS
 from fastkv.console.plan import command, machine
+from fastkv.console.plan.changes import longest
 from fastkv.console.plan.command import main
 from fastkv.console.plan.flags import NAMED_SETTINGS, build_parser, tokens
 from fastkv.console.plan.model import shape_of
 from fastkv.console.policy_file import remember
 from fastkv.engine.planning.ceilings import Ceilings
+from fastkv.engine.planning.planned import Wanted, planned
 from fastkv.errors import FastKVError
 from fastkv.models.files import fingerprint
+from fastkv.models.presets import PRESETS
 
 Call = Callable[..., tuple[int, str, str]]
 
@@ -147,13 +151,59 @@ def test_nothing_is_told_to_change_into_what_it_is(plan: Callable[..., Any]) -> 
 
 
 def test_the_longest_prompt_that_fits_fits(plan: Callable[..., Any], run: Call) -> None:
-    longest = plan(*SMALL)["longest_context"]
-    assert longest % 1024 == 0
-    assert plan(*SMALL, "--context", str(longest))["fits"]
-    assert not plan(*SMALL, "--context", str(longest + 1024))["fits"]
+    """To the token, with an answer of the length that was asked for; and it is said why no longer one does."""
+    most = plan(*SMALL)["longest_context"]
+    assert plan(*SMALL, "--context", str(most))["fits"]
+    assert not plan(*SMALL, "--context", str(most + 1))["fits"]
     assert plan("--memory", "0.1")["longest_context"] is None
-    assert plan()["longest_context"] == 2**21 - 1024
-    assert "--context 2047K, by the model's context" in run("--model", "llama-100m", "--context", "16K")[1]
+    asked = ("--model", "llama-100m", "--context", "16K")
+    assert f"--context {most}, by the memory; narrowly\n" in run(*asked, *SMALL)[1]
+    whole = 2**21 - 100
+    assert plan("--context", str(whole), "--max-tokens", "100")["longest_context"] == whole
+    assert plan("--max-tokens", "1024")["longest_context"] == 2**21 - 1024
+    assert "--context 2047K, by the model's context\n" in run(*asked, "--max-tokens", "1024")[1]
+    assert run("--model", "llama-100m", "--context", str(whole + 1), "--max-tokens", "100")[0] == 2
+
+
+def test_a_sliding_window_is_told_where_it_is_what_ends_a_prompt() -> None:
+    config = replace(PRESETS["llama-100m"], sliding_windows=(4096,) * 12, context_length=8192)
+    device = torch.device("cuda")
+    dropping, whole = (
+        planned(Wanted(config, POLICIES[name](), 2048, torch.bfloat16, device, 100)) for name in ("fastkv", "full")
+    )
+    assert longest(dropping, 2**40) == (4096 - 100, "the model's sliding_window", False)
+    assert longest(whole, 2**40) == (8192 - 100, "the model's context", False)
+
+
+def test_what_makes_nothing_better_is_not_told(plan: Callable[..., Any]) -> None:
+    """Half of what rocketkv keeps, of more entries that are looked at, takes more memory and no known time less."""
+    asked = ("--model", "llama-3.1-8b", "--context", "32K", "--policy", "rocketkv")
+    worse = plan(*asked, "--kv-retention", "0.5")
+    now = plan(*asked)
+    assert worse["needed_bytes"] > now["needed_bytes"]
+    assert worse["first_token_s"] == now["first_token_s"]
+    assert [each["flags"] for each in now["changes"]] == ["--gpus 2", "--weights int8", "--context 16K"]
+
+
+def test_changes_that_fit_narrowly_say_so(plan: Callable[..., Any], run: Call) -> None:
+    """Those that fit with room first; the same is said of --offload."""
+    asked = ("--context", "64K", "--policy", "full")
+    needed = {each["flags"]: each["needed_bytes"] for each in plan(*asked)["changes"]}["--kv-dtype int8"]
+    given = (*asked, "--memory", str(1.01 * needed / 2**30))
+    changes = {each["flags"]: (each["fits"], each["narrow"]) for each in plan(*given)["changes"]}
+    assert changes["--kv-dtype int8"] == (True, True)
+    assert changes["--policy fastkv"] == (True, False)
+    assert changes["--weights int8"] == (False, False)
+    text = run("--model", "llama-100m", *given)[1]
+    ends = re.findall("^--[a-z0-9 -]+ [0-9.]+ [GM]iB(, fits narrowly|, does not fit)?", text, re.MULTILINE)
+    assert ends == sorted(ends, key=["", ", fits narrowly", ", does not fit"].index)
+    assert set(ends) == {"", ", fits narrowly", ", does not fit"}
+    asked = ("--context", "1M", "--memory")
+    needed = plan(*asked, "5")["offload"]["device_bytes"] / 2**30
+    for memory, narrow, told in ((1.05, True, "fits narrowly: "), (1.2, False, "fits: ")):
+        given = (*asked, str(memory * needed))
+        assert plan(*given)["offload"]["narrow"] == narrow
+        assert f"with --offload it {told}" in run("--model", "llama-100m", *given)[1]
 
 
 def test_what_offloading_would_need_is_told_where_it_helps(plan: Callable[..., Any], run: Call) -> None:

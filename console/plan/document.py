@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from fastkv.console.plan.answer import BOUND_BY, Answer, largest, memory_parts, working_parts
-from fastkv.console.plan.changes import fits
-from fastkv.engine.planning.expected import Expected, expected
+from fastkv.console.plan.changes import fits, narrowly
+from fastkv.engine.planning.expected import Expected
 
 
 def as_json(answer: Answer, model: str) -> dict[str, Any]:
@@ -38,16 +38,21 @@ def as_json(answer: Answer, model: str) -> dict[str, Any]:
         "changes": [
             {
                 "flags": each.flags,
-                "fits": fits(each.plan, machine.memory),
+                "fits": fits(each.plan.total, machine.memory),
+                "narrow": narrowly(each.plan.total, machine.memory),
                 "needed_bytes": each.plan.total,
-                **_totals(expected(each.plan, machine), each.plan.wanted.batch),
+                **_totals(each.times, each.plan.wanted.batch),
             }
             for each in answer.changes
         ],
-        "longest_context": answer.longest,
+        "longest_context": None if answer.longest is None else answer.longest.n_tokens,
         "offload": None
         if answer.offload is None
-        else {"device_bytes": answer.offload.device, "host_bytes": answer.offload.host},
+        else {
+            "narrow": narrowly(answer.offload.device, machine.memory),
+            "device_bytes": answer.offload.device,
+            "host_bytes": answer.offload.host,
+        },
     }
 
 
