@@ -21,6 +21,7 @@ from fastkv.console.plan.changes import longest
 from fastkv.console.plan.command import main
 from fastkv.console.plan.flags import NAMED_SETTINGS, build_parser, tokens
 from fastkv.console.plan.model import shape_of
+from fastkv.console.plan.text import seconds_text
 from fastkv.console.policy_file import remember
 from fastkv.engine.planning.ceilings import Ceilings
 from fastkv.engine.planning.planned import Wanted, planned
@@ -288,10 +289,20 @@ def test_figures_given_take_the_place_of_the_machines(plan: Callable[..., Any]) 
     assert faster["device_bytes"] == 80 * 2**30
     for name, times in (("weights", 2), ("entries", 2), ("all-reduces", 2), ("small kernels", 1)):
         assert usual["step_parts_s"][name] == pytest.approx(times * faster["step_parts_s"][name], rel=1e-3)
-    assert plan("--flops", "387")["first_token_s"] == pytest.approx(2 * plan()["first_token_s"], rel=1e-3)
+    for name, times in (("products", 2), ("attention", 2), ("small kernels", 1)):
+        half, whole = (plan(*given)["first_token_parts_s"][name] for given in (("--flops", "387"), ()))
+        assert half == pytest.approx(times * whole, rel=1e-3)
     assert plan("--dtype", "float32")["first_token_s"] is None
     assert plan("--dtype", "float32", "--flops", "60")["first_token_s"] > 0
     assert faster["source"]["told"].endswith("with --memory, --bandwidth, --link, --link-latency as given")
+
+
+@pytest.mark.parametrize(("seconds", "told"), [
+    (1234.5, "1,234 s"), (99.96, "100 s"), (56.78, "56.8 s"), (9.996, "10.0 s"), (1.349, "1.35 s"), (0.9996, "1.00 s"),
+    (0.9994, "999 ms"), (0.139, "139 ms"), (0.0119, "11.9 ms"), (3.65e-5, "0.036 ms"), (1e-7, "under 0.001 ms"),
+])  # fmt: skip
+def test_times_have_three_digits(seconds: float, told: str) -> None:
+    assert seconds_text(seconds) == told
 
 
 # --- flags ---

@@ -65,11 +65,7 @@ def _times(answer: Answer) -> list[tuple[str, str]]:
         rows.append(("first token", f"{seconds_text(sum(first.values()))}: {_shares(first)}"))
     if step is not None:
         total = sum(step.values())
-        each = (
-            f", {1e3 * total:.1f} ms a step"
-            if answer.plan.wanted.batch == 1
-            else f" in all, {1e3 * total:.1f} ms a step"
-        )
+        each = f"{'' if answer.plan.wanted.batch == 1 else ' in all'}, {seconds_text(total)} a step"
         rows.append(("decode", f"{answer.plan.wanted.batch / total:,.1f} tokens/s{each}: {_shares(step)}"))
     if rows:
         rows.append(("times", _source(answer)))
@@ -140,5 +136,9 @@ def _row(change: Change, memory: int | None) -> tuple[str, str, str, str]:
 
 
 def seconds_text(seconds: float) -> str:
-    """With about three digits."""
-    return f"{seconds:,.0f} s" if seconds >= 100 else f"{seconds:#.3g} s"
+    """With about three digits, of ms where it is less than a second."""
+    value, unit = (seconds, "s") if seconds >= 0.9995 else (1e3 * seconds, "ms")
+    if value < 0.001:
+        return f"under 0.001 {unit}"
+    digits = next((digits for digits, most in enumerate((99.95, 9.995, 0.9995)) if value >= most), 3)
+    return f"{value:,.{digits}f} {unit}"

@@ -44,12 +44,20 @@ def expected(plan: Planned, machine: Machine) -> Expected:
 
 
 def first_token(plan: Planned, machine: Machine) -> Parts:
-    """Seconds of the prefill of one prompt, by what they are for. The machine's figures must be known."""
+    """Seconds of the prefill of one prompt, by what they are for. The machine's figures must be known.
+
+    Products take at least as long as reading their weights. A layer is taken to cost what it does in a step besides.
+    """
     assert machine.flops is not None
-    work, reached = _work(plan), machine.reached
+    assert machine.bandwidth is not None
+    work, reached, layers = _work(plan), machine.reached, _layers_run(plan)
+    read = _weights_read(plan) * layers / plan.wanted.config.n_layers
     return {
-        "products": work.products / (reached.products * machine.flops),
+        "products": max(
+            work.products / (reached.products * machine.flops), read / (reached.reading * machine.bandwidth)
+        ),
         "attention": work.attention / (reached.attention * machine.flops),
+        "small kernels": layers * reached.layer_s,
         **_reduces(plan, machine, _sent_by_prefill(plan)),
     }
 
@@ -101,6 +109,13 @@ def _work(plan: Planned) -> Work:
     if request.probe is not None:  # the prompt again, each part of which attends to all of it
         works.append(Work(works[0].products, 2 * works[0].attention))
     return Work(sum(work.products for work in works), sum(work.attention for work in works))
+
+
+def _layers_run(plan: Planned) -> int:
+    """Layers that a prefill goes through: all, those of what chooses tokens before it, and of a probe after it."""
+    request, n_layers = plan.request, plan.wanted.config.n_layers
+    first_pass = 0 if request.first_pass is None else request.first_pass.layer
+    return n_layers + first_pass + (0 if request.probe is None else n_layers)
 
 
 def _sent_by_prefill(plan: Planned) -> _Sent:
