@@ -20,6 +20,7 @@ from fastkv.cache.catalogue import POLICIES
 from fastkv.cache.decode_budget import DecodeBudget
 from fastkv.console.plan.command import main as plan_command
 from fastkv.engine import footprint as footprint_module
+from fastkv.engine.planning import layer_time
 from fastkv.engine.planning.expected import decode_step, expected, first_token
 from fastkv.engine.planning.machine import MACHINES, ON_CPU, Link, Machine, Reached
 from fastkv.engine.planning.planned import Planned, Wanted, offloaded, planned
@@ -197,6 +198,13 @@ def plan_on(n_tokens: int, policy: str = "fastkv", ranks: int = 8, **given: Any)
 
 
 # --- times ---
+
+
+def test_what_a_layer_costs_is_measured_by_two_networks(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert 0 < layer_time.measure_layer(CPU, torch.float32) < 1
+    steps = {2: 0.3, 10: 1.1}
+    monkeypatch.setattr(layer_time, "_step_of", lambda n_layers, device, dtype: steps[n_layers])
+    assert layer_time.measure_layer(CPU, torch.float32) == pytest.approx(0.1)
 
 
 def test_the_shares_reached_are_the_fit_to_the_measured_runs(benchmarks: Any) -> None:

@@ -276,10 +276,17 @@ def test_this_machine_may_be_measured(plan: Callable[..., Any], monkeypatch: pyt
     assert (unknown["first_token_s"], unknown["step_s"], unknown["device_bytes"]) == (None, None, 2**30)
     assert "add --measure" in unknown["not_known"][0]
     monkeypatch.setattr(machine, "measure_ceilings", lambda device, dtype: Ceilings(1e12, 1e11))
+    monkeypatch.setattr(machine, "measure_layer", lambda device, dtype: 0.5)
     measured = plan("--device", "cpu", "--dtype", "float32", "--measure")
     given = plan("--device", "cpu", "--dtype", "float32", "--flops", "1", "--bandwidth", "100")
-    assert measured["first_token_s"] == given["first_token_s"] > 0
-    assert measured["step_s"] == given["step_s"] > 0
+    for key in ("first_token", "step"):
+        parts = measured[f"{key}_parts_s"]
+        assert parts.pop("small kernels") == 12 * 0.5
+        assert parts == given[f"{key}_parts_s"]
+    assert measured["limits"]["decode"]["part"] == "small kernels"
+    assert set(given["limits"]) == {"memory"}
+    assert not any("what each layer costs" in note for note in (*measured["notes"], *unknown["notes"]))
+    assert any("without what each layer costs besides" in note for note in given["notes"])
     assert plan("--device", "cpu", "--dtype", "float32", "--gpus", "2")["device_bytes"] == 2**29
 
 

@@ -41,6 +41,14 @@ class Answer:
         return narrowly(self.plan.total, self.machine.memory)
 
     @property
+    def time_limits(self) -> dict[str, str]:
+        """The largest part of each time that is known, where all parts are: "first_token", "decode"."""
+        if self.machine.kind == "cpu" and not self.machine.reached.knows_layers:
+            return {}
+        times = {"first_token": self.times.first, "decode": self.times.step}
+        return {what: largest(parts) for what, parts in times.items() if parts is not None}
+
+    @property
     def memory_limit(self) -> str:
         """What takes most of a rank's memory."""
         return largest(memory_parts(self.plan))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from fastkv.console.plan.answer import BOUND_BY, Answer, largest, memory_parts, working_parts
+from fastkv.console.plan.answer import BOUND_BY, Answer, memory_parts, working_parts
 from fastkv.console.plan.changes import fits, narrowly
 from fastkv.engine.planning.expected import Expected
 
@@ -31,7 +31,7 @@ def as_json(answer: Answer, model: str) -> dict[str, Any]:
         "memory_bytes": memory_parts(plan),
         "working_bytes": working_parts(plan),
         **_times(answer.times, wanted.batch),
-        "limits": {"memory": answer.memory_limit, **_limits(answer.times)},
+        "limits": {"memory": answer.memory_limit, **_limits(answer)},
         "not_known": list(answer.times.unknown),
         "notes": list(answer.times.notes),
         "source": {"told": machine.told, "machine": machine.source, "reached": machine.reached.source},
@@ -69,9 +69,5 @@ def _totals(times: Expected, batch: int) -> dict[str, Any]:
     }
 
 
-def _limits(times: Expected) -> dict[str, Any]:
-    found = {}
-    for what, parts in (("first_token", times.first), ("decode", times.step)):
-        if parts is not None:
-            found[what] = {"part": largest(parts), "bound_by": BOUND_BY[largest(parts)]}
-    return found
+def _limits(answer: Answer) -> dict[str, Any]:
+    return {what: {"part": part, "bound_by": BOUND_BY[part]} for what, part in answer.time_limits.items()}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fastkv.console.plan.answer import BOUND_BY, Answer, largest, memory_parts, working_parts
+from fastkv.console.plan.answer import BOUND_BY, Answer, memory_parts, working_parts
 from fastkv.console.plan.changes import Change, Longest, context_text, fits, narrowly
 from fastkv.console.words import counted
 from fastkv.engine.memory import size_text
@@ -85,10 +85,8 @@ def _source(answer: Answer) -> str:
 
 def _limits(answer: Answer) -> list[tuple[str, str]]:
     told = [f"memory by {answer.memory_limit}"]
-    for what, parts in (("the first token", answer.times.first), ("decode", answer.times.step)):
-        if parts is not None:
-            most = largest(parts)
-            told.append(f"{what} by {most} ({BOUND_BY[most]})")
+    names = {"first_token": "the first token", "decode": "decode"}
+    told += [f"{names[what]} by {part} ({BOUND_BY[part]})" for what, part in answer.time_limits.items()]
     return [("limited", "; ".join(told))]
 
 

@@ -36,6 +36,10 @@ class Reached:
     layer_s: float
     source: str
 
+    @property
+    def knows_layers(self) -> bool:
+        return self.layer_s > 0
+
 
 @dataclass(frozen=True)
 class Machine:
@@ -71,7 +75,7 @@ ON_CPU = Reached(
     products=0.67,
     attention=0.67,
     reading=0.55,
-    layer_s=0.0,
+    layer_s=0.0,  # not known: differs from machine to machine, and --measure measures it
     source="2026-11-27-cpu-float32.json, llama-100m in float32",
 )
 
