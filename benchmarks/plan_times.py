@@ -66,11 +66,18 @@ def plan_of(policy: str, context: int, new_tokens: int, batch: int) -> Planned:
 def fitted(found: Sequence[Run], machine: Machine) -> Reached:
     """The figures by which the model comes nearest to the runs."""
     ideal = replace(machine, reached=Reached(1, 1, 1, 0, ""))
-    firsts = [(list(first_token(run.plan, ideal).values()), run.first) for run in found if run.first is not None]
-    steps = [(_step(run.plan, ideal), run.step) for run in found if run.step is not None]
-    products, attention = (1 / each for each in _least_squares(firsts))
+    steps = [_Row(_step(run.plan, ideal), 0.0, run.step) for run in found if run.step is not None]
     reading, layer_s = _least_squares(steps)
+    launching = replace(ideal, reached=replace(ideal.reached, layer_s=layer_s))
+    firsts = [_Row(*_first(run.plan, launching), run.first) for run in found if run.first is not None]
+    products, attention = (1 / each for each in _least_squares(firsts))
     return Reached(products, attention, 1 / reading, layer_s, "")
+
+
+def _first(plan: Planned, ideal: Machine) -> tuple[list[float], float]:
+    """Seconds of products and attention at the ceiling, and of the layers, as steps told them."""
+    parts = first_token(plan, ideal)
+    return [parts["products"], parts["attention"]], parts["small kernels"]
 
 
 def _step(plan: Planned, ideal: Machine) -> list[float]:
@@ -79,11 +86,20 @@ def _step(plan: Planned, ideal: Machine) -> list[float]:
     return [parts["weights"] + parts["entries"], plan.wanted.config.n_layers]
 
 
-def _least_squares(rows: Sequence[tuple[list[float], float]]) -> list[float]:
-    """The factors of the columns by which each row comes nearest to its seconds, in relation to these."""
-    relative = torch.tensor([[value / seconds for value in values] for values, seconds in rows], dtype=torch.float64)
-    ones = torch.ones(len(rows), 1, dtype=torch.float64)
-    return torch.linalg.lstsq(relative, ones).solution[:, 0].tolist()  # type: ignore[no-any-return]
+class _Row(NamedTuple):
+    """Seconds at the ceiling that have factors, those that have none, and the seconds that were measured."""
+
+    values: list[float]
+    fixed: float
+    seconds: float
+
+
+def _least_squares(rows: Sequence[_Row]) -> list[float]:
+    """The factors of the values by which each row comes nearest to its seconds, in relation to these."""
+    relative = [[value / row.seconds for value in row.values] for row in rows]
+    left = [[1 - row.fixed / row.seconds] for row in rows]
+    found = torch.linalg.lstsq(*(torch.tensor(each, dtype=torch.float64) for each in (relative, left)))
+    return found.solution[:, 0].tolist()  # type: ignore[no-any-return]
 
 
 def main() -> None:

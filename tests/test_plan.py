@@ -20,6 +20,7 @@ from fastkv.cache.catalogue import POLICIES
 from fastkv.cache.decode_budget import DecodeBudget
 from fastkv.console.plan.command import main as plan_command
 from fastkv.engine import footprint as footprint_module
+from fastkv.engine.planning import layer_time
 from fastkv.engine.planning.expected import decode_step, expected, first_token
 from fastkv.engine.planning.machine import MACHINES, ON_CPU, Link, Machine, Reached
 from fastkv.engine.planning.planned import Planned, Wanted, offloaded, planned
@@ -199,6 +200,13 @@ def plan_on(n_tokens: int, policy: str = "fastkv", ranks: int = 8, **given: Any)
 # --- times ---
 
 
+def test_what_a_layer_costs_is_measured_by_two_networks(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert 0 < layer_time.measure_layer(CPU, torch.float32) < 1
+    steps = {2: 0.3, 10: 1.1}
+    monkeypatch.setattr(layer_time, "_step_of", lambda n_layers, device, dtype: steps[n_layers])
+    assert layer_time.measure_layer(CPU, torch.float32) == pytest.approx(0.1)
+
+
 def test_the_shares_reached_are_the_fit_to_the_measured_runs(benchmarks: Any) -> None:
     module, machine = benchmarks.plan_times, MACHINES["h200"]
     found, reached = module.runs(), machine.reached
@@ -255,6 +263,23 @@ def test_a_step_reads_weights_and_what_is_kept() -> None:
     assert bound["weights"] == 3 * parts["weights"]  # two operations a value of two bytes, for each sequence
 
 
+def test_a_first_token_waits_for_weights_and_layers() -> None:
+    """Of a short prompt, whose products are few: no sooner than a step is. A probe and a first pass are read too."""
+    machine = replace(UNIT, flops=1e30, reached=Reached(1, 1, 1, 0.5, ""))
+    parts, step = (told(planned(plan_on(128, "full", 1)), machine) for told in (first_token, decode_step))
+    assert parts["products"] == step["weights"]
+    assert parts["small kernels"] == step["small kernels"] == 40
+    twice = first_token(planned(plan_on(2**14, "kvzip", 1)), machine)
+    assert (twice["products"], twice["small kernels"]) == (2 * parts["products"], 80)
+    filtered = planned(plan_on(2**14, "gemfilter", 1))
+    assert filtered.request.first_pass is not None
+    assert first_token(filtered, machine)["small kernels"] == 40 + filtered.request.first_pass.layer / 2
+    for name in ("llama-3.2-1b", "llama-100m"):
+        plan = planned(replace(plan_on(128, "full", 1), config=PRESETS[name]))
+        first, step = (sum(told(plan, MACHINES["h200"]).values()) for told in (first_token, decode_step))
+        assert 0.9 * step < first
+
+
 def test_steps_that_read_few_entries() -> None:
     whole, few = (decode_step(planned(plan_on(2**17, name, 1)), UNIT)["entries"] for name in ("full", "quest"))
     assert 0.05 * whole < few < 0.5 * whole
@@ -282,7 +307,7 @@ def test_what_is_not_known_is_said_and_not_guessed() -> None:
 def test_a_probe_and_a_first_pass_are_work() -> None:
     """KVzip reads the prompt again, each part of which attends to all of it; GemFilter reads it up to its layer."""
     full, twice, filtered = (work_of(planned(plan_on(2**14, name, 1))) for name in ("full", "kvzip", "gemfilter"))
-    assert twice == {"products": 2 * full["products"], "attention": 3 * full["attention"]}
+    assert twice == {"products": 2 * full["products"], "attention": 3 * full["attention"], "small kernels": 0}
     layer = POLICIES["gemfilter"]().first_pass(80, 2**14).layer  # type: ignore[union-attr]
     assert filtered["attention"] > full["attention"] * layer / 80
 

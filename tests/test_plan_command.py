@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import re
+import runpy
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +15,19 @@ import pytest
 import torch
 from places import ROOT
 
-from fastkv.cache.catalogue import SETTINGS
+from fastkv.cache.catalogue import POLICIES, SETTINGS
 from fastkv.console.plan import command, machine
+from fastkv.console.plan.changes import longest
 from fastkv.console.plan.command import main
 from fastkv.console.plan.flags import NAMED_SETTINGS, build_parser, tokens
 from fastkv.console.plan.model import shape_of
+from fastkv.console.plan.text import seconds_text
 from fastkv.console.policy_file import remember
 from fastkv.engine.planning.ceilings import Ceilings
+from fastkv.engine.planning.planned import Wanted, planned
 from fastkv.errors import FastKVError
 from fastkv.models.files import fingerprint
+from fastkv.models.presets import PRESETS
 
 Call = Callable[..., tuple[int, str, str]]
 
@@ -146,13 +152,59 @@ def test_nothing_is_told_to_change_into_what_it_is(plan: Callable[..., Any]) -> 
 
 
 def test_the_longest_prompt_that_fits_fits(plan: Callable[..., Any], run: Call) -> None:
-    longest = plan(*SMALL)["longest_context"]
-    assert longest % 1024 == 0
-    assert plan(*SMALL, "--context", str(longest))["fits"]
-    assert not plan(*SMALL, "--context", str(longest + 1024))["fits"]
+    """To the token, with an answer of the length that was asked for; and it is said why no longer one does."""
+    most = plan(*SMALL)["longest_context"]
+    assert plan(*SMALL, "--context", str(most))["fits"]
+    assert not plan(*SMALL, "--context", str(most + 1))["fits"]
     assert plan("--memory", "0.1")["longest_context"] is None
-    assert plan()["longest_context"] == 2**21 - 1024
-    assert "--context 2047K, by the model's context" in run("--model", "llama-100m", "--context", "16K")[1]
+    asked = ("--model", "llama-100m", "--context", "16K")
+    assert f"--context {most}, by the memory; narrowly\n" in run(*asked, *SMALL)[1]
+    whole = 2**21 - 100
+    assert plan("--context", str(whole), "--max-tokens", "100")["longest_context"] == whole
+    assert plan("--max-tokens", "1024")["longest_context"] == 2**21 - 1024
+    assert "--context 2047K, by the model's context\n" in run(*asked, "--max-tokens", "1024")[1]
+    assert run("--model", "llama-100m", "--context", str(whole + 1), "--max-tokens", "100")[0] == 2
+
+
+def test_a_sliding_window_is_told_where_it_is_what_ends_a_prompt() -> None:
+    config = replace(PRESETS["llama-100m"], sliding_windows=(4096,) * 12, context_length=8192)
+    device = torch.device("cuda")
+    dropping, whole = (
+        planned(Wanted(config, POLICIES[name](), 2048, torch.bfloat16, device, 100)) for name in ("fastkv", "full")
+    )
+    assert longest(dropping, 2**40) == (4096 - 100, "the model's sliding_window", False)
+    assert longest(whole, 2**40) == (8192 - 100, "the model's context", False)
+
+
+def test_what_makes_nothing_better_is_not_told(plan: Callable[..., Any]) -> None:
+    """Half of what rocketkv keeps, of more entries that are looked at, takes more memory and no known time less."""
+    asked = ("--model", "llama-3.1-8b", "--context", "32K", "--policy", "rocketkv")
+    worse = plan(*asked, "--kv-retention", "0.5")
+    now = plan(*asked)
+    assert worse["needed_bytes"] > now["needed_bytes"]
+    assert worse["first_token_s"] == now["first_token_s"]
+    assert [each["flags"] for each in now["changes"]] == ["--gpus 2", "--weights int8", "--context 16K"]
+
+
+def test_changes_that_fit_narrowly_say_so(plan: Callable[..., Any], run: Call) -> None:
+    """Those that fit with room first; the same is said of --offload."""
+    asked = ("--context", "64K", "--policy", "full")
+    needed = {each["flags"]: each["needed_bytes"] for each in plan(*asked)["changes"]}["--kv-dtype int8"]
+    given = (*asked, "--memory", str(1.01 * needed / 2**30))
+    changes = {each["flags"]: (each["fits"], each["narrow"]) for each in plan(*given)["changes"]}
+    assert changes["--kv-dtype int8"] == (True, True)
+    assert changes["--policy fastkv"] == (True, False)
+    assert changes["--weights int8"] == (False, False)
+    text = run("--model", "llama-100m", *given)[1]
+    ends = re.findall("^--[a-z0-9 -]+ [0-9.]+ [GM]iB(, fits narrowly|, does not fit)?", text, re.MULTILINE)
+    assert ends == sorted(ends, key=["", ", fits narrowly", ", does not fit"].index)
+    assert set(ends) == {"", ", fits narrowly", ", does not fit"}
+    asked = ("--context", "1M", "--memory")
+    needed = plan(*asked, "5")["offload"]["device_bytes"] / 2**30
+    for memory, narrow, told in ((1.05, True, "fits narrowly: "), (1.2, False, "fits: ")):
+        given = (*asked, str(memory * needed))
+        assert plan(*given)["offload"]["narrow"] == narrow
+        assert f"with --offload it {told}" in run("--model", "llama-100m", *given)[1]
 
 
 def test_what_offloading_would_need_is_told_where_it_helps(plan: Callable[..., Any], run: Call) -> None:
@@ -164,6 +216,9 @@ def test_what_offloading_would_need_is_told_where_it_helps(plan: Callable[..., A
     assert "with --offload it fits: " in run("--model", "llama-100m", *asked)[1]
     assert plan()["offload"] is None
     assert plan("--memory", "0.1")["offload"] is None
+    several = ("--context", "1M", "--memory", "3", "--gpus", "2")
+    assert not plan(*several)["fits"]
+    assert plan(*several)["offload"] is None  # it is refused there
 
 
 # --- models, policies, machines ---
@@ -221,10 +276,17 @@ def test_this_machine_may_be_measured(plan: Callable[..., Any], monkeypatch: pyt
     assert (unknown["first_token_s"], unknown["step_s"], unknown["device_bytes"]) == (None, None, 2**30)
     assert "add --measure" in unknown["not_known"][0]
     monkeypatch.setattr(machine, "measure_ceilings", lambda device, dtype: Ceilings(1e12, 1e11))
+    monkeypatch.setattr(machine, "measure_layer", lambda device, dtype: 0.5)
     measured = plan("--device", "cpu", "--dtype", "float32", "--measure")
     given = plan("--device", "cpu", "--dtype", "float32", "--flops", "1", "--bandwidth", "100")
-    assert measured["first_token_s"] == given["first_token_s"] > 0
-    assert measured["step_s"] == given["step_s"] > 0
+    for key in ("first_token", "step"):
+        parts = measured[f"{key}_parts_s"]
+        assert parts.pop("small kernels") == 12 * 0.5
+        assert parts == given[f"{key}_parts_s"]
+    assert measured["limits"]["decode"]["part"] == "small kernels"
+    assert set(given["limits"]) == {"memory"}
+    assert not any("what each layer costs" in note for note in (*measured["notes"], *unknown["notes"]))
+    assert any("without what each layer costs besides" in note for note in given["notes"])
     assert plan("--device", "cpu", "--dtype", "float32", "--gpus", "2")["device_bytes"] == 2**29
 
 
@@ -234,10 +296,20 @@ def test_figures_given_take_the_place_of_the_machines(plan: Callable[..., Any]) 
     assert faster["device_bytes"] == 80 * 2**30
     for name, times in (("weights", 2), ("entries", 2), ("all-reduces", 2), ("small kernels", 1)):
         assert usual["step_parts_s"][name] == pytest.approx(times * faster["step_parts_s"][name], rel=1e-3)
-    assert plan("--flops", "387")["first_token_s"] == pytest.approx(2 * plan()["first_token_s"], rel=1e-3)
+    for name, times in (("products", 2), ("attention", 2), ("small kernels", 1)):
+        half, whole = (plan(*given)["first_token_parts_s"][name] for given in (("--flops", "387"), ()))
+        assert half == pytest.approx(times * whole, rel=1e-3)
     assert plan("--dtype", "float32")["first_token_s"] is None
     assert plan("--dtype", "float32", "--flops", "60")["first_token_s"] > 0
     assert faster["source"]["told"].endswith("with --memory, --bandwidth, --link, --link-latency as given")
+
+
+@pytest.mark.parametrize(("seconds", "told"), [
+    (1234.5, "1,234 s"), (99.96, "100 s"), (56.78, "56.8 s"), (9.996, "10.0 s"), (1.349, "1.35 s"), (0.9996, "1.00 s"),
+    (0.9994, "999 ms"), (0.139, "139 ms"), (0.0119, "11.9 ms"), (3.65e-5, "0.036 ms"), (1e-7, "under 0.001 ms"),
+])  # fmt: skip
+def test_times_have_three_digits(seconds: float, told: str) -> None:
+    assert seconds_text(seconds) == told
 
 
 # --- flags ---
@@ -312,3 +384,11 @@ def test_the_page_shows_what_the_commands_print(run: Call, benchmarks: Any, caps
 
 def test_the_name_of_the_command() -> None:
     assert build_parser().prog == command.NAME == "fastkv-plan"
+
+
+def test_the_file_is_a_command_of_its_own(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.argv", ["fastkv-plan", "--version"])
+    with pytest.raises(SystemExit) as left:
+        runpy.run_path(str(command.__file__), run_name="__main__")
+    assert left.value.code == 0
+    assert capsys.readouterr().out.startswith("fastkv-plan ")

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from fastkv.console.plan.changes import Change, changes, fits, longest
+from fastkv.console.plan.changes import Change, Longest, changes, fits, longest, narrowly
 from fastkv.engine.planning.expected import Expected, Parts, expected
 from fastkv.engine.planning.machine import Machine
 from fastkv.engine.planning.planned import Offloaded, Planned, offloaded
-
-OFF_BY = 0.1  # share of the memory that figures may be off by (benchmarks/plan_memory.py)
 
 # What a part of the time is bound by.
 BOUND_BY = {
@@ -30,18 +28,25 @@ class Answer:
     machine: Machine
     times: Expected
     changes: tuple[Change, ...]
-    longest: int | None
+    longest: Longest | None
     offload: Offloaded | None
 
     @property
     def fits(self) -> bool:
-        return fits(self.plan, self.machine.memory)
+        return fits(self.plan.total, self.machine.memory)
 
     @property
     def narrow(self) -> bool:
         """Whether it fits by less than the figures may be off."""
-        memory = self.machine.memory
-        return memory is not None and self.fits and self.plan.total * (1 + OFF_BY) > memory
+        return narrowly(self.plan.total, self.machine.memory)
+
+    @property
+    def time_limits(self) -> dict[str, str]:
+        """The largest part of each time that is known, where all parts are: "first_token", "decode"."""
+        if self.machine.kind == "cpu" and not self.machine.reached.knows_layers:
+            return {}
+        times = {"first_token": self.times.first, "decode": self.times.step}
+        return {what: largest(parts) for what, parts in times.items() if parts is not None}
 
     @property
     def memory_limit(self) -> str:
@@ -51,20 +56,20 @@ class Answer:
 
 def answer_of(plan: Planned, machine: Machine) -> Answer:
     """All that is said of a plan."""
-    wanted, memory = plan.wanted, machine.memory
+    memory = machine.memory
     return Answer(
         plan=plan,
         machine=machine,
         times=expected(plan, machine),
-        changes=tuple(changes(wanted, memory)),
-        longest=None if memory is None else longest(wanted, memory),
-        offload=None if memory is None or fits(plan, memory) else _offload(plan, memory),
+        changes=tuple(changes(plan, machine)),
+        longest=None if memory is None else longest(plan, memory),
+        offload=None if fits(plan.total, memory) or memory is None else _offload(plan, memory),
     )
 
 
 def _offload(plan: Planned, memory: int) -> Offloaded | None:
-    """Where a GPU's memory is enough for all but the prompt's hidden states and one layer's K/V."""
-    if plan.wanted.device.type == "cpu":
+    """Where one GPU's memory is enough for all but the prompt's hidden states and one layer's K/V; of several, none."""
+    if plan.wanted.device.type == "cpu" or plan.wanted.ranks > 1:  # refused with several
         return None
     return next((way for way in offloaded(plan) if way.device <= memory), None)
 

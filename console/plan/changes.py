@@ -8,51 +8,99 @@ from typing import Any, NamedTuple
 
 from fastkv.cache.policies import FastKV
 from fastkv.cache.policy import drops_tokens
+from fastkv.engine.planning.expected import Expected, expected
+from fastkv.engine.planning.machine import Machine
 from fastkv.engine.planning.planned import Planned, Wanted, planned
 from fastkv.errors import FastKVError
 from fastkv.models.split import possible_counts
 
+OFF_BY = 0.1  # share of the memory that figures may be off by (benchmarks/plan_memory.py)
+
 
 class Change(NamedTuple):
-    """Flags that a plan is changed by, and what it then is."""
+    """Flags that a plan is changed by, what it then is, and how long that takes."""
 
     flags: str
     plan: Planned
+    times: Expected
 
 
-def changes(wanted: Wanted, memory: int | None) -> list[Change]:
-    """Those that could help, each by itself. memory: of a device; None: not known."""
-    found = []
-    for flags, other in _candidates(wanted, memory):
+class Longest(NamedTuple):
+    """The longest prompt that fits, in tokens.
+
+    by: what allows no more. narrow: whether it fits by less than the figures may be off.
+    """
+
+    n_tokens: int
+    by: str
+    narrow: bool
+
+
+def changes(plan: Planned, machine: Machine) -> list[Change]:
+    """Those that help, each by itself: less memory, or a time that is known and shorter."""
+    found, now = [], _seconds(plan, expected(plan, machine))
+    for flags, wanted in _candidates(plan.wanted, machine.memory):
         try:
-            found.append(Change(flags, planned(other)))
+            other = planned(wanted)
         except FastKVError:
             continue  # it does not go with the rest
+        times = expected(other, machine)
+        if other.total < plan.total or any(map(_shorter, _seconds(other, times), now)):
+            found.append(Change(flags, other, times))
     return found
 
 
-def fits(plan: Planned, memory: int | None) -> bool:
-    """Whether a rank's memory is enough, so far as that is known."""
-    return memory is None or plan.total <= memory
+def _seconds(plan: Planned, times: Expected) -> tuple[float | None, float | None]:
+    """To the first token, and for each token of all answers."""
+    first = None if times.first is None else sum(times.first.values())
+    return first, None if times.step is None else sum(times.step.values()) / plan.wanted.batch
 
 
-def longest(wanted: Wanted, memory: int | None) -> int | None:
-    """The longest prompt, in thousands (1,024) of tokens, that fits with nothing else changed; None: none of so many.
+def _shorter(seconds: float | None, than: float | None) -> bool:
+    return seconds is not None and than is not None and seconds < than
 
-    As far as the model's context goes. Memory is taken to grow with the prompt.
+
+def fits(nbytes: int, memory: int | None) -> bool:
+    """Whether a rank's memory is enough for so much, so far as that is known."""
+    return memory is None or nbytes <= memory
+
+
+def narrowly(nbytes: int, memory: int | None) -> bool:
+    """Whether it is enough by less than the figures may be off."""
+    return memory is not None and nbytes <= memory < nbytes * (1 + OFF_BY)
+
+
+def longest(plan: Planned, memory: int) -> Longest | None:
+    """The longest prompt that fits with nothing else changed, an answer of the same length included; None: none does.
+
+    Memory is taken to grow with the prompt.
     """
-    low, high = 0, wanted.config.context_length // 1024
+    wanted = replace(plan.wanted, max_tokens=plan.request.max_tokens)
+    low, high = 0, wanted.config.context_length
     while low < high:
         middle = (low + high + 1) // 2
-        low, high = (middle, high) if _fits_with(wanted, middle * 1024, memory) else (low, middle - 1)
-    return low * 1024 or None
+        needed = _needed_with(wanted, middle)
+        low, high = (middle, high) if needed is not None and needed <= memory else (low, middle - 1)
+    needed = _needed_with(wanted, low) if low else None
+    if needed is None:
+        return None
+    return Longest(low, _limit(wanted, low), narrowly(needed, memory))
 
 
-def _fits_with(wanted: Wanted, n_tokens: int, memory: int | None) -> bool:
+def _limit(wanted: Wanted, n_tokens: int) -> str:
+    """What does not allow a token more than so many."""
+    if _needed_with(wanted, n_tokens + 1) is not None:
+        return "the memory"
+    whole = n_tokens + (wanted.max_tokens or 0) == wanted.config.context_length
+    return "the model's context" if whole else "the model's sliding_window"
+
+
+def _needed_with(wanted: Wanted, n_tokens: int) -> int | None:
+    """Bytes for a prompt of so many tokens; None: the model takes no such prompt with its answer."""
     try:
-        return fits(planned(replace(wanted, n_tokens=n_tokens)), memory)
-    except FastKVError:  # beyond the context, with its answer
-        return False
+        return planned(replace(wanted, n_tokens=n_tokens)).total
+    except FastKVError:
+        return None
 
 
 def _candidates(wanted: Wanted, memory: int | None) -> Iterator[tuple[str, Wanted]]:
@@ -73,7 +121,7 @@ def _more_gpus(wanted: Wanted, memory: int | None) -> Iterator[tuple[str, Wanted
     if wanted.device.type == "cpu":
         return
     more = [replace(wanted, ranks=n) for n in possible_counts(wanted.config) if n > wanted.ranks]
-    enough = next((other for other in more if fits(planned(other), memory)), None)
+    enough = next((other for other in more if fits(planned(other).total, memory)), None)
     for other in dict.fromkeys([*more[:1], *([enough] if enough else [])]):
         yield f"--gpus {other.ranks}", other
 

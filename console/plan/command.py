@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -111,3 +112,7 @@ def _policy(args: argparse.Namespace, shape: Shape) -> Policy:
         if file is not None:
             file.check_model(files)
     return build_policy("fastkv", given) if file is None else file.build(given)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

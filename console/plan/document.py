@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from fastkv.console.plan.answer import BOUND_BY, Answer, largest, memory_parts, working_parts
-from fastkv.console.plan.changes import fits
-from fastkv.engine.planning.expected import Expected, expected
+from fastkv.console.plan.answer import BOUND_BY, Answer, memory_parts, working_parts
+from fastkv.console.plan.changes import fits, narrowly
+from fastkv.engine.planning.expected import Expected
 
 
 def as_json(answer: Answer, model: str) -> dict[str, Any]:
@@ -31,23 +31,28 @@ def as_json(answer: Answer, model: str) -> dict[str, Any]:
         "memory_bytes": memory_parts(plan),
         "working_bytes": working_parts(plan),
         **_times(answer.times, wanted.batch),
-        "limits": {"memory": answer.memory_limit, **_limits(answer.times)},
+        "limits": {"memory": answer.memory_limit, **_limits(answer)},
         "not_known": list(answer.times.unknown),
         "notes": list(answer.times.notes),
         "source": {"told": machine.told, "machine": machine.source, "reached": machine.reached.source},
         "changes": [
             {
                 "flags": each.flags,
-                "fits": fits(each.plan, machine.memory),
+                "fits": fits(each.plan.total, machine.memory),
+                "narrow": narrowly(each.plan.total, machine.memory),
                 "needed_bytes": each.plan.total,
-                **_totals(expected(each.plan, machine), each.plan.wanted.batch),
+                **_totals(each.times, each.plan.wanted.batch),
             }
             for each in answer.changes
         ],
-        "longest_context": answer.longest,
+        "longest_context": None if answer.longest is None else answer.longest.n_tokens,
         "offload": None
         if answer.offload is None
-        else {"device_bytes": answer.offload.device, "host_bytes": answer.offload.host},
+        else {
+            "narrow": narrowly(answer.offload.device, machine.memory),
+            "device_bytes": answer.offload.device,
+            "host_bytes": answer.offload.host,
+        },
     }
 
 
@@ -64,9 +69,5 @@ def _totals(times: Expected, batch: int) -> dict[str, Any]:
     }
 
 
-def _limits(times: Expected) -> dict[str, Any]:
-    found = {}
-    for what, parts in (("first_token", times.first), ("decode", times.step)):
-        if parts is not None:
-            found[what] = {"part": largest(parts), "bound_by": BOUND_BY[largest(parts)]}
-    return found
+def _limits(answer: Answer) -> dict[str, Any]:
+    return {what: {"part": part, "bound_by": BOUND_BY[part]} for what, part in answer.time_limits.items()}

@@ -10,7 +10,8 @@ import torch
 from fastkv.engine.device import resolve_device
 from fastkv.engine.memory import available_bytes
 from fastkv.engine.planning.ceilings import measure_ceilings
-from fastkv.engine.planning.machine import ASSUMED_LATENCY, MACHINES, ON_CPU, Link, Machine
+from fastkv.engine.planning.layer_time import measure_layer
+from fastkv.engine.planning.machine import ASSUMED_LATENCY, MACHINES, ON_CPU, Link, Machine, Reached
 from fastkv.errors import FastKVError, check_number, writable
 
 _GIVEN = ("memory", "bandwidth", "flops", "link", "link_latency")
@@ -42,7 +43,13 @@ def machine_of(args: argparse.Namespace, device: torch.device, dtype: torch.dtyp
             raise FastKVError("--measure is for this machine: add --device cpu or --device cuda")
         found = measure_ceilings(device, dtype)
         machine = replace(machine, flops=found.flops, bandwidth=found.bandwidth, told="what was measured here just now")
+        if device.type == "cpu":
+            machine = replace(machine, reached=_with_layers(machine.reached, measure_layer(device, dtype)))
     return _with_given(args, machine)
+
+
+def _with_layers(reached: Reached, layer_s: float) -> Reached:
+    return replace(reached, layer_s=layer_s, source=f"{reached.source}; what a layer takes: here just now")
 
 
 def _this_machine(args: argparse.Namespace, device: torch.device) -> Machine:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from fastkv.console.plan.answer import BOUND_BY, Answer, largest, memory_parts, working_parts
-from fastkv.console.plan.changes import Change, context_text, fits
+from fastkv.console.plan.answer import BOUND_BY, Answer, memory_parts, working_parts
+from fastkv.console.plan.changes import Change, Longest, context_text, fits, narrowly
 from fastkv.console.words import counted
 from fastkv.engine.memory import size_text
-from fastkv.engine.planning.expected import Parts, expected
+from fastkv.engine.planning.expected import Parts
 from fastkv.engine.planning.machine import Machine
 from fastkv.engine.planning.planned import Planned
 
@@ -65,11 +65,7 @@ def _times(answer: Answer) -> list[tuple[str, str]]:
         rows.append(("first token", f"{seconds_text(sum(first.values()))}: {_shares(first)}"))
     if step is not None:
         total = sum(step.values())
-        each = (
-            f", {1e3 * total:.1f} ms a step"
-            if answer.plan.wanted.batch == 1
-            else f" in all, {1e3 * total:.1f} ms a step"
-        )
+        each = f"{'' if answer.plan.wanted.batch == 1 else ' in all'}, {seconds_text(total)} a step"
         rows.append(("decode", f"{answer.plan.wanted.batch / total:,.1f} tokens/s{each}: {_shares(step)}"))
     if rows:
         rows.append(("times", _source(answer)))
@@ -89,10 +85,8 @@ def _source(answer: Answer) -> str:
 
 def _limits(answer: Answer) -> list[tuple[str, str]]:
     told = [f"memory by {answer.memory_limit}"]
-    for what, parts in (("the first token", answer.times.first), ("decode", answer.times.step)):
-        if parts is not None:
-            most = largest(parts)
-            told.append(f"{what} by {most} ({BOUND_BY[most]})")
+    names = {"first_token": "the first token", "decode": "decode"}
+    told += [f"{names[what]} by {part} ({BOUND_BY[part]})" for what, part in answer.time_limits.items()]
     return [("limited", "; ".join(told))]
 
 
@@ -105,34 +99,44 @@ def _shares(parts: Parts) -> str:
 def _changes(answer: Answer) -> list[str]:
     told = [""] if answer.changes or answer.longest else []
     if answer.changes:
-        enough = sorted(answer.changes, key=lambda each: not fits(each.plan, answer.machine.memory))
-        table = [("one change", "memory", "first token", "tokens/s"), *(_row(answer, each) for each in enough)]
+        memory = answer.machine.memory
+        enough = sorted(answer.changes, key=lambda each: _rank(each.plan.total, memory))
+        table = [("one change", "memory", "first token", "tokens/s"), *(_row(each, memory) for each in enough)]
         widths = [max(map(len, column)) for column in zip(*table, strict=True)]
         told += [
             "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in table
         ]
     if answer.longest is not None:
-        told.append(f"the longest prompt that fits as it is: --context {context_text(answer.longest)}{_why(answer)}")
+        told.append(f"the longest prompt that fits as it is: {_longest(answer.longest)}")
     if answer.offload is not None:
         sizes = size_text(answer.offload.device), size_text(answer.offload.host)
-        told.append(f"with --offload it fits: {sizes[0]} of a GPU, and {sizes[1]} of host memory for each")
+        how = "fits narrowly" if narrowly(answer.offload.device, answer.machine.memory) else "fits"
+        told.append(f"with --offload it {how}: {sizes[0]} of the GPU, and {sizes[1]} of host memory")
     return told
 
 
-def _why(answer: Answer) -> str:
-    """What says that no more does, where it is not the memory."""
-    room = answer.plan.wanted.config.context_length - (answer.longest or 0) - answer.plan.request.max_tokens
-    return ", by the model's context" if room < 1024 else ""
+def _longest(longest: Longest) -> str:
+    """As --context takes it, and what says that no more does."""
+    told = f"--context {context_text(longest.n_tokens)}, by {longest.by}"
+    return f"{told}; narrowly" if longest.narrow else told
 
 
-def _row(answer: Answer, change: Change) -> tuple[str, str, str, str]:
-    times = expected(change.plan, answer.machine)
+def _rank(nbytes: int, memory: int | None) -> int:
+    """What fits first, then what fits narrowly."""
+    return 2 if not fits(nbytes, memory) else int(narrowly(nbytes, memory))
+
+
+def _row(change: Change, memory: int | None) -> tuple[str, str, str, str]:
+    times, enough = change.times, ("", ", fits narrowly", ", does not fit")[_rank(change.plan.total, memory)]
     first = _UNKNOWN if times.first is None else seconds_text(sum(times.first.values()))
     speed = _UNKNOWN if times.step is None else f"{change.plan.wanted.batch / sum(times.step.values()):,.1f}"
-    enough = "" if fits(change.plan, answer.machine.memory) else ", does not fit"
     return change.flags, size_text(change.plan.total) + enough, first, speed
 
 
 def seconds_text(seconds: float) -> str:
-    """With about three digits."""
-    return f"{seconds:,.0f} s" if seconds >= 100 else f"{seconds:#.3g} s"
+    """With about three digits, of ms where it is less than a second."""
+    value, unit = (seconds, "s") if seconds >= 0.9995 else (1e3 * seconds, "ms")
+    if value < 0.001:
+        return f"under 0.001 {unit}"
+    digits = next((digits for digits, most in enumerate((99.95, 9.995, 0.9995)) if value >= most), 3)
+    return f"{value:,.{digits}f} {unit}"

@@ -40,16 +40,24 @@ def expected(plan: Planned, machine: Machine) -> Expected:
     both, of_steps = _unknown(plan, machine)
     first = None if both else first_token(plan, machine)
     step = None if both or of_steps else decode_step(plan, machine)
-    return Expected(first, step, (*both, *of_steps), _notes(plan))
+    return Expected(first, step, (*both, *of_steps), _notes(plan, machine))
 
 
 def first_token(plan: Planned, machine: Machine) -> Parts:
-    """Seconds of the prefill of one prompt, by what they are for. The machine's figures must be known."""
+    """Seconds of the prefill of one prompt, by what they are for. The machine's figures must be known.
+
+    Products take at least as long as reading their weights. A layer is taken to cost what it does in a step besides.
+    """
     assert machine.flops is not None
-    work, reached = _work(plan), machine.reached
+    assert machine.bandwidth is not None
+    work, reached, layers = _work(plan), machine.reached, _layers_run(plan)
+    read = _weights_read(plan) * layers / plan.wanted.config.n_layers
     return {
-        "products": work.products / (reached.products * machine.flops),
+        "products": max(
+            work.products / (reached.products * machine.flops), read / (reached.reading * machine.bandwidth)
+        ),
         "attention": work.attention / (reached.attention * machine.flops),
+        **_small_kernels(layers, machine),
         **_reduces(plan, machine, _sent_by_prefill(plan)),
     }
 
@@ -68,9 +76,16 @@ def decode_step(plan: Planned, machine: Machine) -> Parts:
     return {
         "weights": max(_weights_read(plan) / speed, multiplied),
         "entries": wanted.batch * entries_read(plan) / speed,
-        "small kernels": wanted.config.n_layers * reached.layer_s,
+        **_small_kernels(wanted.config.n_layers, machine),
         **_reduces(plan, machine, sent),
     }
+
+
+def _small_kernels(n_layers: int, machine: Machine) -> Parts:
+    """Seconds of what layers cost besides; on a CPU nothing is said where that is not known."""
+    if machine.kind == "cpu" and not machine.reached.knows_layers:
+        return {}
+    return {"small kernels": n_layers * machine.reached.layer_s}
 
 
 def entries_read(plan: Planned) -> int:
@@ -101,6 +116,13 @@ def _work(plan: Planned) -> Work:
     if request.probe is not None:  # the prompt again, each part of which attends to all of it
         works.append(Work(works[0].products, 2 * works[0].attention))
     return Work(sum(work.products for work in works), sum(work.attention for work in works))
+
+
+def _layers_run(plan: Planned) -> int:
+    """Layers that a prefill goes through: all, those of what chooses tokens before it, and of a probe after it."""
+    request, n_layers = plan.request, plan.wanted.config.n_layers
+    first_pass = 0 if request.first_pass is None else request.first_pass.layer
+    return n_layers + first_pass + (0 if request.probe is None else n_layers)
 
 
 def _sent_by_prefill(plan: Planned) -> _Sent:
@@ -144,8 +166,10 @@ def _unknown(plan: Planned, machine: Machine) -> tuple[list[str], list[str]]:
     return both, of_steps
 
 
-def _notes(plan: Planned) -> tuple[str, ...]:
+def _notes(plan: Planned, machine: Machine) -> tuple[str, ...]:
     policy, notes = plan.request.policy, []
+    if machine.kind == "cpu" and machine.flops is not None and not machine.reached.knows_layers:
+        notes.append("times are without what each layer costs besides: small models are slower; --measure measures it")
     if plan.wanted.device.type == "cpu":
         notes.append("the C library may keep freed blocks: processes took up to 21 % more than planned (docs/plan.md)")
     if plan.request.compresses and (policy.needs_all_queries or plan.request.probe is not None):

@@ -25,8 +25,9 @@ class Reached:
     """What this engine reached in measured runs of one shape.
 
     products, attention: shares of the largest product's FLOP/s that a prefill's products and attention reach. reading:
-    share of the copy's bytes/s with which a decode step reads weights and entries. layer_s: seconds that each layer
-    of a step takes besides, whatever is read. source: where the runs stand, in benchmarks/results.
+    share of the copy's bytes/s with which weights and entries are read. layer_s: seconds that each layer takes
+    besides, whatever is read; of a step, and taken to hold for a prefill. source: where the runs stand, in
+    benchmarks/results.
     """
 
     products: float
@@ -34,6 +35,10 @@ class Reached:
     reading: float
     layer_s: float
     source: str
+
+    @property
+    def knows_layers(self) -> bool:
+        return self.layer_s > 0
 
 
 @dataclass(frozen=True)
@@ -59,7 +64,7 @@ class Machine:
 
 # benchmarks/plan_times.py fits these figures to the measured runs, and prints what they give beside what was measured.
 _ON_H200 = Reached(
-    products=0.69,
+    products=0.70,
     attention=0.68,
     reading=0.91,
     layer_s=58e-6,
@@ -70,7 +75,7 @@ ON_CPU = Reached(
     products=0.67,
     attention=0.67,
     reading=0.55,
-    layer_s=0.0,
+    layer_s=0.0,  # not known: differs from machine to machine, and --measure measures it
     source="2026-11-27-cpu-float32.json, llama-100m in float32",
 )
 
