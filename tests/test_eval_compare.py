@@ -555,7 +555,7 @@ def test_a_run_that_is_interrupted_writes_no_page(
             "--page: {model}: cannot be written, for it is no ordinary file",
         ),
         ("--model {model} --task archive --output no/such/run.jsonl", "--output: no/such/run.jsonl: cannot be written"),
-        ("--model {model} --task archive --plots README.md", "--plots: README.md: README.md is no folder"),
+        ("--model {model} --task archive --plots README.md", "--plots: README.md: is no folder"),
         ("--model {model} --task archive --plots README.md/new", "--plots: README.md/new: README.md is no folder"),
         ("--model {model} --task archive --examples 0", "--examples: examples must be"),
         ("--model {model} --task archive --length 256 --max-tokens 9000", "--max-tokens: an answer of 9000 tokens"),

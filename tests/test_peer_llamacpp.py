@@ -209,7 +209,7 @@ def test_another_model_is_not_measured(
         (["--ubatch", "0"], "--ubatch"),
         (["--weights", "int4"], "--weights: invalid choice: 'int4'"),
         (["--json", "missing/out.json"], "--json: missing/out.json: cannot be written"),
-        (["--gguf-folder", "a-file"], "--gguf-folder: a-file: a-file is no folder"),
+        (["--gguf-folder", "a-file"], "--gguf-folder: a-file: is no folder"),
         (["--model", "no-folder"], "no-folder: no such folder"),
     ],
 )
