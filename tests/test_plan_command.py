@@ -334,7 +334,7 @@ def test_every_setting_of_a_policy_is_a_flag_and_named() -> None:
     (("--model", "no/such"), "no/such: no such folder, and no config.json"),
     (("--context", "4M"), "the prompt has 4194304 tokens, but the model's context"),
     (("--context", "1.5M"), "argument --context: takes a number of tokens"),
-    (("--gpus", "3"), "--gpus: the model's 4 KV heads cannot be split over 3 GPUs alike; it takes one of 1, 2, 4"),
+    (("--gpus", "3"), "--gpus: 3 ranks cannot share 4 KV heads (num_key_value_heads) equally; take 2 or 4"),
     (("--gpus", "0"), "--gpus: gpus must be a whole number of at least 1"),
     (("--batch", "0"), "--batch: batch must be a whole number of at least 1"),
     (("--max-tokens", "0"), "--max-tokens: max_tokens must be"),
