@@ -41,7 +41,7 @@ def resolve_rank_device(device: str | torch.device) -> torch.device:
         return found
     if ":" in str(device):
         raise FastKVError(f"each rank has a GPU of its own: take device cuda, not {device}", setting="device")
-    count, wanted = torch.cuda.device_count(), rank_device("cuda")
+    count, wanted = torch.cuda.device_count(), rank_device()
     if wanted.index >= count:
         raise FastKVError(f"torchrun has started more than {count} processes here, and torch sees {count} GPUs")
     return wanted

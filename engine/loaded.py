@@ -102,7 +102,7 @@ class LoadedModel:
         self._sources: Sources = ()
         self.kv_dtype = kv_dtype
         sources = self._sources_of(share_layers)
-        ranks = None if tensor_parallel == 1 else ProcessRanks.of_this_process(tensor_parallel, target.type)
+        ranks = None if tensor_parallel == 1 else ProcessRanks.of_this_process(target.type)
         torch_dtype = resolve_dtype(dtype, self.config.dtype or ("float32" if dummy else stored_dtype(folder)), target)
         if ranks is not None:  # what is faster may differ from one to the other
             torch_dtype = _DTYPES[ranks.number(_DTYPES.index(torch_dtype), target)]

@@ -10,7 +10,7 @@ them.
 from __future__ import annotations
 
 import secrets
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -98,12 +98,11 @@ class ProcessRanks(Ranks):
     _made: ClassVar[ProcessRanks | None] = None
 
     @classmethod
-    def of_this_process(cls, count: int, kind: str) -> ProcessRanks:
-        """Those that torchrun has started. kind: "cpu" or "cuda".
+    def of_this_process(cls, kind: str) -> ProcessRanks:
+        """Those that torchrun has started (check_started). kind: "cpu" or "cuda".
 
-        Raises FastKVError where it has started none, or another number, and RankLostError where one is missing.
+        Raises FastKVError where they have met on another kind, and RankLostError where one is missing.
         """
-        check_started(count)
         if cls._made is None:
             cls._made = cls(kind)
         elif cls._made.kind != kind:
@@ -117,42 +116,35 @@ class ProcessRanks(Ranks):
         if not dist.is_initialized():
             settings: dict[str, Any] = {}
             if kind == "cuda":
-                settings["device_id"] = rank_device(kind)
+                settings["device_id"] = rank_device()
                 torch.cuda.set_device(settings["device_id"])  # NCCL works on the current one
-            with _explained():
-                dist.init_process_group(_BACKENDS[kind], **settings)
+            _together(dist.init_process_group, _BACKENDS[kind], **settings)
         super().__init__(dist.get_rank(), dist.get_world_size(), started_here())
 
     def sum_(self, x: Tensor) -> Tensor:
-        with _explained():
-            if x.is_contiguous():
-                self._dist.all_reduce(x)
-                return x
-            whole = x.contiguous()
-            self._dist.all_reduce(whole)
-        return x.copy_(whole)
+        whole = x.contiguous()
+        _together(self._dist.all_reduce, whole)
+        return x if whole is x else x.copy_(whole)
 
     def gather(self, x: Tensor) -> Sequence[Tensor]:
         parts = x.new_empty((self.count, *x.shape)).unbind()
-        with _explained():
-            self._dist.all_gather(list(parts), x.contiguous())
+        _together(self._dist.all_gather, list(parts), x.contiguous())
         return parts
 
 
-class _explained:  # noqa: N801 (a context manager, which a step of a layer enters twice: a class is faster)
-    """What a lost connection raises, as one line."""
+def _together(meet: Callable[..., object], *args: Any, **settings: Any) -> None:
+    """Meet the other ranks; a connection that is lost is one line."""
+    try:
+        meet(*args, **settings)
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        raise RankLostError("another rank has ended, or cannot be reached, and no rank can go on alone") from error
 
-    def __enter__(self) -> None:
-        return None
 
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        if isinstance(error, RuntimeError) and not isinstance(error, torch.OutOfMemoryError):
-            raise RankLostError("another rank has ended, or cannot be reached, and no rank can go on alone") from error
-
-
-def rank_device(kind: str) -> torch.device:
-    """Where this process works: of several GPUs the one with its number on this host."""
-    return torch.device("cpu") if kind == "cpu" else torch.device("cuda", local_rank())
+def rank_device() -> torch.device:
+    """The GPU of this process: the one with its number on this host."""
+    return torch.device("cuda", local_rank())
 
 
 def check_started(count: int) -> None:

@@ -114,6 +114,5 @@ class _Started:
     """In place of processes that torchrun has started."""
 
     @staticmethod
-    def of_this_process(count: int, kind: str) -> Ranks:
-        assert _own.ranks.count == count
+    def of_this_process(kind: str) -> Ranks:
         return _own.ranks

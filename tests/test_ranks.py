@@ -284,7 +284,7 @@ def test_a_step_that_one_rank_cannot_capture_ends_all(shared: Shared) -> None:
         runtime.eagerly(None, GraphError("no"))  # type: ignore[arg-type]
 
 
-def test_ranks_that_are_asked_different_things_are_told(capsys: pytest.CaptureFixture[str]) -> None:
+def test_ranks_that_are_asked_different_things_are_told() -> None:
     device = torch.device("cpu")
     on_ranks(2, lambda: check_alike(this_rank(), device, ["the same", FastKV()]))
     with pytest.raises(FastKVError, match="rank 1 has read other prompts or settings than rank 0"):

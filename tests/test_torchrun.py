@@ -89,9 +89,7 @@ def started(tmp_path: Path) -> Iterator[Any]:
         run.process.communicate()
 
 
-def test_two_ranks_answer_as_one_process(
-    started: Any, prompt_file: Path, archive_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_two_ranks_answer_as_one_process(started: Any, prompt_file: Path, archive_folder: Path, tmp_path: Path) -> None:
     prompts = tmp_path / "prompts.jsonl"
     texts = [prompt_file.read_text(), "A second prompt, which is short.", prompt_file.read_text()[100:]]
     prompts.write_text("".join(json.dumps({"id": str(i), "prompt": text}) + "\n" for i, text in enumerate(texts)))
